@@ -1,0 +1,39 @@
+# make train: a fresh machine to a trained model. make test: the whole suite. Both prepare what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One process a GPU; two CPU processes where there is none.
+PROCESSES = $$($(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
+
+.PHONY: setup data train test lint clean
+
+setup: $(VENV)/.installed
+data: data/stdlib/meta.json
+
+$(VENV)/.installed: requirements.txt
+	@$(PYTHON) preflight.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+data/stdlib/meta.json: $(VENV)/.installed
+	@test -e $@ || $(BIN)/python data/stdlib/prepare.py
+	@touch $@
+
+train: setup data
+	$(BIN)/deepspeed -q --num_gpus $(PROCESSES) train.py configs/tiny.json
+	@echo; $(BIN)/python eval.py out/tiny --gzip
+	@echo; echo "A sample:"; $(BIN)/python sample.py out/tiny --prompt "def "
+	@echo; echo "The picture of the loss: out/tiny/loss.png"
+
+test: $(VENV)/.installed-dev data
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q tests
+
+clean:
+	rm -rf $(VENV) out data/stdlib/*.bin data/stdlib/meta.json data/stdlib/tokenizer

@@ -1,0 +1,147 @@
+"""Checkpoints: saved by all ranks, complete or not there at all, found again, resumed exactly.
+
+    out/<run>/checkpoints/step_00001000/   DeepSpeed's sharded state, each rank's random state, state.json
+    out/<run>/checkpoints/latest, best     the names of two of them
+
+All ranks write into step_00001000.tmp; behind a barrier, rank 0 adds state.json with the size of every
+file and renames the folder. A folder that has its final name is therefore complete.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from deepspeed import comm
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+from config import Config, UserError, build, read_json
+from data.shards import write_atomically, write_json
+
+
+def name_of(step):
+    return f"step_{step:08d}"
+
+
+# -- saving --------------------------------------------------------------------------------------
+
+
+def save(engine, folder, state, best, keep):
+    """Save everything the run needs to go on. Every rank must call this.
+
+    state: what state.json records besides the list of files, `step` among it. best: also mark this
+    checkpoint as the best. keep: how many of the newest stay on the disk."""
+    folder, name, rank = Path(folder), name_of(state["step"]), comm.get_rank()
+    temporary = folder / f"{name}.tmp"
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    comm.barrier()
+    engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
+    torch.save(random_state(), temporary / f"random_state_{rank}.pt")
+    comm.barrier()
+    if rank == 0:
+        files = {str(p.relative_to(temporary)): p.stat().st_size for p in temporary.rglob("*") if p.is_file()}
+        write_json(temporary / "state.json", state | {"files": files})
+        os.replace(temporary, folder / name)
+        write_atomically(folder / "latest", name.encode())
+        if best:
+            write_atomically(folder / "best", name.encode())
+        prune(folder, keep)
+    comm.barrier()
+
+
+def prune(folder, keep):
+    """Delete all but the newest `keep` checkpoints and the best."""
+    complete = sorted(p for p in folder.glob("step_*") if p.suffix != ".tmp")
+    marked = {(folder / mark).read_text() for mark in ("latest", "best") if (folder / mark).exists()}
+    for old in complete[:-keep]:
+        if old.name not in marked:
+            shutil.rmtree(old)
+
+
+def random_state():
+    """The state of this rank's random numbers, which only dropout draws from."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+# -- finding -------------------------------------------------------------------------------------
+
+
+def find(path, which="latest"):
+    """The checkpoint that `path` means: a checkpoint's own folder, or in a run's folder the one that is
+    newest (`latest`), best (`best`, or the newest if none was marked), or of a step (`1000`).
+
+    Returns its Path, or None where the run has no complete checkpoint. Raises UserError if `path` is
+    neither, or has no such checkpoint."""
+    path = Path(path)
+    if (path / "state.json").exists():
+        return path
+    folder = path if path.name == "checkpoints" else path / "checkpoints"
+    complete = sorted(p for p in folder.glob("step_*") if p.suffix != ".tmp" and (p / "state.json").exists())
+    if which in ("latest", "best"):
+        mark = folder / which
+        marked = folder / mark.read_text().strip() if mark.exists() else None
+        if which == "best" and marked in complete:
+            return marked
+        return complete[-1] if complete else None
+    if str(which).isdigit() and folder / name_of(int(which)) in complete:
+        return folder / name_of(int(which))
+    have = ", ".join(str(int(p.name[5:])) for p in complete) or "none"
+    raise UserError(f"{path}: no checkpoint {which!r}; expected latest, best or one of the steps: {have}")
+
+
+def read_state(path):
+    """state.json of a checkpoint, after a look at its files. Raises UserError if one is missing or cut."""
+    state = read_json(Path(path) / "state.json")
+    for name, size in state["files"].items():
+        file = Path(path) / name
+        if not file.exists() or file.stat().st_size != size:
+            found = f"{file.stat().st_size} bytes" if file.exists() else "no such file"
+            raise UserError(f"{file}: {found}, expected {size} bytes; the checkpoint is damaged, use an older one")
+    return state
+
+
+# -- loading -------------------------------------------------------------------------------------
+
+
+def load(engine, path, state):
+    """Restore weights, optimizer and random state of a checkpoint into `engine`, bit for bit."""
+    path, rank = Path(path), comm.get_rank()
+    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
+    if loaded is None:
+        raise UserError(f"{path}: DeepSpeed could not load it; use an older checkpoint")
+    randoms = torch.load(path / f"random_state_{rank}.pt", weights_only=True)
+    torch.set_rng_state(randoms["cpu"])
+    for device, cuda_state in enumerate(randoms["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(cuda_state, device)
+
+
+def check_same_run(path, state, config, world_size):
+    """Refuse to continue a run as a different one. Raises UserError with what differs."""
+    saved = state["config"]
+    pairs = [(f"model.{k}", saved["model"].get(k), v) for k, v in config.to_dict()["model"].items()]
+    for section, name in (("data", "path"), ("train", "seed"), ("train", "global_batch_tokens")):
+        pairs.append((f"{section}.{name}", saved[section].get(name), getattr(getattr(config, section), name)))
+    stages = [c["deepspeed"].get("zero_optimization", {}).get("stage", 0) for c in (saved, config.to_dict())]
+    pairs += [("deepspeed.zero_optimization.stage", *stages), ("number of ranks", state["world_size"], world_size)]
+    different = [f"{name} {was!r} -> {now!r}" for name, was, now in pairs if was != now]
+    if different:
+        raise UserError(
+            f"{path}: was saved with other settings: {'; '.join(different)}; "
+            "set them back, or start another run with --train.out_dir"
+        )
+
+
+def load_weights(path):
+    """A checkpoint of any ZeRO stage -> (Config, state dict of whole float32 weights), in one process."""
+    path = Path(path)
+    state = read_state(path)
+    saved = {name: state["config"][name] for name in ("model", "data", "train")}
+    config: Config = build(saved, path / "state.json")
+    if state["config"]["deepspeed"].get("zero_optimization", {}).get("stage", 0) == 0:
+        weights = torch.load(path / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+    else:
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name)
+    return config, {name: weight.float() for name, weight in weights.items()}

@@ -1,0 +1,380 @@
+"""JSON file -> typed, checked configuration -> command line -> DeepSpeed's half.
+
+A run is described by four sections: `model`, `data`, `train` (the dataclasses below, every key with
+its meaning and unit) and `deepspeed` (DeepSpeed's own keys, merged over `ds_config.json`). Any key
+can be overridden on the command line: `--train.lr 1e-4 --deepspeed.zero_optimization.stage 2`.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import time
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """Bad input. The message is the whole line the user sees: where, what was found, what was
+    expected, and the remedy. Commands print it and exit with code 2, without a traceback."""
+
+
+def key(default, meaning, choices=None, minimum=None):
+    """A configuration key: its default, its meaning with the unit, and the values it may take."""
+    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**factory, metadata={"meaning": meaning, "choices": choices, "minimum": minimum})
+
+
+@dataclass
+class ModelConfig:
+    n_layer: int = key(12, "transformer blocks", minimum=1)
+    n_head: int = key(12, "query heads of each attention", minimum=1)
+    n_kv_head: int | None = key(None, "key and value heads, shared by groups of query heads; null: n_head", minimum=1)
+    n_embd: int = key(768, "width of the residual stream", minimum=1)
+    block_size: int = key(1024, "context length in tokens", minimum=1)
+    vocab_size: int = key(50257, "number of token ids", minimum=1)
+    mlp_hidden: int | None = key(
+        None, "hidden width of the MLP; null: 4 n_embd (gelu), 8/3 n_embd up to a multiple of 64 (swiglu)", minimum=1
+    )
+    dropout: float = key(0.0, "probability of dropping an activation", minimum=0)
+    bias: bool = key(True, "biases in the linear layers and layer norms")
+    norm: str = key("layernorm", "normalisation in front of each sub-layer", ["layernorm", "rmsnorm"])
+    position: str = key("learned", "how a token knows its position", ["learned", "rotary"])
+    rotary_theta: float = key(10000.0, "base of the rotary wavelengths", minimum=1)
+    mlp: str = key("gelu", "activation of the MLP", ["gelu", "swiglu"])
+    tie_embeddings: bool = key(True, "the output layer shares the token embedding's weights")
+    init_std: float = key(0.02, "standard deviation of the initial weights", minimum=0)
+
+    def check(self):
+        if self.n_embd % self.n_head:
+            raise UserError(
+                f"model.n_head: {self.n_head} does not divide model.n_embd {self.n_embd}; "
+                f"nearest that do: {nearest_divisors(self.n_embd, self.n_head)}"
+            )
+        if self.n_head % self.kv_heads:
+            raise UserError(
+                f"model.n_kv_head: {self.n_kv_head} does not divide model.n_head {self.n_head}; "
+                f"nearest that do: {nearest_divisors(self.n_head, self.n_kv_head)}"
+            )
+        if self.position == "rotary" and (self.n_embd // self.n_head) % 2:
+            raise UserError(
+                f"model.position: rotary turns pairs of channels, but a head has {self.n_embd // self.n_head}; "
+                "choose n_embd and n_head so that n_embd / n_head is even"
+            )
+        if self.dropout >= 1:
+            raise UserError(f"model.dropout: found {self.dropout}, expected a probability below 1")
+
+    @property
+    def kv_heads(self):
+        return self.n_kv_head or self.n_head
+
+    @property
+    def mlp_width(self):
+        """Hidden width of the MLP. SwiGLU has three matrices instead of two, so 8/3 of the width
+        keeps the parameters of a GELU MLP of 4 (Shazeer 2020, arXiv 2002.05202, section 2)."""
+        if self.mlp_hidden:
+            return self.mlp_hidden
+        return 4 * self.n_embd if self.mlp == "gelu" else -(-8 * self.n_embd // 3 // 64) * 64
+
+
+@dataclass
+class DataConfig:
+    path: str = key("data/openwebtext", "folder of token shards, as a prepare script writes them")
+
+
+@dataclass
+class TrainConfig:
+    out_dir: str | None = key(None, "folder of the run; null: out/<name of the config file>")
+    seed: int = key(1337, "of the initial weights, the data order and dropout", minimum=0)
+    precision: str = key(
+        "auto", "auto: bf16 on GPUs that have it, else fp16; fp32 on CPU", ["auto", "bf16", "fp16", "fp32"]
+    )
+    micro_batch_size: int = key(8, "sequences one rank takes at a time", minimum=1)
+    global_batch_tokens: int = key(524288, "tokens of one optimizer step, over all ranks", minimum=1)
+    max_tokens: int = key(10_000_000_000, "length of the run in tokens", minimum=1)
+    warmup_tokens: int = key(0, "tokens over which the learning rate rises from zero", minimum=0)
+    lr: float = key(6e-4, "peak learning rate", minimum=0)
+    min_lr_ratio: float = key(0.1, "last learning rate over the peak", minimum=0)
+    schedule: str = key("cosine", "fall of the learning rate after warm-up", ["cosine", "linear", "constant"])
+    weight_decay: float = key(0.1, "AdamW's decay, on matrices only", minimum=0)
+    betas: list[float] = key([0.9, 0.95], "AdamW's decay rates of its two moments")
+    eps: float = key(1e-8, "AdamW's epsilon", minimum=0)
+    grad_clip: float = key(1.0, "largest global norm of the gradient; 0: no clipping", minimum=0)
+    activation_checkpointing: bool = key(False, "recompute each block in the backward pass: less memory, more time")
+    log_every: int = key(10, "optimizer steps between two lines of metrics", minimum=1)
+    eval_every: int = key(1000, "optimizer steps between two evaluations; 0: only at the end", minimum=0)
+    eval_tokens: int = key(1_048_576, "validation tokens of one evaluation, the same each time", minimum=1)
+    save_every: int = key(1000, "optimizer steps between two checkpoints; 0: only at the end", minimum=0)
+    save_best: bool = key(True, "also save when the validation loss is the lowest so far")
+    keep_checkpoints: int = key(2, "newest checkpoints kept, besides the best", minimum=1)
+    resume: str = key("auto", "auto: continue if the run folder holds a checkpoint; never; or a checkpoint's path")
+    verbose: bool = key(False, "show DeepSpeed's own log")
+
+    def check(self):
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"train.betas: found {self.betas}, expected two numbers from 0 up to, not including, 1")
+        if self.min_lr_ratio > 1:
+            raise UserError(f"train.min_lr_ratio: found {self.min_lr_ratio}, expected at most 1")
+        if self.global_batch_tokens > self.max_tokens:
+            raise UserError(
+                f"train.max_tokens: {self.max_tokens} is less than one step "
+                f"(train.global_batch_tokens {self.global_batch_tokens}); raise it to at least that"
+            )
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    deepspeed: dict = field(default_factory=dict)
+
+    def to_dict(self):
+        return dataclasses.asdict(self)
+
+
+SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+
+# DeepSpeed's keys that follow from ours; two places for one fact would let them disagree.
+OURS = {
+    "train_batch_size": "train.global_batch_tokens",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_tokens",
+    "gradient_clipping": "train.grad_clip",
+    "optimizer": "train.lr, train.betas, train.eps and train.weight_decay",
+    "scheduler": "train.schedule",
+    "steps_per_print": "train.log_every",
+}
+
+
+def nearest_divisors(number, wanted):
+    """The two divisors of `number` nearest to `wanted`, for error messages."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return " and ".join(str(d) for d in sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:2]))
+
+
+def did_you_mean(name, valid):
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(valid))}"
+
+
+def convert(where, value, expected, meta):
+    """Return `value` as the type `expected`, or raise UserError. Whole floats count as integers, so
+    that lengths can be written 1e9."""
+    options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
+    for option in options:
+        if option is types.NoneType and value is None:
+            return None
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            value = float(value)
+            break
+        if option is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if option is int and isinstance(value, bool):
+            continue
+        if option == list[float] and isinstance(value, list) and all(type(v) in (int, float) for v in value):
+            value = [float(v) for v in value]
+            break
+        if isinstance(option, type) and not isinstance(option, types.GenericAlias) and isinstance(value, option):
+            break
+    else:
+        names = " or ".join("null" if o is types.NoneType else getattr(o, "__name__", str(o)) for o in options)
+        raise UserError(f"{where}: found {json.dumps(value)}, expected {names} ({meta['meaning']})")
+    if meta["choices"] and value not in meta["choices"]:
+        raise UserError(f"{where}: found {json.dumps(value)}, expected one of {', '.join(meta['choices'])}")
+    # "not >=" also refuses NaN, which JSON as Python reads it can hold
+    if meta["minimum"] is not None and not value >= meta["minimum"]:
+        raise UserError(f"{where}: found {value}, expected at least {meta['minimum']} ({meta['meaning']})")
+    return value
+
+
+def build(values, source):
+    """Nested dictionaries -> Config, every key and type checked.
+
+    `source` names the file or the command line in error messages. Raises UserError."""
+    config = Config()
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: expected a JSON object with the sections model, data, train, deepspeed")
+    for section, content in values.items():
+        if section not in (*SECTIONS, "deepspeed"):
+            raise UserError(f"{source}: unknown section {section!r}; {did_you_mean(section, [*SECTIONS, 'deepspeed'])}")
+        if not isinstance(content, dict):
+            raise UserError(f"{source}: section {section!r} must be a JSON object, found {json.dumps(content)[:60]}")
+        if section == "deepspeed":
+            for name in content:
+                if name in OURS:
+                    raise UserError(f"{source}: deepspeed.{name} follows from {OURS[name]}; set that and remove this")
+            config.deepspeed = content
+            continue
+        fields = {f.name: f for f in dataclasses.fields(SECTIONS[section])}
+        for name, value in content.items():
+            if name not in fields:
+                raise UserError(f"{source}: unknown key {section}.{name}; {did_you_mean(name, fields)}")
+            where = f"{source}: {section}.{name}"
+            setattr(
+                getattr(config, section), name, convert(where, value, fields[name].type, dict(fields[name].metadata))
+            )
+    config.model.check()
+    config.train.check()
+    return config
+
+
+def read_json(path):
+    """The content of a JSON file. Raises UserError that names the file, line and column."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        folder = Path(path).parent
+        near = sorted(p.name for p in folder.glob("*.json")) if folder.is_dir() else []
+        hint = f"; {folder} holds {', '.join(near)}" if near else ""
+        raise UserError(f"{path}: no such file{hint}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a readable JSON file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; expected a JSON file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; expected JSON") from None
+
+
+def merge(base, over):
+    """`over` laid over `base`, section by section; both stay as they are."""
+    merged = dict(base)
+    for name, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = merge(merged[name], value) if both else value
+    return merged
+
+
+def command_line_values(arguments):
+    """`--train.lr 1e-4 --model.bias=false` -> {"train": {"lr": 1e-4}, "model": {"bias": False}}.
+
+    Values are JSON; what is not JSON is a string. Returns the values and what is left over."""
+    values, rest = {}, []
+    arguments = list(arguments)
+    while arguments:
+        argument = arguments.pop(0)
+        if argument.startswith("--local_rank"):  # the launcher's; RANK in the environment says it too
+            continue
+        if not argument.startswith("--"):
+            rest.append(argument)
+            continue
+        name, given, raw = argument[2:].partition("=")
+        if "." not in name:
+            raise UserError(f"--{name}: unknown flag; keys are written --section.key value, as in --train.lr 1e-4")
+        if not given:
+            if not arguments or arguments[0].startswith("--"):
+                raise UserError(f"--{name}: no value given; write --{name} VALUE (booleans: true or false)")
+            raw = arguments.pop(0)
+        section, *path = name.split(".")
+        if section not in (*SECTIONS, "deepspeed") or not all(path):
+            raise UserError(f"--{name}: unknown section {section!r}; expected model, data, train or deepspeed")
+        known = {f.name: f.type for f in dataclasses.fields(SECTIONS[section])} if section in SECTIONS else {}
+        try:
+            value = json.loads(raw)
+        except json.JSONDecodeError:
+            value = raw
+        if known.get(path[0]) in (str, str | None) and value is not None:
+            value = raw.strip('"')  # a folder may be called 2024
+        target = values.setdefault(section, {})
+        for part in path[:-1]:
+            target = target.setdefault(part, {})
+        target[path[-1]] = value
+    return values, rest
+
+
+def help_text():
+    lines = ["usage: deepspeed [--num_gpus N] train.py [CONFIG.json] [--section.key value ...]", ""]
+    for section, cls in SECTIONS.items():
+        lines.append(f"{section}:")
+        for f in dataclasses.fields(cls):
+            default = list(f.default_factory()) if f.default is dataclasses.MISSING else f.default
+            kind = getattr(f.type, "__name__", str(f.type)) if not isinstance(f.type, types.UnionType) else str(f.type)
+            choices = f" [{'|'.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
+            lines.append(f"  --{section}.{f.name:26s}{f.metadata['meaning']}{choices}")
+            lines.append(f"  {'':28s}{'':{len(section)}s} ({kind}, default {json.dumps(default)})")
+    lines += ["deepspeed:", "  --deepspeed.KEY[.KEY ...]     DeepSpeed's own keys, merged over ds_config.json"]
+    return "\n".join(lines)
+
+
+def load_config(arguments, default="configs/1p5b.json"):
+    """Command-line arguments -> Config: the config file (or `default`) with the overrides over it."""
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text())
+        raise SystemExit(0)
+    overrides, rest = command_line_values(arguments)
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]}: expected one config file, and {rest[0]} was already given")
+    path = Path(rest[0]) if rest else ROOT / default
+    values = read_json(path)
+    build(values, path)  # so that an error in the file names the file
+    config = build(merge(values, overrides), "command line")
+    config.deepspeed = merge(read_json(ROOT / "ds_config.json"), config.deepspeed)
+    config.train.out_dir = config.train.out_dir or f"out/{path.stem}"
+    return config
+
+
+def gradient_accumulation(config, world_size):
+    """Micro-batches per rank and optimizer step, so that the step has exactly global_batch_tokens.
+
+    Raises UserError with the nearest settings that divide."""
+    train, block = config.train, config.model.block_size
+    sequences, remainder = divmod(train.global_batch_tokens, block)
+    per_round = train.micro_batch_size * world_size
+    if not remainder and sequences % per_round == 0:
+        return sequences // per_round
+    unit = block * per_round
+    below = train.global_batch_tokens // unit * unit
+    tokens = " or ".join(str(t) for t in (below, below + unit) if t)
+    remedy = f"set train.global_batch_tokens to {tokens}"
+    if not remainder and sequences % world_size == 0:
+        divisors = nearest_divisors(sequences // world_size, train.micro_batch_size)
+        remedy += f", or train.micro_batch_size to {divisors}"
+    raise UserError(
+        f"train.global_batch_tokens: {train.global_batch_tokens} is not a multiple of block_size {block} x "
+        f"micro_batch_size {train.micro_batch_size} x {world_size} ranks = {unit}; {remedy}"
+    )
+
+
+def deepspeed_config(config, world_size, precision, on_gpu):
+    """The complete DeepSpeed configuration of this run: the user's keys and those that follow from
+    the `train` section. `precision` is bf16, fp16 or fp32."""
+    train = config.train
+    accumulation = gradient_accumulation(config, world_size)
+    zero = config.deepspeed.get("zero_optimization", {})
+    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    adam = {"lr": train.lr, "betas": train.betas, "eps": train.eps, "weight_decay": train.weight_decay}
+    # torch's AdamW needs no compiler and resumes bit for bit; only for state that lives in a GPU
+    # machine's CPU memory is DeepSpeed's own vectorised Adam worth its compilation.
+    adam |= {} if on_gpu and offloaded else {"torch_adam": True, "fused": True}
+    ours = {
+        "train_batch_size": train.micro_batch_size * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": train.grad_clip,
+        "optimizer": {"type": "AdamW", "params": adam},
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+        "steps_per_print": sys.maxsize,
+    }
+    return merge(ours, config.deepspeed)
+
+
+def run_command(function, arguments=None):
+    """Run a command's main; turn UserError into one line on stderr and exit code 2.
+
+    Every rank finds the same fault, and one line is enough: the other ranks leave the word to rank 0
+    and wait for the launcher, which ends them as soon as rank 0 has exited."""
+    try:
+        function(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) != 0:
+            time.sleep(30)
+        else:
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None

@@ -1,0 +1,121 @@
+"""Tokenizers, all through tiktoken: its own by name (gpt2, o200k_base, ...), `bytes`, or a folder that
+holds one trained here (tokenizer.tiktoken in tiktoken's file format, tokenizer.json beside it).
+"""
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+
+import tiktoken
+
+from config import UserError, did_you_mean, read_json
+from data.shards import write_atomically, write_json
+
+END_OF_TEXT = "<|endoftext|>"
+
+# How text is cut into pieces that no token crosses: letters with one space or mark before them, up to
+# three digits, marks with the line end and indentation after them, line ends with theirs. On source
+# code this takes 6% fewer tokens than GPT-2's pattern with 4,096 ids (NOTES.md has the figures).
+PATTERN = (
+    r"'(?:[sdmt]|ll|ve|re)|[^\s\p{L}\p{N}]?\p{L}+| ?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?|\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+"
+)
+
+
+def load_tokenizer(name):
+    """A tiktoken encoding by tiktoken's name, `bytes`, or a folder written by `save_tokenizer`.
+
+    Raises UserError if there is no such tokenizer or its files are broken."""
+    if name == "bytes":
+        return tiktoken.Encoding(
+            "bytes", pat_str=r"[\s\S]", mergeable_ranks=byte_ranks(), special_tokens={END_OF_TEXT: 256}
+        )
+    folder = Path(name)
+    if (folder / "tokenizer.tiktoken").exists():
+        return load_trained(folder)
+    if name not in tiktoken.list_encoding_names():
+        raise UserError(
+            f"tokenizer: {name!r} is neither 'bytes', nor a folder with tokenizer.tiktoken, nor one of tiktoken's; "
+            f"{did_you_mean(str(name), tiktoken.list_encoding_names())}"
+        )
+    try:
+        return tiktoken.get_encoding(name)
+    except OSError as error:  # requests' errors are OSErrors too
+        raise UserError(
+            f"tokenizer: {name} could not be downloaded ({type(error).__name__}); on a machine without a network "
+            "set TIKTOKEN_CACHE_DIR to a folder that holds it"
+        ) from None
+
+
+def byte_ranks():
+    return {bytes([value]): value for value in range(256)}
+
+
+def load_trained(folder):
+    settings = read_json(folder / "tokenizer_settings.json")
+    try:
+        ranks = {}
+        for line in (folder / "tokenizer.tiktoken").read_bytes().splitlines():
+            token, rank = line.split()
+            ranks[base64.b64decode(token)] = int(rank)
+        return tiktoken.Encoding(
+            folder.name, pat_str=settings["pattern"], mergeable_ranks=ranks, special_tokens=settings["special_tokens"]
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: broken tokenizer ({error}); train or copy it again") from None
+
+
+def fingerprint(encoding):
+    """A hash of everything that decides how text is encoded."""
+    digest = hashlib.sha256(encoding._pat_str.encode())
+    for token, rank in sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1]):
+        digest.update(token + b" %d\n" % rank)
+    digest.update(json.dumps(sorted(encoding._special_tokens.items())).encode())
+    return digest.hexdigest()[:16]
+
+
+def train_tokenizer(texts, vocab_size, special_tokens=(END_OF_TEXT,)):
+    """Learn a byte-level BPE of `vocab_size` ids, the special tokens last. Returns (ranks, special).
+
+    texts: an iterator of strings. Raises UserError if the text is too small for that many ids."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    wanted = vocab_size - len(special_tokens)
+    trainer = trainers.BpeTrainer(
+        vocab_size=wanted, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    learner.train_from_iterator(texts, trainer)
+    merges = json.loads(learner.to_str())["model"]["merges"]
+    from_unicode = {char: value for value, char in enumerate(byte_level_alphabet())}
+    ranks = byte_ranks()
+    for left, right in merges:
+        ranks.setdefault(bytes(from_unicode[char] for char in left + right), len(ranks))
+    if len(ranks) != wanted:
+        raise UserError(f"tokenizer: the text gives only {len(ranks)} of {wanted} tokens; give more text or fewer ids")
+    return ranks, {token: wanted + i for i, token in enumerate(special_tokens)}
+
+
+def byte_level_alphabet():
+    """GPT-2's printable stand-in for each of the 256 bytes, which `tokenizers` uses as well: a byte
+    that prints stands for itself, the others for the characters from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [value for value in range(256) if value not in printable]
+    stand_in = {value: chr(value) for value in printable} | {v: chr(256 + i) for i, v in enumerate(others)}
+    return [stand_in[value] for value in range(256)]
+
+
+def save_tokenizer(folder, ranks, special_tokens):
+    """Write a trained tokenizer into `folder` in tiktoken's format; load it with `load_tokenizer`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "tokenizer_settings.json", {"pattern": PATTERN, "special_tokens": special_tokens})
+    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
+    write_atomically(folder / "tokenizer.tiktoken", b"".join(lines))

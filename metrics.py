@@ -1,0 +1,110 @@
+"""What a run measures, and where the numbers go: throughput, FLOPs, memory, console and metrics.jsonl."""
+
+import json
+import resource
+from pathlib import Path
+
+import torch
+
+from config import ModelConfig
+
+# Dense peak of the tensor cores in bf16, without sparsity, in FLOP/s, from NVIDIA's data sheets. The
+# first name found in the device's name counts, so longer names come first. A device that is not here
+# gets no MFU: a wrong peak is worse than none.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "H800": 989e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "V100": 125e12,  # fp16
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device_name):
+    """Peak bf16 FLOP/s of one device, or None for one that is not in the table."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+def count_parameters(config: ModelConfig):
+    """Parameters of a GPT, from its configuration alone: (all, those that multiply activations)."""
+    c, kv = config.n_embd, config.kv_heads * (config.n_embd // config.n_head)
+    width, up = config.mlp_width, config.mlp_width * (2 if config.mlp == "swiglu" else 1)
+    matrices = c * (c + 2 * kv) + c * c + c * up + width * c
+    norm = c * (2 if config.norm == "layernorm" and config.bias else 1)
+    biases = (c + 2 * kv) + c + up + c if config.bias else 0
+    embeddings = config.vocab_size * c * (1 if config.tie_embeddings else 2)
+    if config.position == "learned":
+        embeddings += config.block_size * c
+    total = config.n_layer * (matrices + 2 * norm + biases) + norm + embeddings
+    return total, config.n_layer * matrices + config.vocab_size * c
+
+
+def flops_per_token(config: ModelConfig):
+    """Model FLOPs per training token: 6 for each parameter that multiplies an activation (2 forward, 4
+    backward), and 12 n_layer n_embd block_size for attention's two products, causality not
+    discounted (PaLM: Chowdhery et al. 2022, arXiv 2204.02311, appendix B)."""
+    return 6 * count_parameters(config)[1] + 12 * config.n_layer * config.n_embd * config.block_size
+
+
+def peak_memory_bytes():
+    """Most memory this rank has held so far: allocated on its GPU, or resident where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def duration(seconds):
+    """Seconds -> "1:02:03" or "2:03"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def console_line(line, total_steps):
+    """One logged step as a person reads it."""
+    mfu = f" | mfu {line['mfu']:.1%}" if line["mfu"] is not None else ""
+    grad_norm = "-" if line["grad_norm"] is None else f"{line['grad_norm']:.2f}"
+    return (
+        f"step {line['step']:>{len(str(total_steps))}}/{total_steps} | loss {line['loss']:.4f} | lr {line['lr']:.2e} | "
+        f"grad norm {grad_norm} | {line['tokens_per_second']:,.0f} tokens/s{mfu} | "
+        f"memory {line['peak_memory_bytes'] / 2**30:.2f} GiB | "
+        f"ETA {duration((total_steps - line['step']) * line['step_seconds'])}"
+    )
+
+
+def read_metrics(run):
+    """The lines of a run's metrics.jsonl as dictionaries. A last line cut by a crash is left out."""
+    path = Path(run) / "metrics.jsonl"
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+class MetricsLog:
+    """Writes metrics.jsonl, one object a line. A resumed run first drops the lines behind its checkpoint,
+    because it will write those steps again."""
+
+    def __init__(self, run, resumed_at):
+        self.path = Path(run) / "metrics.jsonl"
+        kept = [line for line in read_metrics(run) if line["step"] <= resumed_at] if resumed_at else []
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(self.path)
+
+    def write(self, line):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")

@@ -1,0 +1,170 @@
+"""The GPT: a decoder-only transformer, GPT-2 by default and Llama by its options.
+
+Knows nothing of engines, files or loggers. Shapes in comments: B sequences, T tokens, C = n_embd,
+H query heads and K key-value heads of D channels, V token ids.
+
+GPT-2: Radford et al. 2019, Language Models are Unsupervised Multitask Learners.
+Llama: Touvron et al. 2023, arXiv 2302.13971.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from config import ModelConfig
+
+IGNORE = -1  # a target that does not count
+
+
+def make_norm(config: ModelConfig):
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, eps=1e-5)
+    return nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+
+
+def rotary_angles(length, head_size, theta, device):
+    """Cosines and sines by which position t turns channel pair i: the angle t * theta^(-2i / D).
+
+    Returns two (length, D / 2) float32 tensors. RoFormer: Su et al. 2021, arXiv 2104.09864."""
+    wavelengths = theta ** (-torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), wavelengths)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, angles):
+    """Turn queries or keys, (B, heads, T, D), by their positions. Channel i is paired with i + D/2, as
+    in GPT-NeoX and in transformers' Llama."""
+    cos, sin = angles
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+
+
+class Attention(nn.Module):
+    """Causal self-attention. With fewer key-value heads than query heads, groups of H / K queries share
+    one (grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.n_head, self.n_kv_head = config.n_head, config.kv_heads
+        self.head_size = config.n_embd // config.n_head
+        self.dropout = config.dropout
+        kv_width = self.n_kv_head * self.head_size
+        self.qkv = nn.Linear(config.n_embd, config.n_embd + 2 * kv_width, bias=config.bias)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.proj.writes_to_residual = True
+
+    def forward(self, x, angles):
+        B, T, C = x.shape
+        heads = self.qkv(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_size).transpose(1, 2)
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)  # (B, H or K, T, D)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.n_head != self.n_kv_head,
+        )
+        y = self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two layers with GELU between (its tanh form, as GPT-2's), or SwiGLU, silu(gate) * up (Shazeer
+    2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dropout, self.swiglu = config.dropout, config.mlp == "swiglu"
+        width = config.mlp_width
+        self.up = nn.Linear(config.n_embd, 2 * width if self.swiglu else width, bias=config.bias)
+        self.down = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.down.writes_to_residual = True
+
+    def forward(self, x):
+        if self.swiglu:
+            gate, up = self.up(x).chunk(2, dim=-1)
+            x = F.silu(gate) * up
+        else:
+            x = F.gelu(self.up(x), approximate="tanh")
+        return F.dropout(self.down(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with a norm in front and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, angles=None):
+        x = x + self.attention(self.attention_norm(x), angles)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(nn.Module):
+    """tokens (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean cross-entropy in nats over
+    the targets that are not IGNORE, as a float32 scalar (0 if none counts)."""
+
+    def __init__(self, config: ModelConfig, seed=1337, activation_checkpointing=False):
+        super().__init__()
+        self.config, self.activation_checkpointing = config, activation_checkpointing
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.position == "learned":
+            self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.final_norm = make_norm(config)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.token_embedding.weight
+        # Seeded here because torch's own initial values, drawn above and thrown away, take another number
+        # of random numbers in another precision. In the constructor and through `apply`, module by module:
+        # where the weights are sharded as they are made (ZeRO-3), only this reaches whole matrices.
+        torch.manual_seed(seed)
+        self.apply(self.init_weights)
+
+    @torch.no_grad()
+    def init_weights(self, module):
+        """Normal weights and zero biases; matrices that write to the residual stream start smaller by
+        sqrt(2 n_layer), the number of terms of that sum (GPT-2, section 2.3)."""
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            return
+        if getattr(module, "bias", None) is not None:
+            module.bias.zero_()
+        if module is self.head and self.config.tie_embeddings:
+            return  # the embedding's own turn has set it
+        std = self.config.init_std
+        if getattr(module, "writes_to_residual", False):
+            std /= math.sqrt(2 * self.config.n_layer)
+        # drawn in float32 whatever the weights' precision, so that bf16 starts from the same, rounded
+        weight = module.weight
+        weight.copy_(torch.randn(weight.shape, dtype=torch.float32, device=weight.device) * std)
+
+    def forward(self, tokens, targets=None):
+        config, T = self.config, tokens.shape[1]
+        if config.block_size < T:
+            raise ValueError(f"{T} tokens are more than the model's block_size {config.block_size}")
+        x, angles = self.token_embedding(tokens), None  # (B, T, C)
+        if config.position == "learned":
+            x = x + self.position_embedding(torch.arange(T, device=tokens.device))
+        else:
+            angles = rotary_angles(T, config.n_embd // config.n_head, config.rotary_theta, tokens.device)
+        x = F.dropout(x, config.dropout, self.training)
+        for block in self.blocks:
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, angles, use_reentrant=False)
+            else:
+                x = block(x, angles)
+        logits = self.head(self.final_norm(x))
+        if targets is None:
+            return logits
+        total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        return total / (targets != IGNORE).sum().clamp(min=1)

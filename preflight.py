@@ -1,0 +1,48 @@
+"""What `make` needs of this machine, looked at before anything is installed: one line if it is missing.
+
+Runs on any Python 3, so nothing newer than Python 3.5 here.
+"""
+
+import os
+import shutil
+import sys
+
+GIB = 1024**3
+
+
+def problems():
+    """Yield one line for each thing that is missing: what was found, what is needed, the remedy."""
+    version = "{}.{}".format(*sys.version_info[:2])
+    if not (3, 10) <= sys.version_info[:2] <= (3, 13):
+        yield "Python {} found, 3.10 to 3.13 needed: install one and call make PYTHON=python3.12".format(version)
+    try:
+        import ensurepip  # noqa: F401
+        import venv  # noqa: F401
+    except ImportError:
+        yield "Python {0} has no venv: install it (Debian, Ubuntu: apt install python{0}-venv)".format(version)
+    if not sys.platform.startswith("linux"):
+        yield "{} found, Linux needed: on Windows use WSL 2, elsewhere a container".format(sys.platform)
+        return
+    # With an NVIDIA driver pip takes torch's CUDA packages, which are several times larger.
+    needed = 12 if os.path.exists("/proc/driver/nvidia") else 4
+    free = shutil.disk_usage(".").free / GIB
+    if free < needed:
+        yield "{:.1f} GiB of disk free here, about {} needed: make room or move the folder".format(free, needed)
+    with open("/proc/meminfo") as file:
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in file}
+    available = kib["MemAvailable"] / 1024**2
+    if available < 3:
+        yield "{:.1f} GiB of memory available, about 3 needed: end other programs".format(available)
+
+
+def main():
+    found = list(problems())
+    for line in found:
+        sys.stderr.write("minZeRO: " + line + "\n")
+    if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+        sys.stderr.write("minZeRO: no C++ compiler found: not needed on CPU; CPU offload on a GPU machine needs g++\n")
+    return 2 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

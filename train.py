@@ -1,0 +1,309 @@
+"""Train a GPT with DeepSpeed.
+
+    deepspeed --num_gpus 8 train.py                                   # configs/1p5b.json
+    deepspeed --num_gpus 8 train.py configs/13b.json --train.lr 1e-4  # any key can be overridden
+    deepspeed --num_gpus 2 train.py configs/tiny.json                 # no GPU: two CPU processes
+
+Read it from top to bottom: learning rate, evaluation, set-up, loop. `train.py --help` lists every key.
+"""
+
+import math
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for, so that DeepSpeed does not warn about it
+import deepspeed
+from deepspeed import comm
+
+import checkpoint
+import metrics
+from config import ROOT, UserError, deepspeed_config, gradient_accumulation, load_config, run_command
+from data import order
+from data.shards import TokenStream, write_json
+from model import GPT, IGNORE
+
+
+def learning_rate(train, tokens):
+    """The rate of the step that ends at `tokens`: linear warm-up, then the schedule from the peak down to
+    min_lr_ratio of it at max_tokens. Counted in tokens, so it means the same on any number of GPUs
+    (GPT-3: Brown et al. 2020, arXiv 2005.14165, appendix B)."""
+    if tokens < train.warmup_tokens:
+        return train.lr * tokens / train.warmup_tokens
+    progress = min(1.0, (tokens - train.warmup_tokens) / max(1, train.max_tokens - train.warmup_tokens))
+    fall = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
+    return train.lr * (train.min_lr_ratio + (1 - train.min_lr_ratio) * fall[train.schedule])
+
+
+def parameter_groups(model, weight_decay):
+    """Decay matrices and embeddings; spare biases and the weights of norms, which are vectors. Under
+    ZeRO-3 a parameter here is an empty stand-in whose true shape is ds_shape."""
+    decayed, spared = [], []
+    for parameter in model.parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        (decayed if len(shape) >= 2 else spared).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+
+
+def to_device(arrays, device):
+    """NumPy batches -> tensors on the device; the copy to a GPU overlaps with its work."""
+    tensors = [torch.from_numpy(array) for array in arrays]
+    if device.type == "cuda":
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    return [tensor.to(device, non_blocking=True) for tensor in tensors]
+
+
+@torch.no_grad()
+def evaluate(model, stream, wanted_tokens, micro_batch_size, device, rank=0, world_size=1):
+    """Mean cross-entropy in nats per token, over validation windows that are the same at every call and on
+    any number of ranks. Every rank makes equally many forward passes, so none waits for ever: what a rank
+    has too few of is filled with windows that do not count."""
+    windows = order.validation_windows(stream.windows, wanted_tokens // stream.block_size)
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, number of targets
+    model.eval()
+    for first in range(0, len(windows), micro_batch_size * world_size):
+        mine = windows[first + rank * micro_batch_size :][:micro_batch_size]
+        filled = list(mine) + [windows[0]] * (micro_batch_size - len(mine))
+        tokens, targets = to_device(stream.batch(filled), device)
+        targets[len(mine) :] = IGNORE
+        count = len(mine) * stream.block_size
+        totals += torch.stack((model(tokens, targets).double() * count, totals.new_tensor(count)))
+    model.train()
+    if world_size > 1:
+        comm.all_reduce(totals)
+    return (totals[0] / totals[1]).item()
+
+
+def set_up_distributed(verbose):
+    """Join the process group of the launcher, or be a group of one when started as `python train.py`."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    deepspeed.utils.logger.setLevel("INFO" if verbose else "ERROR")
+    if not verbose:
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed calls old names
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_SIZE", 1))))
+        # DeepSpeed's shared-memory all-reduce is compiled for a minute at first use and needs a C++ compiler.
+        # ZeRO-3 gathers and scatters, which it does not speed up: plain gloo is as fast here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=verbose)
+    return device, comm.get_rank(), comm.get_world_size()
+
+
+def resolve_precision(precision, device):
+    if precision != "auto":
+        return precision
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def versions():
+    """What made this run, for its config.json."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "git": commit,
+        "device": device,
+    }
+
+
+def main(config):
+    """Train as `config` says, from the beginning or from the run's newest checkpoint. Returns the last
+    validation loss. Raises UserError on anything the user can mend, before anything is written."""
+    train = config.train
+    device, rank, world_size = set_up_distributed(train.verbose)
+    say = print if rank == 0 else lambda *_, **__: None
+
+    # ---- data: train_stream.batch(windows) gives inputs and targets, both (micro_batch_size, block_size)
+    train_stream = TokenStream(config.data.path, "train", config.model.block_size)
+    val_stream = TokenStream(config.data.path, "val", config.model.block_size)
+    if train_stream.meta and train_stream.meta["vocab_size"] > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {config.model.vocab_size}, but {config.data.path} has token ids up to "
+            f"{train_stream.meta['vocab_size'] - 1}; set it to at least {train_stream.meta['vocab_size']}"
+        )
+
+    # ---- batch arithmetic: tokens a step = micro_batch_size x block_size x ranks x accumulation
+    accumulation = gradient_accumulation(config, world_size)
+    total_steps = train.max_tokens // train.global_batch_tokens
+    precision = resolve_precision(train.precision, device)
+    ds_config = deepspeed_config(config, world_size, precision, on_gpu=device.type == "cuda")
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+
+    # ---- where to start
+    run = Path(train.out_dir)
+    if train.resume == "auto":
+        resume_from = checkpoint.find(run)
+    elif train.resume == "never":
+        resume_from = None
+        if checkpoint.find(run):
+            raise UserError(f"train.out_dir: {run} already holds a run; choose another, or drop --train.resume never")
+    else:
+        resume_from = checkpoint.find(train.resume)
+        if resume_from is None:
+            raise UserError(f"train.resume: {train.resume} holds no complete checkpoint; expected auto, never or one")
+    state = {"step": 0, "best_val_loss": None}
+    if resume_from:
+        state = checkpoint.read_state(resume_from)
+        checkpoint.check_same_run(resume_from, state, config, world_size)
+    first_step, best_val_loss = state["step"], state["best_val_loss"]
+    if first_step >= total_steps:
+        say(f"{run} is complete: {first_step} of {total_steps} steps; raise train.max_tokens to train it longer")
+
+    # ---- model and optimizer. Under ZeRO-3 each matrix is sharded as soon as it is made, so that no rank
+    # ever holds the whole model; the weights are the same whatever the stage and the number of ranks.
+    with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage == 3), device:
+        model = GPT(config.model, train.seed, train.activation_checkpointing)
+    groups = parameter_groups(model, train.weight_decay)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
+    torch.manual_seed(train.seed + 1 + rank)  # each rank drops other activations
+    if resume_from:
+        checkpoint.load(engine, resume_from)
+        say(f"continuing from {resume_from}: step {first_step}, {first_step * train.global_batch_tokens:,} tokens")
+
+    # ---- what is logged, and what a checkpoint records
+    made_with = versions()
+    record = {"config": config.to_dict(), "versions": made_with, "world_size": world_size, "precision": precision}
+    parameters, _ = metrics.count_parameters(config.model)
+    flops = metrics.flops_per_token(config.model)
+    peak = metrics.peak_flops(made_with["device"]) if device.type == "cuda" else None
+    log = None
+    if rank == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / "config.json", config.to_dict() | {key: record[key] for key in record if key != "config"})
+        log = metrics.MetricsLog(run, first_step)
+    say(
+        f"{parameters:,} parameters, {precision}, ZeRO-{stage} on {world_size} x {made_with['device']}\n"
+        f"{train.global_batch_tokens:,} tokens a step = {world_size} ranks x {accumulation} micro-batches x "
+        f"{train.micro_batch_size} sequences x {config.model.block_size}; {total_steps:,} steps; run in {run}"
+    )
+
+    # ---- the loop: `step` is the number of optimizer steps done, which is all a run needs to go on
+    val_loss, timed_from, timed_steps = None, time.perf_counter(), 0
+    for step in range(first_step + 1, total_steps + 1):
+        tokens_seen = step * train.global_batch_tokens
+        lr = learning_rate(train, tokens_seen)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+
+        # forward and backward: DeepSpeed averages the gradient over micro-batches and ranks, and steps
+        # behind the last micro-batch
+        loss = torch.zeros((), device=device)
+        for micro_step in range(accumulation):
+            samples = order.sample_numbers(step - 1, micro_step, rank, world_size, train.micro_batch_size, accumulation)
+            windows = order.windows_of(samples, train_stream.windows, train.seed)
+            micro_loss = engine(*to_device(train_stream.batch(windows), device))
+            engine.backward(micro_loss)
+            loss += micro_loss.detach() / accumulation
+            if stage == 0 and micro_step == accumulation - 1:
+                grad_norm = gradient_norm(engine)
+            engine.step()
+        if stage:
+            grad_norm = engine.get_global_grad_norm()
+        timed_steps += 1
+
+        if step % train.log_every == 0 or step == 1 or step == total_steps:
+            comm.all_reduce(loss)
+            memory = torch.tensor(metrics.peak_memory_bytes(), device=device)
+            comm.all_reduce(memory, op=comm.ReduceOp.MAX)
+            loss = loss.item() / world_size  # waits for the device, so the time below is the true one
+            step_seconds = (time.perf_counter() - timed_from) / timed_steps
+            tokens_per_second = train.global_batch_tokens / step_seconds
+            tflops = tokens_per_second * flops / world_size / 1e12
+            line = {
+                "step": step,
+                "tokens": tokens_seen,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": None if grad_norm is None else float(grad_norm),
+                "tokens_per_second": tokens_per_second,
+                "step_seconds": step_seconds,
+                "tflops": tflops,
+                "mfu": tflops * 1e12 / peak if peak else None,
+                "peak_memory_bytes": memory.item(),
+            }
+            if rank == 0:
+                log.write(line)
+            say(metrics.console_line(line, total_steps), flush=True)
+            timed_from, timed_steps = time.perf_counter(), 0
+
+        last = step == total_steps
+        evaluate_now = last or (train.eval_every and step % train.eval_every == 0)
+        save_now = last or (train.save_every and step % train.save_every == 0)
+        best_now = False
+        paused_at = time.perf_counter()
+        if evaluate_now:
+            val_loss = evaluate(engine, val_stream, train.eval_tokens, train.micro_batch_size, device, rank, world_size)
+            best_now = best_val_loss is None or val_loss < best_val_loss
+            best_val_loss = val_loss if best_now else best_val_loss
+            say(f"step {step}: validation loss {val_loss:.4f}{', the best so far' if best_now else ''}", flush=True)
+            if rank == 0:
+                log.write({"step": step, "tokens": tokens_seen, "val_loss": val_loss})
+                import plot  # matplotlib takes a second to import, and only rank 0 draws
+
+                plot.plot_loss([run], run / "loss.png")
+        if save_now or (best_now and train.save_best):
+            state = record | {"step": step, "tokens": tokens_seen, "best_val_loss": best_val_loss}
+            checkpoint.save(engine, run / "checkpoints", state, best_now, train.keep_checkpoints)
+        timed_from += time.perf_counter() - paused_at  # neither is part of a step
+
+    # gloo aborts at exit if a peer still talks: all meet here, then take the group down
+    comm.barrier()
+    comm.destroy_process_group()
+    return val_loss
+
+
+def gradient_norm(engine):
+    """Global gradient norm at stage 0 in fp32, where DeepSpeed keeps none."""
+    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+
+
+def command(arguments):
+    """main from the command line. Ctrl-C, the launcher's SIGTERM and a lost rank end in one line each."""
+    config = load_config(arguments)
+    rank = os.environ.get("RANK", "0")
+
+    def stop(signal_number, frame):
+        raise KeyboardInterrupt(signal.Signals(signal_number).name)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        main(config)
+        return
+    except KeyboardInterrupt as interrupt:
+        reason, code = f"stopped by {interrupt or 'Ctrl-C'}", 130
+    except RuntimeError as error:  # torch's DistBackendError, which NCCL raises, is one as well
+        if not any(word in str(error) for word in ("gloo", "Connection closed", "NCCL", "onnection reset")):
+            raise
+        reason, code = f"lost contact with another rank ({str(error).splitlines()[0]})", 1
+    found = checkpoint.find(config.train.out_dir)
+    remedy = f"the same command continues from {found}" if found else "no checkpoint was saved yet"
+    print(f"train.py: rank {rank} {reason}; {remedy}", file=sys.stderr, flush=True)
+    os._exit(code)  # the usual exit would wait for the ranks that are gone
+
+
+if __name__ == "__main__":
+    run_command(command)
