@@ -73,10 +73,10 @@ def duration(seconds):
 def console_line(line, total_steps):
     """One logged step as a person reads it."""
     mfu = f" | mfu {line['mfu']:.1%}" if line["mfu"] is not None else ""
-    grad_norm = "-" if line["grad_norm"] is None else f"{line['grad_norm']:.2f}"
+
     return (
         f"step {line['step']:>{len(str(total_steps))}}/{total_steps} | loss {line['loss']:.4f} | lr {line['lr']:.2e} | "
-        f"grad norm {grad_norm} | {line['tokens_per_second']:,.0f} tokens/s{mfu} | "
+        f"grad norm {line['grad_norm']:.2f} | {line['tokens_per_second']:,.0f} tokens/s{mfu} | "
         f"memory {line['peak_memory_bytes'] / 2**30:.2f} GiB | "
         f"ETA {duration((total_steps - line['step']) * line['step_seconds'])}"
     )

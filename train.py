@@ -83,8 +83,9 @@ def evaluate(model, stream, wanted_tokens, micro_batch_size, device, rank=0, wor
     return (totals[0] / totals[1]).item()
 
 
-def set_up_distributed(verbose):
-    """Join the process group of the launcher, or be a group of one when started as `python train.py`."""
+def find_place(verbose):
+    """(device, rank, number of ranks) of this process, from what the launcher put into the environment; a
+    process started as `python train.py` is a group of one. Starts no communication yet."""
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("localhost", 0))
@@ -104,8 +105,7 @@ def set_up_distributed(verbose):
         # DeepSpeed's shared-memory all-reduce is compiled for a minute at first use and needs a C++ compiler.
         # ZeRO-3 gathers and scatters, which it does not speed up: plain gloo is as fast here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=verbose)
-    return device, comm.get_rank(), comm.get_world_size()
+    return device, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def resolve_precision(precision, device):
@@ -130,11 +130,39 @@ def versions():
     }
 
 
+def where_to_start(config, world_size):
+    """The checkpoint to continue from, or None, and its state. Raises UserError if the run folder holds
+    what this run must not continue or overwrite."""
+    run, resume = Path(config.train.out_dir), config.train.resume
+    found = checkpoint.find(run if resume in ("auto", "never") else resume)
+    if resume == "never" and found:
+        raise UserError(f"train.out_dir: {run} already holds a run; choose another, or drop --train.resume never")
+    if found is None:
+        if resume not in ("auto", "never"):
+            raise UserError(f"train.resume: {resume} holds no complete checkpoint; expected auto, never or one's path")
+        return None, {"step": 0, "best_val_loss": None}
+    state = checkpoint.read_state(found)
+    checkpoint.check_same_run(found, state, config, world_size)
+    return found, state
+
+
+def build_engine(config, ds_config, device):
+    """The model and its optimizer, in DeepSpeed's hands. Under ZeRO-3 each matrix is sharded as soon as it
+    is made, so that no rank ever holds the whole model. The weights are the same bit for bit whatever the
+    stage and the number of ranks."""
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage == 3), device:
+        model = GPT(config.model, config.train.seed, config.train.activation_checkpointing)
+    groups = parameter_groups(model, config.train.weight_decay)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
+    return engine
+
+
 def main(config):
     """Train as `config` says, from the beginning or from the run's newest checkpoint. Returns the last
-    validation loss. Raises UserError on anything the user can mend, before anything is written."""
+    validation loss. Raises UserError for what the user can mend, before anything is started or written."""
     train = config.train
-    device, rank, world_size = set_up_distributed(train.verbose)
+    device, rank, world_size = find_place(train.verbose)
     say = print if rank == 0 else lambda *_, **__: None
 
     # ---- data: train_stream.batch(windows) gives inputs and targets, both (micro_batch_size, block_size)
@@ -151,34 +179,18 @@ def main(config):
     total_steps = train.max_tokens // train.global_batch_tokens
     precision = resolve_precision(train.precision, device)
     ds_config = deepspeed_config(config, world_size, precision, on_gpu=device.type == "cuda")
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
 
-    # ---- where to start
+    # ---- model and optimizer, new or from a checkpoint
     run = Path(train.out_dir)
-    if train.resume == "auto":
-        resume_from = checkpoint.find(run)
-    elif train.resume == "never":
-        resume_from = None
-        if checkpoint.find(run):
-            raise UserError(f"train.out_dir: {run} already holds a run; choose another, or drop --train.resume never")
-    else:
-        resume_from = checkpoint.find(train.resume)
-        if resume_from is None:
-            raise UserError(f"train.resume: {train.resume} holds no complete checkpoint; expected auto, never or one")
-    state = {"step": 0, "best_val_loss": None}
-    if resume_from:
-        state = checkpoint.read_state(resume_from)
-        checkpoint.check_same_run(resume_from, state, config, world_size)
+    resume_from, state = where_to_start(config, world_size)
     first_step, best_val_loss = state["step"], state["best_val_loss"]
     if first_step >= total_steps:
         say(f"{run} is complete: {first_step} of {total_steps} steps; raise train.max_tokens to train it longer")
-
-    # ---- model and optimizer. Under ZeRO-3 each matrix is sharded as soon as it is made, so that no rank
-    # ever holds the whole model; the weights are the same whatever the stage and the number of ranks.
-    with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage == 3), device:
-        model = GPT(config.model, train.seed, train.activation_checkpointing)
-    groups = parameter_groups(model, train.weight_decay)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
+        return best_val_loss
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=train.verbose)
+    engine = build_engine(config, ds_config, device)
+    stage = engine.zero_optimization_stage()
+    plain = stage == 0 and precision == "fp32"  # the one case in which DeepSpeed keeps no gradient norm
     torch.manual_seed(train.seed + 1 + rank)  # each rank drops other activations
     if resume_from:
         checkpoint.load(engine, resume_from)
@@ -218,10 +230,10 @@ def main(config):
             micro_loss = engine(*to_device(train_stream.batch(windows), device))
             engine.backward(micro_loss)
             loss += micro_loss.detach() / accumulation
-            if stage == 0 and micro_step == accumulation - 1:
-                grad_norm = gradient_norm(engine)
+            if plain and micro_step == accumulation - 1:  # before the step clips the gradients and drops them
+                grad_norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters()])
             engine.step()
-        if stage:
+        if not plain:
             grad_norm = engine.get_global_grad_norm()
         timed_steps += 1
 
@@ -238,7 +250,7 @@ def main(config):
                 "tokens": tokens_seen,
                 "loss": loss,
                 "lr": lr,
-                "grad_norm": None if grad_norm is None else float(grad_norm),
+                "grad_norm": float(grad_norm),
                 "tokens_per_second": tokens_per_second,
                 "step_seconds": step_seconds,
                 "tflops": tflops,
@@ -270,15 +282,7 @@ def main(config):
             checkpoint.save(engine, run / "checkpoints", state, best_now, train.keep_checkpoints)
         timed_from += time.perf_counter() - paused_at  # neither is part of a step
 
-    # gloo aborts at exit if a peer still talks: all meet here, then take the group down
-    comm.barrier()
-    comm.destroy_process_group()
     return val_loss
-
-
-def gradient_norm(engine):
-    """Global gradient norm at stage 0 in fp32, where DeepSpeed keeps none."""
-    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 
 
 def command(arguments):
@@ -292,6 +296,9 @@ def command(arguments):
     signal.signal(signal.SIGTERM, stop)
     try:
         main(config)
+        if comm.is_initialized():
+            comm.barrier()  # gloo aborts at exit if a peer still talks
+            comm.destroy_process_group()
         return
     except KeyboardInterrupt as interrupt:
         reason, code = f"stopped by {interrupt or 'Ctrl-C'}", 130
