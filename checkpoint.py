@@ -7,13 +7,13 @@ All ranks write into step_00001000.tmp; behind a barrier, rank 0 adds state.json
 file and renames the folder. A folder that has its final name is therefore complete.
 """
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
 
 import torch
-from deepspeed import comm
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch import distributed
 
 from config import Config, UserError, build, read_json
 from data.shards import write_atomically, write_json
@@ -31,16 +31,16 @@ def save(engine, folder, state, best, keep):
 
     state: what state.json records besides the list of files, `step` among it. best: also mark this
     checkpoint as the best. keep: how many of the newest stay on the disk."""
-    folder, name, rank = Path(folder), name_of(state["step"]), comm.get_rank()
+    folder, name, rank = Path(folder), name_of(state["step"]), distributed.get_rank()
     temporary = folder / f"{name}.tmp"
     if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(folder / name, ignore_errors=True)
         temporary.mkdir(parents=True)
-    comm.barrier()
+    distributed.barrier()
     engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
     torch.save(random_state(), temporary / f"random_state_{rank}.pt")
-    comm.barrier()
+    distributed.barrier()
     if rank == 0:
         files = {str(p.relative_to(temporary)): p.stat().st_size for p in temporary.rglob("*") if p.is_file()}
         write_json(temporary / "state.json", state | {"files": files})
@@ -49,7 +49,7 @@ def save(engine, folder, state, best, keep):
         if best:
             write_atomically(folder / "best", name.encode())
         prune(folder, keep)
-    comm.barrier()
+    distributed.barrier()
 
 
 def prune(folder, keep):
@@ -106,9 +106,9 @@ def read_state(path):
 # -- loading -------------------------------------------------------------------------------------
 
 
-def load(engine, path, state):
+def load(engine, path):
     """Restore weights, optimizer and random state of a checkpoint into `engine`, bit for bit."""
-    path, rank = Path(path), comm.get_rank()
+    path, rank = Path(path), distributed.get_rank()
     loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:
         raise UserError(f"{path}: DeepSpeed could not load it; use an older checkpoint")
@@ -118,20 +118,29 @@ def load(engine, path, state):
         torch.cuda.set_rng_state(cuda_state, device)
 
 
-def check_same_run(path, state, config, world_size):
-    """Refuse to continue a run as a different one. Raises UserError with what differs."""
-    saved = state["config"]
-    pairs = [(f"model.{k}", saved["model"].get(k), v) for k, v in config.to_dict()["model"].items()]
-    for section, name in (("data", "path"), ("train", "seed"), ("train", "global_batch_tokens")):
-        pairs.append((f"{section}.{name}", saved[section].get(name), getattr(getattr(config, section), name)))
-    stages = [c["deepspeed"].get("zero_optimization", {}).get("stage", 0) for c in (saved, config.to_dict())]
-    pairs += [("deepspeed.zero_optimization.stage", *stages), ("number of ranks", state["world_size"], world_size)]
+def refuse_if_different(path, pairs):
     different = [f"{name} {was!r} -> {now!r}" for name, was, now in pairs if was != now]
     if different:
         raise UserError(
             f"{path}: was saved with other settings: {'; '.join(different)}; "
             "set them back, or start another run with --train.out_dir"
         )
+
+
+def check_same_run(path, state, config):
+    """Refuse to continue a run as a different one. Raises UserError with what differs."""
+    saved, now = state["config"], config.to_dict()
+    pairs = [(f"model.{name}", saved["model"].get(name), value) for name, value in now["model"].items()]
+    for section, name in (("data", "path"), ("train", "seed"), ("train", "global_batch_tokens")):
+        pairs.append((f"{section}.{name}", saved[section].get(name), now[section][name]))
+    refuse_if_different(path, pairs)
+
+
+def check_same_ranks(path, state, world_size, stage):
+    """Refuse to load a checkpoint into another number of ranks or another ZeRO stage. Raises UserError."""
+    saved_stage = state["config"]["deepspeed"].get("zero_optimization", {}).get("stage", 0)
+    pairs = [("number of ranks", state["world_size"], world_size)]
+    refuse_if_different(path, [*pairs, ("deepspeed.zero_optimization.stage", saved_stage, stage)])
 
 
 def load_weights(path):
@@ -143,5 +152,10 @@ def load_weights(path):
     if state["config"]["deepspeed"].get("zero_optimization", {}).get("stage", 0) == 0:
         weights = torch.load(path / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
     else:
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name)
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for, so that DeepSpeed does not warn about it
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name)
     return config, {name: weight.float() for name, weight in weights.items()}

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import os
+import signal
 import sys
 import time
 import types
@@ -209,6 +210,8 @@ def build(values, source):
             for name in content:
                 if name in OURS:
                     raise UserError(f"{source}: deepspeed.{name} follows from {OURS[name]}; set that and remove this")
+                if name in ("bf16", "fp16") and "enabled" in (content[name] if isinstance(content[name], dict) else ()):
+                    raise UserError(f"{source}: deepspeed.{name}.enabled follows from train.precision; set that")
             config.deepspeed = content
             continue
         fields = {f.name: f for f in dataclasses.fields(SECTIONS[section])}
@@ -219,8 +222,11 @@ def build(values, source):
             setattr(
                 getattr(config, section), name, convert(where, value, fields[name].type, dict(fields[name].metadata))
             )
-    config.model.check()
-    config.train.check()
+    try:
+        config.model.check()
+        config.train.check()
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
     return config
 
 
@@ -374,6 +380,7 @@ def run_command(function, arguments=None):
         function(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         if int(os.environ.get("RANK", 0)) != 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(30)
         else:
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)

@@ -144,9 +144,8 @@ class GPT(nn.Module):
         std = self.config.init_std
         if getattr(module, "writes_to_residual", False):
             std /= math.sqrt(2 * self.config.n_layer)
-        # drawn in float32 whatever the weights' precision, so that bf16 starts from the same, rounded
-        weight = module.weight
-        weight.copy_(torch.randn(weight.shape, dtype=torch.float32, device=weight.device) * std)
+        # drawn in float32 whatever the weight's type, so that bf16 starts from the same values, rounded
+        module.weight.copy_(module.weight.float().normal_(std=std))
 
     def forward(self, tokens, targets=None):
         config, T = self.config, tokens.shape[1]

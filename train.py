@@ -74,6 +74,7 @@ def evaluate(model, stream, wanted_tokens, micro_batch_size, device, rank=0, wor
         mine = windows[first + rank * micro_batch_size :][:micro_batch_size]
         filled = list(mine) + [windows[0]] * (micro_batch_size - len(mine))
         tokens, targets = to_device(stream.batch(filled), device)
+        targets = targets.clone()  # inputs and targets are two views of the same windows
         targets[len(mine) :] = IGNORE
         count = len(mine) * stream.block_size
         totals += torch.stack((model(tokens, targets).double() * count, totals.new_tensor(count)))
@@ -100,8 +101,9 @@ def find_place(verbose):
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_SIZE", 1))))
+        if "OMP_NUM_THREADS" not in os.environ:  # else every rank takes all cores
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_SIZE", 1))))
         # DeepSpeed's shared-memory all-reduce is compiled for a minute at first use and needs a C++ compiler.
         # ZeRO-3 gathers and scatters, which it does not speed up: plain gloo is as fast here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -130,7 +132,7 @@ def versions():
     }
 
 
-def where_to_start(config, world_size):
+def where_to_start(config):
     """The checkpoint to continue from, or None, and its state. Raises UserError if the run folder holds
     what this run must not continue or overwrite."""
     run, resume = Path(config.train.out_dir), config.train.resume
@@ -142,7 +144,7 @@ def where_to_start(config, world_size):
             raise UserError(f"train.resume: {resume} holds no complete checkpoint; expected auto, never or one's path")
         return None, {"step": 0, "best_val_loss": None}
     state = checkpoint.read_state(found)
-    checkpoint.check_same_run(found, state, config, world_size)
+    checkpoint.check_same_run(found, state, config)
     return found, state
 
 
@@ -182,14 +184,16 @@ def main(config):
 
     # ---- model and optimizer, new or from a checkpoint
     run = Path(train.out_dir)
-    resume_from, state = where_to_start(config, world_size)
+    resume_from, state = where_to_start(config)
     first_step, best_val_loss = state["step"], state["best_val_loss"]
     if first_step >= total_steps:
         say(f"{run} is complete: {first_step} of {total_steps} steps; raise train.max_tokens to train it longer")
         return best_val_loss
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    if resume_from:
+        checkpoint.check_same_ranks(resume_from, state, world_size, stage)
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=train.verbose)
     engine = build_engine(config, ds_config, device)
-    stage = engine.zero_optimization_stage()
     plain = stage == 0 and precision == "fp32"  # the one case in which DeepSpeed keeps no gradient norm
     torch.manual_seed(train.seed + 1 + rank)  # each rank drops other activations
     if resume_from:

@@ -1,0 +1,124 @@
+"""The commands of README as a user types them, in processes of their own."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import psutil
+import pytest
+
+from metrics import read_metrics
+from tests.conftest import ROOT, deepspeed_command, run
+
+TINY = ["train.py", "configs/tiny.json"]
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """A short run of the tiny config on the standard library, by the launcher on two CPU processes."""
+    assert (ROOT / "data/stdlib/meta.json").exists(), "make test prepares it"
+    out = tmp_path_factory.mktemp("launch") / "tiny"
+    done = run(deepspeed_command(*TINY, "--train.max_tokens", "100000", "--train.out_dir", out, port=29621))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return out, done
+
+
+def test_a_run_leaves_what_it_promises(tiny_run):
+    out, _ = tiny_run
+    config = json.loads((out / "config.json").read_text())
+    assert config["train"]["max_tokens"] == 100000 and config["world_size"] == 2
+    assert config["versions"].keys() >= {"torch", "deepspeed", "git"}
+    steps = [line for line in read_metrics(out) if "loss" in line]
+    wanted = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "step_seconds", "tflops", "mfu"}
+    assert all(line.keys() >= wanted | {"peak_memory_bytes"} for line in steps)
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1 and steps[-1]["mfu"] is None
+    assert any("val_loss" in line for line in read_metrics(out))
+    assert (out / "loss.png").stat().st_size > 5000
+    checkpoints = out / "checkpoints"
+    latest = (checkpoints / "latest").read_text()
+    assert json.loads((checkpoints / latest / "state.json").read_text())["step"] == steps[-1]["step"]
+    assert (checkpoints / "best").exists() and not list(checkpoints.glob("*.tmp"))
+
+
+def test_the_console_is_quiet_but_for_the_run(tiny_run):
+    _, done = tiny_run
+    for noise in ("Warning", "WARNING", "INFO", "Traceback"):
+        assert noise not in done.stdout + done.stderr, (done.stdout + done.stderr)[:3000]
+    assert "| loss " in done.stdout and "ETA" in done.stdout and "validation loss" in done.stdout
+
+
+def test_eval_and_sample_read_the_run(tiny_run):
+    out, _ = tiny_run
+    done = run([sys.executable, "eval.py", out, "--gzip", "--json"])
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    meta = json.loads((ROOT / "data/stdlib/meta.json").read_text())["splits"]["val"]
+    assert result["tokens"] == meta["tokens"] - 1
+    assert result["bits_per_byte"] == pytest.approx(
+        result["val_loss"] * result["tokens"] / 0.6931471805599453 / meta["bytes"]
+    )
+    assert 1.5 < result["gzip_bits_per_byte"] < result["gzip_one_by_one_bits_per_byte"] < 3
+    texts = [run([sys.executable, "sample.py", out, "--prompt", "import ", "--tokens", "30"]) for _ in range(2)]
+    assert texts[0].returncode == 0 and texts[0].stdout.startswith("import ") and len(texts[0].stdout) > 20
+    assert texts[0].stdout == texts[1].stdout, "the seed decides"
+
+
+def test_a_finished_run_is_left_alone_and_never_refuses_it(tiny_run):
+    out, _ = tiny_run
+    before = (out / "metrics.jsonl").read_bytes()
+    again = [sys.executable, *TINY, "--train.max_tokens", "100000", "--train.out_dir", out]
+    done = run([*again])
+    assert done.returncode == 0 and "is complete" in done.stdout
+    done = run([*again, "--train.resume", "never"])
+    assert done.returncode == 2 and "already holds a run" in done.stderr and "Traceback" not in done.stderr
+    done = run([*again, "--train.max_tokens", "200000"])
+    assert done.returncode == 2 and "number of ranks 2 -> 1" in done.stderr and "Traceback" not in done.stderr
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_mistake_ends_all_ranks_with_one_line_and_code_2():
+    done = run(deepspeed_command(*TINY, "--train.micro_batch_size", "7", port=29622))
+    assert done.returncode == 2
+    assert done.stderr.count("error:") == 1 and "micro_batch_size" in done.stderr and "Traceback" not in done.stderr
+
+
+def ranks_of(process):
+    """The processes of the ranks below a launcher, by rank."""
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        line = child.cmdline()
+        if "train.py" in line and "deepspeed.launcher.launch" not in line:
+            found[next(word for word in line if word.startswith("--local_rank"))[-1]] = child
+    return found
+
+
+def wait_for_step(process, word="| loss "):
+    for line in process.stdout:
+        if word in line:
+            return
+    raise AssertionError("the run ended before its first step")
+
+
+@pytest.mark.parametrize("killed", ["Ctrl-C", "rank 0", "rank 1"])
+def test_a_run_that_loses_a_rank_or_is_interrupted_ends_within_30_seconds(killed, start, tmp_path):
+    process = start(deepspeed_command(*TINY, "--train.out_dir", tmp_path / "run", "--train.log_every", 1, port=29623))
+    wait_for_step(process)
+    ranks = ranks_of(process)
+    assert len(ranks) == 2
+    began = time.time()
+    if killed == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+    else:
+        ranks[killed[-1]].kill()
+    rest = process.communicate(timeout=60)[0]
+    while any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks.values()):
+        assert time.time() - began < 30
+        time.sleep(0.1)
+    assert time.time() - began < 30 and process.returncode != 0
+    said = [line for line in rest.splitlines() if line.startswith("train.py: rank")]
+    expected = ("stopped by",) if killed == "Ctrl-C" else ("lost contact with another rank", "stopped by SIGTERM")
+    assert said and all(
+        any(word in line for word in ([expected] if isinstance(expected, str) else expected)) for line in said
+    ), rest

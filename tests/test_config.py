@@ -1,0 +1,123 @@
+import json
+
+import pytest
+
+import config
+from config import UserError, build, command_line_values, deepspeed_config, gradient_accumulation, load_config
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def test_every_config_in_the_repository_loads():
+    for path in (config.ROOT / "configs").glob("*.json"):
+        loaded = load_config([str(path)])
+        assert loaded.train.out_dir == f"out/{path.stem}"
+        assert gradient_accumulation(loaded, 1) >= 1
+
+
+def test_overrides_reach_every_section(tmp_path):
+    path = write(tmp_path / "a.json", {"train": {"lr": 1e-3}, "deepspeed": {"zero_optimization": {"stage": 1}}})
+    arguments = [path, "--train.lr", "1e-4", "--model.bias=false", "--train.max_tokens", "1e9", "--data.path", "2024"]
+    arguments += ["--deepspeed.zero_optimization.offload_optimizer.device", "cpu", "--local_rank=1"]
+    loaded = load_config(arguments)
+    assert loaded.train.lr == 1e-4 and loaded.model.bias is False and loaded.data.path == "2024"
+    assert loaded.train.max_tokens == 10**9 and isinstance(loaded.train.max_tokens, int)
+    zero = loaded.deepspeed["zero_optimization"]
+    assert zero["stage"] == 1 and zero["offload_optimizer"] == {"device": "cpu"}
+    assert zero["contiguous_gradients"] is True, "ds_config.json lies underneath"
+    assert loaded.train.out_dir == "out/a"
+
+
+BAD = [
+    ({"modle": {}}, "did you mean model?"),
+    ({"model": {"n_layers": 2}}, "did you mean n_layer?"),
+    ({"model": {"n_layer": "2"}}, 'found "2", expected int'),
+    ({"model": {"n_layer": True}}, "found true, expected int"),
+    ({"model": {"n_layer": 2.5}}, "found 2.5, expected int"),
+    ({"model": {"n_layer": 0}}, "expected at least 1"),
+    ({"model": {"bias": 1}}, "found 1, expected bool"),
+    ({"model": {"norm": "batchnorm"}}, "expected one of layernorm, rmsnorm"),
+    ({"model": {"n_embd": 100, "n_head": 12}}, "nearest that do: 5 and 10"),
+    ({"model": {"n_head": 12, "n_kv_head": 5}}, "nearest that do: 4 and 6"),
+    ({"model": {"n_embd": 9, "n_head": 3, "position": "rotary"}}, "is even"),
+    ({"model": []}, "must be a JSON object"),
+    ([], "expected a JSON object"),
+    ({"train": {"betas": [0.9]}}, "expected two numbers"),
+    ({"train": {"betas": [0.9, "x"]}}, "train.betas"),
+    ({"train": {"lr": float("nan")}}, "train.lr"),
+    ({"train": {"lr": -1}}, "expected at least 0"),
+    ({"train": {"max_tokens": 5}}, "less than one step"),
+    ({"train": {"precision": "fp8"}}, "expected one of auto, bf16, fp16, fp32"),
+    ({"deepspeed": {"train_batch_size": 8}}, "follows from train.global_batch_tokens"),
+    ({"deepspeed": {"bf16": {"enabled": True}}}, "follows from train.precision"),
+    ("{", "line 1, column 2"),
+]
+
+
+@pytest.mark.parametrize(("content", "expected"), BAD)
+def test_bad_config_gets_one_line_that_names_the_file(tmp_path, content, expected):
+    path = write(tmp_path / "bad.json", content)
+    with pytest.raises(UserError) as error:
+        load_config([path])
+    message = str(error.value)
+    assert expected in message and "bad.json" in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--train.lrr", "1"], "did you mean lr?"),
+        (["--train.lr"], "no value given"),
+        (["--train.lr", "--train.seed", "1"], "no value given"),
+        (["--lr", "1"], "unknown flag"),
+        (["--trian.lr", "1"], "unknown section"),
+        (["--model.n_layer", "two"], 'found "two", expected int'),
+        (["nowhere.json"], "no such file"),
+        (["configs/tiny.json", "configs/tiny.json"], "was already given"),
+    ],
+)
+def test_bad_command_line_gets_one_line(arguments, expected, monkeypatch):
+    monkeypatch.chdir(config.ROOT)
+    with pytest.raises(UserError) as error:
+        load_config(["configs/tiny.json", *arguments] if arguments[0].startswith("--") else arguments)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_command_line_values_are_json_or_strings():
+    values, rest = command_line_values(["--train.resume=never", "--model.n_kv_head", "null", "a.json"])
+    assert values == {"train": {"resume": "never"}, "model": {"n_kv_head": None}} and rest == ["a.json"]
+
+
+def test_batch_arithmetic_is_exact_or_refused_with_what_would_divide():
+    loaded = build({"model": {"block_size": 128}, "train": {"global_batch_tokens": 4096, "micro_batch_size": 4}}, "x")
+    assert [gradient_accumulation(loaded, ranks) for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    for ranks in (1, 2, 4, 8):
+        batch = deepspeed_config(loaded, ranks, "fp32", on_gpu=False)
+        assert batch["train_batch_size"] * 128 == 4096
+    with pytest.raises(UserError, match=r"set train.global_batch_tokens to 3072 or 6144$"):
+        loaded.train.micro_batch_size = 8
+        gradient_accumulation(loaded, 3)
+    with pytest.raises(UserError, match=r"to 3584 or 5376, or train.micro_batch_size to 8 and 16"):
+        loaded.train.micro_batch_size = 14
+        gradient_accumulation(loaded, 1)
+
+
+def test_bad_input_exits_with_2_and_one_line(capsys):
+    def fail(_):
+        raise UserError("x.json: found 1, expected 2")
+
+    with pytest.raises(SystemExit) as stop:
+        config.run_command(fail, [])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith("error: x.json: found 1, expected 2\n")
+
+
+def test_help_names_every_key(capsys):
+    with pytest.raises(SystemExit) as stop:
+        load_config(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(name in text for name in ("--model.n_kv_head", "--train.min_lr_ratio", "--data.path", "default 0.1"))

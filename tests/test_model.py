@@ -1,0 +1,128 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from config import ModelConfig
+from metrics import count_parameters, flops_per_token
+from model import GPT, IGNORE
+
+SMALL = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=50, init_std=0.1)
+LLAMA = dataclasses.replace(SMALL, norm="rmsnorm", position="rotary", mlp="swiglu", bias=False, n_kv_head=2)
+VARIANTS = [
+    SMALL,
+    LLAMA,
+    dataclasses.replace(SMALL, bias=False, tie_embeddings=False),
+    dataclasses.replace(SMALL, position="rotary", mlp_hidden=40),
+    dataclasses.replace(LLAMA, n_kv_head=1, bias=True),
+]
+
+
+def random_tokens(config, batch=3):
+    return torch.randint(config.vocab_size, (batch, config.block_size), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("config", VARIANTS)
+def test_no_token_sees_the_future(config):
+    model, tokens = GPT(config).eval(), random_tokens(config)
+    changed = tokens.clone()
+    changed[:, 9:] = (changed[:, 9:] + 1) % config.vocab_size
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert not torch.allclose(before[:, 9:], after[:, 9:])
+
+
+@pytest.mark.parametrize("config", VARIANTS)
+def test_the_parameter_count_from_the_config_is_the_models(config):
+    assert count_parameters(config)[0] == sum(parameter.numel() for parameter in GPT(config).parameters())
+
+
+def test_flops_per_token_are_those_that_torch_counts():
+    """torch counts the products of one forward and backward pass; causal attention it counts in full."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for config in VARIANTS:
+        model, tokens = GPT(config), random_tokens(config)
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        ):
+            model(tokens, tokens).backward()
+        assert flops_per_token(config) * tokens.numel() == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+
+def test_loss_is_the_mean_cross_entropy_of_the_targets_that_count():
+    model, tokens = GPT(SMALL).eval(), random_tokens(SMALL)
+    targets = tokens.roll(-1, dims=1)
+    targets[0, 5:] = IGNORE
+    logits = model(tokens)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    assert torch.allclose(model(tokens, targets), expected, rtol=1e-6)
+    assert model(tokens, torch.full_like(tokens, IGNORE)).item() == 0
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    torch.manual_seed(1)
+    first = GPT(SMALL, seed=5).state_dict()
+    torch.manual_seed(2)
+    second, other = GPT(SMALL, seed=5).state_dict(), GPT(SMALL, seed=6).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+def test_residual_projections_start_smaller_and_biases_at_zero():
+    config = dataclasses.replace(SMALL, n_embd=128, n_layer=8)
+    model = GPT(config)
+    for block in model.blocks:
+        assert block.attention.qkv.weight.std().item() == pytest.approx(0.1, rel=0.05)
+        for module in (block.attention.proj, block.mlp.down):
+            assert module.weight.std().item() == pytest.approx(0.1 / math.sqrt(16), rel=0.05)
+            assert not module.bias.any()
+    assert model.head.weight is model.token_embedding.weight
+    assert model.head.weight.std().item() == pytest.approx(0.1, rel=0.05)
+
+
+def test_rotary_attention_depends_on_distances_only():
+    """Shifting every position by the same amount leaves the scores of attention as they were."""
+    from model import rotary_angles, rotate
+
+    q, k = torch.randn(2, 1, 1, 12, 8, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    cos, sin = rotary_angles(20, 8, 10000.0, "cpu")
+    here, there = (cos[:12], sin[:12]), (cos[8:], sin[8:])
+    scores = rotate(q, here) @ rotate(k, here).mT
+    assert torch.allclose(scores, rotate(q, there) @ rotate(k, there).mT, atol=1e-5)
+    assert not torch.allclose(scores, q @ k.mT, atol=1e-2)
+
+
+def test_grouped_queries_equal_repeated_keys_and_values():
+    """A model with 2 key-value heads is the model with 4 whose heads are pairwise the same."""
+    grouped = GPT(LLAMA).eval()
+    full = GPT(dataclasses.replace(LLAMA, n_kv_head=4)).eval()
+    state = grouped.state_dict()
+    for layer in range(LLAMA.n_layer):
+        name = f"blocks.{layer}.attention.qkv.weight"
+        q, k, v = state[name].split((32, 16, 16))
+        k, v = (part.view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32) for part in (k, v))
+        state[name] = torch.cat((q, k, v))
+    full.load_state_dict(state)
+    tokens = random_tokens(LLAMA)
+    assert torch.allclose(grouped(tokens), full(tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [SMALL, LLAMA])
+def test_activation_checkpointing_changes_nothing_but_memory(config):
+    config = dataclasses.replace(config, dropout=0.1)
+    tokens, gradients = random_tokens(config), []
+    for checkpointing in (False, True):
+        model = GPT(config, 1, checkpointing)
+        torch.manual_seed(3)
+        model(tokens, tokens).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_too_long_a_sequence_is_refused():
+    with pytest.raises(ValueError, match="block_size 16"):
+        GPT(SMALL)(torch.zeros(1, 17, dtype=torch.long))

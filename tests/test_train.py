@@ -1,0 +1,86 @@
+"""The parts of the loop that need no launcher."""
+
+import math
+
+import pytest
+import torch
+
+import train
+from config import ModelConfig, TrainConfig
+from data import order
+from data.shards import TokenStream
+from model import GPT
+
+
+def test_learning_rate_warms_up_falls_and_ends_as_told():
+    """Ancestors' fault 2: counted in micro-batches, the rate never fell as meant."""
+    settings = TrainConfig(lr=1.0, min_lr_ratio=0.1, warmup_tokens=1000, max_tokens=11000)
+    assert train.learning_rate(settings, 500) == 0.5
+    assert train.learning_rate(settings, 1000) == 1.0
+    assert train.learning_rate(settings, 6000) == pytest.approx(0.55)
+    assert train.learning_rate(settings, 11000) == pytest.approx(0.1)
+    assert train.learning_rate(settings, 99000) == pytest.approx(0.1)
+    settings.schedule = "linear"
+    assert train.learning_rate(settings, 3500) == pytest.approx(0.1 + 0.9 * 0.75)
+    settings.schedule = "constant"
+    assert train.learning_rate(settings, 11000) == 1.0
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_only_matrices_are_decayed(norm):
+    """Ancestors' fault 2: norms were decayed because the filter named a parameter that does not exist."""
+    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=8, vocab_size=16, norm=norm))
+    decayed, spared = train.parameter_groups(model, 0.1)
+    assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0.0
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all("norm" in names[id(p)] or "bias" in names[id(p)] for p in spared["params"])
+    assert not any("norm" in names[id(p)] or "bias" in names[id(p)] for p in decayed["params"])
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+def test_ranks_read_disjoint_samples_that_together_are_one_ranks():
+    """Ancestors' fault 1: every rank read the same stream."""
+    for ranks, micro, accumulation in ((1, 4, 6), (2, 4, 3), (3, 2, 4), (4, 6, 1), (24, 1, 1)):
+        for step in (0, 7):
+            parts = [
+                order.sample_numbers(step, a, rank, ranks, micro, accumulation)
+                for a in range(accumulation)
+                for rank in range(ranks)
+            ]
+            assert sorted(int(i) for part in parts for i in part) == list(range(step * 24, (step + 1) * 24))
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
+def test_validation_is_the_same_whatever_the_micro_batch(small_data, micro_batch_size):
+    """13 windows do not divide by any of these: the rest is filled up and must not count."""
+    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=64, init_std=0.2))
+    stream = TokenStream(small_data, "val", 32)
+    windows = order.validation_windows(stream.windows, 13)
+    tokens, targets = (torch.from_numpy(array) for array in stream.batch(windows))
+    expected = model.eval()(tokens, targets).item()
+    assert len(set(windows.tolist())) == 13
+    loss = train.evaluate(model, stream, 13 * 32, micro_batch_size, torch.device("cpu"))
+    assert loss == pytest.approx(expected, rel=1e-6) and model.training
+
+
+def test_validation_over_several_ranks_adds_up_to_one(small_data, monkeypatch):
+    """Each rank's part, computed one after the other; the sum over ranks is what all_reduce gives."""
+    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=64, init_std=0.2))
+    stream, parts = TokenStream(small_data, "val", 32), []
+    alone = train.evaluate(model, stream, 13 * 32, 2, torch.device("cpu"))
+    monkeypatch.setattr(train.comm, "all_reduce", lambda totals: parts.append(totals.clone()))
+    for rank in range(5):  # with 2 sequences each, rank 4 has nothing in the second round
+        train.evaluate(model, stream, 13 * 32, 2, torch.device("cpu"), rank, 5)
+    total, count = sum(parts).tolist()
+    assert count == 13 * 32 and total / count == pytest.approx(alone, rel=1e-6)
+
+
+def test_precision_auto_is_fp32_on_cpu():
+    assert train.resolve_precision("auto", torch.device("cpu")) == "fp32"
+    assert train.resolve_precision("bf16", torch.device("cpu")) == "bf16"
+
+
+def test_perplexity_of_the_untrained_model_is_about_the_vocabulary(small_data):
+    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=64))
+    loss = train.evaluate(model, TokenStream(small_data, "val", 32), 1000, 4, torch.device("cpu"))
+    assert loss == pytest.approx(math.log(64), abs=0.1)
