@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # One process a GPU; two CPU processes where there is none.
 PROCESSES = $$($(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
+ACCELERATOR = $$($(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else 'DS_ACCELERATOR=cpu')")
 
 .PHONY: setup data train test lint clean
 
@@ -11,6 +12,7 @@ setup: $(VENV)/.installed
 data: data/stdlib/meta.json
 
 $(VENV)/.installed: requirements.txt
+	@command -v $(PYTHON) >/dev/null || { echo "minZeRO: no $(PYTHON): install Python 3.10 to 3.13, or call make PYTHON=..."; exit 2; }
 	@$(PYTHON) preflight.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -25,7 +27,7 @@ data/stdlib/meta.json: $(VENV)/.installed
 	@touch $@
 
 train: setup data
-	$(BIN)/deepspeed -q --num_gpus $(PROCESSES) train.py configs/tiny.json
+	env $(ACCELERATOR) $(BIN)/deepspeed -q --num_gpus $(PROCESSES) train.py configs/tiny.json
 	@echo; $(BIN)/python eval.py out/tiny --gzip
 	@echo; echo "A sample:"; $(BIN)/python sample.py out/tiny --prompt "def "
 	@echo; echo "The picture of the loss: out/tiny/loss.png"

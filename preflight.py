@@ -15,6 +15,7 @@ def problems():
     version = "{}.{}".format(*sys.version_info[:2])
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
         yield "Python {} found, 3.10 to 3.13 needed: install one and call make PYTHON=python3.12".format(version)
+        return
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
@@ -23,11 +24,9 @@ def problems():
     if not sys.platform.startswith("linux"):
         yield "{} found, Linux needed: on Windows use WSL 2, elsewhere a container".format(sys.platform)
         return
-    # With an NVIDIA driver pip takes torch's CUDA packages, which are several times larger.
-    needed = 12 if os.path.exists("/proc/driver/nvidia") else 4
     free = shutil.disk_usage(".").free / GIB
-    if free < needed:
-        yield "{:.1f} GiB of disk free here, about {} needed: make room or move the folder".format(free, needed)
+    if free < 3:
+        yield "{:.1f} GiB of disk free here, 3 needed and 10 with CUDA: make room or move the folder".format(free)
     with open("/proc/meminfo") as file:
         kib = {line.split(":")[0]: int(line.split()[1]) for line in file}
     available = kib["MemAvailable"] / 1024**2
@@ -39,9 +38,11 @@ def main():
     found = list(problems())
     for line in found:
         sys.stderr.write("minZeRO: " + line + "\n")
+    if found:
+        return 2
     if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
-        sys.stderr.write("minZeRO: no C++ compiler found: not needed on CPU; CPU offload on a GPU machine needs g++\n")
-    return 2 if found else 0
+        print("minZeRO: no C++ compiler found; fine without CPU offload, which needs one on a GPU machine")
+    return 0
 
 
 if __name__ == "__main__":
