@@ -34,8 +34,8 @@ def save(engine, folder, state, best, keep):
     folder, name, rank = Path(folder), name_of(state["step"]), distributed.get_rank()
     temporary = folder / f"{name}.tmp"
     if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(folder / name, ignore_errors=True)
+        for left_over in folder.glob("*.tmp"):  # of a save that was killed
+            shutil.rmtree(left_over)
         temporary.mkdir(parents=True)
     distributed.barrier()
     engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
@@ -44,6 +44,8 @@ def save(engine, folder, state, best, keep):
     if rank == 0:
         files = {str(p.relative_to(temporary)): p.stat().st_size for p in temporary.rglob("*") if p.is_file()}
         write_json(temporary / "state.json", state | {"files": files})
+        if (folder / name).exists():  # of an earlier continuation from an older checkpoint
+            os.replace(folder / name, folder / f"{name}.old.tmp")
         os.replace(temporary, folder / name)
         write_atomically(folder / "latest", name.encode())
         if best:
@@ -54,9 +56,10 @@ def save(engine, folder, state, best, keep):
 
 def prune(folder, keep):
     """Delete all but the newest `keep` checkpoints and the best."""
-    complete = sorted(p for p in folder.glob("step_*") if p.suffix != ".tmp")
+    for old in folder.glob("*.old.tmp"):
+        shutil.rmtree(old)
     marked = {(folder / mark).read_text() for mark in ("latest", "best") if (folder / mark).exists()}
-    for old in complete[:-keep]:
+    for old in complete_checkpoints(folder)[:-keep]:
         if old.name not in marked:
             shutil.rmtree(old)
 
@@ -69,26 +72,29 @@ def random_state():
 # -- finding -------------------------------------------------------------------------------------
 
 
-def find(path, which="latest"):
-    """The checkpoint that `path` means: a checkpoint's own folder, or in a run's folder the one that is
-    newest (`latest`), best (`best`, or the newest if none was marked), or of a step (`1000`).
+def complete_checkpoints(folder):
+    """The complete checkpoints in out/<run>/checkpoints, oldest first."""
+    return sorted(p for p in Path(folder).glob("step_*") if p.suffix != ".tmp" and (p / "state.json").exists())
 
-    Returns its Path, or None where the run has no complete checkpoint. Raises UserError if `path` is
-    neither, or has no such checkpoint."""
+
+def find(path, which="latest"):
+    """The checkpoint that `path` means: a checkpoint's own folder, or in a run's folder the one marked
+    `latest` or `best` (the newest if that mark is missing), or the one of a step (`1000`).
+
+    Returns its Path, or None where the run has no complete checkpoint. Raises UserError if there is
+    none of that step."""
     path = Path(path)
     if (path / "state.json").exists():
         return path
-    folder = path if path.name == "checkpoints" else path / "checkpoints"
-    complete = sorted(p for p in folder.glob("step_*") if p.suffix != ".tmp" and (p / "state.json").exists())
+    folder = path / "checkpoints"
+    complete = complete_checkpoints(folder)
     if which in ("latest", "best"):
         mark = folder / which
         marked = folder / mark.read_text().strip() if mark.exists() else None
-        if which == "best" and marked in complete:
-            return marked
-        return complete[-1] if complete else None
+        return marked if marked in complete else (complete or [None])[-1]
     if str(which).isdigit() and folder / name_of(int(which)) in complete:
         return folder / name_of(int(which))
-    have = ", ".join(str(int(p.name[5:])) for p in complete) or "none"
+    have = ", ".join(str(int(p.name.removeprefix("step_"))) for p in complete) or "none"
     raise UserError(f"{path}: no checkpoint {which!r}; expected latest, best or one of the steps: {have}")
 
 
