@@ -3,7 +3,6 @@
 Runs on any Python 3, so nothing newer than Python 3.5 here.
 """
 
-import os
 import shutil
 import sys
 
