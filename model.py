@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from config import ModelConfig
 
 IGNORE = -1  # a target that does not count
+LOGITS_AT_A_TIME = 2**25  # 128 MiB in float32: large enough for a GPU's matrix product, small beside the rest
 
 
 def make_norm(config: ModelConfig):
@@ -110,6 +111,56 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """The output layer and its loss, chunk by chunk of tokens, so that no more than `chunk` rows of logits
+    exist at a time, where all of them in float32 would often be the largest tensor of the run.
+
+    apply(x (N, C), weight (V, C), targets (N,), chunk, with_gradient) -> sum of the cross-entropies in
+    nats over the targets that are not IGNORE, float32.
+    The gradient softmax(logits) - onehot(target) of a chunk is at hand when its loss is, so it is turned
+    into those of x and weight at once, and nothing is computed twice (the idea of Liger Kernel's fused
+    linear cross-entropy: Hsu et al. 2024, arXiv 2410.10989, section 3.2)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunk, with_gradient):
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        if with_gradient:
+            grad_x = torch.empty_like(x)
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+        for first in range(0, len(x), chunk):
+            rows = slice(first, first + chunk)
+            counts = (targets[rows] != IGNORE)[:, None]
+            target = targets[rows].clamp(min=0)[:, None]
+            logits = (x[rows] @ weight.t()).float()
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            total += ((log_sum - logits.gather(1, target)) * counts).sum()
+            if with_gradient:
+                grad = logits.sub_(log_sum).exp_()  # softmax, in place
+                grad.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
+                grad = grad.mul_(counts).to(x.dtype)
+                torch.mm(grad, weight, out=grad_x[rows])
+                grad_weight += grad.t() @ x[rows]
+        if with_gradient:
+            ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        grads = (grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors)
+        return *grads, None, None, None
+
+
+class Head(nn.Linear):
+    """The output layer: (B, T, C) -> logits (B, T, V), or with targets (B, T) their summed cross-entropy."""
+
+    def forward(self, x, targets=None):
+        if targets is None:
+            return super().forward(x)
+        chunk = max(1, LOGITS_AT_A_TIME // self.out_features)
+        x, targets = x.flatten(0, 1), targets.flatten()
+        return LinearCrossEntropy.apply(x, self.weight, targets, chunk, torch.is_grad_enabled())
+
+
 class GPT(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean cross-entropy in nats over
     the targets that are not IGNORE, as a float32 scalar (0 if none counts)."""
@@ -122,7 +173,7 @@ class GPT(nn.Module):
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = make_norm(config)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Head(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
         # Seeded here because torch's own initial values, drawn above and thrown away, take another number
@@ -162,8 +213,7 @@ class GPT(nn.Module):
                 x = checkpoint(block, x, angles, use_reentrant=False)
             else:
                 x = block(x, angles)
-        logits = self.head(self.final_norm(x))
+        x = self.final_norm(x)
         if targets is None:
-            return logits
-        total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-        return total / (targets != IGNORE).sum().clamp(min=1)
+            return self.head(x)
+        return self.head(x, targets) / (targets != IGNORE).sum().clamp(min=1)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from config import ModelConfig
 from metrics import count_parameters, flops_per_token
-from model import GPT, IGNORE
+from model import GPT, IGNORE, LinearCrossEntropy
 
 SMALL = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=50, init_std=0.1)
 LLAMA = dataclasses.replace(SMALL, norm="rmsnorm", position="rotary", mlp="swiglu", bias=False, n_kv_head=2)
@@ -61,6 +61,49 @@ def test_loss_is_the_mean_cross_entropy_of_the_targets_that_count():
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
     assert torch.allclose(model(tokens, targets), expected, rtol=1e-6)
     assert model(tokens, torch.full_like(tokens, IGNORE)).item() == 0
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 48, 1000])
+def test_the_chunked_loss_is_cross_entropy_with_its_gradients(chunk):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(48, 16, generator=generator), torch.randn(50, 16, generator=generator)
+    targets = torch.randint(50, (48,), generator=generator)
+    targets[[0, 20, 47]] = IGNORE
+    results = []
+    for chunked in (False, True):
+        inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        if chunked:
+            loss = LinearCrossEntropy.apply(*inputs, targets, chunk, True)
+        else:
+            loss = F.cross_entropy(F.linear(*inputs), targets, ignore_index=IGNORE, reduction="sum")
+        (3 * loss).backward()
+        results.append([loss.detach(), *(tensor.grad for tensor in inputs)])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_no_step_holds_all_logits_at_once(monkeypatch):
+    """Not in the forward pass, not in the backward pass, in training or evaluation."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple) else (result,):
+                if isinstance(tensor, torch.Tensor):
+                    self.elements = max(self.elements, tensor.numel())
+            return result
+
+    config = dataclasses.replace(SMALL, vocab_size=4000, n_embd=8)
+    model, tokens = GPT(config), random_tokens(config, batch=8)  # 128 tokens x 4000 ids
+    monkeypatch.setattr("model.LOGITS_AT_A_TIME", 16 * 4000)
+    with Largest() as largest:
+        model(tokens, tokens).backward()
+        with torch.no_grad():
+            model(tokens, tokens)
+    assert largest.elements == 16 * 4000
 
 
 def test_initial_weights_depend_on_the_seed_alone():
