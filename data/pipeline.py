@@ -96,27 +96,28 @@ def start_worker(tokenizer):
 
 def encode(batch):
     """[(split, key, text)] -> {split: (tokens, number of documents, bytes of text)}."""
-    end_of_text, lists = encoding._special_tokens[END_OF_TEXT], {}
+    end_of_text, parts, counts = np.array([encoding._special_tokens[END_OF_TEXT]], dtype=np.uint32), {}, {}
     for split, key, text in batch:
         try:
-            lists.setdefault(split, []).append((encoding.encode_ordinary(text), len(text.encode(errors="replace"))))
+            if not text.isascii():  # JSON can hold half a surrogate pair, which is no text
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            # as encode_ordinary, but without a Python integer for each token, which costs a tenth of the time
+            tokens = encoding.encode_to_numpy(text, disallowed_special=())
         except BaseException as error:  # tiktoken's panics are no Exceptions
             if isinstance(error, KeyboardInterrupt):
                 raise
             unknown = "".join(missing_characters(encoding, text)[:20])
             reason = f"no token for {unknown!r}" if unknown else f"{type(error).__name__}: {error}"
             raise UserError(f"{key}: could not be tokenized ({reason}); choose another --tokenizer") from None
+        parts.setdefault(split, []).extend((end_of_text, tokens))
+        documents, size = counts.get(split, (0, 0))
+        counts[split] = documents + 1, size + len(text.encode())
     result = {}
-    for split, documents in lists.items():
-        tokens = np.empty(sum(len(ids) + 1 for ids, _ in documents), dtype=np.uint32)
-        position = 0
-        for ids, _ in documents:
-            tokens[position] = end_of_text
-            tokens[position + 1 : position + 1 + len(ids)] = ids
-            position += 1 + len(ids)
+    for split, arrays in parts.items():
+        tokens = np.concatenate(arrays)
         if tokens.max() >= encoding.n_vocab:
             raise UserError(f"--tokenizer: {encoding.name} gave id {tokens.max()}, expected below {encoding.n_vocab}")
-        result[split] = tokens.astype(token_dtype(encoding.n_vocab)), len(documents), sum(size for _, size in documents)
+        result[split] = tokens.astype(token_dtype(encoding.n_vocab)), *counts[split]
     return result
 
 
