@@ -89,7 +89,6 @@ def start_worker(tokenizer):
     encoding = load_tokenizer(tokenizer)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
         # a worker whose parent was killed would wait for work for ever
         threading.Thread(target=lambda: connection.wait([parent.sentinel]) and os._exit(1), daemon=True).start()
 
@@ -148,7 +147,10 @@ def encoded(batches, tokenizer, workers):
     try:
         pending = deque()
         for batch in batches:
+            # this starts workers, who inherit that Ctrl-C is not for them: the parent answers it
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             pending.append(pool.submit(encode, batch))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             if len(pending) == 4 * workers:
                 yield pending.popleft().result()
         while pending:
