@@ -24,7 +24,10 @@ def open_source(args, name, config=None, **how):
         return Files(args.input, args.column)
     try:
         from datasets import load_dataset
+        from huggingface_hub.utils import logging
 
+        print(f"opening {name} on the Hugging Face hub")
+        logging.set_verbosity_error()  # of a lost network one line is enough, not one for each of five attempts
         dataset = load_dataset(name, config, split="train", streaming=args.streaming, **how)
     except Exception as error:  # the hub's libraries raise a dozen kinds, and for the user they are one
         raise UserError(

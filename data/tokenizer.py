@@ -129,10 +129,9 @@ def save_tokenizer(folder, ranks, special_tokens, pattern=PATTERN):
 def huggingface_json(ranks, special_tokens, pattern):
     """The same tokenizer in the form of the `tokenizers` library.
 
-    tiktoken joins any two neighbours that make a known token, the lowest rank first and of equals the
-    leftmost; `tokenizers` joins only listed pairs, in the order of the list. So every way to split every
-    token into two known ones is listed, by rank. Of one token's splits the longer left half comes first:
-    in a run such as `aaaaa` the left is joined before the right, as tiktoken does it."""
+    tiktoken joins any two neighbours that make a known token, the lowest rank first; `tokenizers` joins
+    only listed pairs, in the order of the list. So every way to split every token into two known ones is
+    listed, by rank: with the one pair per token that training found, most random strings differ."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = byte_level_alphabet()
@@ -140,7 +139,7 @@ def huggingface_json(ranks, special_tokens, pattern):
     merges = [
         (name[token[:cut]], name[token[cut:]])
         for token in sorted(ranks, key=ranks.get)
-        for cut in range(len(token) - 1, 0, -1)
+        for cut in range(1, len(token))
         if token[:cut] in ranks and token[cut:] in ranks
     ]
     vocabulary = {name[token]: rank for token, rank in ranks.items()}
