@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
+from tqdm import tqdm
 
 from config import UserError
 from data import pipeline, sources
@@ -202,6 +204,7 @@ def in_a_child(work):
     if child:
         return child
     try:
+        tqdm.set_lock(threading.RLock())  # its own is shared between processes, and a kill may leave it locked
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             work()
         os._exit(0)
@@ -209,8 +212,14 @@ def in_a_child(work):
         os._exit(1)
 
 
-def ended_by(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def ended_by(child, seconds=60):
+    for _ in range(seconds * 200):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    raise AssertionError("the child hangs")
 
 
 def looks_finished(folder):
