@@ -5,9 +5,9 @@
 The documents are pieces of the texts in MINZERO_SHARED/text, where it is set, and of the standard
 library's files, as long as OpenWebText's, over and over until there are enough. Each measurement is a
 process of its own; its peak memory is the private memory (USS) of it and its children, sampled.
-nanoGPT's way is written anew here: datasets.map, one document at a time, into lists of integers, and then 1,024 pieces copied into a
-memory map; get_batch likewise. Starting processes is part of each time, imports and writing the input
-are not.
+nanoGPT's way is written anew here: datasets.map, one document at a time, into lists of integers, and
+then 1,024 pieces copied into a memory map; get_batch likewise. Starting processes is part of each
+time, imports and writing the input are not.
 """
 
 import argparse
