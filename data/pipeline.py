@@ -44,7 +44,7 @@ from data.shards import (
     token_dtype,
     write_json,
 )
-from data.tokenizer import END_OF_TEXT, fingerprint, load_tokenizer, missing_characters
+from data.tokenizer import END_OF_TEXT, faster, fingerprint, load_tokenizer, missing_characters
 
 BATCH = 1 << 20  # characters handed to a worker at a time: large enough to hide the hand-over
 
@@ -86,7 +86,7 @@ def split_of(key, val_fraction):
 
 def start_worker(tokenizer):
     global encoding
-    encoding = load_tokenizer(tokenizer)
+    encoding = faster(load_tokenizer(tokenizer))
     parent = multiprocessing.parent_process()
     if parent is not None:
         # a worker whose parent was killed would wait for work for ever

@@ -1,19 +1,24 @@
 """Tokenizers: what is trained here gives tiktoken and transformers the same ids."""
 
 import random
+import re
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
+import regex
+import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import UserError
 from data.tokenizer import (
     END_OF_TEXT,
+    PATTERN,
     characters,
+    faster,
     load_tokenizer,
     missing_characters,
     own_tokenizer,
@@ -147,3 +152,57 @@ def test_the_commands_faults(tmp_path):
         result = run(*flags, "--out", tmp_path / "tok")
         assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr, result.stderr
     assert not (tmp_path / "tok").exists()
+
+
+# -- the faster pattern ----------------------------------------------------------------------------
+
+
+def tiktokens_patterns():
+    """The patterns of all of tiktoken's encodings, which it writes inside functions that download."""
+    from tiktoken_ext import openai_public
+
+    source = Path(openai_public.__file__).read_text()
+    names = set(re.findall(r"^def (\w+)\(\)", source, re.MULTILINE))
+    assert {"gpt2", "cl100k_base", "o200k_base"} <= names
+    offline = {}
+    exec(source, offline)
+    offline |= dict.fromkeys(("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"), lambda *_, **__: {})
+    return {name: offline[name]()["pat_str"] for name in sorted(names)} | {"ours": PATTERN}
+
+
+PATTERNS = tiktokens_patterns()
+WHITE = st.text(alphabet=" \t\n\r\u00a0\u3000\x1c'sS1½aAé東\u0301_.,/?!", max_size=40)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_the_faster_pattern_cuts_the_same_pieces(name):
+    """By another library than tiktoken's, which knows possessive quantifiers as well."""
+    byte = {bytes([value]): value for value in range(256)}
+    encoding = tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=byte, special_tokens={})
+    before, after = regex.compile(PATTERNS[name]), regex.compile(faster(encoding)._pat_str)
+    assert before.pattern != after.pattern
+
+    @given(st.one_of(WHITE, st.text(max_size=60)))
+    @settings(deadline=None, max_examples=300)
+    def check(text):
+        assert before.findall(text) == after.findall(text)
+
+    check()
+    for text in [*library(60), *MIXED]:
+        assert before.findall(text) == after.findall(text)
+
+
+def test_the_faster_tokenizer_gives_the_same_ids(trained, shared):
+    texts = [path.read_text(encoding="utf-8") for path in sorted((shared / "text").glob("*.txt"))]
+    pairs = [(encoding, faster(encoding)) for encoding in (load_tokenizer("gpt2"), trained[0])]
+    for text in [*library(150), *MIXED, *texts, " " * 100_000 + "x", "\n" * 100_000, "a" * 100_000]:
+        for encoding, quick in pairs:
+            assert quick.encode_ordinary(text) == encoding.encode_ordinary(text)
+
+    @given(st.one_of(WHITE, st.text(max_size=60)))
+    @settings(deadline=None, max_examples=300)
+    def check(text):
+        for encoding, quick in pairs:
+            assert quick.encode_to_numpy(text, disallowed_special=()).tolist() == encoding.encode_ordinary(text)
+
+    check()
