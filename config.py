@@ -8,6 +8,7 @@ can be overridden on the command line: `--train.lr 1e-4 --deepspeed.zero_optimiz
 import dataclasses
 import difflib
 import json
+import math
 import os
 import signal
 import sys
@@ -85,7 +86,22 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    path: str = key("data/openwebtext", "folder of token shards, as a prepare script writes them")
+    path: str | dict = key(
+        "data/openwebtext", "folder of token shards, as a prepare script writes them; or several: {folder: weight}"
+    )
+
+    @property
+    def weights(self):
+        """{folder: weight}, also of a single folder."""
+        return self.path if isinstance(self.path, dict) else {self.path: 1}
+
+    def check(self):
+        weights = self.weights
+        if not weights:
+            raise UserError("data.path: found no folder, expected a folder or {folder: weight}")
+        for folder, weight in weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+                raise UserError(f"data.path: {folder}: found weight {json.dumps(weight)}, expected a number above 0")
 
 
 @dataclass
@@ -224,6 +240,7 @@ def build(values, source):
             )
     try:
         config.model.check()
+        config.data.check()
         config.train.check()
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
@@ -252,6 +269,7 @@ def merge(base, over):
     merged = dict(base)
     for name, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        both = both and name != "path"  # a mixture of data sets is one value
         merged[name] = merge(merged[name], value) if both else value
     return merged
 
@@ -284,7 +302,7 @@ def command_line_values(arguments):
             value = json.loads(raw)
         except json.JSONDecodeError:
             value = raw
-        if known.get(path[0]) in (str, str | None) and value is not None:
+        if known.get(path[0]) in (str, str | None, str | dict) and value is not None and not isinstance(value, dict):
             value = raw.strip('"')  # a folder may be called 2024
         target = values.setdefault(section, {})
         for part in path[:-1]:

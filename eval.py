@@ -61,21 +61,29 @@ def main(arguments):
     parser.add_argument("path", help="a run's folder, as out/tiny, or a checkpoint in it")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
     parser.add_argument("--data", help="folder of shards; default: the run's own")
-    parser.add_argument("--gzip", action="store_true", help="compare with gzip -9 on the same text")
+    parser.add_argument(
+        "--gzip", action="store_true", help="compare with gzip -9 on the same text (of the last folder)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(arguments)
     model, config, found = load_model(args.path, args.checkpoint)
-    folder = args.data or config.data.path
-    stream = TokenStream(folder, "val", config.model.block_size)
-    total, tokens = evaluate_split(model, stream)
-    loss = total / tokens
-    result = {"val_loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": None, "tokens": tokens}
-    if stream.meta:
-        result["bits_per_byte"] = total / math.log(2) / stream.meta["splits"]["val"]["bytes"]
-    print(f"{found}: {tokens:,} tokens of {folder}")
-    print(f"validation loss {loss:.4f} nats per token, perplexity {result['perplexity']:.2f}")
-    if stream.meta:
-        print(f"bits per byte {result['bits_per_byte']:.4f}")
+    nats = tokens = size = 0
+    for folder in [args.data] if args.data else sorted(config.data.weights):
+        stream = TokenStream(folder, "val", config.model.block_size)
+        stream.check_vocabulary(config.model.vocab_size)
+        part, count = evaluate_split(model, stream)
+        nats, tokens = nats + part, tokens + count
+        # without meta.json the bytes behind the tokens are not known
+        size += stream.meta["splits"]["val"]["bytes"] if stream.meta else math.nan
+        print(f"{found}: {count:,} tokens of {folder}")
+    loss = nats / tokens
+    bits_per_byte = None if math.isnan(size) else nats / math.log(2) / size
+    print(f"validation loss {loss:.4f} nats per token, perplexity {math.exp(min(loss, 700)):.2f}")
+    print(
+        f"bits per byte {'unknown: the shards have no meta.json' if bits_per_byte is None else f'{bits_per_byte:.4f}'}"
+    )
+    result = {"val_loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits_per_byte}
+    result["tokens"] = tokens
     if args.gzip:
         joined, one_by_one = gzip_bits_per_byte(stream, tokenizer_of(folder))
         result |= {"gzip_bits_per_byte": joined, "gzip_one_by_one_bits_per_byte": one_by_one}

@@ -47,7 +47,7 @@ def main(arguments):
     if args.temperature < 0 or args.top_k < 0:
         raise UserError("--temperature and --top_k: expected 0 or more")
     model, config, _ = load_model(args.path, args.checkpoint)
-    tokenizer = tokenizer_of(config.data.path)
+    tokenizer = tokenizer_of(sorted(config.data.weights)[0])
     end_of_text = tokenizer._special_tokens[END_OF_TEXT]
     generator = torch.Generator().manual_seed(args.seed)
     for _ in range(args.samples):

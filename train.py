@@ -29,7 +29,8 @@ import checkpoint
 import metrics
 from config import ROOT, UserError, deepspeed_config, gradient_accumulation, load_config, run_command
 from data import order
-from data.shards import TokenStream, write_json
+from data.mixture import Mixture, check_same_data
+from data.shards import write_json
 from model import GPT, IGNORE
 
 
@@ -67,7 +68,7 @@ def evaluate(model, stream, wanted_tokens, micro_batch_size, device, rank=0, wor
     """Mean cross-entropy in nats per token, over validation windows that are the same at every call and on
     any number of ranks. Every rank makes equally many forward passes, so none waits for ever: what a rank
     has too few of is filled with windows that do not count."""
-    windows = order.validation_windows(stream.windows, wanted_tokens // stream.block_size)
+    windows = stream.validation_windows(wanted_tokens // stream.block_size)
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, number of targets
     model.eval()
     for first in range(0, len(windows), micro_batch_size * world_size):
@@ -167,14 +168,11 @@ def main(config):
     device, rank, world_size = find_place(train.verbose)
     say = print if rank == 0 else lambda *_, **__: None
 
-    # ---- data: train_stream.batch(windows) gives inputs and targets, both (micro_batch_size, block_size)
-    train_stream = TokenStream(config.data.path, "train", config.model.block_size)
-    val_stream = TokenStream(config.data.path, "val", config.model.block_size)
-    if train_stream.meta and train_stream.meta["vocab_size"] > config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size: {config.model.vocab_size}, but {config.data.path} has token ids up to "
-            f"{train_stream.meta['vocab_size'] - 1}; set it to at least {train_stream.meta['vocab_size']}"
-        )
+    # ---- data: batch(windows) gives inputs and targets, both (micro_batch_size, block_size)
+    train_data, val_data = (
+        Mixture(config.data.path, split, config.model.block_size, config.model.vocab_size, train.seed)
+        for split in ("train", "val")
+    )
 
     # ---- batch arithmetic: tokens a step = micro_batch_size x block_size x ranks x accumulation
     accumulation = gradient_accumulation(config, world_size)
@@ -185,6 +183,8 @@ def main(config):
     # ---- model and optimizer, new or from a checkpoint
     run = Path(train.out_dir)
     resume_from, state = where_to_start(config)
+    if resume_from:
+        check_same_data(state["data"], train_data, resume_from)
     first_step, best_val_loss = state["step"], state["best_val_loss"]
     if first_step >= total_steps:
         say(f"{run} is complete: {first_step} of {total_steps} steps; raise train.max_tokens to train it longer")
@@ -203,6 +203,7 @@ def main(config):
     # ---- what is logged, and what a checkpoint records
     made_with = versions()
     record = {"config": config.to_dict(), "versions": made_with, "world_size": world_size, "precision": precision}
+    record["data"] = train_data.fingerprint()
     parameters, _ = metrics.count_parameters(config.model)
     flops = metrics.flops_per_token(config.model)
     peak = metrics.peak_flops(made_with["device"]) if device.type == "cuda" else None
@@ -230,8 +231,8 @@ def main(config):
         loss = torch.zeros((), device=device)
         for micro_step in range(accumulation):
             samples = order.sample_numbers(step - 1, micro_step, rank, world_size, train.micro_batch_size, accumulation)
-            windows = order.windows_of(samples, train_stream.windows, train.seed)
-            micro_loss = engine(*to_device(train_stream.batch(windows), device))
+            batch = train_data.batch(train_data.windows_of(samples))
+            micro_loss = engine(*to_device(batch, device))
             engine.backward(micro_loss)
             loss += micro_loss.detach() / accumulation
             if plain and micro_step == accumulation - 1:  # before the step clips the gradients and drops them
@@ -272,7 +273,7 @@ def main(config):
         best_now = False
         paused_at = time.perf_counter()
         if evaluate_now:
-            val_loss = evaluate(engine, val_stream, train.eval_tokens, train.micro_batch_size, device, rank, world_size)
+            val_loss = evaluate(engine, val_data, train.eval_tokens, train.micro_batch_size, device, rank, world_size)
             best_now = best_val_loss is None or val_loss < best_val_loss
             best_val_loss = val_loss if best_now else best_val_loss
             say(f"step {step}: validation loss {val_loss:.4f}{', the best so far' if best_now else ''}", flush=True)

@@ -1,13 +1,20 @@
-"""Which window of the data is sample i of a run: a pure function of (seed, i, number of windows).
+"""Which window of the data is sample i of a run: a pure function of (seed, i, the data sets).
 
 Every epoch visits each window once, in an order of its own. The order is never stored: a Feistel
 network turns a position into a window by arithmetic alone, so a trillion tokens cost no memory and
 resuming a run takes one integer. Which rank reads sample i, in which micro-batch, does not matter.
 """
 
+import functools
+import math
+from fractions import Fraction
+
 import numpy as np
 
+from config import UserError
+
 ROUNDS = 8
+LARGEST_PERIOD = 100_000  # samples after which a mixture repeats; its table takes 5 bytes for each
 
 
 def mix(values):
@@ -17,36 +24,85 @@ def mix(values):
     return values ^ (values >> np.uint64(31))
 
 
-def permute(positions, n, keys):
-    """Map positions in [0, n) to [0, n), one to one for each key.
+@functools.lru_cache(maxsize=1024)
+def round_keys(seed, epoch):
+    """The ROUNDS keys of one epoch's permutation, uint64. Kept, for they cost as much as the permutation
+    of a micro-batch and hardly ever change."""
+    seeds, epochs = np.array([seed % 2**64], dtype=np.uint64), np.array([epoch], dtype=np.uint64)
+    key = mix(mix(seeds + np.uint64(0x9E3779B97F4A7C15)) + epochs * np.uint64(ROUNDS))
+    return mix(key + np.arange(ROUNDS, dtype=np.uint64))
 
-    positions, keys: (k,) uint64. A Feistel network over pairs (left, right) of Z_a x Z_b with
-    a * b >= n; a result outside [0, n) is sent through again until it falls inside ("cycle
-    walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002). a * b exceeds n
-    by less than a, so this is rare."""
-    a = np.uint64(max(1, int(np.sqrt(float(n)))))
-    b = np.uint64(-(-n // int(a)))
-    result, todo = positions.copy(), np.arange(len(positions))
-    while len(todo):
-        left, right, key = result[todo] // b, result[todo] % b, keys[todo]
-        for number in range(ROUNDS):
-            round_key = mix(key + np.uint64(number))
-            if number % 2:
-                right = (right + mix(left ^ round_key) % b) % b
-            else:
-                left = (left + mix(right ^ round_key) % a) % a
-        result[todo] = left * b + right
-        todo = todo[result[todo] >= n]
+
+def permute(positions, n, keys):
+    """Map positions in [0, n) to [0, n), one to one. positions: (k,) uint64; keys: (ROUNDS,) uint64.
+
+    A Feistel network over pairs (left, right) of Z_a x Z_b with a * b >= n; a result outside [0, n) is
+    sent through again until it falls inside ("cycle walking": Black and Rogaway, Ciphers with Arbitrary
+    Finite Domains, CT-RSA 2002). a * b exceeds n by less than a, so this is rare."""
+    root = max(1, math.isqrt(n))
+    a, b = np.uint64(root), np.uint64(-(-n // root))
+    left, right = positions // b, positions % b
+    for number in range(ROUNDS):
+        if number % 2:
+            right = (right + mix(left ^ keys[number]) % b) % b
+        else:
+            left = (left + mix(right ^ keys[number]) % a) % a
+    result = left * b + right
+    outside = result >= n
+    if outside.any():
+        result[outside] = permute(result[outside], n, keys)
     return result
 
 
 def windows_of(samples, n, seed):
-    """Sample numbers -> window numbers. samples: (k,) integers >= 0; n: windows of the data set."""
+    """Sample numbers -> window numbers, (k,) int64. samples: (k,) integers >= 0; n: windows of the data."""
     samples = np.asarray(samples, dtype=np.uint64)
-    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is the point
-        epoch = samples // np.uint64(n)
-        keys = mix(mix(np.uint64(seed) + np.uint64(0x9E3779B97F4A7C15)) + epoch * np.uint64(ROUNDS))
-        return permute(samples % np.uint64(n), n, keys).astype(np.int64)
+    epochs, positions = samples // np.uint64(n), samples % np.uint64(n)
+    result = np.empty(len(samples), dtype=np.int64)
+    for epoch in set(epochs.tolist()):  # nearly always one
+        chosen = epochs == epoch
+        result[chosen] = permute(positions[chosen], n, round_keys(seed, epoch))
+    return result
+
+
+class Schedule:
+    """Which data set of a mixture, and which of its samples, is sample i.
+
+    weights: positive numbers, one a data set, taken as the decimals they are written as. After any
+    number of samples each data set has had its share to within less than one sample: the quota method
+    (Balinski and Young, The Quota Method of Apportionment, American Mathematical Monthly 82, 1975),
+    which gives the next seat to the state that would soonest fall behind, among those that it does not
+    put a whole seat ahead. With weights a_c / period the sequence repeats after `period` samples, so a
+    table of one period answers for any i.
+
+    Raises UserError if the weights have no common period up to LARGEST_PERIOD."""
+
+    def __init__(self, weights):
+        shares = [Fraction(str(weight)) for weight in weights]
+        shares = [share / sum(shares) for share in shares]
+        self.period = math.lcm(*(share.denominator for share in shares))
+        if self.period > LARGEST_PERIOD:
+            rounded = ", ".join(f"{float(share):.3f}" for share in shares)
+            raise UserError(
+                f"data.path: the weights {', '.join(map(str, weights))} repeat only after {self.period} samples, "
+                f"expected at most {LARGEST_PERIOD}; round them, as {rounded}"
+            )
+        self.counts = [int(share * self.period) for share in shares]  # samples of each in a period
+        taken = [0] * len(shares)
+        self.sets = np.zeros(self.period, dtype=np.uint8 if len(shares) <= 256 else np.uint32)
+        self.before = np.zeros(self.period, dtype=np.uint32)  # samples of the same set before, in the period
+        for sample in range(self.period):
+            fits = [c for c, n in enumerate(self.counts) if taken[c] * self.period < n * (sample + 1)]
+            # floats tell these fractions apart: terms below 100,000 make them differ by 1e-10 or not at all
+            chosen = min(fits, key=lambda c: (taken[c] + 1) / self.counts[c])
+            self.sets[sample], self.before[sample] = chosen, taken[chosen]
+            taken[chosen] += 1
+
+    def draws(self, samples):
+        """Sample numbers (k,) -> number of the data set, and of the sample within it, both (k,) int64."""
+        rounds, places = np.divmod(np.asarray(samples, dtype=np.int64), self.period)
+        sets = self.sets[places]
+        return sets.astype(np.int64), rounds * np.array(self.counts)[sets] + self.before[places]
 
 
 def sample_numbers(step, micro_step, rank, world_size, micro_batch_size, accumulation):

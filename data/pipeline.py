@@ -3,42 +3,76 @@ processes, and safe to kill: a second call goes on behind the last finished shar
 
 A document is a pair (key, text). A hash of the key decides whether it goes to training or validation,
 so a document keeps its side whatever comes before it. Its tokens follow one end-of-text token.
+
+What happens in which order, so that a kill between any two steps loses nothing but time:
+
+1. Tokens are appended to <split>_000003.bin.tmp until it holds --shard_tokens.
+2. Its header is written, and both splits' .tmp files are flushed to the disk.
+3. progress.json says atomically: this shard is whole, that many tokens lie in the other split's .tmp,
+   and that many documents are done.
+4. The whole shard loses its .tmp. A later call does so itself if progress.json promises it.
+
+At the end meta.json is written and progress.json removed.
 """
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import itertools
 import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from config import UserError, read_json
-from data.shards import read_meta, token_dtype, write_json, write_shard
-from data.tokenizer import END_OF_TEXT, fingerprint, load_tokenizer
+from data.shards import (
+    HEADER_BYTES,
+    cannot_write,
+    checksum,
+    read_meta,
+    shard_header,
+    shard_layout,
+    token_dtype,
+    write_json,
+)
+from data.tokenizer import END_OF_TEXT, faster, fingerprint, load_tokenizer, missing_characters
 
-BATCH_BYTES = 1 << 20  # text handed to a worker at a time: large enough to hide the hand-over
+BATCH = 1 << 20  # characters handed to a worker at a time: large enough to hide the hand-over
 
 
-def options(description, folder, tokenizer="gpt2", **extra):
-    """The flags every prepare script has. `extra`: further flags with their defaults."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=True
-    )
+def options(description, folder, tokenizer="gpt2", val_fraction=0.05, **extra):
+    """The flags every prepare script has, with the defaults of this one. `extra`: further flags."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cores = len(os.sched_getaffinity(0))
     parser.add_argument("--tokenizer", default=tokenizer, help="tiktoken's name, 'bytes', or a trained one's folder")
     parser.add_argument("--out", type=Path, default=Path(os.path.relpath(folder)), help="folder for the shards")
-    parser.add_argument("--val_fraction", type=float, default=0.05, help="share of documents kept for validation")
-    parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="a shard ends with the document past it")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that tokenize")
-    parser.add_argument("--input", help="a local copy of the source")
+    parser.add_argument("--val_fraction", type=float, default=val_fraction, help="share of documents for validation")
+    parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="a shard ends with the batch past it")
+    parser.add_argument("--workers", type=int, default=cores, help="processes that tokenize")
+    parser.add_argument("--input", nargs="+", help="local copies of the source: files, folders, quoted globs")
+    parser.add_argument("--column", default="text", help="the column that holds the text")
     parser.add_argument("--limit", type=int, help="take only the first documents")
+    parser.add_argument("--streaming", action="store_true", help="read from the hub without keeping a copy")
     for name, default in extra.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     return parser
+
+
+def check_options(args):
+    for name, low, high in (("val_fraction", 0, 1), ("shard_tokens", 1, 2**30), ("workers", 1, 4096)):
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name}: found {getattr(args, name)}, expected {low} to {high}")
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit: found {args.limit}, expected at least 1 document")
 
 
 def split_of(key, val_fraction):
@@ -51,129 +85,242 @@ def split_of(key, val_fraction):
 
 
 def start_worker(tokenizer):
-    global encoding, end_of_text, dtype
-    encoding = load_tokenizer(tokenizer)
-    end_of_text = encoding._special_tokens[END_OF_TEXT]
-    dtype = token_dtype(encoding.n_vocab)
+    global encoding
+    encoding = faster(load_tokenizer(tokenizer))
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        # a worker whose parent was killed would wait for work for ever
+        threading.Thread(target=lambda: connection.wait([parent.sentinel]) and os._exit(1), daemon=True).start()
 
 
-def encode(texts):
-    """Texts -> one array of tokens each, the end-of-text token first; and the bytes of each text."""
-    tokens = [np.array([end_of_text, *encoding.encode_ordinary(text)], dtype=dtype) for text in texts]
-    return tokens, [len(text.encode()) for text in texts]
+def encode(batch):
+    """[(split, key, text)] -> {split: (tokens, number of documents, bytes of text)}."""
+    end_of_text, parts, counts = np.array([encoding._special_tokens[END_OF_TEXT]], dtype=np.uint32), {}, {}
+    for split, key, text in batch:
+        try:
+            if not text.isascii():  # JSON can hold half a surrogate pair, which is no text
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            # as encode_ordinary, but without a Python integer for each token, which costs a tenth of the time
+            tokens = encoding.encode_to_numpy(text, disallowed_special=())
+        except BaseException as error:  # tiktoken's panics are no Exceptions
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            unknown = "".join(missing_characters(encoding, text)[:20])
+            reason = f"no token for {unknown!r}" if unknown else f"{type(error).__name__}: {error}"
+            raise UserError(f"{key}: could not be tokenized ({reason}); choose another --tokenizer") from None
+        parts.setdefault(split, []).extend((end_of_text, tokens))
+        documents, size = counts.get(split, (0, 0))
+        counts[split] = documents + 1, size + len(text.encode())
+    result = {}
+    for split, arrays in parts.items():
+        tokens = np.concatenate(arrays)
+        if tokens.max() >= encoding.n_vocab:
+            raise UserError(f"--tokenizer: {encoding.name} gave id {tokens.max()}, expected below {encoding.n_vocab}")
+        result[split] = tokens.astype(token_dtype(encoding.n_vocab)), *counts[split]
+    return result
 
 
 # -- in the parent -------------------------------------------------------------------------------
 
 
-def batches(documents):
-    """Group (key, text) pairs into lists of about BATCH_BYTES characters."""
+def batches(documents, characters, side):
+    """Group (key, text) pairs into lists of (split, key, text) of about that many characters."""
     batch, size = [], 0
     for key, text in documents:
-        batch.append((key, text))
+        batch.append((side(key), key, text))
         size += len(text)
-        if size >= BATCH_BYTES:
+        if size >= characters:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
 
 
-def encoded(documents, tokenizer, workers):
-    """Yield (key, tokens, bytes) for each document, in order. At most 4 batches a worker are under way."""
+def encoded(batches, tokenizer, workers):
+    """Yield what `encode` makes of each batch, in order. At most 4 batches a worker are under way."""
     if workers == 1:
         start_worker(tokenizer)
-        for batch in batches(documents):
-            yield from zip([key for key, _ in batch], *encode([text for _, text in batch]), strict=True)
+        yield from map(encode, batches)
         return
     # spawn: the parent may hold threads (datasets, tokenizers) that do not survive a fork
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, start_worker, (tokenizer,)) as pool:
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (tokenizer,))
+    try:
         pending = deque()
-        for batch in itertools.chain(batches(documents), itertools.repeat(None)):
-            if batch:
-                pending.append(([key for key, _ in batch], pool.submit(encode, [text for _, text in batch])))
-            if pending and (batch is None or len(pending) >= 4 * workers):
-                keys, result = pending.popleft()
-                yield from zip(keys, *result.result(), strict=True)
-            if batch is None and not pending:
-                return
+        for batch in batches:
+            # this starts workers, who inherit that Ctrl-C is not for them: the parent answers it
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            pending.append(pool.submit(encode, batch))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            if len(pending) == 4 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            "--workers: a worker process was killed, perhaps for want of memory; run the same command again, it goes "
+            "on behind the last finished shard; fewer --workers need less memory"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class Split:
-    """The shards of one split: those written, and the tokens waiting for the next."""
+    """The shards of one split: those that are whole, and the .tmp file that is to be the next."""
 
-    def __init__(self, folder, name, progress):
-        self.folder, self.name = folder, name
-        self.shards = progress.get("shards", [])
-        self.documents = progress.get("documents", 0)
-        self.bytes = progress.get("bytes", 0)
-        self.partial = folder / f"{name}.partial.npy"
-        self.waiting = [np.load(self.partial)] if progress.get("waiting") else []
-        self.waiting_tokens = sum(map(len, self.waiting))
+    def __init__(self, folder, name, dtype, progress):
+        self.folder, self.name, self.dtype = folder, name, dtype
+        self.shards = progress.get("shards", [])  # entries for meta.json
+        self.waiting = progress.get("waiting", 0)  # tokens in the .tmp file
+        self.documents, self.bytes = progress.get("documents", 0), progress.get("bytes", 0)
 
-    def add(self, tokens, size):
-        self.waiting.append(tokens)
-        self.waiting_tokens += len(tokens)
-        self.documents += 1
+    @property
+    def path(self):
+        return self.folder / f"{self.name}_{len(self.shards):06d}.bin"
+
+    @property
+    def temporary(self):
+        return self.path.with_suffix(".bin.tmp")
+
+    @property
+    def tokens(self):
+        return sum(shard["tokens"] for shard in self.shards) + self.waiting
+
+    def recover(self):
+        """Make the files what progress.json says, after a kill. Raises UserError if they cannot be."""
+        self.publish()
+        for shard in self.shards:
+            if shard_layout(self.folder / shard["file"])[2] != shard["tokens"]:
+                raise UserError(f"{self.folder / shard['file']}: not the {shard['tokens']} tokens of progress.json")
+        if self.waiting:
+            size = HEADER_BYTES + self.waiting * self.dtype.itemsize
+            if not self.temporary.exists() or self.temporary.stat().st_size < size:
+                raise UserError(
+                    f"{self.temporary}: missing or cut, expected at least {size} bytes; remove progress.json from "
+                    f"{self.folder} to start again"
+                )
+            os.truncate(self.temporary, size)  # what was appended behind the last finished shard comes again
+
+    def add(self, tokens, documents, size):
+        new = not self.waiting
+        try:
+            with open(self.temporary, "wb" if new else "ab") as file:
+                if new:
+                    file.write(bytes(HEADER_BYTES))
+                file.write(tokens)
+        except OSError as error:
+            raise cannot_write(self.temporary, error) from None
+        self.waiting += len(tokens)
+        self.documents += documents
         self.bytes += size
 
-    def write(self):
+    def flush(self, finish):
+        """Bring the .tmp file to the disk; with `finish`, as a whole shard. Returns the progress."""
         if self.waiting:
-            path = self.folder / f"{self.name}_{len(self.shards):06d}.bin"
-            self.shards.append(write_shard(path, np.concatenate(self.waiting)))
-            self.waiting, self.waiting_tokens = [], 0
+            try:
+                with open(self.temporary, "r+b") as file:
+                    if finish:
+                        file.write(shard_header(self.dtype, self.waiting))
+                        file.flush()
+                    os.fsync(file.fileno())
+                if finish:
+                    entry = {"file": self.path.name, "tokens": self.waiting, "sha256": checksum(self.temporary)}
+                    self.shards, self.waiting = [*self.shards, entry], 0
+            except OSError as error:
+                raise cannot_write(self.temporary, error) from None
+        counts = {"documents": self.documents, "bytes": self.bytes, "waiting": self.waiting}
+        return counts | {"shards": self.shards}
 
-    def progress(self):
-        """What a later call needs to go on from here; the waiting tokens go to a file of their own."""
-        if self.waiting:
-            temporary = self.partial.with_suffix(".tmp")
-            with open(temporary, "wb") as file:
-                np.save(file, np.concatenate(self.waiting))
-            os.replace(temporary, self.partial)
-        state = {"shards": self.shards, "documents": self.documents, "bytes": self.bytes}
-        return state | {"waiting": self.waiting_tokens}
+    def publish(self):
+        """Rename the last shard that progress.json calls whole."""
+        for shard in self.shards[-1:]:
+            temporary = self.folder / (shard["file"] + ".tmp")
+            if temporary.exists():
+                os.replace(temporary, self.folder / shard["file"])
 
 
-def prepare(documents, tokenizer, args, source=""):
+@contextlib.contextmanager
+def alone_in(folder):
+    """Hold a folder for one preparation at a time. The lock goes with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"--out: another process is preparing {folder}; wait for it, or choose another") from None
+    finally:
+        os.close(handle)
+
+
+def prepare(documents, tokenizer, args, side=None):
     """Tokenize `documents`, an iterable of (key, text) pairs, into shards and meta.json in args.out.
 
-    args: what `options` parses. Raises UserError on bad input; what was there before stays."""
-    encoding = load_tokenizer(tokenizer)
+    args: what `options` parses. side: key -> "train" or "val"; default: `split_of`. Raises UserError on
+    bad input; what is finished stays and is not made again."""
+    check_options(args)
+    try:
+        with alone_in(args.out):
+            prepare_alone(documents, tokenizer, args, side or (lambda key: split_of(key, args.val_fraction)))
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on behind the last finished shard")
+        raise SystemExit(130) from None
+
+
+def prepare_alone(documents, tokenizer, args, side):
+    encoding = load_tokenizer(str(tokenizer))
     if END_OF_TEXT not in encoding._special_tokens:
         raise UserError(f"--tokenizer: {encoding.name} has no {END_OF_TEXT} token; choose one that has, as gpt2")
-    args.out.mkdir(parents=True, exist_ok=True)
-    settings = {"tokenizer": fingerprint(encoding), "source": source or str(args.input)}
+    settings = {"tokenizer": fingerprint(encoding), "source": getattr(documents, "description", str(args.input))}
     settings |= {name: getattr(args, name) for name in ("val_fraction", "shard_tokens", "limit")}
-    progress_file, progress = args.out / "progress.json", {}
-    for path, content in ((args.out / "meta.json", read_meta(args.out)), (progress_file, None)):
-        if not path.exists():
-            continue
-        content = content or read_json(path)
-        different = [name for name, value in settings.items() if content.get("settings", {}).get(name) != value]
+    meta_file, progress_file, progress = args.out / "meta.json", args.out / "progress.json", {}
+    found = next((path for path in (meta_file, progress_file) if path.exists()), None)
+    if found:
+        progress = read_meta(args.out) or read_json(progress_file)
+        different = [name for name, value in settings.items() if progress.get("settings", {}).get(name) != value]
         if different:
             raise UserError(
-                f"{path}: already holds data made with another {', '.join(different)}; "
+                f"{found}: already holds data made with another {', '.join(different)}; "
                 "choose another --out, or remove that folder's shards and this file"
             )
-        if path.name == "meta.json":
-            print(f"{args.out} is already prepared with these settings; remove {path} to make it again")
-            return
-        progress = content
-    splits = {name: Split(args.out, name, progress.get(name, {})) for name in ("train", "val")}
+    if found == meta_file:
+        progress_file.unlink(missing_ok=True)  # killed between the last two steps
+        print(f"{args.out} is already prepared with these settings; remove {meta_file} to make it again")
+        return
+    dtype = token_dtype(encoding.n_vocab)
+    splits = {name: Split(args.out, name, dtype, progress.get(name, {})) for name in ("train", "val")}
+
+    def save(*finished):
+        state = {name: split.flush(split in finished) for name, split in splits.items()}
+        write_json(progress_file, {"settings": settings} | state)
+        for split in splits.values():
+            split.publish()
+
+    if found:
+        for split in splits.values():
+            split.recover()
+    else:
+        save()  # from now on the folder shows that it is not finished, whatever older shards it holds
     done = sum(split.documents for split in splits.values())
     if done:
-        print(f"going on behind document {done}, where an earlier call finished a shard")
-    todo = itertools.islice(documents, done, args.limit)
-    with tqdm(unit=" tokens", unit_scale=True, desc=str(args.out), mininterval=0.5) as bar:
-        for key, tokens, size in encoded(todo, tokenizer, args.workers):
-            split = splits[split_of(key, args.val_fraction)]
-            split.add(tokens, size)
-            bar.update(len(tokens))
-            if split.waiting_tokens >= args.shard_tokens:
-                split.write()
-                state = {name: each.progress() for name, each in splits.items()}
-                write_json(progress_file, {"settings": settings} | state)
+        print(f"going on behind document {done:,}, where an earlier call finished a shard")
+    todo = documents.skip(done) if hasattr(documents, "skip") else itertools.islice(documents, done, None)
+    todo = itertools.islice(todo, args.limit and args.limit - done)
+    groups = batches(todo, min(BATCH, args.shard_tokens), side)
+    tokens = sum(split.tokens for split in splits.values())
+    bar = tqdm(initial=tokens, unit=" tokens", unit_scale=True, desc=str(args.out), mininterval=0.5)
+    with bar, contextlib.closing(encoded(groups, str(tokenizer), args.workers)) as results:
+        for result in results:
+            for name, (new, *counts) in result.items():
+                splits[name].add(new, *counts)
+                tokens += len(new)
+            share = sum(split.documents for split in splits.values()) / args.limit if args.limit else 0
+            if fraction := max(getattr(documents, "fraction", None) or 0, share):
+                bar.total = max(tokens, int(tokens / fraction))  # an estimate, for the time left
+            bar.update(tokens - bar.n)
+            full = [split for split in splits.values() if split.waiting >= args.shard_tokens]
+            if full:
+                save(*full)
+    save(*splits.values())
     meta = {
         "tokenizer": tokenizer_entry(tokenizer, encoding, args.out),
         "vocab_size": encoding.n_vocab,
@@ -182,16 +329,13 @@ def prepare(documents, tokenizer, args, source=""):
         "splits": {},
     }
     for name, split in splits.items():
-        split.write()
-        tokens = sum(shard["tokens"] for shard in split.shards)
-        if not tokens:
-            print(f"warning: no document fell into the {name} split; change --val_fraction if you need it")
-        meta["splits"][name] = {"tokens": tokens, "documents": split.documents, "bytes": split.bytes}
+        meta["splits"][name] = {"tokens": split.tokens, "documents": split.documents, "bytes": split.bytes}
         meta["splits"][name]["shards"] = split.shards
-        print(f"{name}: {tokens:,} tokens, {split.documents:,} documents, {split.bytes:,} bytes of text")
-    write_json(args.out / "meta.json", meta)
-    for leftover in (progress_file, *(split.partial for split in splits.values())):
-        leftover.unlink(missing_ok=True)
+        if not split.tokens:
+            print(f"warning: no document fell into the {name} split; change --val_fraction if you need it")
+        print(f"{name}: {split.tokens:,} tokens, {split.documents:,} documents, {split.bytes:,} bytes of text")
+    write_json(meta_file, meta)
+    progress_file.unlink()
 
 
 def tokenizer_entry(tokenizer, encoding, out):

@@ -5,6 +5,7 @@ holds one trained here (tokenizer.tiktoken in tiktoken's file format, tokenizer.
 import base64
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import tiktoken
@@ -75,6 +76,26 @@ def fingerprint(encoding):
     return digest.hexdigest()[:16]
 
 
+def faster(encoding):
+    r"""The same encoding, some 1.7 times as fast: the same pieces of text from a pattern that tiktoken's
+    regular expressions take better.
+
+    All of tiktoken's patterns and ours end in a look-ahead, `\s+(?!\S)`, for which the library walks through
+    the whole pattern step by step. What stands before it needs no such walk once it is a group without
+    possessive quantifiers (`++`), which goes through the library's automaton. Greedy ones match the same
+    here: what follows each cannot match a character that it would have to give back."""
+    head, look_ahead, tail = encoding._pat_str.partition(r"|\s+(?!\S)")
+    if not look_ahead:
+        return encoding
+    head = re.sub(r"([+*?]|\{\d+,\d+\})\+", r"\1", head)
+    return tiktoken.Encoding(
+        encoding.name,
+        pat_str=f"(?:{head}){look_ahead}{tail}",
+        mergeable_ranks=encoding._mergeable_ranks,
+        special_tokens=encoding._special_tokens,
+    )
+
+
 def train_tokenizer(texts, vocab_size, special_tokens=(END_OF_TEXT,)):
     """Learn a byte-level BPE of `vocab_size` ids, the special tokens last. Returns (ranks, special).
 
@@ -112,10 +133,72 @@ def byte_level_alphabet():
     return [stand_in[value] for value in range(256)]
 
 
-def save_tokenizer(folder, ranks, special_tokens):
-    """Write a trained tokenizer into `folder` in tiktoken's format; load it with `load_tokenizer`."""
+def save_tokenizer(folder, ranks, special_tokens, pattern=PATTERN):
+    """Write a trained tokenizer into `folder`: in tiktoken's format, for `load_tokenizer`, and as
+    tokenizer.json, for transformers. tokenizer.tiktoken comes last: a folder with it is complete."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "tokenizer_settings.json", {"pattern": PATTERN, "special_tokens": special_tokens})
+    write_json(folder / "tokenizer_settings.json", {"pattern": pattern, "special_tokens": special_tokens})
+    write_atomically(folder / "tokenizer.json", huggingface_json(ranks, special_tokens, pattern).encode())
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= {"eos_token": END_OF_TEXT} if END_OF_TEXT in special_tokens else {}
+    write_json(folder / "tokenizer_config.json", config)
     lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
     write_atomically(folder / "tokenizer.tiktoken", b"".join(lines))
+
+
+def huggingface_json(ranks, special_tokens, pattern):
+    """The same tokenizer in the form of the `tokenizers` library.
+
+    tiktoken joins any two neighbours that make a known token, the lowest rank first; `tokenizers` joins
+    only listed pairs, in the order of the list. So every way to split every token into two known ones is
+    listed, by rank: with the one pair per token that training found, most random strings differ."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = byte_level_alphabet()
+    name = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
+    merges = [
+        (name[token[:cut]], name[token[cut:]])
+        for token in sorted(ranks, key=ranks.get)
+        for cut in range(1, len(token))
+        if token[:cut] in ranks and token[cut:] in ranks
+    ]
+    vocabulary = {name[token]: rank for token, rank in ranks.items()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
+    return tokenizer.to_str(pretty=True)
+
+
+def own_tokenizer(folder, make, vocab_size=None):
+    """The folder of a data set's own tokenizer: the one that is there, or what make() -> (ranks, special
+    tokens, ...) gives. Raises UserError if the one that is there has not `vocab_size` ids."""
+    if not (Path(folder) / "tokenizer.tiktoken").exists():
+        save_tokenizer(folder, *make())
+    found = load_tokenizer(str(folder)).n_vocab
+    if vocab_size not in (None, found):
+        raise UserError(
+            f"{folder}: found a tokenizer of {found} ids, expected --vocab_size {vocab_size}; "
+            "choose another --out, or remove that folder and the shards made with it"
+        )
+    return folder
+
+
+def characters(text):
+    """A tokenizer of the characters that occur in `text`, in their order, as `save_tokenizer` takes it."""
+    ranks = {character.encode(): rank for rank, character in enumerate(sorted(set(text)))}
+    return ranks, {END_OF_TEXT: len(ranks)}, r"[\s\S]"
+
+
+def missing_characters(encoding, text):
+    """The characters of `text` that `encoding` has no token for: none for all that know the 256 bytes,
+    but a tokenizer of characters knows only its own."""
+    if all(byte in encoding._mergeable_ranks for byte in byte_ranks()):
+        return []
+    return sorted(char for char in set(text) if char.encode(errors="replace") not in encoding._mergeable_ranks)

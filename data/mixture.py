@@ -1,0 +1,89 @@
+"""What `data.path` means: one folder of shards, or several that are mixed by weight.
+
+    {"path": "data/openwebtext"}
+    {"path": {"data/fineweb_edu": 0.7, "data/simplewiki": 0.2, "data/stdlib": 0.1}}
+
+A single folder is a mixture of one, so nothing else in the code tells them apart.
+"""
+
+import numpy as np
+
+from config import UserError
+from data.order import Schedule, windows_of
+from data.shards import TokenStream
+
+
+class Mixture:
+    """One split of the data. Its windows are numbered through: those of the first folder, then the next.
+
+    path: a folder, or {folder: weight}; the order in which they are written does not matter. Each folder
+    goes through epochs of its own. Raises UserError for shards that are broken, too short, made with
+    different tokenizers, or with ids at or above `vocab_size`."""
+
+    def __init__(self, path, split, block_size, vocab_size, seed):
+        weights = path if isinstance(path, dict) else {path: 1}
+        self.folders, self.block_size, self.seed = sorted(weights), block_size, seed
+        self.streams = [TokenStream(folder, split, block_size) for folder in self.folders]
+        self.schedule = Schedule([weights[folder] for folder in self.folders])
+        self.first_windows = np.cumsum([0] + [stream.windows for stream in self.streams])
+        self.windows = int(self.first_windows[-1])
+        known = {}
+        for folder, stream in zip(self.folders, self.streams, strict=True):
+            stream.check_vocabulary(vocab_size)
+            if stream.meta:
+                known.setdefault(stream.fingerprint()["tokenizer"], folder)
+        if len(known) > 1:
+            found = ", ".join(f"{folder} with tokenizer {tokenizer}" for tokenizer, folder in known.items())
+            raise UserError(f"data.path: found {found}; expected one tokenizer for all; prepare one of them again")
+
+    def windows_of(self, samples):
+        """Sample numbers of a run (k,) -> window numbers (k,) int64."""
+        sets, draws = self.schedule.draws(samples)
+        windows = np.empty(len(sets), dtype=np.int64)
+        for number in set(sets.tolist()):
+            mine = sets == number
+            # a seed for each, lest two folders of the same size be walked through in step
+            order = windows_of(draws[mine], self.streams[number].windows, self.seed + (number << 32))
+            windows[mine] = order + self.first_windows[number]
+        return windows
+
+    def batch(self, windows):
+        """Window numbers (k,) -> inputs and targets, both (k, block_size) int64."""
+        if len(self.streams) == 1:
+            return self.streams[0].batch(windows)
+        windows = np.asarray(windows)
+        inputs, targets = (np.empty((len(windows), self.block_size), dtype=np.int64) for _ in range(2))
+        sets = np.searchsorted(self.first_windows, windows, side="right") - 1
+        for number in set(sets.tolist()):
+            mine = np.flatnonzero(sets == number)
+            inputs[mine], targets[mine] = self.streams[number].batch(windows[mine] - self.first_windows[number])
+        return inputs, targets
+
+    def validation_windows(self, wanted):
+        """About `wanted` windows, each folder's share by its weight and spread evenly over it: the same at
+        every evaluation. Fewer if a folder has less than its share of them."""
+        counts, period = self.schedule.counts, self.schedule.period
+        most = min(stream.windows * period // n for stream, n in zip(self.streams, counts, strict=True))
+        sets, _ = self.schedule.draws(np.arange(max(1, min(wanted, most))))
+        shares = np.bincount(sets, minlength=len(self.streams))
+        parts = zip(self.streams, shares, self.first_windows, strict=False)
+        return np.concatenate([s.validation_windows(int(n)) + first for s, n, first in parts if n])
+
+    def fingerprint(self):
+        """{folder: what a checkpoint records of it}; see TokenStream.fingerprint."""
+        return {folder: stream.fingerprint() for folder, stream in zip(self.folders, self.streams, strict=True)}
+
+
+def check_same_data(recorded, data, where):
+    """Refuse to go on with other data than a checkpoint was trained on. recorded: the `fingerprint` in the
+    checkpoint `where`. Raises UserError that names the folder, what was found and what was expected."""
+    for folder, now in data.fingerprint().items():
+        was = recorded.get(folder, {})
+        different = [name for name in now if now[name] != was.get(name)]
+        if different:
+            found = ", ".join(f"{name} {now[name]}" for name in different)
+            expected = ", ".join(str(was.get(name)) for name in different)
+            raise UserError(
+                f"{folder}: found {found}, expected {expected} as in {where}; "
+                "restore that data, or start another run with --train.out_dir"
+            )

@@ -1,0 +1,25 @@
+"""OpenWebText, the open copy of GPT-2's training text: 8 million web pages, 9 billion tokens.
+
+python data/openwebtext/prepare.py [--input 'openwebtext/*.parquet'] [--workers 8]
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from config import run_command
+from data import pipeline, sources
+
+
+def documents(args):
+    return sources.open_source(args, "Skylion007/openwebtext")
+
+
+def main(arguments):
+    args = pipeline.options(__doc__, Path(__file__).parent, val_fraction=0.0005).parse_args(arguments)
+    pipeline.prepare(documents(args), args.tokenizer, args)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,52 @@
+"""Learn a byte-level BPE of any size from any of the data sets here, or from your own files.
+
+python data/train_tokenizer.py --source fineweb_edu --limit 100000 --vocab_size 32768 --out data/fineweb_edu/tokenizer
+python data/train_tokenizer.py --input 'books/**/*.txt' --vocab_size 8192 --out tokenizers/books
+python data/openwebtext/prepare.py --tokenizer tokenizers/books
+
+Writes tokenizer.tiktoken, which everything here loads, and tokenizer.json, which transformers loads.
+"""
+
+import argparse
+import importlib
+import itertools
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config import UserError, did_you_mean, run_command
+from data.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", default="text", help="a data set: the name of a folder in data/")
+    parser.add_argument("--input", nargs="+", help="local copies of the source: files, folders, quoted globs")
+    parser.add_argument("--column", default="text", help="the column that holds the text")
+    parser.add_argument("--streaming", action="store_true", help="read from the hub without keeping a copy")
+    parser.add_argument("--limit", type=int, default=1_000_000, help="learn from the first documents only")
+    parser.add_argument("--vocab_size", type=int, default=32768, help="number of ids, special tokens among them")
+    parser.add_argument("--special_tokens", nargs="+", default=[END_OF_TEXT], help="get the last ids, in this order")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer")
+    args = parser.parse_args(arguments)
+    args.val_fraction = 0.0  # learn from the training side where a source is cut in two
+    names = sorted(path.parent.name for path in Path(__file__).parent.glob("*/prepare.py"))
+    if args.source not in names:
+        raise UserError(f"--source: no data set {args.source!r}; {did_you_mean(args.source, names)}")
+    if args.source == "text" and not args.input:
+        raise UserError("--input: none given; name your files, or a data set: --source fineweb_edu")
+    special = list(dict.fromkeys([*args.special_tokens, END_OF_TEXT]))  # the shards need an end of text
+    least = 256 + len(special)
+    if args.vocab_size < least:
+        raise UserError(f"--vocab_size: found {args.vocab_size}, expected at least {least}: bytes and special tokens")
+    documents = importlib.import_module(f"data.{args.source}.prepare").documents(args)
+    texts = tqdm((text for _, text in itertools.islice(documents, args.limit)), unit=" documents", desc=str(args.out))
+    save_tokenizer(args.out, *train_tokenizer(texts, args.vocab_size, special))
+    print(f"{args.out}: {args.vocab_size:,} ids")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,230 @@
+"""How fast the data comes: preparing against nanoGPT's way and bare tiktoken, reading against get_batch.
+
+    MINZERO_SHARED=../shared TIKTOKEN_CACHE_DIR=../shared/tiktoken python tests/bench_data.py [--megabytes 100]
+
+The documents are pieces of the texts in MINZERO_SHARED/text, where it is set, and of the standard
+library's files, as long as OpenWebText's, over and over until there are enough. Each measurement is a
+process of its own; its peak memory is the private memory (USS) of it and its children, sampled.
+nanoGPT's way is written anew here: datasets.map, one document at a time, into lists of integers, and
+then 1,024 pieces copied into a memory map; get_batch likewise. Starting processes is part of each
+time, imports and writing the input are not.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import statistics
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+BATCH, BLOCK = 12, 1024
+MEAN_LENGTH = 5000  # characters: OpenWebText has 40 GB in 8.01 million documents
+
+
+def corpus(megabytes):
+    """About that many megabytes of documents, cut at blank lines into OpenWebText's mean length."""
+    paths = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
+    paths = [path for path in paths if "site-packages" not in path.parts]
+    if os.environ.get("MINZERO_SHARED"):
+        paths += sorted(Path(os.environ["MINZERO_SHARED"], "text").glob("*.txt"))
+    texts = []
+    for path in paths:
+        piece = ""
+        for paragraph in re.split(r"(?<=\n)(?=\s*\n)", path.read_text(encoding="utf-8", errors="replace")):
+            piece += paragraph
+            if len(piece) >= MEAN_LENGTH:
+                texts.append(piece)
+                piece = ""
+        texts += [piece] if piece.strip() else []
+    return texts * max(1, round(megabytes * 1e6 / sum(map(len, texts))))
+
+
+# -- what is measured, each in a process of its own ----------------------------------------------
+
+
+def bare(folder, workers, texts):
+    """tiktoken's encode_ordinary and nothing else, in one thread."""
+    import tiktoken
+
+    encoding = tiktoken.get_encoding("gpt2")
+    started = time.perf_counter()
+    tokens = sum(len(encoding.encode_ordinary(text)) + 1 for text in texts)
+    return tokens, time.perf_counter() - started
+
+
+def ours(folder, workers, texts):
+    from data import pipeline, sources
+
+    shutil.rmtree(folder / f"ours_{workers}", ignore_errors=True)
+    arguments = ["--out", f"{folder}/ours_{workers}", "--workers", str(workers), "--val_fraction", "0.0005"]
+    args = pipeline.options("", folder).parse_args(arguments)
+    started = time.perf_counter()
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        pipeline.prepare(sources.Files(folder / "corpus.jsonl"), "gpt2", args)
+    seconds = time.perf_counter() - started
+    meta = json.loads((args.out / "meta.json").read_text())
+    return sum(split["tokens"] for split in meta["splits"].values()), seconds
+
+
+def nanogpt(folder, workers, texts):
+    """One document at a time through datasets.map into lists, the lists then joined into train.bin."""
+    import datasets
+    import tiktoken
+
+    datasets.disable_progress_bars()
+    encoding = tiktoken.get_encoding("gpt2")
+    data = datasets.load_from_disk(str(folder / "corpus"))
+
+    def tokenize(row):
+        ids = [*encoding.encode_ordinary(row["text"]), encoding.eot_token]
+        return {"ids": ids, "len": len(ids)}
+
+    started = time.perf_counter()
+    parts = data.train_test_split(test_size=0.0005, seed=1, shuffle=True)
+    parts = parts.map(tokenize, remove_columns=["text"], num_proc=workers, load_from_cache_file=False)
+    total = 0
+    for name, part in parts.items():
+        length = int(np.sum(part["len"], dtype=np.uint64))
+        out = np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="w+", shape=(length,))
+        position, pieces = 0, min(1024, len(part))
+        for piece in range(pieces):
+            shard = part.shard(num_shards=pieces, index=piece, contiguous=True).with_format("numpy")
+            ids = np.concatenate(shard["ids"])
+            out[position : position + len(ids)] = ids
+            position += len(ids)
+        out.flush()
+        total += length
+    return total, time.perf_counter() - started
+
+
+def measured(function, folder, workers, texts):
+    """Run in a child process. Returns (tokens, seconds, peak bytes of private memory)."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: sender.send(function(folder, workers, texts)))
+    child.start()
+    peak, finished = [0], threading.Event()
+
+    def watch():
+        process = psutil.Process(child.pid)
+        while not finished.wait(0.05):
+            total = 0
+            for each in [process, *process.children(recursive=True)]:
+                try:
+                    total += each.memory_full_info().uss
+                except psutil.Error:
+                    continue
+            peak[0] = max(peak[0], total)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = receiver.recv()
+    finished.set()
+    watcher.join()
+    child.join()
+    return *result, peak[0]
+
+
+# -- the reader ----------------------------------------------------------------------------------
+
+
+def reader(folder):
+    """Seconds of one batch: (nanoGPT's get_batch, ours), each the median of 5 rounds, taken in turns."""
+    import torch
+
+    from data import order
+    from data.mixture import Mixture
+
+    torch.set_num_threads(1)
+    data = Mixture(str(folder / "ours_1"), "train", BLOCK, 50257, seed=1)
+    numbers = iter(range(10**9))
+
+    def our_batch():
+        samples = order.sample_numbers(next(numbers), 0, 0, 1, BATCH, 1)
+        return [torch.from_numpy(array) for array in data.batch(data.windows_of(samples))]
+
+    def get_batch():
+        tokens = np.memmap(folder / "train.bin", dtype=np.uint16, mode="r")
+        starts = torch.randint(len(tokens) - BLOCK, (BATCH,))
+        rows = [[tokens[s + shift : s + shift + BLOCK].astype(np.int64) for s in starts] for shift in (0, 1)]
+        return [torch.stack([torch.from_numpy(row) for row in part]) for part in rows]
+
+    assert [list(t.shape) for t in our_batch()] == [list(t.shape) for t in get_batch()] == [[BATCH, BLOCK]] * 2
+    seconds = {get_batch: [], our_batch: []}
+    for _ in range(6):
+        for function, times in seconds.items():
+            started = time.perf_counter()
+            for _ in range(500):
+                function()
+            times.append((time.perf_counter() - started) / 500)
+    return [statistics.median(times[1:]) for times in seconds.values()]  # the first round warms up
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=100)
+    parser.add_argument("--rounds", type=int, default=1, help="the fastest of so many counts")
+    args = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    folder = Path(tempfile.mkdtemp(prefix="bench_data_"))
+    try:
+        texts = corpus(args.megabytes)
+        with open(folder / "corpus.jsonl", "w") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+        write = multiprocessing.get_context("fork").Process(target=save_arrow, args=(texts, folder / "corpus"))
+        write.start()
+        write.join()
+        print(f"{len(texts):,} documents, {sum(map(len, texts)) / 1e6:.0f} MB, {os.cpu_count()} cores, gpt2 tokenizer")
+        rows = [("bare tiktoken", bare, 1)]
+        rows += [(name, f, workers) for workers in (1, 2) for name, f in (("nanoGPT's way", nanogpt), ("ours", ours))]
+        results = {}
+        print(f"{'':16s}{'processes':>10s}{'tokens':>13s}{'M tokens/s':>12s}{'a process':>11s}{'peak MB':>9s}")
+        for name, function, workers in rows:
+            given = texts if function is bare else None  # the others read their files, as in life
+            runs = [measured(function, folder, workers, given) for _ in range(args.rounds)]
+            tokens, seconds, peak = min(runs, key=lambda run: run[1])
+            rate = results[name, workers] = tokens / seconds / 1e6
+            print(
+                f"{name:16s}{workers:10d}{tokens:13,d}{rate:12.2f}{rate / workers:11.2f}{peak / 1e6:9.0f}", flush=True
+            )
+        for workers in (1, 2):
+            rate, nano = results["ours", workers], results["nanoGPT's way", workers]
+            print(
+                f"{workers} process(es): {rate / nano:.1f} times nanoGPT's way, "
+                f"{rate / workers / results['bare tiktoken', 1]:.0%} of bare tiktoken times processes"
+            )
+        nano, our = reader(folder)
+        # the fastest step this might feed: 124M parameters on one H100 at half of its 989 TFLOPS
+        flops = BATCH * BLOCK * (6 * 124e6 + 12 * 12 * 768 * BLOCK)
+        step = flops / (0.5 * 989e12)
+        print(
+            f"batches of {BATCH} x {BLOCK}: get_batch {1 / nano:,.0f}/s, ours {1 / our:,.0f}/s, {nano / our:.1f} times"
+        )
+        print(f"ours takes {our * 1e6:.0f} us, {our / step:.2%} of the {step * 1e3:.1f} ms of a 124M GPT on an H100")
+    finally:
+        shutil.rmtree(folder)
+
+
+def save_arrow(texts, path):
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(str(path))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Tokenizers: what is trained here gives tiktoken and transformers the same ids."""
+
+import random
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import regex
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config import UserError
+from data.tokenizer import (
+    END_OF_TEXT,
+    PATTERN,
+    characters,
+    faster,
+    load_tokenizer,
+    missing_characters,
+    own_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
+from tests.conftest import ROOT, environment
+
+
+def library(count):
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:count]
+    return [path.read_text(encoding="utf-8", errors="ignore") for path in paths]
+
+
+MIXED = [
+    "naïve café 東京都 привет мир 😀👩‍👩‍👧 שלום नमस्ते",
+    "aaaa abababab aabaab",
+    "\r\n\t  x=1\n\n\n    y\u00a0z",
+    "1234567 ½ ²",
+] * 30
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(tiktoken's, transformers') of one tokenizer of 2,000 ids, learnt from code, runs and many scripts."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("trained")
+    generator = random.Random(0)
+    runs = ["".join(generator.choice("ab") for _ in range(300)) + "a" * 300 for _ in range(30)]
+    texts = [*library(40), *MIXED, *runs]
+    save_tokenizer(folder, *train_tokenizer(texts, 2000, ["<|user|>", END_OF_TEXT]))
+    return load_tokenizer(str(folder)), PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json")), folder
+
+
+def same(trained, text):
+    ours, theirs = trained[0].encode_ordinary(text), trained[1].encode(text)
+    assert ours == theirs
+    assert trained[0].decode(ours) == trained[1].decode(theirs) == text
+
+
+def test_same_ids_on_real_text(trained):
+    for text in [*library(120)[40:], *MIXED]:
+        same(trained, text)
+
+
+def test_same_ids_on_the_shared_texts(trained, shared):
+    for path in sorted((shared / "text").glob("*.txt")):
+        text = path.read_text(encoding="utf-8")
+        for start in range(0, len(text), 20_000):
+            same(trained, text[start : start + 20_000])
+
+
+@given(st.text(max_size=200))
+@settings(deadline=None, max_examples=300)
+def test_same_ids_on_any_text(trained, text):
+    same(trained, text)
+
+
+@given(st.text(alphabet="ab ", max_size=120))
+@settings(deadline=None, max_examples=500)
+def test_same_ids_where_merges_compete(trained, text):
+    """Runs and near-runs, where the same token can be joined from several pairs."""
+    same(trained, text)
+
+
+def test_special_tokens(trained):
+    tiktoken_s, transformers_s, folder = trained
+    assert tiktoken_s._special_tokens == {"<|user|>": 1998, END_OF_TEXT: 1999}
+    text = f"<|user|>x = 1{END_OF_TEXT}"
+    ids = tiktoken_s.encode(text, allowed_special="all")
+    assert ids[0] == 1998 and ids[-1] == 1999
+    assert transformers_s.encode(text) == ids
+    assert END_OF_TEXT not in tiktoken_s.decode(tiktoken_s.encode_ordinary("x"))
+    from transformers import AutoTokenizer
+
+    automatic = AutoTokenizer.from_pretrained(str(folder))
+    assert automatic.eos_token_id == 1999 and automatic.encode("def f(x):") == tiktoken_s.encode_ordinary("def f(x):")
+
+
+def test_characters(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    save_tokenizer(tmp_path, *characters("héllo\n wörld"))
+    encoding = load_tokenizer(str(tmp_path))
+    assert encoding.n_vocab == len(set("héllo\n wörld")) + 1
+    ids = encoding.encode_ordinary("wörld hé")
+    assert ids == [sorted(set("héllo\n wörld")).index(character) for character in "wörld hé"]
+    assert PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")).encode("wörld hé") == ids
+    assert missing_characters(encoding, "zx héy") == ["x", "y", "z"]
+    assert missing_characters(load_tokenizer("bytes"), "zx 東") == []
+
+
+def test_own_tokenizer_is_made_once(tmp_path):
+    folder = tmp_path / "tokenizer"
+    own_tokenizer(folder, lambda: train_tokenizer(library(3), 300), 300)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    own_tokenizer(folder, lambda: 1 / 0, 300)
+    with pytest.raises(UserError, match="found a tokenizer of 300 ids, expected --vocab_size 400"):
+        own_tokenizer(folder, lambda: 1 / 0, 400)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def run(*flags):
+    command = [sys.executable, str(ROOT / "data" / "train_tokenizer.py"), *map(str, flags)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def test_the_command(tmp_path):
+    for i, text in enumerate(library(12)):
+        (tmp_path / f"{i}.txt").write_text(text)
+    result = run("--input", tmp_path, "--vocab_size", 600, "--special_tokens", "<|user|>", "--out", tmp_path / "tok")
+    assert result.returncode == 0, result.stderr
+    encoding = load_tokenizer(str(tmp_path / "tok"))
+    assert encoding.n_vocab == 600 and encoding._special_tokens == {"<|user|>": 598, END_OF_TEXT: 599}
+    again = run("--source", "stdlib", "--limit", 20, "--vocab_size", 400, "--out", tmp_path / "stdlib")
+    assert again.returncode == 0 and "20 documents" in again.stderr, again.stderr
+    prepare = [sys.executable, str(ROOT / "data" / "text" / "prepare.py"), "--input", str(tmp_path / "1.txt")]
+    prepare += ["--tokenizer", str(tmp_path / "tok"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert subprocess.run(prepare, env=environment(), capture_output=True).returncode == 0
+
+
+def test_the_commands_faults(tmp_path):
+    (tmp_path / "a.txt").write_text("too little")
+    for flags, words in (
+        (["--source", "openwebtxt"], "did you mean openwebtext?"),
+        ([], "--input: none given"),
+        (["--input", tmp_path, "--vocab_size", 100], "--vocab_size: found 100, expected at least 257"),
+        (["--input", tmp_path, "--vocab_size", 1000], "gives only"),
+    ):
+        result = run(*flags, "--out", tmp_path / "tok")
+        assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert not (tmp_path / "tok").exists()
+
+
+# -- the faster pattern ----------------------------------------------------------------------------
+
+
+def tiktokens_patterns():
+    """The patterns of all of tiktoken's encodings, which it writes inside functions that download."""
+    from tiktoken_ext import openai_public
+
+    source = Path(openai_public.__file__).read_text()
+    names = set(re.findall(r"^def (\w+)\(\)", source, re.MULTILINE))
+    assert {"gpt2", "cl100k_base", "o200k_base"} <= names
+    offline = {}
+    exec(source, offline)
+    offline |= dict.fromkeys(("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"), lambda *_, **__: {})
+    return {name: offline[name]()["pat_str"] for name in sorted(names)} | {"ours": PATTERN}
+
+
+PATTERNS = tiktokens_patterns()
+WHITE = st.text(alphabet=" \t\n\r\u00a0\u3000\x1c'sS1½aAé東\u0301_.,/?!", max_size=40)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_the_faster_pattern_cuts_the_same_pieces(name):
+    """By another library than tiktoken's, which knows possessive quantifiers as well."""
+    byte = {bytes([value]): value for value in range(256)}
+    encoding = tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=byte, special_tokens={})
+    before, after = regex.compile(PATTERNS[name]), regex.compile(faster(encoding)._pat_str)
+    assert before.pattern != after.pattern
+
+    @given(st.one_of(WHITE, st.text(max_size=60)))
+    @settings(deadline=None, max_examples=300)
+    def check(text):
+        assert before.findall(text) == after.findall(text)
+
+    check()
+    for text in [*library(60), *MIXED]:
+        assert before.findall(text) == after.findall(text)
+
+
+def test_the_faster_tokenizer_gives_the_same_ids(trained, shared):
+    texts = [path.read_text(encoding="utf-8") for path in sorted((shared / "text").glob("*.txt"))]
+    pairs = [(encoding, faster(encoding)) for encoding in (load_tokenizer("gpt2"), trained[0])]
+    for text in [*library(150), *MIXED, *texts, " " * 100_000 + "x", "\n" * 100_000, "a" * 100_000]:
+        for encoding, quick in pairs:
+            assert quick.encode_ordinary(text) == encoding.encode_ordinary(text)
+
+    @given(st.one_of(WHITE, st.text(max_size=60)))
+    @settings(deadline=None, max_examples=300)
+    def check(text):
+        for encoding, quick in pairs:
+            assert quick.encode_to_numpy(text, disallowed_special=()).tolist() == encoding.encode_ordinary(text)
+
+    check()
