@@ -130,6 +130,7 @@ class TrainConfig:
     save_best: bool = key(True, "also save when the validation loss is the lowest so far")
     keep_checkpoints: int = key(2, "newest checkpoints kept, besides the best", minimum=1)
     resume: str = key("auto", "auto: continue if the run folder holds a checkpoint; never; or a checkpoint's path")
+    loggers: list[str] = key([], "where metrics go besides metrics.jsonl", ["tensorboard", "wandb"])
     verbose: bool = key(False, "show DeepSpeed's own log")
 
     def check(self):
@@ -197,13 +198,16 @@ def convert(where, value, expected, meta):
         if option == list[float] and isinstance(value, list) and all(type(v) in (int, float) for v in value):
             value = [float(v) for v in value]
             break
+        if option == list[str] and isinstance(value, list) and all(isinstance(v, str) for v in value):
+            break
         if isinstance(option, type) and not isinstance(option, types.GenericAlias) and isinstance(value, option):
             break
     else:
         names = " or ".join("null" if o is types.NoneType else getattr(o, "__name__", str(o)) for o in options)
         raise UserError(f"{where}: found {json.dumps(value)}, expected {names} ({meta['meaning']})")
-    if meta["choices"] and value not in meta["choices"]:
-        raise UserError(f"{where}: found {json.dumps(value)}, expected one of {', '.join(meta['choices'])}")
+    for chosen in value if isinstance(value, list) else [value]:
+        if meta["choices"] and chosen not in meta["choices"]:
+            raise UserError(f"{where}: found {json.dumps(chosen)}, expected one of {', '.join(meta['choices'])}")
     # "not >=" also refuses NaN, which JSON as Python reads it can hold
     if meta["minimum"] is not None and not value >= meta["minimum"]:
         raise UserError(f"{where}: found {value}, expected at least {meta['minimum']} ({meta['meaning']})")

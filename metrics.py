@@ -2,6 +2,7 @@
 
 import json
 import resource
+import secrets
 from pathlib import Path
 
 import torch
@@ -95,16 +96,59 @@ def read_metrics(run):
 
 
 class MetricsLog:
-    """Writes metrics.jsonl, one object a line. A resumed run first drops the lines behind its checkpoint,
-    because it will write those steps again."""
+    """Writes metrics.jsonl, one object a line, and sends the same numbers to TensorBoard and W&B if asked.
 
-    def __init__(self, run, resumed_at):
+    A resumed run first drops the lines behind its checkpoint, because it will write those steps again;
+    TensorBoard purges them too, and W&B goes on with the run of the same id. Neither can stop the run:
+    one that fails is named once and left out from then on."""
+
+    def __init__(self, run, resumed_at, loggers=(), config=None):
         self.path = Path(run) / "metrics.jsonl"
         kept = [line for line in read_metrics(run) if line["step"] <= resumed_at] if resumed_at else []
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(self.path)
+        self.loggers = {}
+        for name in loggers:
+            self.attempt(name, lambda name=name: self.start(name, Path(run), resumed_at, config))
+
+    def start(self, name, run, resumed_at, config):
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.loggers[name] = SummaryWriter(run / "tensorboard", purge_step=resumed_at + 1)
+            return
+        import wandb
+
+        id_file = run / "wandb_id"
+        if not resumed_at or not id_file.exists():
+            id_file.write_text(secrets.token_hex(4))
+        self.loggers[name] = wandb.init(
+            project="minzero", name=run.name, id=id_file.read_text(), resume="allow", dir=run, config=config
+        )
+
+    def attempt(self, name, action):
+        try:
+            action()
+        except Exception as error:
+            self.loggers.pop(name, None)
+            print(
+                f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}; the run goes on without it", flush=True
+            )
 
     def write(self, line):
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
+        numbers = {key: value for key, value in line.items() if key != "step" and value is not None}
+        for name, logger in list(self.loggers.items()):
+            if name == "wandb":
+                self.attempt(name, lambda logger=logger: logger.log(numbers, step=line["step"]))
+            else:
+                self.attempt(
+                    name,
+                    lambda logger=logger: [logger.add_scalar(k, v, line["step"]) for k, v in numbers.items()],
+                )
+
+    def close(self):
+        for name, logger in list(self.loggers.items()):
+            self.attempt(name, logger.finish if name == "wandb" else logger.close)

@@ -211,7 +211,7 @@ def main(config):
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "config.json", config.to_dict() | {key: record[key] for key in record if key != "config"})
-        log = metrics.MetricsLog(run, first_step)
+        log = metrics.MetricsLog(run, first_step, train.loggers, config.to_dict())
     say(
         f"{parameters:,} parameters, {precision}, ZeRO-{stage} on {world_size} x {made_with['device']}\n"
         f"{train.global_batch_tokens:,} tokens a step = {world_size} ranks x {accumulation} micro-batches x "
@@ -287,6 +287,8 @@ def main(config):
             checkpoint.save(engine, run / "checkpoints", state, best_now, train.keep_checkpoints)
         timed_from += time.perf_counter() - paused_at  # neither is part of a step
 
+    if rank == 0:
+        log.close()
     return val_loss
 
 

@@ -50,6 +50,8 @@ BAD = [
     ({"train": {"lr": float("nan")}}, "train.lr"),
     ({"train": {"lr": -1}}, "expected at least 0"),
     ({"train": {"max_tokens": 5}}, "less than one step"),
+    ({"train": {"loggers": ["wandb", "mlflow"]}}, "expected one of tensorboard, wandb"),
+    ({"train": {"loggers": "wandb"}}, "train.loggers"),
     ({"train": {"precision": "fp8"}}, "expected one of auto, bf16, fp16, fp32"),
     ({"deepspeed": {"train_batch_size": 8}}, "follows from train.global_batch_tokens"),
     ({"deepspeed": {"bf16": {"enabled": True}}}, "follows from train.precision"),

@@ -74,3 +74,49 @@ def test_a_picture_is_drawn_from_any_number_of_points(tmp_path):
                 log.write({"step": step, "tokens": step * 100, "val_loss": 5 / step})
         plot_loss([run], run / "loss.png")
         assert (run / "loss.png").stat().st_size > 5000
+
+
+def test_tensorboard_holds_each_step_once_after_a_resume(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricsLog(tmp_path, 0, ["tensorboard"])
+    for step in range(1, 11):
+        log.write(LINE | {"step": step, "loss": 1.0})
+    log.close()
+    log = MetricsLog(tmp_path, 6, ["tensorboard"])
+    for step in range(7, 13):
+        log.write(LINE | {"step": step, "loss": 2.0})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (step, 1.0 if step <= 6 else 2.0) for step in range(1, 13)
+    ]
+    assert "mfu" not in events.Tags()["scalars"], "null is no number"
+
+
+def test_wandb_runs_offline_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for resumed_at in (0, 6):
+        log = MetricsLog(tmp_path, resumed_at, ["wandb"], {"train": {"lr": 1}})
+        assert "wandb" in log.loggers
+        log.write(LINE | {"step": resumed_at + 1})
+        log.close()
+    run_id = (tmp_path / "wandb_id").read_text()
+    files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) >= 1 and all(file.name == f"run-{run_id}.wandb" for file in files)
+
+
+def test_a_logger_that_fails_is_named_and_left_out(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    def fail(**_):
+        raise ConnectionError("no route to host\nand more")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    log = MetricsLog(tmp_path, 0, ["wandb"])
+    log.write(LINE)
+    log.close()
+    assert read_metrics(tmp_path) == [LINE]
+    assert capsys.readouterr().out == "wandb: ConnectionError: no route to host; the run goes on without it\n"
