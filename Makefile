@@ -27,7 +27,8 @@ data/stdlib/meta.json: $(VENV)/.installed
 	@touch $@
 
 train: setup data
-	env $(ACCELERATOR) $(BIN)/deepspeed -q --num_gpus $(PROCESSES) train.py configs/tiny.json
+	@processes=$(PROCESSES); echo "deepspeed --num_gpus $$processes train.py configs/tiny.json"; \
+	env $(ACCELERATOR) $(BIN)/deepspeed -q --num_gpus $$processes train.py configs/tiny.json
 	@echo; $(BIN)/python eval.py out/tiny --gzip
 	@echo; echo "A sample:"; $(BIN)/python sample.py out/tiny --prompt "def "
 	@echo; echo "The picture of the loss: out/tiny/loss.png"
