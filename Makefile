@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One process a GPU; two CPU processes where there is none.
-PROCESSES = $$($(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
+# One process a GPU, but the tiny batch divides by no more than two; two CPU processes where there is no GPU.
+PROCESSES = $$($(BIN)/python -c "import torch; print(min(torch.cuda.device_count() or 2, 2))")
 ACCELERATOR = $$($(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else 'DS_ACCELERATOR=cpu')")
 
 .PHONY: setup data train test lint clean

@@ -101,6 +101,10 @@ def find(path, which="latest"):
 def read_state(path):
     """state.json of a checkpoint, after a look at its files. Raises UserError if one is missing or cut."""
     state = read_json(Path(path) / "state.json")
+    kinds = {"step": int, "files": dict, "config": dict, "data": dict, "world_size": int, "precision": str}
+    for name, kind in kinds.items():
+        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+            raise UserError(f"{path}/state.json: no {name} ({kind.__name__}); the checkpoint is damaged, use another")
     for name, size in state["files"].items():
         file = Path(path) / name
         if not file.exists() or file.stat().st_size != size:
@@ -115,9 +119,14 @@ def read_state(path):
 def load(engine, path):
     """Restore weights, optimizer and random state of a checkpoint into `engine`, bit for bit."""
     path, rank = Path(path), distributed.get_rank()
+    settings = [
+        {name: group[name] for name in ("betas", "eps", "weight_decay")} for group in engine.optimizer.param_groups
+    ]
     loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:
         raise UserError(f"{path}: DeepSpeed could not load it; use an older checkpoint")
+    for group, setting in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(setting)  # the checkpoint brings back the old ones, and this run's config counts
     randoms = torch.load(path / f"random_state_{rank}.pt", weights_only=True)
     torch.set_rng_state(randoms["cpu"])
     for device, cuda_state in enumerate(randoms["cuda"][: torch.cuda.device_count()]):
@@ -142,15 +151,15 @@ def check_same_run(path, state, config):
     refuse_if_different(path, pairs)
 
 
-def check_same_ranks(path, state, world_size, stage):
-    """Refuse to load a checkpoint into another number of ranks or another ZeRO stage. Raises UserError."""
+def check_same_ranks(path, state, world_size, stage, precision):
+    """Refuse to load a checkpoint into another number of ranks, ZeRO stage or precision. Raises UserError."""
     saved_stage = state["config"]["deepspeed"].get("zero_optimization", {}).get("stage", 0)
-    pairs = [("number of ranks", state["world_size"], world_size)]
+    pairs = [("number of ranks", state["world_size"], world_size), ("precision", state["precision"], precision)]
     refuse_if_different(path, [*pairs, ("deepspeed.zero_optimization.stage", saved_stage, stage)])
 
 
 def load_weights(path):
-    """A checkpoint of any ZeRO stage -> (Config, state dict of whole float32 weights), in one process."""
+    """A checkpoint of any ZeRO stage -> (its state, Config, whole float32 weights by name), in one process."""
     path = Path(path)
     state = read_state(path)
     saved = {name: state["config"][name] for name in ("model", "data", "train")}
@@ -164,4 +173,4 @@ def load_weights(path):
             from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
             weights = get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name)
-    return config, {name: weight.float() for name, weight in weights.items()}
+    return state, config, {name: weight.float() for name, weight in weights.items()}

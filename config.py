@@ -170,6 +170,19 @@ OURS = {
 }
 
 
+# The other names that DeepSpeed 0.19.8 reads at the top of its configuration; it passes over unknown ones in silence.
+DEEPSPEED_KEYS = set(
+    "activation_checkpointing aio amp autotuning bf16 checkpoint comet comms_logger communication_data_type "
+    "compile compression_training csv_monitor curriculum_learning data_efficiency data_types "
+    "dataloader_drop_last disable_allgather disable_python_gc dump_state elasticity expert_parallel "
+    "flops_profiler fp16 gradient_allreduce_op gradient_predivide_factor hybrid_engine legacy_fusion log_level "
+    "memory_breakdown nebula pipeline prescale_gradients progressive_layer_drop "
+    "seq_parallel_communication_data_type sparse_gradients tensor_parallel tensorboard timers torch_autocast "
+    "use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb "
+    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization".split()
+)
+
+
 def nearest_divisors(number, wanted):
     """The two divisors of `number` nearest to `wanted`, for error messages."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
@@ -230,7 +243,13 @@ def build(values, source):
             for name in content:
                 if name in OURS:
                     raise UserError(f"{source}: deepspeed.{name} follows from {OURS[name]}; set that and remove this")
-                if name in ("bf16", "fp16") and "enabled" in (content[name] if isinstance(content[name], dict) else ()):
+                if name not in DEEPSPEED_KEYS:
+                    raise UserError(f"{source}: unknown key deepspeed.{name}; {did_you_mean(name, DEEPSPEED_KEYS)}")
+                if name in ("bf16", "fp16", "zero_optimization") and not isinstance(content[name], dict):
+                    raise UserError(
+                        f"{source}: deepspeed.{name}: found {json.dumps(content[name])}, expected an object"
+                    )
+                if name in ("bf16", "fp16") and "enabled" in content[name]:
                     raise UserError(f"{source}: deepspeed.{name}.enabled follows from train.precision; set that")
             config.deepspeed = content
             continue
@@ -374,7 +393,7 @@ def deepspeed_config(config, world_size, precision, on_gpu):
     train = config.train
     accumulation = gradient_accumulation(config, world_size)
     zero = config.deepspeed.get("zero_optimization", {})
-    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     adam = {"lr": train.lr, "betas": train.betas, "eps": train.eps, "weight_decay": train.weight_decay}
     # torch's AdamW needs no compiler and resumes bit for bit; only for state that lives in a GPU
     # machine's CPU memory is DeepSpeed's own vectorised Adam worth its compilation.
@@ -396,14 +415,15 @@ def deepspeed_config(config, world_size, precision, on_gpu):
 def run_command(function, arguments=None):
     """Run a command's main; turn UserError into one line on stderr and exit code 2.
 
-    Every rank finds the same fault, and one line is enough: the other ranks leave the word to rank 0
-    and wait for the launcher, which ends them as soon as rank 0 has exited."""
+    Mostly every rank finds the same fault, and one line is enough: the others leave the word to rank 0,
+    whose exit makes the launcher end them. A rank that nobody ends is alone with its fault and says so."""
+    rank = int(os.environ.get("RANK", 0))
     try:
         function(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) != 0:
+        if rank:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(30)
-        else:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+            time.sleep(10)
+        where = f"rank {rank}: " if rank else ""
+        print(f"{Path(sys.argv[0]).name}: {where}error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

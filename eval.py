@@ -21,14 +21,25 @@ from model import GPT, IGNORE
 
 
 def load_model(path, which):
-    """A run's folder or a checkpoint -> (GPT in float32 on the fastest device here, Config, checkpoint)."""
+    """A run's folder or a checkpoint -> (GPT in float32 on the fastest device here, Config, the checkpoint's
+    path, its state). Raises UserError if there is none."""
     found = checkpoint.find(path, which)
     if found is None:
         raise UserError(f"{path}: no complete checkpoint; expected the folder of a run, as out/tiny, or a checkpoint")
-    config, weights = checkpoint.load_weights(found)
+    state, config, weights = checkpoint.load_weights(found)
     model = GPT(config.model)
     model.load_state_dict(weights)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), config, found
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), config, found, state
+
+
+def check_tokenizer(state, folder, tokenizer):
+    """Refuse data or text of another tokenizer than the model learned from: equal ids would mean other text."""
+    learned = {entry["tokenizer"] for entry in state["data"].values()}
+    if tokenizer is not None and None not in learned and tokenizer not in learned:
+        raise UserError(
+            f"{folder}: found tokenizer {tokenizer}, expected {' or '.join(learned)} as the model was trained with; "
+            "prepare that data with the model's tokenizer"
+        )
 
 
 @torch.no_grad()
@@ -66,11 +77,12 @@ def main(arguments):
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(arguments)
-    model, config, found = load_model(args.path, args.checkpoint)
+    model, config, found, state = load_model(args.path, args.checkpoint)
     nats = tokens = size = 0
     for folder in [args.data] if args.data else sorted(config.data.weights):
         stream = TokenStream(folder, "val", config.model.block_size)
         stream.check_vocabulary(config.model.vocab_size)
+        check_tokenizer(state, folder, stream.fingerprint()["tokenizer"])
         part, count = evaluate_split(model, stream)
         nats, tokens = nats + part, tokens + count
         # without meta.json the bytes behind the tokens are not known

@@ -1,6 +1,7 @@
 """What a run measures, and where the numbers go: throughput, FLOPs, memory, console and metrics.jsonl."""
 
 import json
+import re
 import resource
 import secrets
 from pathlib import Path
@@ -9,31 +10,26 @@ import torch
 
 from config import ModelConfig
 
-# Dense peak of the tensor cores in bf16, without sparsity, in FLOP/s, from NVIDIA's data sheets. The
-# first name found in the device's name counts, so longer names come first. A device that is not here
-# gets no MFU: a wrong peak is worse than none.
+# Dense peak of the tensor cores in bf16 with float32 sums, without sparsity, in FLOP/s, from NVIDIA's data
+# sheets. A pattern is searched in the device's name, and the first that is found counts. A device that is
+# not here gets no MFU: a wrong peak is worse than none.
 PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "H800": 989e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "V100": 125e12,  # fp16
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+    r"H100 PCIe": 756e12,
+    r"H[12]00 NVL": 835e12,
+    r"(GH200|H200|H100|H800)\b": 989e12,
+    r"B200\b": 2250e12,
+    r"A[18]00\b": 312e12,
+    r"L40S\b": 362e12,
+    r"L4\b": 121e12,
+    r"A10$": 125e12,
+    r"GeForce RTX 4090$": 165e12,
+    r"GeForce RTX 3090$": 71e12,
 }
 
 
 def peak_flops(device_name):
     """Peak bf16 FLOP/s of one device, or None for one that is not in the table."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+    return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}", device_name)), None)
 
 
 def count_parameters(config: ModelConfig):

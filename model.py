@@ -141,13 +141,16 @@ class LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad, weight, out=grad_x[rows])
                 grad_weight += grad.t() @ x[rows]
         if with_gradient:
-            ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
+            ctx.save_for_backward(grad_x, grad_weight)
+            ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx, grad_total):
-        grads = (grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors)
-        return *grads, None, None, None
+        grad_x, grad_weight = ctx.saved_tensors
+        # sums over all tokens may exceed fp16 before they are scaled, so the types are narrowed last
+        grad_x = (grad_x * grad_total).to(grad_x.dtype)
+        return grad_x, (grad_weight * grad_total).to(ctx.weight_dtype), None, None, None
 
 
 class Head(nn.Linear):
@@ -156,7 +159,7 @@ class Head(nn.Linear):
     def forward(self, x, targets=None):
         if targets is None:
             return super().forward(x)
-        chunk = max(1, LOGITS_AT_A_TIME // self.out_features)
+        chunk = min(4096, max(1, LOGITS_AT_A_TIME // self.out_features))
         x, targets = x.flatten(0, 1), targets.flatten()
         return LinearCrossEntropy.apply(x, self.weight, targets, chunk, torch.is_grad_enabled())
 

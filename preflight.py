@@ -26,6 +26,8 @@ def problems():
     free = shutil.disk_usage(".").free / GIB
     if free < 3:
         yield "{:.1f} GiB of disk free here, 3 needed and 10 with CUDA: make room or move the folder".format(free)
+    elif free < 10:
+        print("minZeRO: {:.1f} GiB of disk free here; torch with CUDA, which pip may choose, needs 10".format(free))
     with open("/proc/meminfo") as file:
         kib = {line.split(":")[0]: int(line.split()[1]) for line in file}
     available = kib["MemAvailable"] / 1024**2

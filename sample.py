@@ -4,24 +4,25 @@ python sample.py out/tiny --prompt "def main():" [--tokens 200] [--temperature 0
 """
 
 import argparse
+import itertools
 import sys
 
 import torch
 
 from config import UserError, run_command
 from data.pipeline import tokenizer_of
-from data.tokenizer import END_OF_TEXT
-from eval import load_model
+from data.tokenizer import END_OF_TEXT, fingerprint
+from eval import check_tokenizer, load_model
 
 
 @torch.no_grad()
-def generate(model, tokens, temperature, top_k, generator):
-    """Yield one token id after the other, sampled from the model's distribution; temperature 0 takes the
-    most likely. tokens: list of ids to start from, at least one."""
+def generate(model, tokens, vocab_size, temperature, top_k, generator):
+    """Yield one token id below vocab_size after the other, sampled from the model's distribution;
+    temperature 0 takes the most likely. tokens: list of ids to start from, at least one."""
     device = next(model.parameters()).device
     tokens = torch.tensor([tokens], device=device)
     while True:
-        logits = model(tokens[:, -model.config.block_size :])[0, -1].float()
+        logits = model(tokens[:, -model.config.block_size :])[0, -1, :vocab_size].float()
         if temperature == 0:
             next_token = logits.argmax().view(1)
         else:
@@ -46,17 +47,18 @@ def main(arguments):
     args = parser.parse_args(arguments)
     if args.temperature < 0 or args.top_k < 0:
         raise UserError("--temperature and --top_k: expected 0 or more")
-    model, config, _ = load_model(args.path, args.checkpoint)
-    tokenizer = tokenizer_of(sorted(config.data.weights)[0])
+    model, config, _, state = load_model(args.path, args.checkpoint)
+    folder = sorted(config.data.weights)[0]
+    tokenizer = tokenizer_of(folder)
+    check_tokenizer(state, folder, fingerprint(tokenizer))
     end_of_text = tokenizer._special_tokens[END_OF_TEXT]
     generator = torch.Generator().manual_seed(args.seed)
     for _ in range(args.samples):
         prompt = [end_of_text, *tokenizer.encode_ordinary(args.prompt)]
         sys.stdout.write(args.prompt)
         written = b""  # a character may span tokens: print what is complete, and what is left at the end
-        for _, token in zip(
-            range(args.tokens), generate(model, prompt, args.temperature, args.top_k, generator), strict=False
-        ):
+        tokens = generate(model, prompt, tokenizer.n_vocab, args.temperature, args.top_k, generator)
+        for token in itertools.islice(tokens, args.tokens):
             if token == end_of_text:
                 break
             written += tokenizer.decode_single_token_bytes(token)

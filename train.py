@@ -7,6 +7,7 @@
 Read it from top to bottom: learning rate, evaluation, set-up, loop. `train.py --help` lists every key.
 """
 
+import json
 import math
 import os
 import platform
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -24,10 +26,19 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for, so that DeepSpeed does not warn about it
 import deepspeed
 from deepspeed import comm
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig as ZeroConfig
 
 import checkpoint
 import metrics
-from config import ROOT, UserError, deepspeed_config, gradient_accumulation, load_config, run_command
+from config import (
+    ROOT,
+    UserError,
+    deepspeed_config,
+    did_you_mean,
+    gradient_accumulation,
+    load_config,
+    run_command,
+)
 from data import order
 from data.mixture import Mixture, check_same_data
 from data.shards import write_json
@@ -75,7 +86,6 @@ def evaluate(model, stream, wanted_tokens, micro_batch_size, device, rank=0, wor
         mine = windows[first + rank * micro_batch_size :][:micro_batch_size]
         filled = list(mine) + [windows[0]] * (micro_batch_size - len(mine))
         tokens, targets = to_device(stream.batch(filled), device)
-        targets = targets.clone()  # inputs and targets are two views of the same windows
         targets[len(mine) :] = IGNORE
         count = len(mine) * stream.block_size
         totals += torch.stack((model(tokens, targets).double() * count, totals.new_tensor(count)))
@@ -112,17 +122,40 @@ def find_place(verbose):
 
 
 def resolve_precision(precision, device):
-    if precision != "auto":
-        return precision
-    if device.type == "cpu":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    """bf16, fp16 or fp32. Raises UserError for one that this device cannot."""
+    if precision == "auto":
+        if device.type == "cpu":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    accelerator = deepspeed.accelerator.get_accelerator()
+    able = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    if not able[precision]:
+        names = ", ".join(name for name in able if able[name])
+        raise UserError(f"train.precision: found {precision}, but this device ({device.type}) can: {names}")
+    return precision
+
+
+def check_zero_section(section):
+    """Check deepspeed.zero_optimization as DeepSpeed will, but with one line for the user at the end."""
+    try:
+        ZeroConfig(**section)
+    except ValueError as error:  # pydantic's ValidationError is one
+        first = error.errors()[0]
+        name, names = str(first["loc"][0]), [field.alias or key for key, field in ZeroConfig.model_fields.items()]
+        remedy = "" if name in names else f"; {did_you_mean(name, names)}"
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"deepspeed.zero_optimization.{where}: found {first['input']!r}: {first['msg']}{remedy}"
+        ) from None
 
 
 def versions():
     """What made this run, for its config.json."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # a container without git
+        commit = None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
     return {
         "python": platform.python_version(),
@@ -179,6 +212,7 @@ def main(config):
     total_steps = train.max_tokens // train.global_batch_tokens
     precision = resolve_precision(train.precision, device)
     ds_config = deepspeed_config(config, world_size, precision, on_gpu=device.type == "cuda")
+    check_zero_section(ds_config.get("zero_optimization", {}))
 
     # ---- model and optimizer, new or from a checkpoint
     run = Path(train.out_dir)
@@ -191,7 +225,7 @@ def main(config):
         return best_val_loss
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     if resume_from:
-        checkpoint.check_same_ranks(resume_from, state, world_size, stage)
+        checkpoint.check_same_ranks(resume_from, state, world_size, stage, precision)
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=train.verbose)
     engine = build_engine(config, ds_config, device)
     plain = stage == 0 and precision == "fp32"  # the one case in which DeepSpeed keeps no gradient norm
@@ -212,6 +246,8 @@ def main(config):
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "config.json", config.to_dict() | {key: record[key] for key in record if key != "config"})
         log = metrics.MetricsLog(run, first_step, train.loggers, config.to_dict())
+    for section, content in config.to_dict().items():
+        say(f"{section}: {json.dumps(content)}")
     say(
         f"{parameters:,} parameters, {precision}, ZeRO-{stage} on {world_size} x {made_with['device']}\n"
         f"{train.global_batch_tokens:,} tokens a step = {world_size} ranks x {accumulation} micro-batches x "
@@ -274,7 +310,8 @@ def main(config):
         paused_at = time.perf_counter()
         if evaluate_now:
             val_loss = evaluate(engine, val_data, train.eval_tokens, train.micro_batch_size, device, rank, world_size)
-            best_now = best_val_loss is None or val_loss < best_val_loss
+            # a NaN is never the best, and nothing is ever measured against one
+            best_now = val_loss < (math.inf if best_val_loss is None else best_val_loss)
             best_val_loss = val_loss if best_now else best_val_loss
             say(f"step {step}: validation loss {val_loss:.4f}{', the best so far' if best_now else ''}", flush=True)
             if rank == 0:
@@ -292,31 +329,44 @@ def main(config):
     return val_loss
 
 
+def end_on_signal(out_dir):
+    """Ctrl-C, or the SIGTERM by which the launcher ends the other ranks when one has died: say so in one
+    line and end at once. From a thread of its own, woken by a pipe, because a rank that waits in NCCL or
+    gloo for one that is gone never comes back to Python's own signal handlers."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+
+    def watch():
+        name = signal.Signals(os.read(reader, 1)[0]).name
+        end(f"stopped by {'Ctrl-C' if name == 'SIGINT' else name}", 130, out_dir)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def end(reason, code, out_dir):
+    """Leave without waiting for ranks that are gone, as the interpreter's own exit would."""
+    found = checkpoint.find(out_dir)
+    remedy = f"resume from {found}" if found else "no checkpoint was saved yet"
+    print(f"train.py: rank {os.environ.get('RANK', '0')} {reason}; {remedy}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
 def command(arguments):
-    """main from the command line. Ctrl-C, the launcher's SIGTERM and a lost rank end in one line each."""
+    """main from the command line."""
     config = load_config(arguments)
-    rank = os.environ.get("RANK", "0")
-
-    def stop(signal_number, frame):
-        raise KeyboardInterrupt(signal.Signals(signal_number).name)
-
-    signal.signal(signal.SIGTERM, stop)
+    end_on_signal(config.train.out_dir)
     try:
         main(config)
-        if comm.is_initialized():
-            comm.barrier()  # gloo aborts at exit if a peer still talks
-            comm.destroy_process_group()
-        return
-    except KeyboardInterrupt as interrupt:
-        reason, code = f"stopped by {interrupt or 'Ctrl-C'}", 130
     except RuntimeError as error:  # torch's DistBackendError, which NCCL raises, is one as well
         if not any(word in str(error) for word in ("gloo", "Connection closed", "NCCL", "onnection reset")):
             raise
-        reason, code = f"lost contact with another rank ({str(error).splitlines()[0]})", 1
-    found = checkpoint.find(config.train.out_dir)
-    remedy = f"the same command continues from {found}" if found else "no checkpoint was saved yet"
-    print(f"train.py: rank {rank} {reason}; {remedy}", file=sys.stderr, flush=True)
-    os._exit(code)  # the usual exit would wait for the ranks that are gone
+        end(f"lost contact with another rank ({str(error).splitlines()[0]})", 1, config.train.out_dir)
+    if comm.is_initialized():
+        comm.barrier()  # gloo aborts at exit if a peer still talks
+        comm.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -271,7 +271,7 @@ def prepare_alone(documents, tokenizer, args, side):
     if END_OF_TEXT not in encoding._special_tokens:
         raise UserError(f"--tokenizer: {encoding.name} has no {END_OF_TEXT} token; choose one that has, as gpt2")
     settings = {"tokenizer": fingerprint(encoding), "source": getattr(documents, "description", str(args.input))}
-    settings |= {name: getattr(args, name) for name in ("val_fraction", "shard_tokens", "limit")}
+    settings |= {name: getattr(args, name) for name in ("val_fraction", "shard_tokens", "limit", "column")}
     meta_file, progress_file, progress = args.out / "meta.json", args.out / "progress.json", {}
     found = next((path for path in (meta_file, progress_file) if path.exists()), None)
     if found:

@@ -128,10 +128,10 @@ class TokenStream:
             script = self.folder / "prepare.py"
             raise UserError(f"data.path: no folder {folder}; expected token shards: make them with python {script}")
         self.meta = read_meta(self.folder)
-        entries = self.meta["splits"][split]["shards"] if self.meta else None
+        entries = self.meta["splits"].get(split, {"shards": []})["shards"] if self.meta else None
         if entries is None:
             found = sorted(p.name for p in self.folder.glob("*.bin"))
-            names = [n for n in found if n.startswith(f"{split}_") or f"_{split}_" in n or n == f"{split}.bin"]
+            names = [name for name in found if split in name.removesuffix(".bin").split("_")]
             entries = [{"file": name} for name in names]
         script = self.folder / "prepare.py"
         command = f"python {script}" if script.exists() else "the script that prepares it"
@@ -229,7 +229,15 @@ def read_meta(folder):
     if not path.exists():
         return None
     meta = read_json(path)
-    for name in ("tokenizer", "vocab_size", "splits"):
-        if not isinstance(meta, dict) or name not in meta:
-            raise UserError(f"{path}: no key {name!r}; expected what a prepare script writes; prepare the data again")
+    try:
+        right = isinstance(meta["vocab_size"], int) and isinstance(meta["tokenizer"]["fingerprint"], str)
+        for split in meta["splits"].values():
+            for shard in split["shards"]:
+                right = right and isinstance(shard["file"], str) and isinstance(shard["tokens"], int)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: damaged ({error!r}); expected what a prepare script writes; prepare it again"
+        ) from None
+    if not right:
+        raise UserError(f"{path}: damaged; expected what a prepare script writes; prepare the data again")
     return meta

@@ -7,12 +7,17 @@ from config import Config, UserError
 from data.shards import write_json
 
 
+def state_of(step, files):
+    state = {"step": step, "files": dict(files), "config": Config().to_dict(), "data": {}}
+    return state | {"world_size": 8, "precision": "fp32"}
+
+
 def make(run, step, files=(("weights.pt", 10),)):
     folder = run / "checkpoints" / checkpoint.name_of(step)
     folder.mkdir(parents=True)
     for name, size in files:
         (folder / name).write_bytes(bytes(size))
-    write_json(folder / "state.json", {"step": step, "files": dict(files), "config": Config().to_dict()})
+    write_json(folder / "state.json", state_of(step, files))
     return folder
 
 
@@ -66,6 +71,14 @@ def test_another_run_is_refused_with_what_differs(tmp_path):
     config = Config()
     config.train.micro_batch_size, config.train.eval_every = 1, 5
     checkpoint.check_same_run(tmp_path, state, config)  # neither changes what is learned
-    state["world_size"] = 8
-    with pytest.raises(UserError, match="number of ranks 8 -> 4"):
-        checkpoint.check_same_ranks(tmp_path, state, 4, 0)
+    checkpoint.check_same_ranks(tmp_path, state, 8, 0, "fp32")
+    with pytest.raises(UserError, match="number of ranks 8 -> 4; precision 'fp32' -> 'bf16'"):
+        checkpoint.check_same_ranks(tmp_path, state, 4, 0, "bf16")
+
+
+@pytest.mark.parametrize("content", [{}, [], {"step": 5}, state_of(5, ()) | {"files": []}, state_of("5", ())])
+def test_a_damaged_state_is_named(tmp_path, content):
+    folder = make(tmp_path, 5)
+    write_json(folder / "state.json", content)
+    with pytest.raises(UserError, match=r"state.json: no \w+ \(\w+\); the checkpoint is damaged"):
+        checkpoint.read_state(folder)

@@ -55,6 +55,10 @@ BAD = [
     ({"train": {"precision": "fp8"}}, "expected one of auto, bf16, fp16, fp32"),
     ({"deepspeed": {"train_batch_size": 8}}, "follows from train.global_batch_tokens"),
     ({"deepspeed": {"bf16": {"enabled": True}}}, "follows from train.precision"),
+    ({"deepspeed": {"bf16": True}}, "expected an object"),
+    ({"deepspeed": {"zero_optimization": None}}, "expected an object"),
+    ({"deepspeed": {"zero_optimisation": {"stage": 1}}}, "did you mean zero_optimization?"),
+    ({"deepspeed": {"gradient_cliping": 1}}, "unknown key deepspeed.gradient_cliping"),
     ("{", "line 1, column 2"),
 ]
 
@@ -123,3 +127,18 @@ def test_help_names_every_key(capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert all(name in text for name in ("--model.n_kv_head", "--train.min_lr_ratio", "--data.path", "default 0.1"))
+
+
+def test_a_rank_that_is_alone_with_its_fault_says_so(capsys, monkeypatch):
+    waited = []
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(config.time, "sleep", waited.append)
+    monkeypatch.setattr(config.signal, "signal", lambda *_: None)
+
+    def fail(_):
+        raise UserError("x.bin: was cut short")
+
+    with pytest.raises(SystemExit) as stop:
+        config.run_command(fail, [])
+    assert stop.value.code == 2 and waited == [10], "rank 0 has the first word"
+    assert capsys.readouterr().err.endswith("rank 3: error: x.bin: was cut short\n")

@@ -162,3 +162,12 @@ def test_mixing_tokenizers_is_refused(tmp_path):
     write_json(b / "meta.json", meta)
     with pytest.raises(UserError, match="expected one tokenizer for all"):
         Mixture({str(a): 1, str(b): 2}, "train", 4, 1000, 0)
+
+
+@pytest.mark.parametrize("content", [[], {"splits": {}}, {"vocab_size": "64"}, {"tokenizer": "gpt2"}, {"splits": []}])
+def test_a_damaged_meta_json_is_named(tmp_path, content):
+    folder = make(tmp_path, [[1] * 50])
+    meta = json.loads((folder / "meta.json").read_text())
+    write_json(folder / "meta.json", meta | content if content else content)
+    with pytest.raises(UserError, match=r"meta.json: damaged|holds no train shards"):
+        TokenStream(folder, "train", 8)

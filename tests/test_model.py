@@ -82,6 +82,16 @@ def test_the_chunked_loss_is_cross_entropy_with_its_gradients(chunk):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_the_loss_survives_fp16_sums_that_exceed_it():
+    """Gradients are sums over tokens until the loss scale and the mean have shrunk them."""
+    x = torch.full((30_000, 4), 6.0, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(8, 4, dtype=torch.float16, requires_grad=True)
+    loss = LinearCrossEntropy.apply(x, weight, torch.zeros(30_000, dtype=torch.long), 4096, True) / 30_000
+    loss.backward()
+    assert weight.grad[0].tolist() == pytest.approx([-5.25] * 4, rel=1e-3)
+    assert weight.grad[1].tolist() == pytest.approx([0.75] * 4, rel=1e-3)
+
+
 def test_no_step_holds_all_logits_at_once(monkeypatch):
     """Not in the forward pass, not in the backward pass, in training or evaluation."""
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -5,7 +5,6 @@ every ZeRO stage in one process group, and does it again from a checkpoint halfw
 """
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import deepspeed
 import torch
 from deepspeed import comm
 
+import checkpoint
 import train
 from config import build, deepspeed_config
 
@@ -43,6 +43,16 @@ def initial_weights(stage, precision):
         return {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
 
 
+def settings_after_loading(stage, world_size):
+    """A checkpoint loaded into a run with another optimizer setting: [(weight decay, betas, eps) a group]."""
+    device, _, _ = train.find_place(False)
+    changed = {"weight_decay": 0.5, "betas": [0.5, 0.6], "eps": 1e-3}
+    config = config_of("unused", stage, train=changed)
+    engine = train.build_engine(config, deepspeed_config(config, world_size, "fp32", False), device)
+    checkpoint.load(engine, FOLDER / f"stage{stage}_ranks{world_size}" / "checkpoints" / "step_00000020")
+    return [(group["weight_decay"], *group["betas"], group["eps"]) for group in engine.optimizer.param_groups]
+
+
 def main():
     _, rank, world_size = train.find_place(False)
     deepspeed.init_distributed("gloo", verbose=False)
@@ -62,8 +72,9 @@ def main():
             shutil.rmtree(FOLDER / resumed / "checkpoints" / "step_00000020")
         comm.barrier()
         train.main(config_of(resumed, 3, **{key: dict(value) for key, value in more.items()}))
+    settings = {stage: settings_after_loading(stage, world_size) for stage in (0, 1, 3)}
     if rank == 0:
-        (FOLDER / f"done_{world_size}.json").write_text(json.dumps({"ranks": world_size, "pid": os.getpid()}))
+        (FOLDER / f"done_{world_size}.json").write_text(json.dumps(settings))
     comm.barrier()
     comm.destroy_process_group()
 

@@ -1,5 +1,6 @@
 """The same numbers at every ZeRO stage, on one and two ranks, and after resuming: two launches in all."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -71,3 +72,9 @@ def test_a_resumed_run_goes_on_bit_for_bit(folder, name, ranks):
     for ours, theirs in zip(resumed, whole, strict=True):
         assert all(ours.get(key) == theirs.get(key) for key in ("tokens", "loss", "val_loss", "grad_norm", "lr"))
     assert os.listdir(folder / f"resumed_{name}_ranks{ranks}" / "checkpoints") != []
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_resumed_run_takes_the_optimizer_settings_of_its_config(folder, ranks):
+    for stage, groups in json.loads((folder / f"done_{ranks}.json").read_text()).items():
+        assert groups == [[0.5, 0.5, 0.6, 1e-3], [0.0, 0.5, 0.6, 1e-3]], f"stage {stage}"
