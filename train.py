@@ -219,13 +219,17 @@ def main(config):
     resume_from, state = where_to_start(config)
     if resume_from:
         check_same_data(state["data"], train_data, resume_from)
-    first_step, best_val_loss = state["step"], state["best_val_loss"]
+    first_step, best_val_loss = state["step"], state.get("best_val_loss")
     if first_step >= total_steps:
         say(f"{run} is complete: {first_step} of {total_steps} steps; raise train.max_tokens to train it longer")
         return best_val_loss
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     if resume_from:
         checkpoint.check_same_ranks(resume_from, state, world_size, stage, precision)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"train.out_dir: {run}: {error.strerror}; choose a folder that can be written") from None
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=train.verbose)
     engine = build_engine(config, ds_config, device)
     plain = stage == 0 and precision == "fp32"  # the one case in which DeepSpeed keeps no gradient norm
@@ -243,7 +247,6 @@ def main(config):
     peak = metrics.peak_flops(made_with["device"]) if device.type == "cuda" else None
     log = None
     if rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
         write_json(run / "config.json", config.to_dict() | {key: record[key] for key in record if key != "config"})
         log = metrics.MetricsLog(run, first_step, train.loggers, config.to_dict())
     for section, content in config.to_dict().items():

@@ -84,6 +84,23 @@ def test_a_mistake_ends_all_ranks_with_one_line_and_code_2():
     assert done.stderr.count("error:") == 1 and "micro_batch_size" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("--data.path", "nowhere", "no folder nowhere; expected token shards"),
+        ("--train.out_dir", "/proc/version/x", "train.out_dir: /proc/version/x: Not a directory"),
+        ("--train.resume", "nowhere", "train.resume: nowhere holds no complete checkpoint"),
+        ("--model.vocab_size", "1000", "set it to at least 4096"),
+        ("--train.precision", "fp16", "but this device (cpu) can: fp32, bf16"),
+        ("--deepspeed.zero_optimization.stage", "4", "deepspeed.zero_optimization.stage: found 4"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_written(flag, value, expected, tmp_path):
+    done = run([sys.executable, *TINY, "--train.out_dir", tmp_path / "run", flag, value])
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert expected in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
 def ranks_of(process):
     """The processes of the ranks below a launcher, by rank."""
     found = {}
