@@ -67,17 +67,14 @@ def bare(folder, workers, texts):
 
 
 def ours(folder, workers, texts):
-    import datasets
-
     from data import pipeline, sources
 
-    documents = sources.Hub(datasets.load_from_disk(str(folder / "corpus")))
     shutil.rmtree(folder / f"ours_{workers}", ignore_errors=True)
     arguments = ["--out", f"{folder}/ours_{workers}", "--workers", str(workers), "--val_fraction", "0.0005"]
     args = pipeline.options("", folder).parse_args(arguments)
     started = time.perf_counter()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        pipeline.prepare(documents, "gpt2", args)
+        pipeline.prepare(sources.Files(folder / "corpus.jsonl"), "gpt2", args)
     seconds = time.perf_counter() - started
     meta = json.loads((args.out / "meta.json").read_text())
     return sum(split["tokens"] for split in meta["splits"].values()), seconds
@@ -193,6 +190,8 @@ def main():
     folder = Path(tempfile.mkdtemp(prefix="bench_data_"))
     try:
         texts = corpus(args.megabytes)
+        with open(folder / "corpus.jsonl", "w") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
         write = multiprocessing.get_context("fork").Process(target=save_arrow, args=(texts, folder / "corpus"))
         write.start()
         write.join()
