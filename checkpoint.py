@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from config import Config, UserError, build, read_json
+from config import UserError, build, read_json, zero_stage
 from data.shards import write_atomically, write_json
 
 
@@ -153,7 +153,7 @@ def check_same_run(path, state, config):
 
 def check_same_ranks(path, state, world_size, stage, precision):
     """Refuse to load a checkpoint into another number of ranks, ZeRO stage or precision. Raises UserError."""
-    saved_stage = state["config"]["deepspeed"].get("zero_optimization", {}).get("stage", 0)
+    saved_stage = zero_stage(state["config"]["deepspeed"])
     pairs = [("number of ranks", state["world_size"], world_size), ("precision", state["precision"], precision)]
     refuse_if_different(path, [*pairs, ("deepspeed.zero_optimization.stage", saved_stage, stage)])
 
@@ -163,8 +163,8 @@ def load_weights(path):
     path = Path(path)
     state = read_state(path)
     saved = {name: state["config"][name] for name in ("model", "data", "train")}
-    config: Config = build(saved, path / "state.json")
-    if state["config"]["deepspeed"].get("zero_optimization", {}).get("stage", 0) == 0:
+    config = build(saved, path / "state.json")
+    if zero_stage(state["config"]["deepspeed"]) == 0:
         weights = torch.load(path / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
     else:
         if not torch.cuda.is_available():

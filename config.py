@@ -93,7 +93,7 @@ class DataConfig:
     @property
     def weights(self):
         """{folder: weight}, also of a single folder."""
-        return self.path if isinstance(self.path, dict) else {self.path: 1}
+        return data_weights(self.path)
 
     def check(self):
         weights = self.weights
@@ -181,6 +181,16 @@ DEEPSPEED_KEYS = set(
     "use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb "
     "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization".split()
 )
+
+
+def data_weights(path):
+    """`data.path`, a folder or {folder: weight}, as {folder: weight}."""
+    return path if isinstance(path, dict) else {path: 1}
+
+
+def zero_stage(deepspeed):
+    """The ZeRO stage of a DeepSpeed configuration."""
+    return deepspeed.get("zero_optimization", {}).get("stage", 0)
 
 
 def nearest_divisors(number, wanted):

@@ -89,13 +89,13 @@ def main(arguments):
         size += stream.meta["splits"]["val"]["bytes"] if stream.meta else math.nan
         print(f"{found}: {count:,} tokens of {folder}")
     loss = nats / tokens
-    bits_per_byte = None if math.isnan(size) else nats / math.log(2) / size
-    print(f"validation loss {loss:.4f} nats per token, perplexity {math.exp(min(loss, 700)):.2f}")
-    print(
-        f"bits per byte {'unknown: the shards have no meta.json' if bits_per_byte is None else f'{bits_per_byte:.4f}'}"
-    )
-    result = {"val_loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits_per_byte}
-    result["tokens"] = tokens
+    result = {"val_loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": None, "tokens": tokens}
+    print(f"validation loss {loss:.4f} nats per token, perplexity {result['perplexity']:.2f}")
+    if math.isnan(size):
+        print("bits per byte unknown: the shards have no meta.json")
+    else:
+        result["bits_per_byte"] = nats / math.log(2) / size
+        print(f"bits per byte {result['bits_per_byte']:.4f}")
     if args.gzip:
         joined, one_by_one = gzip_bits_per_byte(stream, tokenizer_of(folder))
         result |= {"gzip_bits_per_byte": joined, "gzip_one_by_one_bits_per_byte": one_by_one}

@@ -70,7 +70,6 @@ def duration(seconds):
 def console_line(line, total_steps):
     """One logged step as a person reads it."""
     mfu = f" | mfu {line['mfu']:.1%}" if line["mfu"] is not None else ""
-
     return (
         f"step {line['step']:>{len(str(total_steps))}}/{total_steps} | loss {line['loss']:.4f} | lr {line['lr']:.2e} | "
         f"grad norm {line['grad_norm']:.2f} | {line['tokens_per_second']:,.0f} tokens/s{mfu} | "
@@ -104,47 +103,45 @@ class MetricsLog:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(self.path)
-        self.loggers = {}
+        self.loggers = {}  # name -> (send(numbers, step), close())
         for name in loggers:
-            self.attempt(name, lambda name=name: self.start(name, Path(run), resumed_at, config))
+            start = {"tensorboard": self.start_tensorboard, "wandb": self.start_wandb}[name]
+            if started := self.attempt(name, start, Path(run), resumed_at, config):
+                self.loggers[name] = started
 
-    def start(self, name, run, resumed_at, config):
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+    def start_tensorboard(self, run, resumed_at, config):
+        from torch.utils.tensorboard import SummaryWriter
 
-            self.loggers[name] = SummaryWriter(run / "tensorboard", purge_step=resumed_at + 1)
-            return
+        writer = SummaryWriter(run / "tensorboard", purge_step=resumed_at + 1)
+        return lambda numbers, step: [writer.add_scalar(*item, step) for item in numbers.items()], writer.close
+
+    def start_wandb(self, run, resumed_at, config):
         import wandb
 
         id_file = run / "wandb_id"
         if not resumed_at or not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
-        self.loggers[name] = wandb.init(
-            project="minzero", name=run.name, id=id_file.read_text(), resume="allow", dir=run, config=config
-        )
+        run_id = id_file.read_text()
+        session = wandb.init(project="minzero", name=run.name, id=run_id, resume="allow", dir=run, config=config)
+        return session.log, session.finish
 
-    def attempt(self, name, action):
+    def attempt(self, name, action, *arguments):
+        """What the action returns, or None if it failed: then the logger is left out from now on."""
         try:
-            action()
+            return action(*arguments)
         except Exception as error:
             self.loggers.pop(name, None)
-            print(
-                f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}; the run goes on without it", flush=True
-            )
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            print(f"{name}: {reason}; the run goes on without it", flush=True)
+            return None
 
     def write(self, line):
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
         numbers = {key: value for key, value in line.items() if key != "step" and value is not None}
-        for name, logger in list(self.loggers.items()):
-            if name == "wandb":
-                self.attempt(name, lambda logger=logger: logger.log(numbers, step=line["step"]))
-            else:
-                self.attempt(
-                    name,
-                    lambda logger=logger: [logger.add_scalar(k, v, line["step"]) for k, v in numbers.items()],
-                )
+        for name, (send, _) in list(self.loggers.items()):
+            self.attempt(name, send, numbers, line["step"])
 
     def close(self):
-        for name, logger in list(self.loggers.items()):
-            self.attempt(name, logger.finish if name == "wandb" else logger.close)
+        for name, (_, close) in list(self.loggers.items()):
+            self.attempt(name, close)

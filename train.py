@@ -38,6 +38,7 @@ from config import (
     gradient_accumulation,
     load_config,
     run_command,
+    zero_stage,
 )
 from data import order
 from data.mixture import Mixture, check_same_data
@@ -186,8 +187,7 @@ def build_engine(config, ds_config, device):
     """The model and its optimizer, in DeepSpeed's hands. Under ZeRO-3 each matrix is sharded as soon as it
     is made, so that no rank ever holds the whole model. The weights are the same bit for bit whatever the
     stage and the number of ranks."""
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-    with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage == 3), device:
+    with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=zero_stage(ds_config) == 3), device:
         model = GPT(config.model, config.train.seed, config.train.activation_checkpointing)
     groups = parameter_groups(model, config.train.weight_decay)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
@@ -223,7 +223,7 @@ def main(config):
     if first_step >= total_steps:
         say(f"{run} is complete: {first_step} of {total_steps} steps; raise train.max_tokens to train it longer")
         return best_val_loss
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    stage = zero_stage(ds_config)
     if resume_from:
         checkpoint.check_same_ranks(resume_from, state, world_size, stage, precision)
     try:
@@ -245,7 +245,6 @@ def main(config):
     parameters, _ = metrics.count_parameters(config.model)
     flops = metrics.flops_per_token(config.model)
     peak = metrics.peak_flops(made_with["device"]) if device.type == "cuda" else None
-    log = None
     if rank == 0:
         write_json(run / "config.json", config.to_dict() | {key: record[key] for key in record if key != "config"})
         log = metrics.MetricsLog(run, first_step, train.loggers, config.to_dict())

@@ -8,7 +8,7 @@ A single folder is a mixture of one, so nothing else in the code tells them apar
 
 import numpy as np
 
-from config import UserError
+from config import UserError, data_weights
 from data.order import Schedule, windows_of
 from data.shards import TokenStream
 
@@ -21,7 +21,7 @@ class Mixture:
     different tokenizers, or with ids at or above `vocab_size`."""
 
     def __init__(self, path, split, block_size, vocab_size, seed):
-        weights = path if isinstance(path, dict) else {path: 1}
+        weights = data_weights(path)
         self.folders, self.block_size, self.seed = sorted(weights), block_size, seed
         self.streams = [TokenStream(folder, split, block_size) for folder in self.folders]
         self.schedule = Schedule([weights[folder] for folder in self.folders])
