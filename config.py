@@ -122,7 +122,14 @@ class TrainConfig:
     betas: list[float] = key([0.9, 0.95], "AdamW's decay rates of its two moments")
     eps: float = key(1e-8, "AdamW's epsilon", minimum=0)
     grad_clip: float = key(1.0, "largest global norm of the gradient; 0: no clipping", minimum=0)
-    activation_checkpointing: bool = key(False, "recompute each block in the backward pass: less memory, more time")
+    activation_checkpointing: bool | int = key(
+        False, "recompute blocks in the backward pass, for less memory: true: every block; k: every k-th", minimum=0
+    )
+    checkpoints_on_cpu: bool = key(False, "keep the inputs of recomputed blocks in CPU memory")
+    kernels: str = key(
+        "auto", "norms and Adam: NVIDIA Apex's where it is installed on a GPU, else torch's", ["auto", "apex", "torch"]
+    )
+    compile: bool | str = key("auto", "torch.compile the blocks and the loss; auto: on GPUs", [True, False, "auto"])
     log_every: int = key(10, "optimizer steps between two lines of metrics", minimum=1)
     eval_every: int = key(1000, "optimizer steps between two evaluations; 0: only at the end", minimum=0)
     eval_tokens: int = key(1_048_576, "validation tokens of one evaluation, the same each time", minimum=1)
@@ -193,6 +200,11 @@ def zero_stage(deepspeed):
     return deepspeed.get("zero_optimization", {}).get("stage", 0)
 
 
+def offloads_optimizer(deepspeed):
+    """Whether a DeepSpeed configuration keeps the optimizer's state in CPU memory or on NVMe."""
+    return (deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none") != "none"
+
+
 def nearest_divisors(number, wanted):
     """The two divisors of `number` nearest to `wanted`, for error messages."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
@@ -230,7 +242,8 @@ def convert(where, value, expected, meta):
         raise UserError(f"{where}: found {json.dumps(value)}, expected {names} ({meta['meaning']})")
     for chosen in value if isinstance(value, list) else [value]:
         if meta["choices"] and chosen not in meta["choices"]:
-            raise UserError(f"{where}: found {json.dumps(chosen)}, expected one of {', '.join(meta['choices'])}")
+            names = ", ".join(str(choice).lower() for choice in meta["choices"])
+            raise UserError(f"{where}: found {json.dumps(chosen)}, expected one of {names}")
     # "not >=" also refuses NaN, which JSON as Python reads it can hold
     if meta["minimum"] is not None and not value >= meta["minimum"]:
         raise UserError(f"{where}: found {value}, expected at least {meta['minimum']} ({meta['meaning']})")
@@ -351,7 +364,7 @@ def help_text():
         for f in dataclasses.fields(cls):
             default = list(f.default_factory()) if f.default is dataclasses.MISSING else f.default
             kind = getattr(f.type, "__name__", str(f.type)) if not isinstance(f.type, types.UnionType) else str(f.type)
-            choices = f" [{'|'.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
+            choices = f" [{'|'.join(str(c).lower() for c in f.metadata['choices'])}]" if f.metadata["choices"] else ""
             lines.append(f"  --{section}.{f.name:26s}{f.metadata['meaning']}{choices}")
             lines.append(f"  {'':28s}{'':{len(section)}s} ({kind}, default {json.dumps(default)})")
     lines += ["deepspeed:", "  --deepspeed.KEY[.KEY ...]     DeepSpeed's own keys, merged over ds_config.json"]
@@ -402,12 +415,10 @@ def deepspeed_config(config, world_size, precision, on_gpu):
     the `train` section. `precision` is bf16, fp16 or fp32."""
     train = config.train
     accumulation = gradient_accumulation(config, world_size)
-    zero = config.deepspeed.get("zero_optimization", {})
-    offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     adam = {"lr": train.lr, "betas": train.betas, "eps": train.eps, "weight_decay": train.weight_decay}
     # torch's AdamW needs no compiler and resumes bit for bit; only for state that lives in a GPU
     # machine's CPU memory is DeepSpeed's own vectorised Adam worth its compilation.
-    adam |= {} if on_gpu and offloaded else {"torch_adam": True, "fused": True}
+    adam |= {} if on_gpu and offloads_optimizer(config.deepspeed) else {"torch_adam": True, "fused": True}
     ours = {
         "train_batch_size": train.micro_batch_size * accumulation * world_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,

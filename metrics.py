@@ -53,6 +53,16 @@ def flops_per_token(config: ModelConfig):
     return 6 * count_parameters(config)[1] + 12 * config.n_layer * config.n_embd * config.block_size
 
 
+def recomputed_flops_per_token(config: ModelConfig, recompute_every):
+    """FLOPs per training token that activation checkpointing adds: another forward pass of blocks 0, k, 2k,
+    ... Hardware FLOPs are model FLOPs and these (Korthikanti et al. 2022, arXiv 2205.05198, section 6.3)."""
+    if not recompute_every:
+        return 0
+    blocks = -(-config.n_layer // recompute_every)
+    matrices = count_parameters(config)[1] - config.vocab_size * config.n_embd
+    return blocks / config.n_layer * (2 * matrices + 4 * config.n_layer * config.n_embd * config.block_size)
+
+
 def peak_memory_bytes():
     """Most memory this rank has held so far: allocated on its GPU, or resident where there is none."""
     if torch.cuda.is_available():

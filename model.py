@@ -7,20 +7,27 @@ GPT-2: Radford et al. 2019, Language Models are Unsupervised Multitask Learners.
 Llama: Touvron et al. 2023, arXiv 2302.13971.
 """
 
+import contextlib
 import math
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from config import ModelConfig
 
 IGNORE = -1  # a target that does not count
-LOGITS_AT_A_TIME = 2**25  # 128 MiB in float32: large enough for a GPU's matrix product, small beside the rest
+LOGITS_AT_A_TIME = 2**26  # 256 MiB in float32: large enough for a GPU's matrix product, small beside the rest
 
 
-def make_norm(config: ModelConfig):
+def make_norm(config: ModelConfig, kernels="torch"):
+    """A norm over the channels: torch's, or with kernels "apex" NVIDIA Apex's, with the same parameters."""
+    if kernels == "apex" and (config.bias or config.norm == "rmsnorm"):  # its layer norm always has a bias
+        from apex.normalization import FusedLayerNorm, FusedRMSNorm
+
+        return (FusedRMSNorm if config.norm == "rmsnorm" else FusedLayerNorm)(config.n_embd, eps=1e-5)
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.n_embd, eps=1e-5)
     return nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
@@ -43,6 +50,20 @@ def rotate(x, angles):
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
 
 
+def attention_backends(q):
+    """Which implementations of scaled_dot_product_attention to try first where torch's own order is not
+    the fastest: {} or arguments of sdpa_kernel. One that cannot take the inputs is passed over.
+
+    cuDNN's is on Hopper (transformers' pull request 48163: 1.7 to 2.3 times torch's default, and slower
+    elsewhere). On CPU, short bf16 sequences are faster as plain matrix products (NOTES.md)."""
+    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device)[0] == 9:
+        cudnn, flash, efficient = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+        return {"backends": [cudnn, flash, efficient, SDPBackend.MATH], "set_priority": True}
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256:
+        return {"backends": [SDPBackend.MATH]}
+    return {}
+
+
 class Attention(nn.Module):
     """Causal self-attention. With fewer key-value heads than query heads, groups of H / K queries share
     one (grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245)."""
@@ -63,14 +84,10 @@ class Attention(nn.Module):
         q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)  # (B, H or K, T, D)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=True,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.n_head != self.n_kv_head,
-        )
+        preferred = attention_backends(q)
+        with sdpa_kernel(**preferred) if preferred else contextlib.nullcontext():
+            dropout, grouped = self.dropout if self.training else 0.0, self.n_head != self.n_kv_head
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
         y = self.proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -99,11 +116,11 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each with a norm in front and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, kernels):
         super().__init__()
-        self.attention_norm = make_norm(config)
+        self.attention_norm = make_norm(config, kernels)
         self.attention = Attention(config)
-        self.mlp_norm = make_norm(config)
+        self.mlp_norm = make_norm(config, kernels)
         self.mlp = MLP(config)
 
     def forward(self, x, angles=None):
@@ -111,35 +128,42 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+def cross_entropy(logits, targets, with_gradient=True):
+    """logits (N, V), targets (N,) -> (sum of the cross-entropies in nats over the targets that are not
+    IGNORE, its gradient softmax(logits) - onehot(target) in the logits' type). All sums in float32."""
+    counts, targets = (targets != IGNORE)[:, None], targets.clamp(min=0)[:, None]
+    log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+    loss = -(log_probabilities.gather(1, targets) * counts).sum()
+    if not with_gradient:
+        return loss, None
+    # rows that do not count get theirs zeroed where they are narrower: in LinearCrossEntropy
+    gradient = log_probabilities.exp_().scatter_add_(1, targets, torch.full_like(loss, -1.0).expand(targets.shape))
+    return loss, gradient.to(logits.dtype)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """The output layer and its loss, chunk by chunk of tokens, so that no more than `chunk` rows of logits
     exist at a time, where all of them in float32 would often be the largest tensor of the run.
 
-    apply(x (N, C), weight (V, C), targets (N,), chunk, with_gradient) -> sum of the cross-entropies in
-    nats over the targets that are not IGNORE, float32.
-    The gradient softmax(logits) - onehot(target) of a chunk is at hand when its loss is, so it is turned
-    into those of x and weight at once, and nothing is computed twice (the idea of Liger Kernel's fused
-    linear cross-entropy: Hsu et al. 2024, arXiv 2410.10989, section 3.2)."""
+    apply(x (N, C), weight (V, C), targets (N,), chunk, with_gradient, cross_entropy) -> sum of the
+    cross-entropies in nats over the targets that are not IGNORE, float32.
+    The gradient of a chunk's logits is at hand when its loss is, so it is turned into those of x and
+    weight at once, and nothing is computed twice (the idea of Liger Kernel's fused linear cross-entropy:
+    Hsu et al. 2024, arXiv 2410.10989, section 3.2)."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk, with_gradient):
+    def forward(ctx, x, weight, targets, chunk, with_gradient, cross_entropy):
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        if with_gradient:
-            grad_x = torch.empty_like(x)
-            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+        grad_x, grad_weight = torch.empty_like(x) if with_gradient else None, None
         for first in range(0, len(x), chunk):
             rows = slice(first, first + chunk)
-            counts = (targets[rows] != IGNORE)[:, None]
-            target = targets[rows].clamp(min=0)[:, None]
-            logits = (x[rows] @ weight.t()).float()
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            total += ((log_sum - logits.gather(1, target)) * counts).sum()
+            loss, grad = cross_entropy(x[rows] @ weight.t(), targets[rows], with_gradient)
+            total += loss
             if with_gradient:
-                grad = logits.sub_(log_sum).exp_()  # softmax, in place
-                grad.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
-                grad = grad.mul_(counts).to(x.dtype)
-                torch.mm(grad, weight, out=grad_x[rows])
-                grad_weight += grad.t() @ x[rows]
+                counts = (targets[rows] != IGNORE)[:, None]
+                torch.mm(grad, weight, out=grad_x[rows]).mul_(counts)
+                product = grad.t() @ (x[rows] * counts)
+                grad_weight = product if grad_weight is None else grad_weight.float().add_(product)
         if with_gradient:
             ctx.save_for_backward(grad_x, grad_weight)
             ctx.weight_dtype = weight.dtype
@@ -150,32 +174,37 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         # sums over all tokens may exceed fp16 before they are scaled, so the types are narrowed last
         grad_x = (grad_x * grad_total).to(grad_x.dtype)
-        return grad_x, (grad_weight * grad_total).to(ctx.weight_dtype), None, None, None
+        grad_weight = torch.mul(grad_weight, grad_total, out=torch.empty_like(grad_weight, dtype=ctx.weight_dtype))
+        return grad_x, grad_weight, None, None, None, None
 
 
 class Head(nn.Linear):
     """The output layer: (B, T, C) -> logits (B, T, V), or with targets (B, T) their summed cross-entropy."""
+
+    cross_entropy = staticmethod(cross_entropy)
 
     def forward(self, x, targets=None):
         if targets is None:
             return super().forward(x)
         chunk = min(4096, max(1, LOGITS_AT_A_TIME // self.out_features))
         x, targets = x.flatten(0, 1), targets.flatten()
-        return LinearCrossEntropy.apply(x, self.weight, targets, chunk, torch.is_grad_enabled())
+        return LinearCrossEntropy.apply(x, self.weight, targets, chunk, torch.is_grad_enabled(), self.cross_entropy)
 
 
 class GPT(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean cross-entropy in nats over
     the targets that are not IGNORE, as a float32 scalar (0 if none counts)."""
 
-    def __init__(self, config: ModelConfig, seed=1337, activation_checkpointing=False):
+    def __init__(self, config: ModelConfig, seed=1337, recompute_every=0, inputs_on_cpu=False, kernels="torch"):
+        """recompute_every: k recomputes blocks 0, k, 2k, ... in the backward pass from their inputs alone, 0
+        none; inputs_on_cpu: those inputs wait in CPU memory. kernels: torch, or apex for its norms."""
         super().__init__()
-        self.config, self.activation_checkpointing = config, activation_checkpointing
+        self.config, self.recompute_every, self.inputs_on_cpu = config, recompute_every, inputs_on_cpu
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.final_norm = make_norm(config)
+        self.blocks = nn.ModuleList(Block(config, kernels) for _ in range(config.n_layer))
+        self.final_norm = make_norm(config, kernels)
         self.head = Head(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
@@ -201,6 +230,20 @@ class GPT(nn.Module):
         # drawn in float32 whatever the weight's type, so that bf16 starts from the same values, rounded
         module.weight.copy_(module.weight.float().normal_(std=std))
 
+    def compile(self):
+        """Compile, in place, what repeats: the blocks, one graph for all, and the loss of one chunk. Their
+        hooks stay outside, and so does the loop over chunks, which a graph of all would unroll."""
+        for block in self.blocks:
+            block.forward = torch.compile(block.forward)
+        self.head.cross_entropy = torch.compile(cross_entropy)
+
+    def recomputed(self, block, x, angles):
+        """The block's output; of what the backward pass needs only the input is kept, the rest made again,
+        dropout included (Chen et al. 2016, arXiv 1604.06174)."""
+        on_cpu = torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda)
+        with on_cpu if self.inputs_on_cpu else contextlib.nullcontext():
+            return checkpoint(block, x, angles, use_reentrant=False)
+
     def forward(self, tokens, targets=None):
         config, T = self.config, tokens.shape[1]
         if config.block_size < T:
@@ -211,9 +254,9 @@ class GPT(nn.Module):
         else:
             angles = rotary_angles(T, config.n_embd // config.n_head, config.rotary_theta, tokens.device)
         x = F.dropout(x, config.dropout, self.training)
-        for block in self.blocks:
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, angles, use_reentrant=False)
+        for number, block in enumerate(self.blocks):
+            if self.training and self.recompute_every and number % self.recompute_every == 0:
+                x = self.recomputed(block, x, angles)
             else:
                 x = block(x, angles)
         x = self.final_norm(x)

@@ -26,7 +26,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for, so that DeepSpeed does not warn about it
 import deepspeed
 from deepspeed import comm
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig as ZeroConfig
 
 import checkpoint
 import metrics
@@ -34,7 +33,6 @@ from config import (
     ROOT,
     UserError,
     deepspeed_config,
-    did_you_mean,
     gradient_accumulation,
     load_config,
     run_command,
@@ -43,7 +41,8 @@ from config import (
 from data import order
 from data.mixture import Mixture, check_same_data
 from data.shards import write_json
-from model import GPT, IGNORE
+from engine import build_engine, check_zero_section, choose_kernels, resolve_precision, why_not_compiled
+from model import IGNORE
 
 
 def learning_rate(train, tokens):
@@ -55,16 +54,6 @@ def learning_rate(train, tokens):
     progress = min(1.0, (tokens - train.warmup_tokens) / max(1, train.max_tokens - train.warmup_tokens))
     fall = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
     return train.lr * (train.min_lr_ratio + (1 - train.min_lr_ratio) * fall[train.schedule])
-
-
-def parameter_groups(model, weight_decay):
-    """Decay matrices and embeddings; spare biases and the weights of norms, which are vectors. Under
-    ZeRO-3 a parameter here is an empty stand-in whose true shape is ds_shape."""
-    decayed, spared = [], []
-    for parameter in model.parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        (decayed if len(shape) >= 2 else spared).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
 
 
 def to_device(arrays, device):
@@ -122,34 +111,6 @@ def find_place(verbose):
     return device, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def resolve_precision(precision, device):
-    """bf16, fp16 or fp32. Raises UserError for one that this device cannot."""
-    if precision == "auto":
-        if device.type == "cpu":
-            return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    accelerator = deepspeed.accelerator.get_accelerator()
-    able = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
-    if not able[precision]:
-        names = ", ".join(name for name in able if able[name])
-        raise UserError(f"train.precision: found {precision}, but this device ({device.type}) can: {names}")
-    return precision
-
-
-def check_zero_section(section):
-    """Check deepspeed.zero_optimization as DeepSpeed will, but with one line for the user at the end."""
-    try:
-        ZeroConfig(**section)
-    except ValueError as error:  # pydantic's ValidationError is one
-        first = error.errors()[0]
-        name, names = str(first["loc"][0]), [field.alias or key for key, field in ZeroConfig.model_fields.items()]
-        remedy = "" if name in names else f"; {did_you_mean(name, names)}"
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"deepspeed.zero_optimization.{where}: found {first['input']!r}: {first['msg']}{remedy}"
-        ) from None
-
-
 def versions():
     """What made this run, for its config.json."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
@@ -183,17 +144,6 @@ def where_to_start(config):
     return found, state
 
 
-def build_engine(config, ds_config, device):
-    """The model and its optimizer, in DeepSpeed's hands. Under ZeRO-3 each matrix is sharded as soon as it
-    is made, so that no rank ever holds the whole model. The weights are the same bit for bit whatever the
-    stage and the number of ranks."""
-    with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=zero_stage(ds_config) == 3), device:
-        model = GPT(config.model, config.train.seed, config.train.activation_checkpointing)
-    groups = parameter_groups(model, config.train.weight_decay)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
-    return engine
-
-
 def main(config):
     """Train as `config` says, from the beginning or from the run's newest checkpoint. Returns the last
     validation loss. Raises UserError for what the user can mend, before anything is started or written."""
@@ -213,6 +163,7 @@ def main(config):
     precision = resolve_precision(train.precision, device)
     ds_config = deepspeed_config(config, world_size, precision, on_gpu=device.type == "cuda")
     check_zero_section(ds_config.get("zero_optimization", {}))
+    kernels, why_kernels = choose_kernels(train.kernels, device)
 
     # ---- model and optimizer, new or from a checkpoint
     run = Path(train.out_dir)
@@ -231,7 +182,8 @@ def main(config):
     except OSError as error:
         raise UserError(f"train.out_dir: {run}: {error.strerror}; choose a folder that can be written") from None
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=train.verbose)
-    engine = build_engine(config, ds_config, device)
+    not_compiled = why_not_compiled(train.compile, config.model, device, kernels)
+    engine = build_engine(config, ds_config, device, kernels, compiled=not not_compiled)
     plain = stage == 0 and precision == "fp32"  # the one case in which DeepSpeed keeps no gradient norm
     torch.manual_seed(train.seed + 1 + rank)  # each rank drops other activations
     if resume_from:
@@ -241,15 +193,18 @@ def main(config):
     # ---- what is logged, and what a checkpoint records
     made_with = versions()
     record = {"config": config.to_dict(), "versions": made_with, "world_size": world_size, "precision": precision}
+    record |= {"kernels": kernels, "compiled": not not_compiled}
     record["data"] = train_data.fingerprint()
     parameters, _ = metrics.count_parameters(config.model)
     flops = metrics.flops_per_token(config.model)
+    hardware_flops = flops + metrics.recomputed_flops_per_token(config.model, int(train.activation_checkpointing))
     peak = metrics.peak_flops(made_with["device"]) if device.type == "cuda" else None
     if rank == 0:
         write_json(run / "config.json", config.to_dict() | {key: record[key] for key in record if key != "config"})
         log = metrics.MetricsLog(run, first_step, train.loggers, config.to_dict())
     for section, content in config.to_dict().items():
         say(f"{section}: {json.dumps(content)}")
+    say(f"kernels: {kernels} ({why_kernels}); compiled: {f'no ({not_compiled})' if not_compiled else 'yes'}")
     say(
         f"{parameters:,} parameters, {precision}, ZeRO-{stage} on {world_size} x {made_with['device']}\n"
         f"{train.global_batch_tokens:,} tokens a step = {world_size} ranks x {accumulation} micro-batches x "
@@ -298,6 +253,7 @@ def main(config):
                 "step_seconds": step_seconds,
                 "tflops": tflops,
                 "mfu": tflops * 1e12 / peak if peak else None,
+                "hfu": tflops * 1e12 / peak * hardware_flops / flops if peak else None,
                 "peak_memory_bytes": memory.item(),
             }
             if rank == 0:

@@ -1,13 +1,14 @@
 import dataclasses
 import math
+import shutil
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from config import ModelConfig
-from metrics import count_parameters, flops_per_token
-from model import GPT, IGNORE, LinearCrossEntropy
+from config import ROOT, ModelConfig, build, read_json
+from metrics import count_parameters, flops_per_token, recomputed_flops_per_token
+from model import GPT, IGNORE, LinearCrossEntropy, attention_backends, cross_entropy
 
 SMALL = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=50, init_std=0.1)
 LLAMA = dataclasses.replace(SMALL, norm="rmsnorm", position="rotary", mlp="swiglu", bias=False, n_kv_head=2)
@@ -39,18 +40,41 @@ def test_the_parameter_count_from_the_config_is_the_models(config):
     assert count_parameters(config)[0] == sum(parameter.numel() for parameter in GPT(config).parameters())
 
 
-def test_flops_per_token_are_those_that_torch_counts():
-    """torch counts the products of one forward and backward pass; causal attention it counts in full."""
+def counted_flops(config, recompute_every=0):
+    """FLOPs of one forward and backward pass a token, as torch counts them on the meta device: the products
+    alone, and causal attention in full."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    for config in VARIANTS:
-        model, tokens = GPT(config), random_tokens(config)
-        with (
-            FlopCounterMode(display=False) as counter,
-            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-        ):
-            model(tokens, tokens).backward()
-        assert flops_per_token(config) * tokens.numel() == pytest.approx(counter.get_total_flops(), rel=1e-9)
+    with torch.device("meta"):
+        model, tokens = GPT(config, recompute_every=recompute_every), torch.zeros(1, config.block_size).long()
+    counter = FlopCounterMode(display=False)
+    with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(tokens, tokens).backward()
+    return counter.get_total_flops() / config.block_size
+
+
+@pytest.mark.parametrize("config", VARIANTS)
+def test_flops_per_token_are_those_that_torch_counts(config):
+    assert flops_per_token(config) == pytest.approx(counted_flops(config), rel=1e-9)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_recomputed_flops_are_those_that_torch_counts(every):
+    config = dataclasses.replace(LLAMA, n_layer=5)
+    # non-reentrant checkpointing stops early: it does not repeat a block's last product, whose output nobody needs
+    last = -(-5 // every) * 2 * config.mlp_width * config.n_embd
+    counted = counted_flops(config, every) - counted_flops(config) + last
+    assert recomputed_flops_per_token(config, every) == pytest.approx(counted, rel=1e-9)
+    assert recomputed_flops_per_token(config, 0) == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.stem)
+def test_every_config_counts_as_its_model_on_the_meta_device(path):
+    config = build(read_json(path), path).model
+    with torch.device("meta"):
+        model = GPT(config)
+    assert count_parameters(config)[0] == sum(parameter.numel() for parameter in model.parameters())
+    assert flops_per_token(config) == pytest.approx(counted_flops(config), rel=1e-9)
 
 
 def test_loss_is_the_mean_cross_entropy_of_the_targets_that_count():
@@ -73,7 +97,7 @@ def test_the_chunked_loss_is_cross_entropy_with_its_gradients(chunk):
     for chunked in (False, True):
         inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
         if chunked:
-            loss = LinearCrossEntropy.apply(*inputs, targets, chunk, True)
+            loss = LinearCrossEntropy.apply(*inputs, targets, chunk, True, cross_entropy)
         else:
             loss = F.cross_entropy(F.linear(*inputs), targets, ignore_index=IGNORE, reduction="sum")
         (3 * loss).backward()
@@ -86,7 +110,8 @@ def test_the_loss_survives_fp16_sums_that_exceed_it():
     """Gradients are sums over tokens until the loss scale and the mean have shrunk them."""
     x = torch.full((30_000, 4), 6.0, dtype=torch.float16, requires_grad=True)
     weight = torch.zeros(8, 4, dtype=torch.float16, requires_grad=True)
-    loss = LinearCrossEntropy.apply(x, weight, torch.zeros(30_000, dtype=torch.long), 4096, True) / 30_000
+    targets = torch.zeros(30_000, dtype=torch.long)
+    loss = LinearCrossEntropy.apply(x, weight, targets, 4096, True, cross_entropy) / 30_000
     loss.backward()
     assert weight.grad[0].tolist() == pytest.approx([-5.25] * 4, rel=1e-3)
     assert weight.grad[1].tolist() == pytest.approx([0.75] * 4, rel=1e-3)
@@ -179,3 +204,66 @@ def test_activation_checkpointing_changes_nothing_but_memory(config):
 def test_too_long_a_sequence_is_refused():
     with pytest.raises(ValueError, match="block_size 16"):
         GPT(SMALL)(torch.zeros(1, 17, dtype=torch.long))
+
+
+def gradients(model, tokens):
+    torch.manual_seed(3)
+    model.zero_grad()
+    model(tokens, tokens).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("options", [{"recompute_every": 1}, {"recompute_every": 2, "inputs_on_cpu": True}])
+def test_recomputed_blocks_give_the_same_gradients_and_keep_less(options):
+    """Bit for bit, with dropout, which must fall on the same activations again."""
+    config = dataclasses.replace(LLAMA, n_layer=4, dropout=0.3)
+    plain, model, tokens = GPT(config), GPT(config, **options), random_tokens(config)
+    expected, found = gradients(plain, tokens), gradients(model, tokens)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+    def bytes_kept(model):
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(tokens, tokens)
+        return sum(kept.values())
+
+    assert bytes_kept(model) < 0.8 * bytes_kept(plain)
+
+
+def test_the_attention_that_is_preferred_agrees_with_torchs_own_choice(monkeypatch):
+    """On CPU it is for short bf16 sequences; both are as near to float32 as bf16 allows."""
+    config = dataclasses.replace(LLAMA, block_size=64)
+    model, tokens = GPT(config).eval(), random_tokens(config)
+    exact = model(tokens)
+    model.bfloat16()
+    preferred = model(tokens)
+    assert attention_backends(torch.zeros(1, 4, 64, 8, dtype=torch.bfloat16))
+    assert not attention_backends(torch.zeros(1, 4, 64, 8))
+    monkeypatch.setattr("model.attention_backends", lambda q: {})
+    for logits in (preferred, model(tokens)):
+        assert (logits.float() - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on CPU needs a C++ compiler")
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_compiled_parts_give_the_same_loss_and_gradients(dropout):
+    config = dataclasses.replace(LLAMA, dropout=dropout)
+    plain, compiled, tokens = GPT(config), GPT(config, recompute_every=2), random_tokens(config)
+    compiled.compile()
+    if dropout:  # compiled code draws other random numbers: recomputing must still drop the same activations
+        first, second = gradients(compiled, tokens), gradients(GPTCompiled(config), tokens)
+    else:
+        first, second = gradients(compiled, tokens), gradients(plain, tokens)
+    for name in second:
+        assert torch.allclose(first[name], second[name], rtol=1e-4, atol=1e-6), name
+
+
+def GPTCompiled(config):
+    model = GPT(config)
+    model.compile()
+    return model

@@ -1,0 +1,144 @@
+"""The model and its optimizer, in DeepSpeed's hands: precision, kernels, compilation, parameter groups."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed import comm
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig as ZeroConfig
+
+from config import UserError, did_you_mean, offloads_optimizer, zero_stage
+from model import GPT, Block
+
+
+def resolve_precision(precision, device):
+    """bf16, fp16 or fp32. Raises UserError for one that this device cannot."""
+    if precision == "auto":
+        if device.type == "cpu":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    accelerator = deepspeed.accelerator.get_accelerator()
+    able = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    if not able[precision]:
+        names = ", ".join(name for name in able if able[name])
+        raise UserError(f"train.precision: found {precision}, but this device ({device.type}) can: {names}")
+    return precision
+
+
+def check_zero_section(section):
+    """Check deepspeed.zero_optimization as DeepSpeed will, but with one line for the user at the end."""
+    try:
+        ZeroConfig(**section)
+    except ValueError as error:  # pydantic's ValidationError is one
+        first = error.errors()[0]
+        name, names = str(first["loc"][0]), [field.alias or key for key, field in ZeroConfig.model_fields.items()]
+        remedy = "" if name in names else f"; {did_you_mean(name, names)}"
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"deepspeed.zero_optimization.{where}: found {first['input']!r}: {first['msg']}{remedy}"
+        ) from None
+
+
+def missing_apex():
+    """Why NVIDIA Apex cannot be used, or None if it can. Looks without importing anything."""
+    found = importlib.util.find_spec("apex")
+    if found is None:
+        return "NVIDIA Apex is not installed; it is built from source, github.com/NVIDIA/apex"
+    if not any((Path(folder) / "normalization").is_dir() for folder in found.submodule_search_locations or []):
+        return "the installed package apex is not NVIDIA's but an unrelated one of that name; pip uninstall apex"
+    extensions = [name for name in ("amp_C", "fused_layer_norm_cuda") if importlib.util.find_spec(name) is None]
+    if extensions:
+        return f"NVIDIA Apex is installed without its CUDA extensions {' and '.join(extensions)}; build it with them"
+    return None
+
+
+def choose_kernels(wanted, device):
+    """train.kernels -> ("apex" or "torch", why so). Raises UserError if Apex is asked for and cannot be had."""
+    reason = missing_apex()
+    if device.type != "cuda":
+        reason = f"Apex needs a GPU, and this device is {device.type}" + (f"; {reason}" if reason else "")
+    if wanted == "apex" and reason:
+        raise UserError(f"train.kernels: found apex, but {reason}; or set train.kernels to auto or torch")
+    if wanted == "torch" or reason:
+        return "torch", reason or "asked for"
+    return "apex", "NVIDIA Apex is installed"
+
+
+def parameter_groups(model, weight_decay):
+    """Decay matrices and embeddings; spare biases and the weights of norms, which are vectors. Under
+    ZeRO-3 a parameter here is an empty stand-in whose true shape is ds_shape."""
+    decayed, spared = [], []
+    for parameter in model.parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        (decayed if len(shape) >= 2 else spared).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+
+
+def apex_adam(groups, train):
+    """NVIDIA Apex's AdamW. It counts steps once a group and call, and ZeRO-3 calls it for one piece of a
+    group after the other: each piece's own count is put there before, so that none runs ahead."""
+    from apex.optimizers import FusedAdam
+
+    optimizer = FusedAdam(groups, lr=train.lr, betas=tuple(train.betas), eps=train.eps, adam_w_mode=True)
+    count_steps_per_parameter(optimizer)
+    return optimizer
+
+
+def count_steps_per_parameter(optimizer):
+    """Keep the number of steps in each parameter's state, for an optimizer that has it in its groups."""
+
+    def before(optimizer, *_):
+        for group in optimizer.param_groups:
+            if group["params"]:
+                group["step"] = optimizer.state[group["params"][0]].get("step", 0)
+
+    def behind(optimizer, *_):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["step"] = group["step"]
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(behind)
+
+
+def why_not_compiled(wanted, config, device, kernels):
+    """None if the model is to be compiled, else the reason: that it was not asked for, or how a small model
+    of the same parts failed on this or another rank. Every rank must call this, and all get an answer of
+    the same kind. Costs seconds, where a failure in the middle of a step would cost the run."""
+    if wanted is False or (wanted == "auto" and device.type != "cuda"):
+        return "not asked for" if wanted is False else "on CPU it gains little"
+    small = {"n_layer": 1, "n_embd": 16 * config.n_head, "mlp_hidden": None, "block_size": 32, "vocab_size": 64}
+    error = None
+    try:
+        with device:
+            model = GPT(dataclasses.replace(config, **small), kernels=kernels)
+            model.compile()
+            tokens = torch.zeros(2, 32, dtype=torch.long)
+        model(tokens, tokens).backward()
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}"
+    torch.compiler.reset()  # or the true sizes would count as a change, and be compiled as variable ones
+    failed = torch.tensor(float(error is not None), device=device)
+    comm.all_reduce(failed, op=comm.ReduceOp.MAX)
+    return error or ("it failed on another rank" if failed.item() else None)
+
+
+def build_engine(config, ds_config, device, kernels="torch", compiled=False):
+    """The model and its optimizer, in DeepSpeed's hands. Under ZeRO-3 each matrix is sharded as soon as it
+    is made, so that no rank ever holds the whole model. The weights are the same bit for bit whatever the
+    stage and the number of ranks."""
+    train, sharded = config.train, zero_stage(ds_config) == 3
+    with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=sharded), device:
+        model = GPT(config.model, train.seed, int(train.activation_checkpointing), train.checkpoints_on_cpu, kernels)
+    if compiled:
+        torch._dynamo.config.suppress_errors = True  # what cannot be compiled after all runs as it is
+        if sharded:  # a block's weights are gathered at once, in front of its graph, which no hook then breaks
+            deepspeed.utils.set_z3_leaf_modules(model, [Block])
+        model.compile()
+    groups, optimizer = parameter_groups(model, train.weight_decay), None
+    if kernels == "apex" and not offloads_optimizer(ds_config):
+        optimizer, ds_config = apex_adam(groups, train), ds_config | {"optimizer": None}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=groups, config=ds_config)
+    return engine
