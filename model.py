@@ -22,8 +22,8 @@ LOGITS_AT_A_TIME = 2**25  # 128 MiB in float32: large enough for a GPU's matrix 
 
 def make_norm(config: ModelConfig):
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.n_embd, eps=1e-5)
-    return nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
 def rotary_angles(length, head_size, theta, device):

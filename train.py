@@ -29,6 +29,7 @@ from deepspeed import comm
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig as ZeroConfig
 
 import checkpoint
+import export
 import metrics
 from config import (
     ROOT,
@@ -183,12 +184,15 @@ def where_to_start(config):
     return found, state
 
 
-def build_engine(config, ds_config, device):
+def build_engine(config, ds_config, device, load_weights=None):
     """The model and its optimizer, in DeepSpeed's hands. Under ZeRO-3 each matrix is sharded as soon as it
     is made, so that no rank ever holds the whole model. The weights are the same bit for bit whatever the
-    stage and the number of ranks."""
+    stage and the number of ranks; load_weights: what export.open_weights gives, if they are
+    not to be random."""
     with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=zero_stage(ds_config) == 3), device:
         model = GPT(config.model, config.train.seed, config.train.activation_checkpointing)
+    if load_weights:
+        export.copy_into(model, load_weights)
     groups = parameter_groups(model, config.train.weight_decay)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
     return engine
@@ -226,17 +230,22 @@ def main(config):
     stage = zero_stage(ds_config)
     if resume_from:
         checkpoint.check_same_ranks(resume_from, state, world_size, stage, precision)
+    weights, load_weights = None, None
+    if train.init_from and not resume_from:
+        weights, load_weights = export.open_weights(train.init_from, config.model)
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"train.out_dir: {run}: {error.strerror}; choose a folder that can be written") from None
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=train.verbose)
-    engine = build_engine(config, ds_config, device)
+    engine = build_engine(config, ds_config, device, load_weights)
     plain = stage == 0 and precision == "fp32"  # the one case in which DeepSpeed keeps no gradient norm
     torch.manual_seed(train.seed + 1 + rank)  # each rank drops other activations
     if resume_from:
         checkpoint.load(engine, resume_from)
         say(f"continuing from {resume_from}: step {first_step}, {first_step * train.global_batch_tokens:,} tokens")
+    elif weights:
+        say(f"weights from {weights}")
 
     # ---- what is logged, and what a checkpoint records
     made_with = versions()

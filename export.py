@@ -1,0 +1,443 @@
+"""To and from transformers: GPT-2's settings are its GPT2LMHeadModel, Llama's its LlamaForCausalLM.
+
+    python export.py out/tiny hf/tiny [--checkpoint best|latest|STEP] [--dtype float32|bfloat16|float16]
+
+writes a folder that AutoModelForCausalLM and AutoTokenizer load. The way back is `--train.init_from`:
+`open_weights` looks at what a run shall start from, `copy_into` reads it into the run's model.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from config import ModelConfig, UserError, build, read_json, run_command
+from data.shards import cannot_write, read_meta, write_json
+from model import GPT
+
+MAX_SHARD = "5GB"  # of one file of weights
+FAMILIES = {  # what a model of ours must be to be one of theirs; and the prefix of their names
+    "gpt2": ("GPT2LMHeadModel", "transformer", {"position": "learned", "norm": "layernorm", "mlp": "gelu"}),
+    "llama": ("LlamaForCausalLM", "model", {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu"}),
+}
+# Our modules and those of theirs whose rows make them up, one after the other. Theirs of GPT-2 hold the
+# transpose of a linear layer's matrix. Rotary positions need no permutation: both pair channel i with i + D/2.
+OUTSIDE = {
+    "gpt2": {"token_embedding": ["wte"], "position_embedding": ["wpe"], "final_norm": ["ln_f"]},
+    "llama": {"token_embedding": ["embed_tokens"], "final_norm": ["norm"]},
+}
+BLOCK = {
+    "gpt2": {
+        "attention_norm": ["h.{}.ln_1"],
+        "attention.qkv": ["h.{}.attn.c_attn"],
+        "attention.proj": ["h.{}.attn.c_proj"],
+        "mlp_norm": ["h.{}.ln_2"],
+        "mlp.up": ["h.{}.mlp.c_fc"],
+        "mlp.down": ["h.{}.mlp.c_proj"],
+    },
+    "llama": {
+        "attention_norm": ["layers.{}.input_layernorm"],
+        "attention.qkv": [f"layers.{{}}.self_attn.{part}_proj" for part in "qkv"],
+        "attention.proj": ["layers.{}.self_attn.o_proj"],
+        "mlp_norm": ["layers.{}.post_attention_layernorm"],
+        "mlp.up": ["layers.{}.mlp.gate_proj", "layers.{}.mlp.up_proj"],
+        "mlp.down": ["layers.{}.mlp.down_proj"],
+    },
+}
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # in old files; computed, not learned
+
+
+# -- the two forms of the weights ----------------------------------------------------------------
+
+
+def family_of(model: ModelConfig):
+    """`gpt2` or `llama`. Raises UserError, which names the keys, if the model is neither."""
+    family = "gpt2" if model.position == "learned" else "llama"
+    architecture, _, wanted = FAMILIES[family]
+    wrong = [(key, getattr(model, key), value) for key, value in wanted.items() if getattr(model, key) != value]
+    if family == "gpt2" and model.kv_heads != model.n_head:
+        wrong.append(("n_kv_head", model.n_kv_head, f"null or {model.n_head}"))
+    if wrong:
+        keys = "; ".join(f"model.{key}: found {found}, expected {value}" for key, found, value in wrong)
+        raise UserError(
+            f"{keys}: with {model.position} positions transformers' {architecture} is the one to hold it, "
+            "and that computes nothing else"
+        )
+    return family
+
+
+def correspondence(model: ModelConfig):
+    """{name of our weight: (transformers' names of its parts, whether those are transposed)}. Also names the
+    biases that GPT-2 has and a model without biases has not."""
+    family = family_of(model)
+    modules = dict(OUTSIDE[family])
+    for layer in range(model.n_layer):
+        for ours, theirs in BLOCK[family].items():
+            modules[f"blocks.{layer}.{ours}"] = [name.format(layer) for name in theirs]
+    names = {}
+    for ours, theirs in modules.items():
+        theirs = [f"{FAMILIES[family][1]}.{name}" for name in theirs]
+        norm, linear = ours.endswith("norm"), ours.startswith("blocks") and not ours.endswith("norm")
+        names[f"{ours}.weight"] = [f"{name}.weight" for name in theirs], linear and family == "gpt2"
+        if (norm or linear) if family == "gpt2" else (linear and model.bias):
+            names[f"{ours}.bias"] = [f"{name}.bias" for name in theirs], False
+    if not model.tie_embeddings:
+        names["head.weight"] = ["lm_head.weight"], False
+    return names
+
+
+def to_transformers(model: ModelConfig, weights):
+    """Our whole weights by name -> transformers' by name, without a copy: views of ours, and zeros where
+    GPT-2 has biases and the model has none. A tied output layer is not listed."""
+    tensors = {}
+    key_width = model.kv_heads * model.n_embd // model.n_head
+    for ours, (theirs, transposed) in correspondence(model).items():
+        weight = weights.get(ours)
+        if weight is None:
+            width = weights[ours.removesuffix("bias") + "weight"]
+            weight = width.new_zeros(len(width))
+        rows = [model.n_embd, key_width, key_width] if len(theirs) == 3 else len(weight) // len(theirs)
+        for name, part in zip(theirs, weight.split(rows), strict=True):
+            tensors[name] = part.t() if transposed else part
+    return tensors
+
+
+def from_transformers(model: ModelConfig, tensors):
+    """A function that makes our weight of a name from transformers' `tensors`, a dictionary or what reads
+    a tensor when it is asked for one."""
+    names = correspondence(model)
+
+    def read(ours):
+        theirs, transposed = names[ours]
+        parts = [tensors[name] for name in theirs]
+        weight = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return weight.t() if transposed else weight
+
+    return read
+
+
+# -- the two forms of the settings ---------------------------------------------------------------
+
+
+def transformers_config(model: ModelConfig, dtype="float32", end_of_text=None):
+    """transformers' configuration of the same model. Raises UserError if it has none."""
+    from transformers import GPT2Config, LlamaConfig
+
+    family = family_of(model)
+    shared = {
+        "architectures": [FAMILIES[family][0]],
+        "vocab_size": model.vocab_size,
+        "tie_word_embeddings": model.tie_embeddings,
+        "initializer_range": model.init_std,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "dtype": dtype,
+    }
+    if family == "gpt2":
+        return GPT2Config(
+            n_layer=model.n_layer,
+            n_head=model.n_head,
+            n_embd=model.n_embd,
+            n_positions=model.block_size,
+            n_inner=model.mlp_width,
+            layer_norm_epsilon=model.norm_eps,
+            resid_pdrop=model.dropout,
+            embd_pdrop=model.dropout,
+            attn_pdrop=model.dropout,
+            **shared,
+        )
+    return LlamaConfig(
+        num_hidden_layers=model.n_layer,
+        num_attention_heads=model.n_head,
+        num_key_value_heads=model.kv_heads,
+        hidden_size=model.n_embd,
+        max_position_embeddings=model.block_size,
+        intermediate_size=model.mlp_width,
+        rms_norm_eps=model.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rotary_theta},
+        attention_bias=model.bias,
+        mlp_bias=model.bias,
+        **shared,
+    )
+
+
+def published_model(folder):
+    """config.json of a folder in transformers' format -> the ModelConfig that computes the same. Raises
+    UserError if none does."""
+    from transformers import GPT2Config, LlamaConfig
+
+    path = folder / "config.json"
+    raw = read_json(path)
+    family = raw["model_type"]
+    if family not in FAMILIES:
+        raise UserError(f"{path}: model_type: found {family!r}, expected {' or '.join(FAMILIES)}")
+    try:
+        theirs = (GPT2Config if family == "gpt2" else LlamaConfig).from_dict(raw)  # fills in what is left out
+    except Exception as error:  # of many classes, some of them libraries' own
+        raise UserError(f"{path}: not a configuration of {family}: {' '.join(str(error).split())}") from None
+    get = functools.partial(getattr, theirs)
+    names = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size"}
+    names |= {"block_size": "max_position_embeddings", "vocab_size": "vocab_size"}
+    settings = {ours: get(name) for ours, name in names.items()}
+    settings |= FAMILIES[family][2] | {"tie_embeddings": theirs.tie_word_embeddings}
+    wanted = [("quantization_config", get("quantization_config", None), None)]
+    if family == "gpt2":
+        settings |= {"mlp_hidden": theirs.n_inner, "norm_eps": theirs.layer_norm_epsilon}
+        if theirs.activation_function != "gelu_pytorch_tanh":  # the other name of the same
+            wanted.append(("activation_function", theirs.activation_function, "gelu_new"))
+        wanted.append(("scale_attn_weights", theirs.scale_attn_weights, True))
+        wanted += [(name, get(name), False) for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention")]
+    else:
+        rope = dict(theirs.rope_parameters)
+        settings |= {"rotary_theta": float(rope.pop("rope_theta")), "n_kv_head": theirs.num_key_value_heads}
+        settings |= {"mlp_hidden": theirs.intermediate_size, "norm_eps": theirs.rms_norm_eps}
+        settings |= {"bias": theirs.attention_bias}
+        wanted.append(("hidden_act", theirs.hidden_act, "silu"))
+        wanted.append(("mlp_bias", theirs.mlp_bias, theirs.attention_bias))  # one key of ours for both
+        wanted.append(("head_dim", theirs.head_dim, theirs.hidden_size // theirs.num_attention_heads))
+        wanted.append(("rope_parameters", rope, {"rope_type": "default"}))
+    for name, found, expected in wanted:
+        if found != expected:
+            raise UserError(f"{path}: {name}: found {found!r}, expected {expected!r}; model.py computes nothing else")
+    return ModelConfig(**settings)
+
+
+def refuse_differences(source, model: ModelConfig, published: ModelConfig):
+    """Raises UserError with every key in which `model` is not the published one, and the flags that mend it."""
+    alike = "n_layer n_head n_embd vocab_size norm norm_eps position mlp bias tie_embeddings".split()
+    alike += ["rotary_theta"] if published.position == "rotary" else []
+    pairs = {name: (getattr(model, name), getattr(published, name)) for name in alike}
+    pairs |= {"n_kv_head": (model.kv_heads, published.kv_heads), "mlp_hidden": (model.mlp_width, published.mlp_width)}
+    pairs = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    if model.block_size > published.block_size:  # fewer positions than were learned are no other model
+        pairs["block_size"] = model.block_size, published.block_size
+    if pairs:
+        text = {name: [v if isinstance(v, str) else json.dumps(v) for v in pair] for name, pair in pairs.items()}
+        keys = "; ".join(f"model.{name}: {found}, expected {right}" for name, (found, right) in text.items())
+        flags = " ".join(f"--model.{name} {right}" for name, (_, right) in text.items())
+        raise UserError(f"{source}: {keys}; set {flags}")
+
+
+# -- from there: the start of a run --------------------------------------------------------------
+
+
+class Tensors(dict):
+    """{transformers' name: (the file it is in, its path, its name there)}; [name] reads that tensor."""
+
+    def __getitem__(self, name):
+        file, _, stored = self.get(name)
+        return file.get_tensor(stored)
+
+
+def open_tensors(folder, family):
+    """The Tensors of a folder in transformers' format; none is read yet. Raises UserError if a file is
+    missing or broken."""
+    from safetensors import SafetensorError, safe_open
+
+    index, files, tensors = folder / "model.safetensors.index.json", ["model.safetensors"], Tensors()
+    if index.exists():
+        try:
+            files = sorted(set(read_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{index}: no weight_map of names to files; copy the folder again") from None
+    elif not (folder / files[0]).exists():
+        remedy = "copy the folder again"
+        if list(folder.glob("*.bin")):
+            remedy = "convert its .bin files: transformers' from_pretrained loads them, save_pretrained writes these"
+        raise UserError(f"{folder}: found no model.safetensors, nor an index of its parts; {remedy}")
+    prefix = FAMILIES[family][1]
+    for path in (folder / file for file in files):
+        try:
+            file = safe_open(path, "pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: {' '.join(str(error).split())}; copy the file again") from None
+        for stored in file.keys():  # noqa: SIM118 (it is no dictionary)
+            if not stored.endswith(BUFFERS):
+                whole = stored.startswith((f"{prefix}.", "lm_head."))  # GPT-2 itself is published without
+                tensors.update({stored if whole else f"{prefix}.{stored}": (file, path, stored)})
+    return tensors
+
+
+def check_tensors(folder, model: ModelConfig, published: ModelConfig, tensors):
+    """Every tensor there, of the right shape and type, and none besides. Raises UserError."""
+    with torch.device("meta"):  # shapes without memory
+        expected = to_transformers(published, GPT(published).state_dict())
+    if published.tie_embeddings and "lm_head.weight" in tensors:
+        (embedding,), _ = correspondence(published)["token_embedding.weight"]
+        expected["lm_head.weight"] = expected[embedding]
+    for name, (file, path, stored) in tensors.items():
+        if name not in expected:
+            raise UserError(f"{path}: found {stored}, which a model of {folder}/config.json does not have")
+        found, right = tuple(file.get_slice(stored).get_shape()), tuple(expected[name].shape)
+        if found != right:
+            raise UserError(f"{path}: {stored}: found shape {found}, expected {right} by {folder}/config.json")
+        kind = file.get_slice(stored).get_dtype()
+        if kind not in ("F32", "BF16", "F16"):
+            raise UserError(f"{path}: {stored}: found numbers of type {kind}, expected F32, BF16 or F16")
+    for name in expected:
+        if name not in tensors:
+            raise UserError(f"{folder}: no tensor {name} in its safetensors, expected by its config.json")
+    if published.tie_embeddings and "lm_head.weight" in tensors:
+        one, two = (
+            file.get_slice(stored) for file, _, stored in (tensors.get("lm_head.weight"), tensors.get(embedding))
+        )
+        for row in range(0, published.vocab_size, 4096):
+            if not torch.equal(one[row : row + 4096], two[row : row + 4096]):
+                raise UserError(f"{folder}: tie_word_embeddings: found true, but lm_head.weight is not the embedding")
+    if published.bias and not model.bias:
+        for name in tensors:
+            if name.endswith(".bias") and tensors[name].any():
+                raise UserError(
+                    f"{folder}: model.bias: false, expected true, as {name} is not zero; set --model.bias true"
+                )
+
+
+def find_weights(source):
+    """The folder that `source` means: its own, or a download from the hub. Raises UserError."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except Exception as error:  # of many classes: no such name, no network, no permission, no space
+        raise UserError(
+            f"train.init_from: {source}: no such folder here, and not to be had from the Hugging Face hub "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); download it, and give its folder"
+        ) from None
+
+
+def open_weights(source, model: ModelConfig):
+    """What `train.init_from` names -> (what it is in words, a function that gives what `copy_into` needs).
+    Reads no weights yet, but has looked at all that could be wrong: raises UserError."""
+    folder = find_weights(source)
+    raw = read_json(folder / "config.json") if (folder / "config.json").exists() else None
+    if isinstance(raw, dict) and "model_type" in raw:
+        published = published_model(folder)
+        family = family_of(published)
+        # no biases are biases of zero, which is for the tensors to say
+        like = dataclasses.replace(published, bias=model.bias) if family == "gpt2" else published
+        refuse_differences(folder, model, like)
+        tensors = open_tensors(folder, family)
+        check_tensors(folder, model, published, tensors)
+        return f"{source} ({FAMILIES[family][0]})", lambda: from_transformers(model, tensors)
+    found = checkpoint.find(folder, "best")
+    if found is None:
+        raise UserError(
+            f"train.init_from: {source}: found neither a config.json of transformers' nor a checkpoint; expected one"
+        )
+    refuse_differences(found, model, saved_model(found))
+    return str(found), lambda: checkpoint.load_weights(found)[2].__getitem__
+
+
+@torch.no_grad()
+def copy_into(model, load):
+    """Give every parameter of `model` the value read(name), where read = load(), from rank 0. Parameter by
+    parameter, so that under ZeRO-3 no rank ever holds more than one whole; in the other stages `initialize`
+    hands rank 0's on."""
+    import deepspeed
+
+    first = deepspeed.comm.get_rank() == 0
+    read = load() if first else None
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if first:
+                parameter.copy_(read(name)[: len(parameter)])  # learned positions past block_size are left out
+
+
+# -- there: the command --------------------------------------------------------------------------
+
+
+def saved_model(found):
+    """The ModelConfig of a checkpoint, without its weights."""
+    return build({"model": checkpoint.read_state(found)["config"].get("model")}, found / "state.json").model
+
+
+@contextlib.contextmanager
+def written_whole(folder):
+    """A folder to write into, which gets its name at the end, or is not there at all. Raises UserError if
+    one of that name holds anything."""
+    folder = Path(folder).resolve()
+    temporary = folder.with_name(folder.name + ".tmp")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: already there, expected a new or an empty folder; choose another")
+    if temporary.exists():
+        raise UserError(f"{temporary}: left by an export that was killed, or one is under way; remove it or wait")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_weights(folder, tensors, dtype):
+    """model.safetensors, or its parts and their index. Holds one part in `dtype` besides what it is given."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+    from safetensors.torch import save_file
+
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.numel() * dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=MAX_SHARD,
+    )
+    for file, names in split.filename_to_tensors.items():
+        part = {name: tensors[name].to(dtype).contiguous() for name in names}
+        for name, tensor in part.items():
+            if tensor.isinf().any() and not tensors[name].isinf().any():
+                raise UserError(f"--dtype: {name} holds numbers too large for {dtype}; choose bfloat16 or float32")
+        save_file(part, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", help="a run's folder, as out/tiny, or a checkpoint in it")
+    parser.add_argument("folder", help="where to write; must not be there yet, or be empty")
+    parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    args = parser.parse_args(arguments)
+    found = checkpoint.find(args.path, args.checkpoint)
+    if found is None:
+        raise UserError(f"{args.path}: no complete checkpoint; expected a run's folder, as out/tiny, or a checkpoint")
+    family_of(saved_model(found))  # before the weights are loaded
+    from transformers import GenerationConfig
+
+    from data.pipeline import tokenizer_of
+    from data.tokenizer import END_OF_TEXT, fingerprint, save_for_transformers
+    from eval import check_tokenizer
+
+    with written_whole(args.folder) as folder:
+        state, config, weights = checkpoint.load_weights(found)
+        data, end_of_text = sorted(config.data.weights)[0], None
+        if read_meta(data):
+            tokenizer = tokenizer_of(data)
+            check_tokenizer(state, data, fingerprint(tokenizer))
+            end_of_text = tokenizer._special_tokens[END_OF_TEXT]
+            parts = tokenizer._mergeable_ranks, tokenizer._special_tokens, tokenizer._pat_str
+            more = {"bos_token": END_OF_TEXT, "model_max_length": config.model.block_size}
+            save_for_transformers(folder, *parts, **more)
+        theirs = transformers_config(config.model, args.dtype, end_of_text)
+        theirs.save_pretrained(folder)
+        GenerationConfig.from_model_config(theirs).save_pretrained(folder)
+        write_weights(folder, to_transformers(config.model, weights), getattr(torch, args.dtype))
+    print(f"{found} -> {args.folder}: {theirs.architectures[0]}, {args.dtype}")
+    if end_of_text is None:
+        print(f"without tokenizer files: {data} has no meta.json, so the tokenizer is not known")
+
+
+if __name__ == "__main__":
+    run_command(main)
