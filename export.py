@@ -9,7 +9,6 @@ writes a folder that AutoModelForCausalLM and AutoTokenizer load. The way back i
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import shutil
@@ -23,34 +22,34 @@ from data.shards import cannot_write, read_meta, write_json
 from model import GPT
 
 MAX_SHARD = "5GB"  # of one file of weights
-FAMILIES = {  # what a model of ours must be to be one of theirs; and the prefix of their names
-    "gpt2": ("GPT2LMHeadModel", "transformer", {"position": "learned", "norm": "layernorm", "mlp": "gelu"}),
-    "llama": ("LlamaForCausalLM", "model", {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu"}),
+FAMILIES = {  # what a model of ours must be to be one of theirs
+    "gpt2": ("GPT2LMHeadModel", {"position": "learned", "norm": "layernorm", "mlp": "gelu"}),
+    "llama": ("LlamaForCausalLM", {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu"}),
 }
-# Our modules and those of theirs whose rows make them up, one after the other. Theirs of GPT-2 hold the
-# transpose of a linear layer's matrix. Rotary positions need no permutation: both pair channel i with i + D/2.
-OUTSIDE = {
-    "gpt2": {"token_embedding": ["wte"], "position_embedding": ["wpe"], "final_norm": ["ln_f"]},
-    "llama": {"token_embedding": ["embed_tokens"], "final_norm": ["norm"]},
-}
-BLOCK = {
-    "gpt2": {
-        "attention_norm": ["h.{}.ln_1"],
-        "attention.qkv": ["h.{}.attn.c_attn"],
-        "attention.proj": ["h.{}.attn.c_proj"],
-        "mlp_norm": ["h.{}.ln_2"],
-        "mlp.up": ["h.{}.mlp.c_fc"],
-        "mlp.down": ["h.{}.mlp.c_proj"],
-    },
-    "llama": {
-        "attention_norm": ["layers.{}.input_layernorm"],
-        "attention.qkv": [f"layers.{{}}.self_attn.{part}_proj" for part in "qkv"],
-        "attention.proj": ["layers.{}.self_attn.o_proj"],
-        "mlp_norm": ["layers.{}.post_attention_layernorm"],
-        "mlp.up": ["layers.{}.mlp.gate_proj", "layers.{}.mlp.up_proj"],
-        "mlp.down": ["layers.{}.mlp.down_proj"],
-    },
-}
+MODULES = [  # ours, and in each family those whose rows make it up, one after the other
+    ("token_embedding", "wte", "embed_tokens"),
+    ("position_embedding", "wpe", ""),
+    ("blocks.{}.attention_norm", "h.{}.ln_1", "layers.{}.input_layernorm"),
+    ("blocks.{}.attention.qkv", "h.{}.attn.c_attn", " ".join(f"layers.{{}}.self_attn.{part}_proj" for part in "qkv")),
+    ("blocks.{}.attention.proj", "h.{}.attn.c_proj", "layers.{}.self_attn.o_proj"),
+    ("blocks.{}.mlp_norm", "h.{}.ln_2", "layers.{}.post_attention_layernorm"),
+    ("blocks.{}.mlp.up", "h.{}.mlp.c_fc", "layers.{}.mlp.gate_proj layers.{}.mlp.up_proj"),
+    ("blocks.{}.mlp.down", "h.{}.mlp.c_proj", "layers.{}.mlp.down_proj"),
+    ("final_norm", "ln_f", "norm"),
+]
+PREFIX = {"gpt2": "transformer.", "llama": "model."}  # of all these names
+SETTINGS = [  # keys of our model section, and theirs
+    ("n_layer", "n_layer", "num_hidden_layers"),
+    ("n_head", "n_head", "num_attention_heads"),
+    ("n_kv_head", "", "num_key_value_heads"),
+    ("n_embd", "n_embd", "hidden_size"),
+    ("block_size", "n_positions", "max_position_embeddings"),
+    ("vocab_size", "vocab_size", "vocab_size"),
+    ("mlp_hidden", "n_inner", "intermediate_size"),
+    ("norm_eps", "layer_norm_epsilon", "rms_norm_eps"),
+    ("bias", "", "attention_bias"),
+    ("tie_embeddings", "tie_word_embeddings", "tie_word_embeddings"),
+]
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # in old files; computed, not learned
 
 
@@ -60,7 +59,7 @@ BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # in old 
 def family_of(model: ModelConfig):
     """`gpt2` or `llama`. Raises UserError, which names the keys, if the model is neither."""
     family = "gpt2" if model.position == "learned" else "llama"
-    architecture, _, wanted = FAMILIES[family]
+    architecture, wanted = FAMILIES[family]
     wrong = [(key, getattr(model, key), value) for key, value in wanted.items() if getattr(model, key) != value]
     if family == "gpt2" and model.kv_heads != model.n_head:
         wrong.append(("n_kv_head", model.n_kv_head, f"null or {model.n_head}"))
@@ -74,20 +73,19 @@ def family_of(model: ModelConfig):
 
 
 def correspondence(model: ModelConfig):
-    """{name of our weight: (transformers' names of its parts, whether those are transposed)}. Also names the
-    biases that GPT-2 has and a model without biases has not."""
-    family = family_of(model)
-    modules = dict(OUTSIDE[family])
-    for layer in range(model.n_layer):
-        for ours, theirs in BLOCK[family].items():
-            modules[f"blocks.{layer}.{ours}"] = [name.format(layer) for name in theirs]
-    names = {}
-    for ours, theirs in modules.items():
-        theirs = [f"{FAMILIES[family][1]}.{name}" for name in theirs]
-        norm, linear = ours.endswith("norm"), ours.startswith("blocks") and not ours.endswith("norm")
-        names[f"{ours}.weight"] = [f"{name}.weight" for name in theirs], linear and family == "gpt2"
-        if (norm or linear) if family == "gpt2" else (linear and model.bias):
-            names[f"{ours}.bias"] = [f"{name}.bias" for name in theirs], False
+    """{name of our weight: (transformers' names of its parts, whether they are transposed: GPT-2 multiplies from
+    the other side)}, with the biases that GPT-2 has even where the model has none. Nothing is permuted for
+    rotary positions: both pair channel i with i + D/2."""
+    family, names = family_of(model), {}
+    for pattern, *theirs in MODULES:
+        theirs = theirs[list(FAMILIES).index(family)].split()
+        linear, norm = pattern.startswith("blocks") and not pattern.endswith("norm"), pattern.endswith("norm")
+        has_bias = (linear or norm) if family == "gpt2" else (linear and model.bias)
+        for layer in range(model.n_layer if pattern.startswith("blocks") else bool(theirs)):
+            ours, parts = pattern.format(layer), [PREFIX[family] + name.format(layer) for name in theirs]
+            names[f"{ours}.weight"] = [f"{name}.weight" for name in parts], linear and family == "gpt2"
+            if has_bias:
+                names[f"{ours}.bias"] = [f"{name}.bias" for name in parts], False
     if not model.tie_embeddings:
         names["head.weight"] = ["lm_head.weight"], False
     return names
@@ -126,103 +124,78 @@ def from_transformers(model: ModelConfig, tensors):
 # -- the two forms of the settings ---------------------------------------------------------------
 
 
+def config_class(family):
+    import transformers
+
+    return {"gpt2": transformers.GPT2Config, "llama": transformers.LlamaConfig}[family]
+
+
+def settings_of(family):
+    """Pairs of our key and theirs."""
+    pairs = [(ours, theirs[list(FAMILIES).index(family)]) for ours, *theirs in SETTINGS]
+    return [(ours, theirs) for ours, theirs in pairs if theirs]
+
+
+def explicit(model: ModelConfig):
+    """The same model with its widths in place of null."""
+    return dataclasses.replace(model, n_kv_head=model.kv_heads, mlp_hidden=model.mlp_width)
+
+
 def transformers_config(model: ModelConfig, dtype="float32", end_of_text=None):
     """transformers' configuration of the same model. Raises UserError if it has none."""
-    from transformers import GPT2Config, LlamaConfig
-
     family = family_of(model)
-    shared = {
-        "architectures": [FAMILIES[family][0]],
-        "vocab_size": model.vocab_size,
-        "tie_word_embeddings": model.tie_embeddings,
-        "initializer_range": model.init_std,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-        "dtype": dtype,
-    }
+    settings = {theirs: getattr(explicit(model), ours) for ours, theirs in settings_of(family)}
     if family == "gpt2":
-        return GPT2Config(
-            n_layer=model.n_layer,
-            n_head=model.n_head,
-            n_embd=model.n_embd,
-            n_positions=model.block_size,
-            n_inner=model.mlp_width,
-            layer_norm_epsilon=model.norm_eps,
-            resid_pdrop=model.dropout,
-            embd_pdrop=model.dropout,
-            attn_pdrop=model.dropout,
-            **shared,
-        )
-    return LlamaConfig(
-        num_hidden_layers=model.n_layer,
-        num_attention_heads=model.n_head,
-        num_key_value_heads=model.kv_heads,
-        hidden_size=model.n_embd,
-        max_position_embeddings=model.block_size,
-        intermediate_size=model.mlp_width,
-        rms_norm_eps=model.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rotary_theta},
-        attention_bias=model.bias,
-        mlp_bias=model.bias,
-        **shared,
-    )
+        settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model.dropout)
+    else:  # has no dropout but in attention
+        rope = {"rope_type": "default", "rope_theta": model.rotary_theta}
+        settings |= {"mlp_bias": model.bias, "rope_parameters": rope}
+    settings |= {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    return config_class(family)(**settings, architectures=[FAMILIES[family][0]], dtype=dtype)
 
 
 def published_model(folder):
     """config.json of a folder in transformers' format -> the ModelConfig that computes the same. Raises
     UserError if none does."""
-    from transformers import GPT2Config, LlamaConfig
-
     path = folder / "config.json"
     raw = read_json(path)
     family = raw["model_type"]
     if family not in FAMILIES:
         raise UserError(f"{path}: model_type: found {family!r}, expected {' or '.join(FAMILIES)}")
     try:
-        theirs = (GPT2Config if family == "gpt2" else LlamaConfig).from_dict(raw)  # fills in what is left out
+        theirs = config_class(family).from_dict(raw)  # fills in what is left out
     except Exception as error:  # of many classes, some of them libraries' own
         raise UserError(f"{path}: not a configuration of {family}: {' '.join(str(error).split())}") from None
-    get = functools.partial(getattr, theirs)
-    names = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size"}
-    names |= {"block_size": "max_position_embeddings", "vocab_size": "vocab_size"}
-    settings = {ours: get(name) for ours, name in names.items()}
-    settings |= FAMILIES[family][2] | {"tie_embeddings": theirs.tie_word_embeddings}
-    wanted = [("quantization_config", get("quantization_config", None), None)]
+    settings = {ours: getattr(theirs, name) for ours, name in settings_of(family)} | FAMILIES[family][1]
+    wanted = {"quantization_config": None}
     if family == "gpt2":
-        settings |= {"mlp_hidden": theirs.n_inner, "norm_eps": theirs.layer_norm_epsilon}
-        if theirs.activation_function != "gelu_pytorch_tanh":  # the other name of the same
-            wanted.append(("activation_function", theirs.activation_function, "gelu_new"))
-        wanted.append(("scale_attn_weights", theirs.scale_attn_weights, True))
-        wanted += [(name, get(name), False) for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention")]
+        wanted |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+        if theirs.activation_function != "gelu_pytorch_tanh":  # another name of the same
+            wanted |= {"activation_function": "gelu_new"}
     else:
-        rope = dict(theirs.rope_parameters)
-        settings |= {"rotary_theta": float(rope.pop("rope_theta")), "n_kv_head": theirs.num_key_value_heads}
-        settings |= {"mlp_hidden": theirs.intermediate_size, "norm_eps": theirs.rms_norm_eps}
-        settings |= {"bias": theirs.attention_bias}
-        wanted.append(("hidden_act", theirs.hidden_act, "silu"))
-        wanted.append(("mlp_bias", theirs.mlp_bias, theirs.attention_bias))  # one key of ours for both
-        wanted.append(("head_dim", theirs.head_dim, theirs.hidden_size // theirs.num_attention_heads))
-        wanted.append(("rope_parameters", rope, {"rope_type": "default"}))
-    for name, found, expected in wanted:
+        rope = theirs.rope_parameters
+        settings |= {"rotary_theta": float(rope["rope_theta"])}
+        wanted |= {"rope_parameters": {"rope_type": "default", "rope_theta": rope["rope_theta"]}, "hidden_act": "silu"}
+        wanted |= {"mlp_bias": theirs.attention_bias, "head_dim": theirs.hidden_size // theirs.num_attention_heads}
+    for name, expected in wanted.items():
+        found = getattr(theirs, name, None)
         if found != expected:
             raise UserError(f"{path}: {name}: found {found!r}, expected {expected!r}; model.py computes nothing else")
-    return ModelConfig(**settings)
+    return explicit(ModelConfig(**settings))
 
 
 def refuse_differences(source, model: ModelConfig, published: ModelConfig):
     """Raises UserError with every key in which `model` is not the published one, and the flags that mend it."""
-    alike = "n_layer n_head n_embd vocab_size norm norm_eps position mlp bias tie_embeddings".split()
-    alike += ["rotary_theta"] if published.position == "rotary" else []
-    pairs = {name: (getattr(model, name), getattr(published, name)) for name in alike}
-    pairs |= {"n_kv_head": (model.kv_heads, published.kv_heads), "mlp_hidden": (model.mlp_width, published.mlp_width)}
-    pairs = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-    if model.block_size > published.block_size:  # fewer positions than were learned are no other model
-        pairs["block_size"] = model.block_size, published.block_size
+    names = [ours for ours, *_ in SETTINGS if ours != "block_size"] + ["norm", "position", "mlp"]
+    names += ["rotary_theta"] if published.position == "rotary" else []
+    pairs = [(name, getattr(explicit(model), name), getattr(explicit(published), name)) for name in names]
+    pairs = [pair for pair in pairs if pair[1] != pair[2]]
+    if model.block_size > published.block_size:  # fewer positions than it learned are the same model
+        pairs.append(("block_size", model.block_size, published.block_size))
     if pairs:
-        text = {name: [v if isinstance(v, str) else json.dumps(v) for v in pair] for name, pair in pairs.items()}
-        keys = "; ".join(f"model.{name}: {found}, expected {right}" for name, (found, right) in text.items())
-        flags = " ".join(f"--model.{name} {right}" for name, (_, right) in text.items())
-        raise UserError(f"{source}: {keys}; set {flags}")
+        pairs = [(name, *(v if isinstance(v, str) else json.dumps(v) for v in values)) for name, *values in pairs]
+        keys = "; ".join(f"model.{name}: {found}, expected {right}" for name, found, right in pairs)
+        raise UserError(f"{source}: {keys}; set {' '.join(f'--model.{name} {right}' for name, _, right in pairs)}")
 
 
 # -- from there: the start of a run --------------------------------------------------------------
@@ -252,7 +225,6 @@ def open_tensors(folder, family):
         if list(folder.glob("*.bin")):
             remedy = "convert its .bin files: transformers' from_pretrained loads them, save_pretrained writes these"
         raise UserError(f"{folder}: found no model.safetensors, nor an index of its parts; {remedy}")
-    prefix = FAMILIES[family][1]
     for path in (folder / file for file in files):
         try:
             file = safe_open(path, "pt")
@@ -260,8 +232,8 @@ def open_tensors(folder, family):
             raise UserError(f"{path}: {' '.join(str(error).split())}; copy the file again") from None
         for stored in file.keys():  # noqa: SIM118 (it is no dictionary)
             if not stored.endswith(BUFFERS):
-                whole = stored.startswith((f"{prefix}.", "lm_head."))  # GPT-2 itself is published without
-                tensors.update({stored if whole else f"{prefix}.{stored}": (file, path, stored)})
+                whole = stored.startswith((PREFIX[family], "lm_head."))  # GPT-2 itself is published without
+                tensors.update({stored if whole else PREFIX[family] + stored: (file, path, stored)})
     return tensors
 
 

@@ -171,6 +171,8 @@ def huggingface_json(ranks, special_tokens, pattern):
     ]
     # the special tokens too: those that are only added get the next free ids, and tiktoken's have gaps before them
     vocabulary = {name[token]: rank for token, rank in ranks.items()} | special_tokens
+    # tiktoken's `\p{N}{1,3}+` gives nothing back; in the regular expressions of `tokenizers` it repeats the group
+    pattern = re.sub(r"(\{\d+,\d+\})\+", r"\1", pattern)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
