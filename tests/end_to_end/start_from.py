@@ -51,7 +51,7 @@ def main():
     for family in ("gpt2", "llama"):
         for stage in (0, 3):
             train.main(config_of(family, f"{family}_{stage}", stage, 1, FOLDER / family))
-    train.main(config_of("gpt2", "short", 3, 1, FOLDER / "gpt2", block_size=10))
+    train.main(config_of("gpt2", "short", 3, 1, FOLDER / "gpt2", block_size=8))
     # going on: what it started from is not there any more
     train.main(config_of("llama", "llama_3", 3, 2, FOLDER / "gone"))
     train.main(config_of("llama", "from_a_run", 0, 1, FOLDER / "llama_3"))
