@@ -18,7 +18,7 @@ import torch
 
 import checkpoint
 from config import ModelConfig, UserError, build, read_json, run_command
-from data.shards import cannot_write, read_meta, write_json
+from data.shards import read_meta, write_json
 from model import GPT
 
 MAX_SHARD = "5GB"  # of one file of weights
@@ -77,9 +77,9 @@ def correspondence(model: ModelConfig):
     the other side)}, with the biases that GPT-2 has even where the model has none. Nothing is permuted for
     rotary positions: both pair channel i with i + D/2."""
     family, names = family_of(model), {}
-    for pattern, *theirs in MODULES:
-        theirs = theirs[list(FAMILIES).index(family)].split()
-        linear, norm = pattern.startswith("blocks") and not pattern.endswith("norm"), pattern.endswith("norm")
+    for pattern, gpt2, llama in MODULES:
+        theirs = (gpt2 if family == "gpt2" else llama).split()
+        norm, linear = pattern.endswith("norm"), pattern.startswith("blocks") and not pattern.endswith("norm")
         has_bias = (linear or norm) if family == "gpt2" else (linear and model.bias)
         for layer in range(model.n_layer if pattern.startswith("blocks") else bool(theirs)):
             ours, parts = pattern.format(layer), [PREFIX[family] + name.format(layer) for name in theirs]
@@ -107,32 +107,24 @@ def to_transformers(model: ModelConfig, weights):
     return tensors
 
 
-def from_transformers(model: ModelConfig, tensors):
-    """A function that makes our weight of a name from transformers' `tensors`, a dictionary or what reads
-    a tensor when it is asked for one."""
+def from_transformers(model: ModelConfig, read):
+    """A function from the name of a weight of ours to the weight, made of what read(transformers' name) gives."""
     names = correspondence(model)
 
-    def read(ours):
+    def make(ours):
         theirs, transposed = names[ours]
-        parts = [tensors[name] for name in theirs]
-        weight = torch.cat(parts) if len(parts) > 1 else parts[0]
+        weight = torch.cat([read(name) for name in theirs]) if len(theirs) > 1 else read(theirs[0])
         return weight.t() if transposed else weight
 
-    return read
+    return make
 
 
 # -- the two forms of the settings ---------------------------------------------------------------
 
 
-def config_class(family):
-    import transformers
-
-    return {"gpt2": transformers.GPT2Config, "llama": transformers.LlamaConfig}[family]
-
-
 def settings_of(family):
     """Pairs of our key and theirs."""
-    pairs = [(ours, theirs[list(FAMILIES).index(family)]) for ours, *theirs in SETTINGS]
+    pairs = [(ours, gpt2 if family == "gpt2" else llama) for ours, gpt2, llama in SETTINGS]
     return [(ours, theirs) for ours, theirs in pairs if theirs]
 
 
@@ -143,6 +135,8 @@ def explicit(model: ModelConfig):
 
 def transformers_config(model: ModelConfig, dtype="float32", end_of_text=None):
     """transformers' configuration of the same model. Raises UserError if it has none."""
+    from transformers import AutoConfig
+
     family = family_of(model)
     settings = {theirs: getattr(explicit(model), ours) for ours, theirs in settings_of(family)}
     if family == "gpt2":
@@ -151,19 +145,21 @@ def transformers_config(model: ModelConfig, dtype="float32", end_of_text=None):
         rope = {"rope_type": "default", "rope_theta": model.rotary_theta}
         settings |= {"mlp_bias": model.bias, "rope_parameters": rope}
     settings |= {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    return config_class(family)(**settings, architectures=[FAMILIES[family][0]], dtype=dtype)
+    return AutoConfig.for_model(family, **settings, architectures=[FAMILIES[family][0]], dtype=dtype)
 
 
 def published_model(folder):
     """config.json of a folder in transformers' format -> the ModelConfig that computes the same. Raises
     UserError if none does."""
+    from transformers import AutoConfig
+
     path = folder / "config.json"
     raw = read_json(path)
     family = raw["model_type"]
     if family not in FAMILIES:
         raise UserError(f"{path}: model_type: found {family!r}, expected {' or '.join(FAMILIES)}")
     try:
-        theirs = config_class(family).from_dict(raw)  # fills in what is left out
+        theirs = AutoConfig.for_model(**raw)  # fills in what is left out
     except Exception as error:  # of many classes, some of them libraries' own
         raise UserError(f"{path}: not a configuration of {family}: {' '.join(str(error).split())}") from None
     settings = {ours: getattr(theirs, name) for ours, name in settings_of(family)} | FAMILIES[family][1]
@@ -201,23 +197,15 @@ def refuse_differences(source, model: ModelConfig, published: ModelConfig):
 # -- from there: the start of a run --------------------------------------------------------------
 
 
-class Tensors(dict):
-    """{transformers' name: (the file it is in, its path, its name there)}; [name] reads that tensor."""
-
-    def __getitem__(self, name):
-        file, _, stored = self.get(name)
-        return file.get_tensor(stored)
-
-
 def open_tensors(folder, family):
-    """The Tensors of a folder in transformers' format; none is read yet. Raises UserError if a file is
-    missing or broken."""
+    """A folder in transformers' format -> {name: (open file, its path, the name there)}; no tensor is
+    read yet. Raises UserError if a file is missing or broken."""
     from safetensors import SafetensorError, safe_open
 
-    index, files, tensors = folder / "model.safetensors.index.json", ["model.safetensors"], Tensors()
+    index, files, tensors = folder / "model.safetensors.index.json", ["model.safetensors"], {}
     if index.exists():
         try:
-            files = sorted(set(read_json(index)["weight_map"].values()))
+            files = sorted(set(map(str, read_json(index)["weight_map"].values())))
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{index}: no weight_map of names to files; copy the folder again") from None
     elif not (folder / files[0]).exists():
@@ -233,41 +221,40 @@ def open_tensors(folder, family):
         for stored in file.keys():  # noqa: SIM118 (it is no dictionary)
             if not stored.endswith(BUFFERS):
                 whole = stored.startswith((PREFIX[family], "lm_head."))  # GPT-2 itself is published without
-                tensors.update({stored if whole else PREFIX[family] + stored: (file, path, stored)})
+                tensors[stored if whole else PREFIX[family] + stored] = file, path, stored
     return tensors
+
+
+def read(file, _, stored):
+    return file.get_tensor(stored)
 
 
 def check_tensors(folder, model: ModelConfig, published: ModelConfig, tensors):
     """Every tensor there, of the right shape and type, and none besides. Raises UserError."""
     with torch.device("meta"):  # shapes without memory
         expected = to_transformers(published, GPT(published).state_dict())
-    if published.tie_embeddings and "lm_head.weight" in tensors:
-        (embedding,), _ = correspondence(published)["token_embedding.weight"]
-        expected["lm_head.weight"] = expected[embedding]
+    embedding, output = next(iter(expected)), "lm_head.weight"
+    if twice := published.tie_embeddings and output in tensors:  # as some files have it
+        expected[output] = expected[embedding]
     for name, (file, path, stored) in tensors.items():
         if name not in expected:
             raise UserError(f"{path}: found {stored}, which a model of {folder}/config.json does not have")
-        found, right = tuple(file.get_slice(stored).get_shape()), tuple(expected[name].shape)
-        if found != right:
-            raise UserError(f"{path}: {stored}: found shape {found}, expected {right} by {folder}/config.json")
-        kind = file.get_slice(stored).get_dtype()
-        if kind not in ("F32", "BF16", "F16"):
-            raise UserError(f"{path}: {stored}: found numbers of type {kind}, expected F32, BF16 or F16")
-    for name in expected:
-        if name not in tensors:
-            raise UserError(f"{folder}: no tensor {name} in its safetensors, expected by its config.json")
-    if published.tie_embeddings and "lm_head.weight" in tensors:
-        one, two = (
-            file.get_slice(stored) for file, _, stored in (tensors.get("lm_head.weight"), tensors.get(embedding))
-        )
-        for row in range(0, published.vocab_size, 4096):
-            if not torch.equal(one[row : row + 4096], two[row : row + 4096]):
-                raise UserError(f"{folder}: tie_word_embeddings: found true, but lm_head.weight is not the embedding")
+        part, right = file.get_slice(stored), tuple(expected[name].shape)
+        found = tuple(part.get_shape()), part.get_dtype()
+        if found[0] != right or found[1] not in ("F32", "BF16", "F16"):
+            raise UserError(f"{path}: {stored}: found shape and type {found}, expected {right} of F32, BF16 or F16")
+    if missing := [name for name in expected if name not in tensors]:
+        raise UserError(f"{folder}: no tensor {missing[0]} in its safetensors, expected by its config.json")
+    if twice:
+        one, two = (file.get_slice(stored) for file, _, stored in (tensors[output], tensors[embedding]))
+        rows = range(0, published.vocab_size, 4096)
+        if not all(torch.equal(one[row : row + 4096], two[row : row + 4096]) for row in rows):
+            raise UserError(f"{folder}: tie_word_embeddings: found true, but {output} is not {embedding}")
     if published.bias and not model.bias:
-        for name in tensors:
-            if name.endswith(".bias") and tensors[name].any():
+        for file, path, stored in tensors.values():
+            if stored.endswith(".bias") and file.get_tensor(stored).any():
                 raise UserError(
-                    f"{folder}: model.bias: false, expected true, as {name} is not zero; set --model.bias true"
+                    f"{path}: model.bias: false, expected true, as {stored} is not 0; set --model.bias true"
                 )
 
 
@@ -300,7 +287,7 @@ def open_weights(source, model: ModelConfig):
         refuse_differences(folder, model, like)
         tensors = open_tensors(folder, family)
         check_tensors(folder, model, published, tensors)
-        return f"{source} ({FAMILIES[family][0]})", lambda: from_transformers(model, tensors)
+        return f"{source} ({FAMILIES[family][0]})", lambda: from_transformers(model, lambda name: read(*tensors[name]))
     found = checkpoint.find(folder, "best")
     if found is None:
         raise UserError(
@@ -334,21 +321,16 @@ def saved_model(found):
 
 
 @contextlib.contextmanager
-def written_whole(folder):
-    """A folder to write into, which gets its name at the end, or is not there at all. Raises UserError if
-    one of that name holds anything."""
-    folder = Path(folder).resolve()
-    temporary = folder.with_name(folder.name + ".tmp")
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder}: already there, expected a new or an empty folder; choose another")
-    if temporary.exists():
-        raise UserError(f"{temporary}: left by an export that was killed, or one is under way; remove it or wait")
+def written_whole(folder, temporary):
+    """Inside, `temporary` is there to write into; behind, it is `folder`, or is not there at all."""
+    from safetensors import SafetensorError
+
     try:
         temporary.mkdir(parents=True)
-        yield temporary
+        yield
         os.replace(temporary, folder)
-    except OSError as error:
-        raise cannot_write(folder, error) from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: could not be written ({error}); mend that and export again") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -385,6 +367,12 @@ def main(arguments):
     found = checkpoint.find(args.path, args.checkpoint)
     if found is None:
         raise UserError(f"{args.path}: no complete checkpoint; expected a run's folder, as out/tiny, or a checkpoint")
+    folder = Path(args.folder).resolve()
+    temporary = folder.with_name(folder.name + ".tmp")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: already there, expected a new or an empty folder; choose another")
+    if temporary.exists():
+        raise UserError(f"{temporary}: left by an export that was killed, or one is under way; remove it")
     family_of(saved_model(found))  # before the weights are loaded
     from transformers import GenerationConfig
 
@@ -392,22 +380,23 @@ def main(arguments):
     from data.tokenizer import END_OF_TEXT, fingerprint, save_for_transformers
     from eval import check_tokenizer
 
-    with written_whole(args.folder) as folder:
-        state, config, weights = checkpoint.load_weights(found)
-        data, end_of_text = sorted(config.data.weights)[0], None
-        if read_meta(data):
-            tokenizer = tokenizer_of(data)
-            check_tokenizer(state, data, fingerprint(tokenizer))
-            end_of_text = tokenizer._special_tokens[END_OF_TEXT]
+    state, config, weights = checkpoint.load_weights(found)
+    data, tokenizer, end_of_text = sorted(config.data.weights)[0], None, None
+    if read_meta(data):
+        tokenizer = tokenizer_of(data)
+        check_tokenizer(state, data, fingerprint(tokenizer))
+        end_of_text = tokenizer._special_tokens[END_OF_TEXT]
+    theirs = transformers_config(config.model, args.dtype, end_of_text)
+    with written_whole(folder, temporary):
+        theirs.save_pretrained(temporary)
+        GenerationConfig.from_model_config(theirs).save_pretrained(temporary)
+        if tokenizer:
             parts = tokenizer._mergeable_ranks, tokenizer._special_tokens, tokenizer._pat_str
             more = {"bos_token": END_OF_TEXT, "model_max_length": config.model.block_size}
-            save_for_transformers(folder, *parts, **more)
-        theirs = transformers_config(config.model, args.dtype, end_of_text)
-        theirs.save_pretrained(folder)
-        GenerationConfig.from_model_config(theirs).save_pretrained(folder)
-        write_weights(folder, to_transformers(config.model, weights), getattr(torch, args.dtype))
+            save_for_transformers(temporary, *parts, **more)
+        write_weights(temporary, to_transformers(config.model, weights), getattr(torch, args.dtype))
     print(f"{found} -> {args.folder}: {theirs.architectures[0]}, {args.dtype}")
-    if end_of_text is None:
+    if tokenizer is None:
         print(f"without tokenizer files: {data} has no meta.json, so the tokenizer is not known")
 
 

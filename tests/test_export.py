@@ -83,7 +83,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(config):
     assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-6)
     our_loss.backward()
     their_loss.backward()
-    read = export.from_transformers(config, {name: p.grad for name, p in theirs.named_parameters()})
+    read = export.from_transformers(config, {name: p.grad for name, p in theirs.named_parameters()}.get)
     for name, parameter in ours.named_parameters():
         scale = parameter.grad.abs().max().item()
         difference = (parameter.grad - read(name)).abs().max().item()
@@ -94,13 +94,13 @@ def test_logits_loss_and_gradients_are_those_of_transformers(config):
 def test_weights_and_settings_come_back_bit_for_bit(config, tmp_path):
     ours = randomised(GPT(config))
     tensors = export.to_transformers(config, ours.state_dict())
-    read = export.from_transformers(config, tensors)
+    read = export.from_transformers(config, tensors.get)
     for name, parameter in ours.named_parameters():
         assert torch.equal(read(name), parameter), name
     theirs = randomised(their_model(config)).state_dict()
     if not config.bias and config.position == "learned":
         theirs = {name: tensor * (not name.endswith("bias")) for name, tensor in theirs.items()}
-    read = export.from_transformers(config, theirs)
+    read = export.from_transformers(config, theirs.get)
     back = export.to_transformers(
         config, {name: read(name) for name in ours.state_dict() if name in dict(ours.named_parameters())}
     )
@@ -206,7 +206,9 @@ def first_batch(folder, block_size=16):
 def test_every_stage_rank_and_precision_starts_from_the_published_weights(launched):
     for family in ("gpt2", "llama"):
         config = ModelConfig(**json.loads((launched / f"{family}.json").read_text()))
-        read = export.from_transformers(config, AutoModelForCausalLM.from_pretrained(launched / family).state_dict())
+        read = export.from_transformers(
+            config, AutoModelForCausalLM.from_pretrained(launched / family).state_dict().get
+        )
         for rank in (0, 1):
             for setting, weights in torch.load(launched / f"weights_{rank}.pt").items():
                 if setting.startswith(family):
@@ -335,9 +337,12 @@ def spoil(folder, how):
         ("shard", "copy/model-00001-of-00001.safetensors: "),
         ("missing", "no tensor model.layers.1.mlp.up_proj.weight"),
         ("unknown", "copy/model.safetensors: found model.layers.2.mlp.up_proj.weight, which"),
-        ("shape", "model.safetensors: model.layers.1.mlp.up_proj.weight: found shape (32, 128), expected (128, 32)"),
-        ("integers", "model.layers.1.mlp.up_proj.weight: found numbers of type I8"),
-        ("untied", "tie_word_embeddings: found true, but lm_head.weight is not the embedding"),
+        (
+            "shape",
+            "model.layers.1.mlp.up_proj.weight: found shape and type ((32, 128), 'F32'), expected (128, 32)",
+        ),
+        ("integers", "model.layers.1.mlp.up_proj.weight: found shape and type ((128, 32), 'I8'), expected"),
+        ("untied", "tie_word_embeddings: found true, but lm_head.weight is not model.embed"),
     ],
 )
 def test_malformed_folders_are_one_line(published, tmp_path, how, expected):
