@@ -68,13 +68,14 @@ def make_folder(folder, config, shards="5GB"):
 # -- the same function ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("config", MODELS)
-def test_logits_loss_and_gradients_are_those_of_transformers(config):
-    ours, theirs = randomised(GPT(config)), their_model(config)
+def test_logits_loss_and_gradients_are_those_of_transformers(config, seed):
+    ours, theirs = randomised(GPT(config, seed), seed), their_model(config)
     loaded = theirs.load_state_dict(export.to_transformers(config, ours.state_dict()), strict=False)
     assert loaded.unexpected_keys == [] and loaded.missing_keys == ["lm_head.weight"] * config.tie_embeddings
     theirs.tie_weights()
-    tokens = torch.randint(config.vocab_size, (3, config.block_size), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(config.vocab_size, (3, config.block_size), generator=torch.Generator().manual_seed(seed))
     logits = ours(tokens)
     assert logits.std() > 0.3, "a model that says nothing would show nothing"
     worst = (logits - theirs(tokens).logits).abs().max().item()
