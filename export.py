@@ -156,10 +156,11 @@ def published_model(folder):
     path = folder / "config.json"
     raw = read_json(path)
     family = raw["model_type"]
-    if family not in FAMILIES:
+    if family not in list(FAMILIES):  # a list, as JSON can hold what has no hash
         raise UserError(f"{path}: model_type: found {family!r}, expected {' or '.join(FAMILIES)}")
     try:
         theirs = AutoConfig.for_model(**raw)  # fills in what is left out
+        theta = float(theirs.rope_parameters["rope_theta"]) if family == "llama" else None
     except Exception as error:  # of many classes, some of them libraries' own
         raise UserError(f"{path}: not a configuration of {family}: {' '.join(str(error).split())}") from None
     settings = {ours: getattr(theirs, name) for ours, name in settings_of(family)} | FAMILIES[family][1]
@@ -169,9 +170,8 @@ def published_model(folder):
         if theirs.activation_function != "gelu_pytorch_tanh":  # another name of the same
             wanted |= {"activation_function": "gelu_new"}
     else:
-        rope = theirs.rope_parameters
-        settings |= {"rotary_theta": float(rope["rope_theta"])}
-        wanted |= {"rope_parameters": {"rope_type": "default", "rope_theta": rope["rope_theta"]}, "hidden_act": "silu"}
+        settings |= {"rotary_theta": theta}
+        wanted |= {"rope_parameters": {"rope_type": "default", "rope_theta": theta}, "hidden_act": "silu"}
         wanted |= {"mlp_bias": theirs.attention_bias, "head_dim": theirs.hidden_size // theirs.num_attention_heads}
     for name, expected in wanted.items():
         found = getattr(theirs, name, None)

@@ -285,6 +285,8 @@ def test_what_is_not_the_published_model_is_named_with_the_flags_that_mend_it(pu
         ("llama", {"head_dim": 16}, "head_dim: found 16, expected 8"),
         ("llama", {"attention_bias": True}, "mlp_bias: found False, expected True"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters: found {'type': 'linear'"),
+        ("llama", {"rope_scaling": None, "rope_theta": "x"}, "config.json: not a configuration of llama"),
+        ("llama", {"model_type": ["llama"]}, "model_type: found ['llama'], expected gpt2 or llama"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config: found"),
     ],
 )
