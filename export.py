@@ -97,10 +97,11 @@ def to_transformers(model: ModelConfig, weights):
     tensors = {}
     key_width = model.kv_heads * model.n_embd // model.n_head
     for ours, (theirs, transposed) in correspondence(model).items():
-        weight = weights.get(ours)
-        if weight is None:
-            width = weights[ours.removesuffix("bias") + "weight"]
-            weight = width.new_zeros(len(width))
+        if ours.endswith(".bias") and not model.bias:
+            weight = weights[ours.removesuffix("bias") + "weight"]
+            weight = weight.new_zeros(len(weight))
+        else:
+            weight = weights[ours]
         rows = [model.n_embd, key_width, key_width] if len(theirs) == 3 else len(weight) // len(theirs)
         for name, part in zip(theirs, weight.split(rows), strict=True):
             tensors[name] = part.t() if transposed else part
