@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from config import UserError, build, read_json, zero_stage
+from config import ModelConfig, UserError, build, read_json, zero_stage
 from data.shards import write_atomically, write_json
 
 
@@ -145,7 +145,8 @@ def refuse_if_different(path, pairs):
 def check_same_run(path, state, config):
     """Refuse to continue a run as a different one. Raises UserError with what differs."""
     saved, now = state["config"], config.to_dict()
-    pairs = [(f"model.{name}", saved["model"].get(name), value) for name, value in now["model"].items()]
+    defaults = ModelConfig().__dict__  # of keys that are younger than the checkpoint
+    pairs = [(f"model.{name}", saved["model"].get(name, defaults[name]), v) for name, v in now["model"].items()]
     for section, name in (("data", "path"), ("train", "seed"), ("train", "global_batch_tokens")):
         pairs.append((f"{section}.{name}", saved[section].get(name), now[section][name]))
     refuse_if_different(path, pairs)

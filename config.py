@@ -46,6 +46,7 @@ class ModelConfig:
     dropout: float = key(0.0, "probability of dropping an activation", minimum=0)
     bias: bool = key(True, "biases in the linear layers and layer norms")
     norm: str = key("layernorm", "normalisation in front of each sub-layer", ["layernorm", "rmsnorm"])
+    norm_eps: float = key(1e-5, "what the norms add to the variance or mean square before its root", minimum=0)
     position: str = key("learned", "how a token knows its position", ["learned", "rotary"])
     rotary_theta: float = key(10000.0, "base of the rotary wavelengths", minimum=1)
     mlp: str = key("gelu", "activation of the MLP", ["gelu", "swiglu"])
@@ -137,6 +138,11 @@ class TrainConfig:
     save_best: bool = key(True, "also save when the validation loss is the lowest so far")
     keep_checkpoints: int = key(2, "newest checkpoints kept, besides the best", minimum=1)
     resume: str = key("auto", "auto: continue if the run folder holds a checkpoint; never; or a checkpoint's path")
+    init_from: str | None = key(
+        None,
+        "start from these weights: a folder in transformers' format, a name on the Hugging Face hub, or a run or "
+        "checkpoint of ours; null: random. Prepare the data with that model's tokenizer",
+    )
     loggers: list[str] = key([], "where metrics go besides metrics.jsonl", ["tensorboard", "wandb"])
     verbose: bool = key(False, "show DeepSpeed's own log")
 

@@ -9,6 +9,7 @@ import torch
 from deepspeed import comm
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig as ZeroConfig
 
+import export
 from config import UserError, did_you_mean, offloads_optimizer, zero_stage
 from model import GPT, Block
 
@@ -125,13 +126,15 @@ def why_not_compiled(wanted, config, device, kernels):
     return error or ("it failed on another rank" if failed.item() else None)
 
 
-def build_engine(config, ds_config, device, kernels="torch", compiled=False):
+def build_engine(config, ds_config, device, kernels="torch", compiled=False, load_weights=None):
     """The model and its optimizer, in DeepSpeed's hands. Under ZeRO-3 each matrix is sharded as soon as it
     is made, so that no rank ever holds the whole model. The weights are the same bit for bit whatever the
-    stage and the number of ranks."""
+    stage and the number of ranks; load_weights: what export.open_weights gives, if they are not random."""
     train, sharded = config.train, zero_stage(ds_config) == 3
     with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=sharded), device:
         model = GPT(config.model, train.seed, int(train.activation_checkpointing), train.checkpoints_on_cpu, kernels)
+    if load_weights:
+        export.copy_into(model, load_weights)
     if compiled:
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled after all runs as it is
         if sharded:  # a block's weights are gathered at once, in front of its graph, which no hook then breaks

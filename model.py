@@ -27,10 +27,10 @@ def make_norm(config: ModelConfig, kernels="torch"):
     if kernels == "apex" and (config.bias or config.norm == "rmsnorm"):  # its layer norm always has a bias
         from apex.normalization import FusedLayerNorm, FusedRMSNorm
 
-        return (FusedRMSNorm if config.norm == "rmsnorm" else FusedLayerNorm)(config.n_embd, eps=1e-5)
+        return (FusedRMSNorm if config.norm == "rmsnorm" else FusedLayerNorm)(config.n_embd, eps=config.norm_eps)
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.n_embd, eps=1e-5)
-    return nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
 def rotary_angles(length, head_size, theta, device):

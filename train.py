@@ -28,6 +28,7 @@ import deepspeed
 from deepspeed import comm
 
 import checkpoint
+import export
 import metrics
 from config import (
     ROOT,
@@ -177,18 +178,23 @@ def main(config):
     stage = zero_stage(ds_config)
     if resume_from:
         checkpoint.check_same_ranks(resume_from, state, world_size, stage, precision)
+    weights, load_weights = None, None
+    if train.init_from and not resume_from:
+        weights, load_weights = export.open_weights(train.init_from, config.model)
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"train.out_dir: {run}: {error.strerror}; choose a folder that can be written") from None
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=train.verbose)
     not_compiled = why_not_compiled(train.compile, config.model, device, kernels)
-    engine = build_engine(config, ds_config, device, kernels, compiled=not not_compiled)
+    engine = build_engine(config, ds_config, device, kernels, not not_compiled, load_weights)
     plain = stage == 0 and precision == "fp32"  # the one case in which DeepSpeed keeps no gradient norm
     torch.manual_seed(train.seed + 1 + rank)  # each rank drops other activations
     if resume_from:
         checkpoint.load(engine, resume_from)
         say(f"continuing from {resume_from}: step {first_step}, {first_step * train.global_batch_tokens:,} tokens")
+    elif weights:
+        say(f"weights from {weights}")
 
     # ---- what is logged, and what a checkpoint records
     made_with = versions()

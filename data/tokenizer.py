@@ -139,12 +139,18 @@ def save_tokenizer(folder, ranks, special_tokens, pattern=PATTERN):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "tokenizer_settings.json", {"pattern": pattern, "special_tokens": special_tokens})
+    save_for_transformers(folder, ranks, special_tokens, pattern)
+    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
+    write_atomically(folder / "tokenizer.tiktoken", b"".join(lines))
+
+
+def save_for_transformers(folder, ranks, special_tokens, pattern, **settings):
+    """Write tokenizer.json and tokenizer_config.json, with which transformers' AutoTokenizer gives the ids of
+    the tiktoken encoding that these make. settings: more keys of tokenizer_config.json."""
     write_atomically(folder / "tokenizer.json", huggingface_json(ranks, special_tokens, pattern).encode())
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {"eos_token": END_OF_TEXT} if END_OF_TEXT in special_tokens else {}
-    write_json(folder / "tokenizer_config.json", config)
-    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
-    write_atomically(folder / "tokenizer.tiktoken", b"".join(lines))
+    write_json(folder / "tokenizer_config.json", config | settings)
 
 
 def huggingface_json(ranks, special_tokens, pattern):
@@ -163,7 +169,10 @@ def huggingface_json(ranks, special_tokens, pattern):
         for cut in range(1, len(token))
         if token[:cut] in ranks and token[cut:] in ranks
     ]
-    vocabulary = {name[token]: rank for token, rank in ranks.items()}
+    # the special tokens too: those that are only added get the next free ids, and tiktoken's have gaps before them
+    vocabulary = {name[token]: rank for token, rank in ranks.items()} | special_tokens
+    # tiktoken's `\p{N}{1,3}+` gives nothing back; in the regular expressions of `tokenizers` it repeats the group
+    pattern = re.sub(r"(\{\d+,\d+\})\+", r"\1", pattern)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -65,6 +65,8 @@ def test_a_damaged_file_is_named(tmp_path, size, expected):
 def test_another_run_is_refused_with_what_differs(tmp_path):
     state, config = checkpoint.read_state(make(tmp_path, 5)), Config()
     checkpoint.check_same_run(tmp_path, state, config)
+    del state["config"]["model"]["norm_eps"]  # saved before there was that key
+    checkpoint.check_same_run(tmp_path, state, config)
     config.model.n_layer, config.train.seed = 3, 7
     with pytest.raises(UserError, match=r"model.n_layer 12 -> 3; train.seed 1337 -> 7"):
         checkpoint.check_same_run(tmp_path, state, config)

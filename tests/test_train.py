@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import engine
 import train
 from config import ModelConfig, TrainConfig, UserError
 from data import order
@@ -30,7 +31,7 @@ def test_learning_rate_warms_up_falls_and_ends_as_told():
 def test_only_matrices_are_decayed(norm):
     """Ancestors' fault 2: norms were decayed because the filter named a parameter that does not exist."""
     model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=8, vocab_size=16, norm=norm))
-    decayed, spared = train.parameter_groups(model, 0.1)
+    decayed, spared = engine.parameter_groups(model, 0.1)
     assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0.0
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert all("norm" in names[id(p)] or "bias" in names[id(p)] for p in spared["params"])
@@ -76,8 +77,8 @@ def test_validation_over_several_ranks_adds_up_to_one(small_data, monkeypatch):
 
 
 def test_precision_auto_is_fp32_on_cpu():
-    assert train.resolve_precision("auto", torch.device("cpu")) == "fp32"
-    assert train.resolve_precision("bf16", torch.device("cpu")) == "bf16"
+    assert engine.resolve_precision("auto", torch.device("cpu")) == "fp32"
+    assert engine.resolve_precision("bf16", torch.device("cpu")) == "bf16"
 
 
 @pytest.mark.parametrize(
@@ -91,9 +92,9 @@ def test_precision_auto_is_fp32_on_cpu():
 )
 def test_mistakes_in_deepspeeds_section_are_refused(section, expected):
     with pytest.raises(UserError, match=r"^deepspeed\.zero_optimization\.[^\n]+$") as error:
-        train.check_zero_section(section)
+        engine.check_zero_section(section)
     assert expected in str(error.value)
-    train.check_zero_section({"stage": 3, "reduce_bucket_size": 5e7, "offload_param": {"device": "cpu"}})
+    engine.check_zero_section({"stage": 3, "reduce_bucket_size": 5e7, "offload_param": {"device": "cpu"}})
 
 
 def test_perplexity_of_the_untrained_model_is_about_the_vocabulary(small_data):

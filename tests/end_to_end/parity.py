@@ -16,6 +16,7 @@ from deepspeed import comm
 import checkpoint
 import train
 from config import build, deepspeed_config
+from engine import build_engine
 
 DATA, FOLDER = sys.argv[-2], Path(sys.argv[-1])
 MODEL = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "vocab_size": 64, "init_std": 0.05}
@@ -38,7 +39,7 @@ def initial_weights(stage, precision):
     """Every parameter, whole, right after the engine was made."""
     device, _, world_size = train.find_place(False)
     config = config_of("unused", stage, model={"bias": False, "norm": "rmsnorm"})
-    engine = train.build_engine(config, deepspeed_config(config, world_size, precision, False), device)
+    engine = build_engine(config, deepspeed_config(config, world_size, precision, False), device)
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         return {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
 
@@ -48,7 +49,7 @@ def settings_after_loading(stage, world_size):
     device, _, _ = train.find_place(False)
     changed = {"weight_decay": 0.5, "betas": [0.5, 0.6], "eps": 1e-3}
     config = config_of("unused", stage, train=changed)
-    engine = train.build_engine(config, deepspeed_config(config, world_size, "fp32", False), device)
+    engine = build_engine(config, deepspeed_config(config, world_size, "fp32", False), device)
     checkpoint.load(engine, FOLDER / f"stage{stage}_ranks{world_size}" / "checkpoints" / "step_00000020")
     return [(group["weight_decay"], *group["betas"], group["eps"]) for group in engine.optimizer.param_groups]
 

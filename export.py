@@ -1,0 +1,405 @@
+"""To and from transformers: GPT-2's settings are its GPT2LMHeadModel, Llama's its LlamaForCausalLM.
+
+    python export.py out/tiny hf/tiny [--checkpoint best|latest|STEP] [--dtype float32|bfloat16|float16]
+
+writes a folder that AutoModelForCausalLM and AutoTokenizer load. The way back is `--train.init_from`:
+`open_weights` looks at what a run shall start from, `copy_into` reads it into the run's model.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from config import ModelConfig, UserError, build, read_json, run_command
+from data.shards import read_meta, write_json
+from model import GPT
+
+MAX_SHARD = "5GB"  # of one file of weights
+FAMILIES = {  # what a model of ours must be to be one of theirs
+    "gpt2": ("GPT2LMHeadModel", {"position": "learned", "norm": "layernorm", "mlp": "gelu"}),
+    "llama": ("LlamaForCausalLM", {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu"}),
+}
+MODULES = [  # ours, and in each family those whose rows make it up, one after the other
+    ("token_embedding", "wte", "embed_tokens"),
+    ("position_embedding", "wpe", ""),
+    ("blocks.{}.attention_norm", "h.{}.ln_1", "layers.{}.input_layernorm"),
+    ("blocks.{}.attention.qkv", "h.{}.attn.c_attn", " ".join(f"layers.{{}}.self_attn.{part}_proj" for part in "qkv")),
+    ("blocks.{}.attention.proj", "h.{}.attn.c_proj", "layers.{}.self_attn.o_proj"),
+    ("blocks.{}.mlp_norm", "h.{}.ln_2", "layers.{}.post_attention_layernorm"),
+    ("blocks.{}.mlp.up", "h.{}.mlp.c_fc", "layers.{}.mlp.gate_proj layers.{}.mlp.up_proj"),
+    ("blocks.{}.mlp.down", "h.{}.mlp.c_proj", "layers.{}.mlp.down_proj"),
+    ("final_norm", "ln_f", "norm"),
+]
+PREFIX = {"gpt2": "transformer.", "llama": "model."}  # of all these names
+SETTINGS = [  # keys of our model section, and theirs
+    ("n_layer", "n_layer", "num_hidden_layers"),
+    ("n_head", "n_head", "num_attention_heads"),
+    ("n_kv_head", "", "num_key_value_heads"),
+    ("n_embd", "n_embd", "hidden_size"),
+    ("block_size", "n_positions", "max_position_embeddings"),
+    ("vocab_size", "vocab_size", "vocab_size"),
+    ("mlp_hidden", "n_inner", "intermediate_size"),
+    ("norm_eps", "layer_norm_epsilon", "rms_norm_eps"),
+    ("bias", "", "attention_bias"),
+    ("tie_embeddings", "tie_word_embeddings", "tie_word_embeddings"),
+]
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # in old files; computed, not learned
+
+
+# -- the two forms of the weights ----------------------------------------------------------------
+
+
+def family_of(model: ModelConfig):
+    """`gpt2` or `llama`. Raises UserError, which names the keys, if the model is neither."""
+    family = "gpt2" if model.position == "learned" else "llama"
+    architecture, wanted = FAMILIES[family]
+    wrong = [(key, getattr(model, key), value) for key, value in wanted.items() if getattr(model, key) != value]
+    if family == "gpt2" and model.kv_heads != model.n_head:
+        wrong.append(("n_kv_head", model.n_kv_head, f"null or {model.n_head}"))
+    if wrong:
+        keys = "; ".join(f"model.{key}: found {found}, expected {value}" for key, found, value in wrong)
+        raise UserError(
+            f"{keys}: with {model.position} positions transformers' {architecture} is the one to hold it, "
+            "and that computes nothing else"
+        )
+    return family
+
+
+def correspondence(model: ModelConfig):
+    """{name of our weight: (transformers' names of its parts, whether they are transposed: GPT-2 multiplies from
+    the other side)}, with the biases that GPT-2 has even where the model has none. Nothing is permuted for
+    rotary positions: both pair channel i with i + D/2."""
+    family, names = family_of(model), {}
+    for pattern, gpt2, llama in MODULES:
+        theirs = (gpt2 if family == "gpt2" else llama).split()
+        norm, linear = pattern.endswith("norm"), pattern.startswith("blocks") and not pattern.endswith("norm")
+        has_bias = (linear or norm) if family == "gpt2" else (linear and model.bias)
+        for layer in range(model.n_layer if pattern.startswith("blocks") else bool(theirs)):
+            ours, parts = pattern.format(layer), [PREFIX[family] + name.format(layer) for name in theirs]
+            names[f"{ours}.weight"] = [f"{name}.weight" for name in parts], linear and family == "gpt2"
+            if has_bias:
+                names[f"{ours}.bias"] = [f"{name}.bias" for name in parts], False
+    if not model.tie_embeddings:
+        names["head.weight"] = ["lm_head.weight"], False
+    return names
+
+
+def to_transformers(model: ModelConfig, weights):
+    """Our whole weights by name -> transformers' by name, without a copy: views of ours, and zeros where
+    GPT-2 has biases and the model has none. A tied output layer is not listed."""
+    tensors = {}
+    key_width = model.kv_heads * model.n_embd // model.n_head
+    for ours, (theirs, transposed) in correspondence(model).items():
+        if ours.endswith(".bias") and not model.bias:
+            weight = weights[ours.removesuffix("bias") + "weight"]
+            weight = weight.new_zeros(len(weight))
+        else:
+            weight = weights[ours]
+        rows = [model.n_embd, key_width, key_width] if len(theirs) == 3 else len(weight) // len(theirs)
+        for name, part in zip(theirs, weight.split(rows), strict=True):
+            tensors[name] = part.t() if transposed else part
+    return tensors
+
+
+def from_transformers(model: ModelConfig, read):
+    """A function from the name of a weight of ours to the weight, made of what read(transformers' name) gives."""
+    names = correspondence(model)
+
+    def make(ours):
+        theirs, transposed = names[ours]
+        weight = torch.cat([read(name) for name in theirs]) if len(theirs) > 1 else read(theirs[0])
+        return weight.t() if transposed else weight
+
+    return make
+
+
+# -- the two forms of the settings ---------------------------------------------------------------
+
+
+def settings_of(family):
+    """Pairs of our key and theirs."""
+    pairs = [(ours, gpt2 if family == "gpt2" else llama) for ours, gpt2, llama in SETTINGS]
+    return [(ours, theirs) for ours, theirs in pairs if theirs]
+
+
+def explicit(model: ModelConfig):
+    """The same model with its widths in place of null."""
+    return dataclasses.replace(model, n_kv_head=model.kv_heads, mlp_hidden=model.mlp_width)
+
+
+def transformers_config(model: ModelConfig, dtype="float32", end_of_text=None):
+    """transformers' configuration of the same model. Raises UserError if it has none."""
+    from transformers import AutoConfig
+
+    family = family_of(model)
+    settings = {theirs: getattr(explicit(model), ours) for ours, theirs in settings_of(family)}
+    if family == "gpt2":
+        settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model.dropout)
+    else:  # has no dropout but in attention
+        rope = {"rope_type": "default", "rope_theta": model.rotary_theta}
+        settings |= {"mlp_bias": model.bias, "rope_parameters": rope}
+    settings |= {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    return AutoConfig.for_model(family, **settings, architectures=[FAMILIES[family][0]], dtype=dtype)
+
+
+def published_model(folder):
+    """config.json of a folder in transformers' format -> the ModelConfig that computes the same. Raises
+    UserError if none does."""
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    raw = read_json(path)
+    family = raw["model_type"]
+    if family not in list(FAMILIES):  # a list, as JSON can hold what has no hash
+        raise UserError(f"{path}: model_type: found {family!r}, expected {' or '.join(FAMILIES)}")
+    try:
+        theirs = AutoConfig.for_model(**raw)  # fills in what is left out
+        theta = float(theirs.rope_parameters["rope_theta"]) if family == "llama" else None
+    except Exception as error:  # of many classes, some of them libraries' own
+        raise UserError(f"{path}: not a configuration of {family}: {' '.join(str(error).split())}") from None
+    settings = {ours: getattr(theirs, name) for ours, name in settings_of(family)} | FAMILIES[family][1]
+    wanted = {"quantization_config": None}
+    if family == "gpt2":
+        wanted |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+        if theirs.activation_function != "gelu_pytorch_tanh":  # another name of the same
+            wanted |= {"activation_function": "gelu_new"}
+    else:
+        settings |= {"rotary_theta": theta}
+        wanted |= {"rope_parameters": {"rope_type": "default", "rope_theta": theta}, "hidden_act": "silu"}
+        wanted |= {"mlp_bias": theirs.attention_bias, "head_dim": theirs.hidden_size // theirs.num_attention_heads}
+    for name, expected in wanted.items():
+        found = getattr(theirs, name, None)
+        if found != expected:
+            raise UserError(f"{path}: {name}: found {found!r}, expected {expected!r}; model.py computes nothing else")
+    return explicit(ModelConfig(**settings))
+
+
+def refuse_differences(source, model: ModelConfig, published: ModelConfig):
+    """Raises UserError with every key in which `model` is not the published one, and the flags that mend it."""
+    names = [ours for ours, *_ in SETTINGS if ours != "block_size"] + ["norm", "position", "mlp"]
+    names += ["rotary_theta"] if published.position == "rotary" else []
+    pairs = [(name, getattr(explicit(model), name), getattr(explicit(published), name)) for name in names]
+    pairs = [pair for pair in pairs if pair[1] != pair[2]]
+    if model.block_size > published.block_size:  # fewer positions than it learned are the same model
+        pairs.append(("block_size", model.block_size, published.block_size))
+    if pairs:
+        pairs = [(name, *(v if isinstance(v, str) else json.dumps(v) for v in values)) for name, *values in pairs]
+        keys = "; ".join(f"model.{name}: {found}, expected {right}" for name, found, right in pairs)
+        raise UserError(f"{source}: {keys}; set {' '.join(f'--model.{name} {right}' for name, _, right in pairs)}")
+
+
+# -- from there: the start of a run --------------------------------------------------------------
+
+
+def open_tensors(folder, family):
+    """A folder in transformers' format -> {name: (open file, its path, the name there)}; no tensor is
+    read yet. Raises UserError if a file is missing or broken."""
+    from safetensors import SafetensorError, safe_open
+
+    index, files, tensors = folder / "model.safetensors.index.json", ["model.safetensors"], {}
+    if index.exists():
+        try:
+            files = sorted(set(map(str, read_json(index)["weight_map"].values())))
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{index}: no weight_map of names to files; copy the folder again") from None
+    elif not (folder / files[0]).exists():
+        remedy = "copy the folder again"
+        if list(folder.glob("*.bin")):
+            remedy = "convert its .bin files: transformers' from_pretrained loads them, save_pretrained writes these"
+        raise UserError(f"{folder}: found no model.safetensors, nor an index of its parts; {remedy}")
+    for path in (folder / file for file in files):
+        try:
+            file = safe_open(path, "pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: {' '.join(str(error).split())}; copy the file again") from None
+        for stored in file.keys():  # noqa: SIM118 (it is no dictionary)
+            if not stored.endswith(BUFFERS):
+                whole = stored.startswith((PREFIX[family], "lm_head."))  # GPT-2 itself is published without
+                tensors[stored if whole else PREFIX[family] + stored] = file, path, stored
+    return tensors
+
+
+def read(file, _, stored):
+    return file.get_tensor(stored)
+
+
+def check_tensors(folder, model: ModelConfig, published: ModelConfig, tensors):
+    """Every tensor there, of the right shape and type, and none besides. Raises UserError."""
+    with torch.device("meta"):  # shapes without memory
+        expected = to_transformers(published, GPT(published).state_dict())
+    embedding, output = next(iter(expected)), "lm_head.weight"
+    if twice := published.tie_embeddings and output in tensors:  # as some files have it
+        expected[output] = expected[embedding]
+    for name, (file, path, stored) in tensors.items():
+        if name not in expected:
+            raise UserError(f"{path}: found {stored}, which a model of {folder}/config.json does not have")
+        part, right = file.get_slice(stored), tuple(expected[name].shape)
+        found = tuple(part.get_shape()), part.get_dtype()
+        if found[0] != right or found[1] not in ("F32", "BF16", "F16"):
+            raise UserError(f"{path}: {stored}: found shape and type {found}, expected {right} of F32, BF16 or F16")
+    if missing := [name for name in expected if name not in tensors]:
+        raise UserError(f"{folder}: no tensor {missing[0]} in its safetensors, expected by its config.json")
+    if twice:
+        one, two = (file.get_slice(stored) for file, _, stored in (tensors[output], tensors[embedding]))
+        rows = range(0, published.vocab_size, 4096)
+        if not all(torch.equal(one[row : row + 4096], two[row : row + 4096]) for row in rows):
+            raise UserError(f"{folder}: tie_word_embeddings: found true, but {output} is not {embedding}")
+    if published.bias and not model.bias:
+        for file, path, stored in tensors.values():
+            if stored.endswith(".bias") and file.get_tensor(stored).any():
+                raise UserError(
+                    f"{path}: model.bias: false, expected true, as {stored} is not 0; set --model.bias true"
+                )
+
+
+def find_weights(source):
+    """The folder that `source` means: its own, or a download from the hub. Raises UserError."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except Exception as error:  # of many classes: no such name, no network, no permission, no space
+        raise UserError(
+            f"train.init_from: {source}: no such folder here, and not to be had from the Hugging Face hub "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); download it, and give its folder"
+        ) from None
+
+
+def open_weights(source, model: ModelConfig):
+    """What `train.init_from` names -> (what it is in words, a function that gives what `copy_into` needs).
+    Reads no weights yet, but has looked at all that could be wrong: raises UserError."""
+    folder = find_weights(source)
+    raw = read_json(folder / "config.json") if (folder / "config.json").exists() else None
+    if isinstance(raw, dict) and "model_type" in raw:
+        published = published_model(folder)
+        family = family_of(published)
+        # no biases are biases of zero, which is for the tensors to say
+        like = dataclasses.replace(published, bias=model.bias) if family == "gpt2" else published
+        refuse_differences(folder, model, like)
+        tensors = open_tensors(folder, family)
+        check_tensors(folder, model, published, tensors)
+        return f"{source} ({FAMILIES[family][0]})", lambda: from_transformers(model, lambda name: read(*tensors[name]))
+    found = checkpoint.find(folder, "best")
+    if found is None:
+        raise UserError(
+            f"train.init_from: {source}: found neither a config.json of transformers' nor a checkpoint; expected one"
+        )
+    refuse_differences(found, model, saved_model(found))
+    return str(found), lambda: checkpoint.load_weights(found)[2].__getitem__
+
+
+@torch.no_grad()
+def copy_into(model, load):
+    """Give every parameter of `model` the value read(name), where read = load(), from rank 0. Parameter by
+    parameter, so that under ZeRO-3 no rank ever holds more than one whole; in the other stages `initialize`
+    hands rank 0's on."""
+    import deepspeed
+
+    first = deepspeed.comm.get_rank() == 0
+    read = load() if first else None
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if first:
+                parameter.copy_(read(name)[: len(parameter)])  # learned positions past block_size are left out
+
+
+# -- there: the command --------------------------------------------------------------------------
+
+
+def saved_model(found):
+    """The ModelConfig of a checkpoint, without its weights."""
+    return build({"model": checkpoint.read_state(found)["config"].get("model")}, found / "state.json").model
+
+
+@contextlib.contextmanager
+def written_whole(folder, temporary):
+    """Inside, `temporary` is there to write into; behind, it is `folder`, or is not there at all."""
+    from safetensors import SafetensorError
+
+    try:
+        temporary.mkdir(parents=True)
+        yield
+        os.replace(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: could not be written ({error}); mend that and export again") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_weights(folder, tensors, dtype):
+    """model.safetensors, or its parts and their index. Holds one part in `dtype` besides what it is given."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+    from safetensors.torch import save_file
+
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.numel() * dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=MAX_SHARD,
+    )
+    for file, names in split.filename_to_tensors.items():
+        part = {name: tensors[name].to(dtype).contiguous() for name in names}
+        for name, tensor in part.items():
+            if tensor.isinf().any() and not tensors[name].isinf().any():
+                raise UserError(f"--dtype: {name} holds numbers too large for {dtype}; choose bfloat16 or float32")
+        save_file(part, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", help="a run's folder, as out/tiny, or a checkpoint in it")
+    parser.add_argument("folder", help="where to write; must not be there yet, or be empty")
+    parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    args = parser.parse_args(arguments)
+    found = checkpoint.find(args.path, args.checkpoint)
+    if found is None:
+        raise UserError(f"{args.path}: no complete checkpoint; expected a run's folder, as out/tiny, or a checkpoint")
+    folder = Path(args.folder).resolve()
+    temporary = folder.with_name(folder.name + ".tmp")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: already there, expected a new or an empty folder; choose another")
+    if temporary.exists():
+        raise UserError(f"{temporary}: left by an export that was killed, or one is under way; remove it")
+    family_of(saved_model(found))  # before the weights are loaded
+    from transformers import GenerationConfig
+
+    from data.pipeline import tokenizer_of
+    from data.tokenizer import END_OF_TEXT, fingerprint, save_for_transformers
+    from eval import check_tokenizer
+
+    state, config, weights = checkpoint.load_weights(found)
+    data, tokenizer, end_of_text = sorted(config.data.weights)[0], None, None
+    if read_meta(data):
+        tokenizer = tokenizer_of(data)
+        check_tokenizer(state, data, fingerprint(tokenizer))
+        end_of_text = tokenizer._special_tokens[END_OF_TEXT]
+    theirs = transformers_config(config.model, args.dtype, end_of_text)
+    with written_whole(folder, temporary):
+        theirs.save_pretrained(temporary)
+        GenerationConfig.from_model_config(theirs).save_pretrained(temporary)
+        if tokenizer:
+            parts = tokenizer._mergeable_ranks, tokenizer._special_tokens, tokenizer._pat_str
+            more = {"bos_token": END_OF_TEXT, "model_max_length": config.model.block_size}
+            save_for_transformers(temporary, *parts, **more)
+        write_weights(temporary, to_transformers(config.model, weights), getattr(torch, args.dtype))
+    print(f"{found} -> {args.folder}: {theirs.architectures[0]}, {args.dtype}")
+    if tokenizer is None:
+        print(f"without tokenizer files: {data} has no meta.json, so the tokenizer is not known")
+
+
+if __name__ == "__main__":
+    run_command(main)

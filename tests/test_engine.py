@@ -1,0 +1,107 @@
+"""What build_engine chooses by: kernels and compilation. Real Apex needs a GPU; here are packages of its name."""
+
+import sys
+
+import pytest
+import torch
+
+import engine
+from config import ModelConfig, UserError
+from tests.conftest import run
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Put empty packages and modules on the path: install("apex/normalization", "amp_C")."""
+
+    def put(*names):
+        for name in names:
+            (tmp_path / name).mkdir(parents=True)
+            (tmp_path / name / "__init__.py").touch()
+        monkeypatch.syspath_prepend(tmp_path)
+
+    return put
+
+
+def test_kernels_without_apex():
+    assert engine.choose_kernels("auto", CUDA)[0] == engine.choose_kernels("torch", CUDA)[0] == "torch"
+    with pytest.raises(UserError, match=r"train\.kernels: found apex, but NVIDIA Apex is not installed"):
+        engine.choose_kernels("apex", CUDA)
+
+
+def test_the_unrelated_package_is_named(install):
+    install("apex/models")
+    (kernels, reason) = engine.choose_kernels("auto", CUDA)
+    assert kernels == "torch" and "unrelated one of that name; pip uninstall apex" in reason
+    for device in (CPU, CUDA):
+        with pytest.raises(UserError, match="not NVIDIA's but an unrelated one"):
+            engine.choose_kernels("apex", device)
+    assert "apex" not in sys.modules  # looked at, not imported
+
+
+def test_apex_without_its_extensions(install):
+    install("apex/normalization", "amp_C")
+    assert engine.choose_kernels("auto", CUDA)[0] == "torch"
+    with pytest.raises(UserError, match="without its CUDA extensions fused_layer_norm_cuda; build it with them"):
+        engine.choose_kernels("apex", CUDA)
+
+
+def test_apex_is_taken_on_gpus_only(install):
+    install("apex/normalization", "amp_C", "fused_layer_norm_cuda")
+    assert engine.choose_kernels("auto", CUDA) == engine.choose_kernels("apex", CUDA)
+    assert engine.choose_kernels("auto", CUDA)[0] == "apex"
+    assert engine.choose_kernels("torch", CUDA)[0] == engine.choose_kernels("auto", CPU)[0] == "torch"
+    with pytest.raises(UserError, match=r"Apex needs a GPU, and this device is cpu; or set train\.kernels to auto"):
+        engine.choose_kernels("apex", CPU)
+
+
+def test_asking_for_apex_in_vain_is_one_line(small_data, tmp_path):
+    command = [sys.executable, "train.py", "configs/tiny.json", "--train.kernels", "apex", "--data.path", small_data]
+    done = run([*command, "--train.out_dir", tmp_path / "run"])
+    assert done.returncode == 2 and "train.kernels: found apex" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+class GroupCountingAdam(torch.optim.Optimizer):
+    """Counts steps as Apex's FusedAdam does: in each group that holds a parameter, at each call."""
+
+    def __init__(self, groups):
+        super().__init__(groups, {"step": 0})
+        self.seen = []
+
+    def step(self):
+        for group in self.param_groups:
+            if group["params"]:
+                group["step"] += 1
+                self.seen.append(group["step"])
+
+
+def test_steps_are_counted_per_parameter_where_zero3_steps_piece_by_piece():
+    pieces = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    optimizer = GroupCountingAdam([{"params": pieces}])
+    engine.count_steps_per_parameter(optimizer)
+    for _ in range(4):
+        for piece in pieces:  # as stage3.py's _optimizer_step
+            optimizer.param_groups[0]["params"] = [piece]
+            optimizer.step()
+    assert optimizer.seen == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    assert [optimizer.state[piece]["step"] for piece in pieces] == [4, 4, 4]
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(small_data, tmp_path):
+    """No C++ compiler: one line says why, and the run goes on."""
+    command = [sys.executable, "train.py", "configs/tiny.json", "--train.compile", "true", "--data.path", small_data]
+    command += ["--train.max_tokens", "2048", "--train.out_dir", tmp_path / "run", "--model.vocab_size", "64"]
+    done = run(command, CXX="/no/such/compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    line = next(line for line in done.stdout.splitlines() if "compiled: no" in line)
+    assert "InvalidCxxCompiler" in line or "compiler" in line.lower(), line
+    assert "step 1/1" in done.stdout and "Traceback" not in done.stdout + done.stderr
+
+
+def test_compilation_is_not_tried_where_it_is_not_asked_for():
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=16)
+    assert engine.why_not_compiled(False, config, CUDA, "torch") == "not asked for"
+    assert "CPU" in engine.why_not_compiled("auto", config, CPU, "torch")

@@ -1,0 +1,455 @@
+"""To and from transformers: the same function, the same weights, the same tokens, and refusals."""
+
+import dataclasses
+import json
+import math
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import tiktoken
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import checkpoint
+import export
+from config import ModelConfig, UserError
+from data import pipeline
+from data.mixture import Mixture
+from data.tokenizer import END_OF_TEXT, load_tokenizer, save_for_transformers
+from eval import load_model
+from metrics import read_metrics
+from model import GPT
+from sample import generate
+from tests.conftest import deepspeed_command, run
+
+SMALL = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=270, init_std=0.1)
+LLAMA = dataclasses.replace(SMALL, norm="rmsnorm", position="rotary", mlp="swiglu", bias=False, n_kv_head=2)
+MODELS = [
+    SMALL,
+    dataclasses.replace(SMALL, tie_embeddings=False, mlp_hidden=37, norm_eps=1e-3),
+    dataclasses.replace(SMALL, bias=False, n_kv_head=4, tie_embeddings=False),
+    LLAMA,
+    dataclasses.replace(LLAMA, tie_embeddings=False, bias=True, rotary_theta=500000.0, norm_eps=1e-6),
+    dataclasses.replace(LLAMA, n_kv_head=1, mlp_hidden=37, bias=True),
+    dataclasses.replace(LLAMA, n_kv_head=None, tie_embeddings=False, norm_eps=1e-2),
+]
+
+
+@torch.no_grad()
+def randomised(model, seed=0):
+    """The model with norms and biases that are not all ones and zeros, which would hide a confusion of them."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def their_model(config):
+    return AutoModelForCausalLM.from_config(export.transformers_config(config)).eval()
+
+
+def make_folder(folder, config, shards="5GB"):
+    """A random model of transformers' as it saves it; returns it."""
+    torch.manual_seed(1)
+    model = randomised(their_model(config))
+    if not config.bias and config.position == "learned":
+        for name, parameter in model.named_parameters():
+            parameter.data.mul_(not name.endswith("bias"))
+    model.save_pretrained(folder, max_shard_size=shards)
+    return model
+
+
+# -- the same function ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("config", MODELS)
+def test_logits_loss_and_gradients_are_those_of_transformers(config, seed):
+    ours, theirs = randomised(GPT(config, seed), seed), their_model(config)
+    loaded = theirs.load_state_dict(export.to_transformers(config, ours.state_dict()), strict=False)
+    assert loaded.unexpected_keys == [] and loaded.missing_keys == ["lm_head.weight"] * config.tie_embeddings
+    theirs.tie_weights()
+    tokens = torch.randint(config.vocab_size, (3, config.block_size), generator=torch.Generator().manual_seed(seed))
+    logits = ours(tokens)
+    assert logits.std() > 0.3, "a model that says nothing would show nothing"
+    worst = (logits - theirs(tokens).logits).abs().max().item()
+    assert worst < 1e-5
+    our_loss, their_loss = ours(tokens[:, :-1], tokens[:, 1:]), theirs(tokens, labels=tokens).loss
+    assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-6)
+    our_loss.backward()
+    their_loss.backward()
+    read = export.from_transformers(config, {name: p.grad for name, p in theirs.named_parameters()}.get)
+    for name, parameter in ours.named_parameters():
+        scale = parameter.grad.abs().max().item()
+        difference = (parameter.grad - read(name)).abs().max().item()
+        assert scale > 0 and difference < 1e-5 * max(scale, 0.1), f"{name}: {difference:.1e} of {scale:.1e}"
+
+
+@pytest.mark.parametrize("config", MODELS)
+def test_weights_and_settings_come_back_bit_for_bit(config, tmp_path):
+    ours = randomised(GPT(config))
+    tensors = export.to_transformers(config, ours.state_dict())
+    read = export.from_transformers(config, tensors.get)
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(read(name), parameter), name
+    theirs = randomised(their_model(config)).state_dict()
+    if not config.bias and config.position == "learned":
+        theirs = {name: tensor * (not name.endswith("bias")) for name, tensor in theirs.items()}
+    read = export.from_transformers(config, theirs.get)
+    back = export.to_transformers(
+        config, {name: read(name) for name in ours.state_dict() if name in dict(ours.named_parameters())}
+    )
+    assert back.keys() | {"lm_head.weight"} == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in back.items())
+    export.transformers_config(config).save_pretrained(tmp_path)
+    published = export.published_model(tmp_path)
+    gpt2_has_biases = dataclasses.replace(published, bias=config.bias) if config.position == "learned" else published
+    assert gpt2_has_biases == export.explicit(dataclasses.replace(config, init_std=0.02))
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"norm": "rmsnorm"}, "model.norm: found rmsnorm, expected layernorm"),
+        ({"mlp": "swiglu"}, "model.mlp: found swiglu, expected gelu"),
+        ({"n_kv_head": 2}, "model.n_kv_head: found 2, expected null or 4"),
+        ({"position": "rotary"}, "model.norm: found layernorm, expected rmsnorm; model.mlp: found gelu"),
+        ({"position": "rotary", "norm": "rmsnorm"}, "model.mlp: found gelu, expected swiglu"),
+    ],
+)
+def test_what_neither_can_express_is_refused(more, expected):
+    config = dataclasses.replace(SMALL, **more)
+    for refuse in (export.transformers_config, export.correspondence):
+        with pytest.raises(UserError, match=r"^[^\n]+$") as error:
+            refuse(config)
+        assert expected in str(error.value)
+
+
+# -- tokenizers ----------------------------------------------------------------------------------
+
+NASTY = [
+    "naïve café 東京都 привет мир 😀👩‍👩‍👧 שלום नमस्ते",
+    "\r\n\t  x=1\n\n\n    y\u00a0z \u2028 \x00\x01\x7f",
+    "1234567 12 ½ ² 3.14159",
+    "don't DON'T we'LL it'\u017f  a \n b",
+    "a" * 300 + " " * 300,
+    "def f(x):\n\treturn x  # <|endoftext|\n",
+]
+
+
+def of_pattern(name, monkeypatch):
+    """tiktoken's encoding with its pattern and special tokens, over GPT-2's vocabulary: its own may not be here."""
+    from tiktoken_ext import openai_public
+
+    ranks = load_tokenizer("gpt2")._mergeable_ranks
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks)
+    parts = getattr(openai_public, name)()
+    return tiktoken.Encoding(
+        name, pat_str=parts["pat_str"], mergeable_ranks=ranks, special_tokens=parts["special_tokens"]
+    )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes", "cl100k_base", "o200k_base"])
+@pytest.mark.parametrize("config", [SMALL, LLAMA])
+def test_auto_tokenizer_gives_our_ids(name, config, tmp_path, monkeypatch, request):
+    if name != "bytes":
+        request.getfixturevalue("shared")  # where GPT-2's vocabulary is
+    encoding = of_pattern(name, monkeypatch) if name.endswith("_base") else load_tokenizer(name)
+    parts = encoding._mergeable_ranks, encoding._special_tokens, encoding._pat_str
+    save_for_transformers(tmp_path, *parts, bos_token=END_OF_TEXT)
+    export.transformers_config(config).save_pretrained(tmp_path)  # by which AutoTokenizer may choose another class
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    generator = random.Random(0)
+    pieces = [*"  \n\r\t'stLlvRe0123456789½²\u017fKabß.,/-é東\u0301\u00a0\u2028\u3000😀ǅ", "\n\n", "'LL", "'re"]
+    texts = ["".join(generator.choices(pieces, k=generator.randrange(14))) for _ in range(2000)]
+    for text in NASTY + texts:
+        assert theirs.encode(text) == encoding.encode_ordinary(text), repr(text)
+        assert theirs.decode(encoding.encode_ordinary(text)) == text
+    assert theirs.eos_token_id == theirs.bos_token_id == encoding._special_tokens[END_OF_TEXT]
+    text = f"x = 1{END_OF_TEXT}y"
+    assert theirs.encode(text) == encoding.encode(text, allowed_special="all")
+
+
+# -- from there: the start of a run --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """What start_from.py left, beside gpt2/ and llama/ of transformers' and the data: (folder, data)."""
+    folder = tmp_path_factory.mktemp("start_from")
+    generator = random.Random(3)
+    texts = ["".join(generator.choices("abc xyz\n", k=300)) for _ in range(60)]
+    flags = ["--out", str(folder / "data"), "--workers", "1", "--val_fraction", "0.2"]
+    pipeline.prepare(((str(i), t) for i, t in enumerate(texts)), "bytes", pipeline.options("", ".").parse_args(flags))
+    for name, config in (("gpt2", SMALL), ("llama", dataclasses.replace(LLAMA, tie_embeddings=False))):
+        make_folder(folder / name, config, shards="40KB")
+        assert len(list((folder / name).glob("*.safetensors"))) > 1, "not sharded"
+        (folder / f"{name}.json").write_text(json.dumps(dataclasses.asdict(config)))
+    script = Path(__file__).parent / "end_to_end" / "start_from.py"
+    done = run(deepspeed_command(script, folder / "data", folder, port=29641))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"weights from {folder}/gpt2 (GPT2LMHeadModel)" in done.stdout
+    assert f"weights from {folder}/llama (LlamaForCausalLM)" in done.stdout
+    return folder
+
+
+def first_batch(folder, block_size=16):
+    """Inputs and targets of all ranks' and micro-batches' samples of the first step."""
+    data = Mixture(str(folder / "data"), "train", block_size, 270, 1337)
+    batch = data.batch(data.windows_of(list(range(8 * 16 // block_size))))
+    return [torch.from_numpy(part) for part in batch]
+
+
+def test_every_stage_rank_and_precision_starts_from_the_published_weights(launched):
+    for family in ("gpt2", "llama"):
+        config = ModelConfig(**json.loads((launched / f"{family}.json").read_text()))
+        read = export.from_transformers(
+            config, AutoModelForCausalLM.from_pretrained(launched / family).state_dict().get
+        )
+        for rank in (0, 1):
+            for setting, weights in torch.load(launched / f"weights_{rank}.pt").items():
+                if setting.startswith(family):
+                    assert len(weights) > 10
+                    for name, weight in weights.items():
+                        assert torch.equal(weight, read(name).to(weight.dtype)), f"{name}, {setting}, rank {rank}"
+
+
+def test_the_first_loss_is_that_of_transformers(launched):
+    """Also with a context shorter than the published one, which takes its first positions."""
+    for name in ("gpt2_0", "gpt2_3", "llama_0", "llama_3", "short"):
+        family, block_size = ("gpt2", 8) if name == "short" else (name[:-2], 16)
+        model = AutoModelForCausalLM.from_pretrained(launched / family).eval()
+        inputs, targets = first_batch(launched, block_size)
+        with torch.no_grad():
+            expected = F.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten()).item()
+        assert abs(expected - math.log(270)) > 0.02, "random weights would look the same"
+        assert read_metrics(launched / name)[0]["loss"] == pytest.approx(expected, rel=2e-6), name
+
+
+def test_a_run_that_goes_on_and_one_that_starts_from_a_run(launched):
+    lines = [line for line in read_metrics(launched / "llama_3") if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2]
+    model, *_ = load_model(launched / "llama_3", "best")
+    inputs, targets = first_batch(launched)
+    expected = model(inputs, targets).item()
+    assert read_metrics(launched / "from_a_run")[0]["loss"] == pytest.approx(expected, rel=2e-6)
+    assert expected != pytest.approx(lines[0]["loss"], rel=1e-3), "the second run must start where the first ended"
+
+
+# -- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Folders of transformers' to spoil a copy of."""
+    folder = tmp_path_factory.mktemp("published")
+    make_folder(folder / "gpt2", SMALL, "40KB")
+    make_folder(folder / "llama", LLAMA)
+    return folder
+
+
+def refused(folder, config):
+    with pytest.raises(UserError, match=r"^[^\n]+$") as error:
+        export.open_weights(str(folder), config)
+    return str(error.value)
+
+
+def test_what_is_not_the_published_model_is_named_with_the_flags_that_mend_it(published):
+    config = dataclasses.replace(LLAMA, n_layer=3, rotary_theta=5e5, tie_embeddings=False, block_size=32)
+    message = refused(published / "llama", config)
+    assert "model.n_layer: 3, expected 2" in message and "model.rotary_theta: 500000.0, expected 10000.0" in message
+    assert (
+        "model.tie_embeddings: false, expected true; " in message
+        and "model.block_size: 32, expected 16; set --model" in message
+    )
+    assert message.endswith("--model.tie_embeddings true --model.rotary_theta 10000.0 --model.block_size 16")
+    message = refused(published / "gpt2", LLAMA)
+    for key in ("norm: rmsnorm, expected layernorm", "position: rotary", "mlp: swiglu", "n_kv_head: 2, expected 4"):
+        assert f"model.{key}" in message
+    assert "mlp_hidden: 128, expected 128" not in message
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "expected"),
+    [
+        ("gpt2", {"model_type": "mistral"}, "model_type: found 'mistral', expected gpt2 or llama"),
+        ("gpt2", {"activation_function": "relu"}, "activation_function: found 'relu', expected 'gelu_new'"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights: found False, expected True"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: found True"),
+        ("gpt2", {"n_embd": "wide"}, "config.json: not a configuration of gpt2"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act: found 'gelu', expected 'silu'"),
+        ("llama", {"head_dim": 16}, "head_dim: found 16, expected 8"),
+        ("llama", {"attention_bias": True}, "mlp_bias: found False, expected True"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters: found {'type': 'linear'"),
+        ("llama", {"rope_scaling": None, "rope_theta": "x"}, "config.json: not a configuration of llama"),
+        ("llama", {"model_type": ["llama"]}, "model_type: found ['llama'], expected gpt2 or llama"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config: found"),
+    ],
+)
+def test_models_that_compute_something_else_are_refused(published, tmp_path, family, change, expected):
+    folder = shutil.copytree(published / family, tmp_path / "copy")
+    content = json.loads((folder / "config.json").read_text())
+    if "rope_scaling" in change:
+        content.pop("rope_parameters")
+    (folder / "config.json").write_text(json.dumps(content | change))
+    message = refused(folder, SMALL if family == "gpt2" else LLAMA)
+    assert f"{folder}/config.json" in message and expected in message
+
+
+def spoil(folder, how):
+    """Make one thing wrong with the one file of weights in `folder`."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[:-10])
+    elif how == "bin":
+        file.rename(folder / "pytorch_model.bin")
+    elif how == "none":
+        file.unlink()
+    elif how == "index":
+        (folder / "model.safetensors.index.json").write_text('{"weights": {}}')
+    elif how == "shard":
+        index = {"weight_map": {name: "model-00001-of-00001.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        if how == "missing":
+            del tensors[name]
+        elif how == "unknown":
+            tensors["model.layers.2.mlp.up_proj.weight"] = tensors[name].clone()
+        elif how == "shape":
+            tensors[name] = tensors[name].t().contiguous()
+        elif how == "integers":
+            tensors[name] = tensors[name].to(torch.int8)
+        elif how == "untied":
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+        save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("cut", "copy/model.safetensors: "),
+        ("bin", "found no model.safetensors, nor an index of its parts; convert its .bin files"),
+        ("none", "found no model.safetensors, nor an index of its parts; copy"),
+        ("index", "copy/model.safetensors.index.json: no weight_map"),
+        ("shard", "copy/model-00001-of-00001.safetensors: "),
+        ("missing", "no tensor model.layers.1.mlp.up_proj.weight"),
+        ("unknown", "copy/model.safetensors: found model.layers.2.mlp.up_proj.weight, which"),
+        (
+            "shape",
+            "model.layers.1.mlp.up_proj.weight: found shape and type ((32, 128), 'F32'), expected (128, 32)",
+        ),
+        ("integers", "model.layers.1.mlp.up_proj.weight: found shape and type ((128, 32), 'I8'), expected"),
+        ("untied", "tie_word_embeddings: found true, but lm_head.weight is not model.embed"),
+    ],
+)
+def test_malformed_folders_are_one_line(published, tmp_path, how, expected):
+    folder = shutil.copytree(published / "llama", tmp_path / "copy")
+    export.open_weights(str(folder), LLAMA)  # nothing is wrong with it yet
+    spoil(folder, how)
+    assert expected in refused(folder, LLAMA)
+
+
+def test_a_model_without_biases_starts_from_biases_of_zero_alone(published, tmp_path):
+    config = dataclasses.replace(SMALL, bias=False)
+    assert "model.bias: false, expected true, as transformer.h.0" in refused(published / "gpt2", config)
+    model = make_folder(tmp_path, config)
+    _, load = export.open_weights(str(tmp_path), config)
+    ours, read = GPT(config).eval(), load()
+    ours.load_state_dict({name: read(name) for name, _ in ours.named_parameters()}, strict=False)
+    tokens = torch.arange(16)[None]
+    assert torch.allclose(ours(tokens), model(tokens).logits, atol=1e-5)
+
+
+def test_names_without_the_prefix_and_old_buffers_are_read(published, tmp_path):
+    """As GPT-2 itself is published: no `transformer.` in front, causal masks among the tensors."""
+    tensors = {}
+    for file in (published / "gpt2").glob("*.safetensors"):
+        tensors |= {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    tensors |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 16, 16) for layer in (0, 1)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(published / "gpt2" / "config.json", tmp_path)
+    read, whole = (export.open_weights(str(folder), SMALL)[1]() for folder in (tmp_path, published / "gpt2"))
+    for name, _ in GPT(SMALL).named_parameters():
+        assert torch.equal(read(name), whole(name)), name
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [("nobody/nothing", "no such folder here, and not to be had from the Hugging Face hub"), (".", "found neither")],
+)
+def test_a_start_from_nowhere_ends_with_code_2_and_one_line(launched, tmp_path, source, expected):
+    command = [sys.executable, "train.py", "configs/tiny.json", "--data.path", launched / "data"]
+    command += ["--train.out_dir", tmp_path / "run", "--train.init_from", source]
+    done = run(command, HF_HUB_OFFLINE="1")
+    assert done.returncode == 2 and not (tmp_path / "run").exists(), done.stderr
+    assert f"train.init_from: {source}: {expected}" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+# -- there: the command --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_exported_folder_loads_generates_and_comes_back(launched, tmp_path, family, monkeypatch, capsys):
+    monkeypatch.setattr(export, "MAX_SHARD", 40_000)
+    export.main([str(launched / f"{family}_3"), str(tmp_path / "hf"), "--checkpoint", "latest"])
+    assert capsys.readouterr().out.count("\n") == 1
+    assert (tmp_path / "hf" / "model.safetensors.index.json").exists() and not list(tmp_path.glob("*.tmp"))
+    ours, config, found, _ = load_model(launched / f"{family}_3", "latest")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs.dtype == torch.float32 and theirs.config.eos_token_id == tokenizer.eos_token_id == 256
+    assert theirs.config.max_position_embeddings == tokenizer.model_max_length == 16
+    prompt = tokenizer.encode("abc")
+    assert prompt == load_tokenizer("bytes").encode_ordinary("abc")
+    written = theirs.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=-1)[0].tolist()
+    assert written[3:] == [token for token, _ in zip(generate(ours, prompt, 270, 0, 0, None), range(8), strict=False)]
+    _, load = export.open_weights(str(tmp_path / "hf"), config.model)
+    read, weights = load(), checkpoint.load_weights(found)[2]
+    assert all(torch.equal(read(name), weights[name]) for name, _ in ours.named_parameters())
+
+
+def test_other_types_and_no_tokenizer(launched, tmp_path, monkeypatch, capsys):
+    source = launched / "gpt2_0"
+    export.main([str(source), str(tmp_path / "half"), "--dtype", "bfloat16"])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    weights = checkpoint.load_weights(checkpoint.find(source, "best"))[2]
+    assert theirs.dtype == torch.bfloat16
+    assert torch.equal(theirs.transformer.wte.weight, weights["token_embedding.weight"].bfloat16())
+    (launched / "data" / "meta.json").rename(launched / "data" / "away")
+    capsys.readouterr()
+    try:
+        export.main([str(source), str(tmp_path / "without")])
+    finally:
+        (launched / "data" / "away").rename(launched / "data" / "meta.json")
+    assert f"without tokenizer files: {launched}/data has no meta.json" in capsys.readouterr().out
+    assert not (tmp_path / "without" / "tokenizer.json").exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "without")
+    large = {"token_embedding.weight": torch.full((4, 4), 1e5)}
+    with pytest.raises(UserError, match=r"--dtype: token_embedding.weight holds numbers too large for torch.float16"):
+        export.write_weights(tmp_path, large, torch.float16)
+
+
+def test_nothing_is_overwritten(launched, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "dead.tmp").mkdir()
+    source = str(launched / "gpt2_0")
+    for target, expected in (("full", "already there, expected a new or an empty folder"), ("dead", "dead.tmp: left")):
+        done = run([sys.executable, "export.py", source, tmp_path / target])
+        assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert (tmp_path / "full" / "mine").read_text() == "mine"
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        export.main([str(tmp_path), str(tmp_path / "new")])
+    with pytest.raises(UserError, match="could not be written"):
+        export.main([source, "/proc/version/x"])
+    export.main([source, str(tmp_path / "empty")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dead.tmp", "empty", "full"]
