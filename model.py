@@ -50,18 +50,17 @@ def rotate(x, angles):
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
 
 
-def attention_backends(q):
-    """Which implementations of scaled_dot_product_attention to try first where torch's own order is not
-    the fastest: {} or arguments of sdpa_kernel. One that cannot take the inputs is passed over.
+def attention_backends(device):
+    """The implementations of scaled_dot_product_attention in the order to try them, where torch's own order
+    is not the fastest, else None. One that cannot take the inputs is passed over.
 
-    cuDNN's is on Hopper (transformers' pull request 48163: 1.7 to 2.3 times torch's default, and slower
-    elsewhere). On CPU, short bf16 sequences are faster as plain matrix products (NOTES.md)."""
-    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device)[0] == 9:
-        cudnn, flash, efficient = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
-        return {"backends": [cudnn, flash, efficient, SDPBackend.MATH], "set_priority": True}
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256:
-        return {"backends": [SDPBackend.MATH]}
-    return {}
+    On Hopper that is cuDNN's (transformers' pull request 48163: 1.7 to 2.3 times torch's default there, and
+    slower elsewhere)."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+        return [getattr(SDPBackend, f"{name}_ATTENTION") for name in ("CUDNN", "FLASH", "EFFICIENT")] + [
+            SDPBackend.MATH
+        ]
+    return None
 
 
 class Attention(nn.Module):
@@ -80,12 +79,13 @@ class Attention(nn.Module):
 
     def forward(self, x, angles):
         B, T, C = x.shape
-        heads = self.qkv(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_size).transpose(1, 2)
-        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)  # (B, H or K, T, D)
+        heads = self.qkv(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_size)
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        preferred = attention_backends(q)
-        with sdpa_kernel(**preferred) if preferred else contextlib.nullcontext():
+        preferred = attention_backends(q.device)
+        with sdpa_kernel(preferred, set_priority=True) if preferred else contextlib.nullcontext():
             dropout, grouped = self.dropout if self.training else 0.0, self.n_head != self.n_kv_head
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
         y = self.proj(y.transpose(1, 2).reshape(B, T, C))

@@ -235,18 +235,25 @@ def test_recomputed_blocks_give_the_same_gradients_and_keep_less(options):
     assert bytes_kept(model) < 0.8 * bytes_kept(plain)
 
 
-def test_the_attention_that_is_preferred_agrees_with_torchs_own_choice(monkeypatch):
-    """On CPU it is for short bf16 sequences; both are as near to float32 as bf16 allows."""
-    config = dataclasses.replace(LLAMA, block_size=64)
-    model, tokens = GPT(config).eval(), random_tokens(config)
-    exact = model(tokens)
-    model.bfloat16()
-    preferred = model(tokens)
-    assert attention_backends(torch.zeros(1, 4, 64, 8, dtype=torch.bfloat16))
-    assert not attention_backends(torch.zeros(1, 4, 64, 8))
-    monkeypatch.setattr("model.attention_backends", lambda q: {})
-    for logits in (preferred, model(tokens)):
-        assert (logits.float() - exact).abs().max() < 0.02 * exact.abs().max()
+def test_attention_prefers_cudnn_on_hopper_alone(monkeypatch):
+    from torch.nn.attention import SDPBackend
+
+    order = []
+    for major in (8, 9, 10):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device, major=major: (major, 0))
+        order.append(attention_backends(torch.device("cuda")))
+    assert order[0] is order[2] is attention_backends(torch.device("cpu")) is None
+    assert order[1][0] == SDPBackend.CUDNN_ATTENTION and order[1][-1] == SDPBackend.MATH
+
+
+def test_a_preference_for_attention_is_a_preference_only(monkeypatch):
+    """What this device has not is passed over, and the values are the same."""
+    model, tokens = GPT(LLAMA).eval(), random_tokens(LLAMA)
+    expected = model(tokens)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    hopper = attention_backends(torch.device("cuda"))
+    monkeypatch.setattr("model.attention_backends", lambda device: hopper)
+    assert torch.allclose(model(tokens), expected, atol=1e-6)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on CPU needs a C++ compiler")

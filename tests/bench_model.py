@@ -1,0 +1,220 @@
+"""How fast the model is against nanoGPT's, and how much memory its options save.
+
+    python tests/bench_model.py speed --nanogpt PATH/TO/nanoGPT/model.py [--shape gpt2-124m] [--rounds 5]
+    python tests/bench_model.py memory
+
+speed: tokens/s of forward and backward pass, and of a whole step with clipping and AdamW, the same batch for
+both. Theirs is the step of nanoGPT's train.py: bf16 by autocast, its own configure_optimizers. Ours is the
+engine that train.py builds, ZeRO-1 on one rank, bf16 weights with float32 masters. All settings take turns
+in one process, round by round, so that a busy minute hits all; medians are printed. Beside them is the
+processor's own rate for products of 1024 x 1024 matrices, in the same rounds, and how far each is from it.
+memory: the most that one forward and backward pass allocates above weights and gradients, from torch's
+profiler.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import metrics
+import model
+import train
+from config import Config, ModelConfig, TrainConfig, deepspeed_config
+from engine import build_engine
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHAPES = {  # ours, sequences of a batch: GPT-2's smallest, and nanoGPT's model of Shakespeare's characters
+    "gpt2-124m": (ModelConfig(vocab_size=50304), 1),
+    "6x384": (ModelConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=128), 16),
+}
+
+
+def product_rate(dtype):
+    """FLOP/s of four products of 1024 x 1024 matrices."""
+    left, right = torch.randn(2, 1024, 1024).to(dtype)
+    started = time.perf_counter()
+    for _ in range(4):
+        left @ right
+    return 4 * 2 * 1024**3 / (time.perf_counter() - started)
+
+
+def nanogpt(path, config, tokens, precision, compiled):
+    """(forward and backward pass, whole step) of nanoGPT."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = module
+    spec.loader.exec_module(module)
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    with contextlib.redirect_stdout(io.StringIO()):
+        gpt = module.GPT(module.GPTConfig(**{name: getattr(config, name) for name in names}))
+        optimizer = gpt.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
+    run = torch.compile(gpt) if compiled else gpt
+
+    def passes():
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = run(tokens, tokens)[1]
+        loss.backward()
+        return loss.item()
+
+    def step():
+        passes()
+        torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def alone():
+        passes()
+        gpt.zero_grad(set_to_none=True)
+
+    return alone, step
+
+
+def ours(config, tokens, precision, compiled):
+    """(forward and backward pass, whole step) of this repository."""
+    gpt = model.GPT(config).to(TYPES[precision])
+    if compiled:
+        gpt.compile()
+
+    def alone():
+        gpt(tokens, tokens).backward()
+        gpt.zero_grad(set_to_none=True)
+
+    settings = TrainConfig(micro_batch_size=len(tokens), global_batch_tokens=tokens.numel())
+    whole = Config(config, train=settings, deepspeed={"zero_optimization": {"stage": 1, "reduce_bucket_size": 5e7}})
+    engine = build_engine(whole, deepspeed_config(whole, 1, precision, False), torch.device("cpu"), compiled=compiled)
+
+    def step():
+        loss = engine(tokens, tokens)
+        engine.backward(loss)
+        engine.step()
+        loss.item()
+
+    return alone, step
+
+
+def speed(args):
+    config, batch = SHAPES[args.shape]
+    tokens = torch.randint(config.vocab_size, (batch, config.block_size), generator=torch.Generator().manual_seed(0))
+    train.find_place(False)
+    train.deepspeed.init_distributed("gloo", verbose=False)
+    torch.set_num_threads(args.threads)
+    rows = {}
+    for precision in TYPES:
+        for compiled in (False, True):
+            name = f"{precision} {'compiled' if compiled else 'eager'}"
+            rows[f"nanoGPT {name}"] = nanogpt(args.nanogpt, config, tokens, precision, compiled)
+            rows[f"ours {name}"] = ours(config, tokens, precision, compiled)
+    times, rates = {name: ([], []) for name in rows}, {precision: [] for precision in TYPES}
+    for number in range(args.rounds + 1):
+        for precision, dtype in TYPES.items():
+            rates[precision].append(product_rate(dtype))
+        for name, functions in rows.items():
+            for seconds, function in zip(times[name], functions, strict=True):
+                started = time.perf_counter()
+                function()
+                if number:  # the first warms up, and compiles
+                    seconds.append(time.perf_counter() - started)
+    rates = {precision: statistics.median(found) for precision, found in rates.items()}
+    print(f"{args.shape}, {batch} x {config.block_size} tokens, {args.threads} threads, torch {torch.__version__}")
+    print(f"matrix products: fp32 {rates['fp32'] / 1e9:.0f} GFLOP/s, bf16 {rates['bf16'] / 1e9:.0f} GFLOP/s")
+    print(f"{'':24s}{'passes':>10s}{'of products':>12s}{'step':>10s}{'of products':>12s}   tokens/s")
+    speeds, flops = {}, metrics.flops_per_token(config)
+    for name, columns in times.items():
+        speeds[name] = [tokens.numel() / statistics.median(column) for column in columns]
+        shares = [found * flops / rates[name.split()[1]] for found in speeds[name]]
+        cells = "".join(f"{found:10.0f}{share:12.0%}" for found, share in zip(speeds[name], shares, strict=True))
+        print(f"{name:24s}{cells}")
+    for column, what in enumerate(("forward and backward pass", "whole step")):
+        best = {
+            side: max((found[column], name) for name, found in speeds.items() if name.startswith(side))
+            for side in ("ours", "nanoGPT")
+        }
+        eager = speeds["ours fp32 eager"][column] / speeds["nanoGPT fp32 eager"][column]
+        ratio = best["ours"][0] / best["nanoGPT"][0]
+        print(f"{what}: eager fp32 {eager:.2f}, best {ratio:.2f} ({best['ours'][1]} over {best['nanoGPT'][1]})")
+
+
+def peak_bytes(function):
+    """The most that `function` allocates at once on the CPU, and what it leaves, in bytes, by torch's profiler."""
+    function()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    now = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+def memory(args):
+    torch.set_num_threads(args.threads)
+    tokens, width, ids = 4096, 768, 50304
+    print(f"loss of {tokens} tokens x {ids} ids, width {width}: peak MB of forward and backward, and of evaluation")
+    for precision, dtype in TYPES.items():
+        x, weight = torch.randn(tokens, width, dtype=dtype), torch.randn(ids, width, dtype=dtype)
+        targets = torch.randint(ids, (tokens,))
+
+        def whole(x=x, weight=weight, targets=targets):
+            loss = torch.nn.functional.cross_entropy((x @ weight.t()).float(), targets)
+            if x.requires_grad:
+                loss.backward()
+                x.grad = weight.grad = None
+
+        def chunked(x=x, weight=weight, targets=targets):
+            chunk, gradients = model.LOGITS_AT_A_TIME // ids, x.requires_grad
+            loss = model.LinearCrossEntropy.apply(x, weight, targets, chunk, gradients, model.cross_entropy)
+            if gradients:
+                loss.backward()
+                x.grad = weight.grad = None
+
+        for name, function in (("all logits at once", whole), ("chunked", chunked)):
+            peaks = [peak_bytes(function)]
+            x.requires_grad_(), weight.requires_grad_()
+            peaks.insert(0, peak_bytes(function))
+            x.requires_grad_(False), weight.requires_grad_(False)
+            print(f"  {precision} {name:20s}{peaks[0] / 1e6:10.0f}{peaks[1] / 1e6:10.0f}")
+    config, batch = ModelConfig(n_layer=6, block_size=512, vocab_size=1024), 2
+    print(f"6 layers of width {config.n_embd}, {batch} x {config.block_size} tokens, fp32: peak MB over the weights")
+    print("  (their gradients, which the pass leaves, included; on CPU inputs kept in CPU memory are no gain)")
+    example = torch.randint(config.vocab_size, (batch, config.block_size))
+    options = {"none recomputed": {}, "every block recomputed": {"recompute_every": 1}}
+    options |= {"every second": {"recompute_every": 2}, "every third": {"recompute_every": 3}}
+    options |= {"every block, inputs on CPU": {"recompute_every": 1, "inputs_on_cpu": True}}
+    for name, more in options.items():
+        for compiled in (False, True):
+            gpt = model.GPT(config, **more)
+            if compiled:
+                gpt.compile()
+
+            def passes(gpt=gpt):
+                gpt(example, example).backward()
+                gpt.zero_grad(set_to_none=True)
+
+            print(f"  {name + (', compiled' if compiled else ''):40s}{peak_bytes(passes) / 1e6:10.0f}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["speed", "memory"])
+    parser.add_argument("--nanogpt", type=Path)
+    parser.add_argument("--shape", default="gpt2-124m", choices=SHAPES)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    if args.what == "speed" and not args.nanogpt:
+        parser.error("speed needs --nanogpt, the model.py of a copy of github.com/karpathy/nanoGPT")
+    {"speed": speed, "memory": memory}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()
