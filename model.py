@@ -57,9 +57,8 @@ def attention_backends(device):
     On Hopper that is cuDNN's (transformers' pull request 48163: 1.7 to 2.3 times torch's default there, and
     slower elsewhere)."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
-        return [getattr(SDPBackend, f"{name}_ATTENTION") for name in ("CUDNN", "FLASH", "EFFICIENT")] + [
-            SDPBackend.MATH
-        ]
+        names = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+        return [getattr(SDPBackend, name) for name in names]
     return None
 
 
