@@ -130,6 +130,11 @@ class TrainConfig:
     save_best: bool = key(True, "also save when the validation loss is the lowest so far")
     keep_checkpoints: int = key(2, "newest checkpoints kept, besides the best", minimum=1)
     resume: str = key("auto", "auto: continue if the run folder holds a checkpoint; never; or a checkpoint's path")
+    allow_changed: list[str] = key(
+        [],
+        "keys in which a resumed run may differ from its checkpoint",
+        ["data.path", "train.seed", "train.global_batch_tokens"],
+    )
     loggers: list[str] = key([], "where metrics go besides metrics.jsonl", ["tensorboard", "wandb"])
     verbose: bool = key(False, "show DeepSpeed's own log")
 

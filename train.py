@@ -167,20 +167,29 @@ def versions():
     }
 
 
-def where_to_start(config):
-    """The checkpoint to continue from, or None, and its state. Raises UserError if the run folder holds
-    what this run must not continue or overwrite."""
+def where_to_start(config, data, known_faults=()):
+    """The checkpoint to continue from, or None, and its state. known_faults: {path: what is wrong with it}.
+    Raises UserError if the run folder holds what this run must not continue or overwrite."""
     run, resume = Path(config.train.out_dir), config.train.resume
-    found = checkpoint.find(run if resume in ("auto", "never") else resume)
-    if resume == "never" and found:
+    if resume == "never" and checkpoint.find(run):
         raise UserError(f"train.out_dir: {run} already holds a run; choose another, or drop --train.resume never")
-    if found is None:
-        if resume not in ("auto", "never"):
+    passed_over = []
+    if resume in ("auto", "never"):
+        found, state, passed_over = checkpoint.newest_usable(run, known_faults)
+    else:
+        found = checkpoint.find(resume)
+        if found is None:
             raise UserError(f"train.resume: {resume} holds no complete checkpoint; expected auto, never or one's path")
-        return None, {"step": 0, "best_val_loss": None}
-    state = checkpoint.read_state(found)
-    checkpoint.check_same_run(found, state, config)
-    return found, state
+        if found in known_faults:
+            raise UserError(known_faults[found])
+        state = checkpoint.read_state(found)
+    if os.environ["RANK"] == "0":
+        print(*passed_over, sep="\n", end="\n" * bool(passed_over), flush=True)
+    if found:
+        checkpoint.check_same_run(found, state, config)
+        if "data.path" not in config.train.allow_changed:
+            check_same_data(state["data"], data, found)
+    return found, state or {"step": 0, "tokens": 0, "best_val_loss": None}
 
 
 def build_engine(config, ds_config, device):
@@ -209,39 +218,45 @@ def main(config):
 
     # ---- batch arithmetic: tokens a step = micro_batch_size x block_size x ranks x accumulation
     accumulation = gradient_accumulation(config, world_size)
-    total_steps = train.max_tokens // train.global_batch_tokens
     precision = resolve_precision(train.precision, device)
     ds_config = deepspeed_config(config, world_size, precision, on_gpu=device.type == "cuda")
     check_zero_section(ds_config.get("zero_optimization", {}))
 
     # ---- model and optimizer, new or from a checkpoint
-    run = Path(train.out_dir)
-    resume_from, state = where_to_start(config)
-    if resume_from:
-        check_same_data(state["data"], train_data, resume_from)
-    first_step, best_val_loss = state["step"], state.get("best_val_loss")
-    if first_step >= total_steps:
-        say(f"{run} is complete: {first_step} of {total_steps} steps; raise train.max_tokens to train it longer")
-        return best_val_loss
-    stage = zero_stage(ds_config)
-    if resume_from:
-        checkpoint.check_same_ranks(resume_from, state, world_size, stage, precision)
+    run, stage = Path(train.out_dir), zero_stage(ds_config)
+    resume_from, state = where_to_start(config, train_data)
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"train.out_dir: {run}: {error.strerror}; choose a folder that can be written") from None
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=train.verbose)
+    known_faults = {}
+    while resume_from and (fault := checkpoint.fault_of(resume_from, state)):
+        known_faults[resume_from] = fault
+        resume_from, state = where_to_start(config, train_data, known_faults)
+    first_step, best_val_loss = state["step"], state["best_val_loss"]
+    # other than zero only where train.global_batch_tokens was changed on the way
+    tokens_before = state["tokens"] - first_step * train.global_batch_tokens
+    total_steps = (train.max_tokens - tokens_before) // train.global_batch_tokens
+    if first_step >= total_steps:
+        say(f"{run} is complete: {first_step} of {total_steps} steps; raise train.max_tokens to train it longer")
+        return best_val_loss
     engine = build_engine(config, ds_config, device)
     plain = stage == 0 and precision == "fp32"  # the one case in which DeepSpeed keeps no gradient norm
     torch.manual_seed(train.seed + 1 + rank)  # each rank drops other activations
     if resume_from:
-        checkpoint.load(engine, resume_from)
-        say(f"continuing from {resume_from}: step {first_step}, {first_step * train.global_batch_tokens:,} tokens")
+        checkpoint.load(engine, resume_from, state, train.seed)
+        was = checkpoint.setting(state["world_size"], state["stage"], state["precision"])
+        now = checkpoint.setting(world_size, stage, precision)
+        say(
+            f"continuing from {resume_from}: step {first_step}, {state['tokens']:,} tokens"
+            + (f"; saved on {was}, now {now}" if was != now else "")
+        )
 
     # ---- what is logged, and what a checkpoint records
     made_with = versions()
     record = {"config": config.to_dict(), "versions": made_with, "world_size": world_size, "precision": precision}
-    record["data"] = train_data.fingerprint()
+    record |= {"stage": stage, "data": train_data.fingerprint()}
     parameters, _ = metrics.count_parameters(config.model)
     flops = metrics.flops_per_token(config.model)
     peak = metrics.peak_flops(made_with["device"]) if device.type == "cuda" else None
@@ -259,7 +274,7 @@ def main(config):
     # ---- the loop: `step` is the number of optimizer steps done, which is all a run needs to go on
     val_loss, timed_from, timed_steps = None, time.perf_counter(), 0
     for step in range(first_step + 1, total_steps + 1):
-        tokens_seen = step * train.global_batch_tokens
+        tokens_seen = tokens_before + step * train.global_batch_tokens
         lr = learning_rate(train, tokens_seen)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
@@ -269,7 +284,7 @@ def main(config):
         loss = torch.zeros((), device=device)
         for micro_step in range(accumulation):
             samples = order.sample_numbers(step - 1, micro_step, rank, world_size, train.micro_batch_size, accumulation)
-            batch = train_data.batch(train_data.windows_of(samples))
+            batch = train_data.batch(train_data.windows_of(samples + tokens_before // config.model.block_size))
             micro_loss = engine(*to_device(batch, device))
             engine.backward(micro_loss)
             loss += micro_loss.detach() / accumulation
