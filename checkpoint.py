@@ -152,8 +152,8 @@ def save(engine, folder, state, best, keep):
     """Save everything the run needs to go on. Every rank must call this.
 
     state: what state.json records besides what is found here, `step` among it. best: also mark this
-    checkpoint as the best. keep: how many of the newest stay on the disk. Raises UserError on every rank
-    if one of them could not write; the checkpoints that were there stay as they are."""
+    checkpoint as the best. keep: how many of the newest stay on the disk. Returns its path. Raises UserError
+    on every rank if one of them could not write; the checkpoints that were there stay as they are."""
     folder, name, rank = Path(folder), name_of(state["step"]), distributed.get_rank()
     temporary, file, fault = folder / f"{name}.tmp", f"rank_{rank:05d}.safetensors", None
     if rank == 0:
@@ -196,6 +196,7 @@ def save(engine, folder, state, best, keep):
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)  # room for what the user does next
         raise UserError(fault[0])
+    return folder / name
 
 
 def commit(folder, name, state, best):

@@ -7,17 +7,16 @@
 Read it from top to bottom: learning rate, evaluation, set-up, loop. `train.py --help` lists every key.
 """
 
+import contextlib
 import json
 import math
 import os
 import platform
-import signal
 import socket
 import subprocess
-import sys
-import threading
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -29,6 +28,7 @@ from deepspeed import comm
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig as ZeroConfig
 
 import checkpoint
+import guard
 import metrics
 from config import (
     ROOT,
@@ -183,8 +183,8 @@ def where_to_start(config, data, known_faults=()):
         if found in known_faults:
             raise UserError(known_faults[found])
         state = checkpoint.read_state(found)
-    if os.environ["RANK"] == "0":
-        print(*passed_over, sep="\n", end="\n" * bool(passed_over), flush=True)
+    for line in passed_over if os.environ["RANK"] == "0" else []:
+        print(line, flush=True)
     if found:
         checkpoint.check_same_run(found, state, config)
         if "data.path" not in config.train.allow_changed:
@@ -203,12 +203,18 @@ def build_engine(config, ds_config, device):
     return engine
 
 
-def main(config):
+def main(config, watch=None):
     """Train as `config` says, from the beginning or from the run's newest checkpoint. Returns the last
-    validation loss. Raises UserError for what the user can mend, before anything is started or written."""
+    validation loss. Raises UserError for what the user can mend, before anything is started or written.
+    watch: notices requests to stop."""
     train = config.train
+    watch = watch or guard.Watch(train.out_dir, train.timeout_seconds)
     device, rank, world_size = find_place(train.verbose)
-    say = print if rank == 0 else lambda *_, **__: None
+
+    def say(line):
+        if rank == 0:
+            with contextlib.suppress(OSError):  # a lost terminal must not cost the run
+                print(line, flush=True)
 
     # ---- data: batch(windows) gives inputs and targets, both (micro_batch_size, block_size)
     train_data, val_data = (
@@ -229,7 +235,9 @@ def main(config):
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"train.out_dir: {run}: {error.strerror}; choose a folder that can be written") from None
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=train.verbose)
+    patience = timedelta(seconds=max(1800, 2 * train.timeout_seconds))  # `watch` knows first, and which rank hangs
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, timeout=patience, verbose=train.verbose)
     known_faults = {}
     while resume_from and (fault := checkpoint.fault_of(resume_from, state)):
         known_faults[resume_from] = fault
@@ -253,6 +261,9 @@ def main(config):
             + (f"; saved on {was}, now {now}" if was != now else "")
         )
 
+    steps = guard.BadSteps(engine, train.spike_zscore, state.get("bad_steps"))
+    watch.meet()
+
     # ---- what is logged, and what a checkpoint records
     made_with = versions()
     record = {"config": config.to_dict(), "versions": made_with, "world_size": world_size, "precision": precision}
@@ -272,7 +283,7 @@ def main(config):
     )
 
     # ---- the loop: `step` is the number of optimizer steps done, which is all a run needs to go on
-    val_loss, timed_from, timed_steps = None, time.perf_counter(), 0
+    val_loss, timed_from, timed_steps, saved_at = None, time.perf_counter(), 0, time.monotonic()
     for step in range(first_step + 1, total_steps + 1):
         tokens_seen = tokens_before + step * train.global_batch_tokens
         lr = learning_rate(train, tokens_seen)
@@ -285,21 +296,36 @@ def main(config):
         for micro_step in range(accumulation):
             samples = order.sample_numbers(step - 1, micro_step, rank, world_size, train.micro_batch_size, accumulation)
             batch = train_data.batch(train_data.windows_of(samples + tokens_before // config.model.block_size))
+            watch.beat()
             micro_loss = engine(*to_device(batch, device))
             engine.backward(micro_loss)
             loss += micro_loss.detach() / accumulation
-            if plain and micro_step == accumulation - 1:  # before the step clips the gradients and drops them
-                grad_norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters()])
+            if micro_step == accumulation - 1:  # before the step clips the gradients and drops them
+                gradients = [p.grad for p in engine.module.parameters()] if plain else None
+                # all ranks learn the mean loss, whether one was asked to stop, whether rank 0's clock says save
+                old = rank == 0 and 0 < train.save_every_seconds < time.monotonic() - saved_at
+                known = torch.stack((loss.double(), loss.new_tensor(watch.reason is not None), loss.new_tensor(old)))
+                comm.all_reduce(known)
+                loss_sum, stopping, saving = known.tolist()
+                loss = loss_sum / world_size
+                steps.expect(loss, float(torch.nn.utils.get_total_norm(gradients)) if plain else None)
             engine.step()
-        if not plain:
-            grad_norm = engine.get_global_grad_norm()
         timed_steps += 1
+        last_sample = tokens_seen // config.model.block_size - 1
+        samples = (last_sample + 1 - train.global_batch_tokens // config.model.block_size, last_sample)
+        if fault := steps.outcome(samples):
+            say(f"step {step}: {fault}: not taken; samples {samples[0]} to {samples[1]}")
+            if rank == 0:
+                log.write({"step": step, "tokens": tokens_seen, "bad_step": fault, "samples": samples})
+            if steps.bad and (train.bad_step == "stop" or len(steps.bad) >= train.max_bad_steps):
+                guard.refuse_to_go_on(steps.bad, fault, step, run)
+            if steps.bad and train.bad_step == "rollback" and (found := checkpoint.find(run)):
+                checkpoint.load(engine, found, checkpoint.read_state(found), train.seed)
+                say(f"step {step}: back to the weights of {found}, on with the samples behind the bad ones")
 
         if step % train.log_every == 0 or step == 1 or step == total_steps:
-            comm.all_reduce(loss)
             memory = torch.tensor(metrics.peak_memory_bytes(), device=device)
             comm.all_reduce(memory, op=comm.ReduceOp.MAX)
-            loss = loss.item() / world_size  # waits for the device, so the time below is the true one
             step_seconds = (time.perf_counter() - timed_from) / timed_steps
             tokens_per_second = train.global_batch_tokens / step_seconds
             tflops = tokens_per_second * flops / world_size / 1e12
@@ -308,7 +334,8 @@ def main(config):
                 "tokens": tokens_seen,
                 "loss": loss,
                 "lr": lr,
-                "grad_norm": float(grad_norm),
+                "grad_norm": steps.grad_norm,
+                "skipped": steps.skipped,
                 "tokens_per_second": tokens_per_second,
                 "step_seconds": step_seconds,
                 "tflops": tflops,
@@ -317,12 +344,12 @@ def main(config):
             }
             if rank == 0:
                 log.write(line)
-            say(metrics.console_line(line, total_steps), flush=True)
+            say(metrics.console_line(line, total_steps))
             timed_from, timed_steps = time.perf_counter(), 0
 
         last = step == total_steps
         evaluate_now = last or (train.eval_every and step % train.eval_every == 0)
-        save_now = last or (train.save_every and step % train.save_every == 0)
+        save_now = last or stopping or saving or (train.save_every and step % train.save_every == 0)
         best_now = False
         paused_at = time.perf_counter()
         if evaluate_now:
@@ -330,57 +357,43 @@ def main(config):
             # a NaN is never the best, and nothing is ever measured against one
             best_now = val_loss < (math.inf if best_val_loss is None else best_val_loss)
             best_val_loss = val_loss if best_now else best_val_loss
-            say(f"step {step}: validation loss {val_loss:.4f}{', the best so far' if best_now else ''}", flush=True)
+            say(f"step {step}: validation loss {val_loss:.4f}{', the best so far' if best_now else ''}")
             if rank == 0:
                 log.write({"step": step, "tokens": tokens_seen, "val_loss": val_loss})
                 import plot  # matplotlib takes a second to import, and only rank 0 draws
 
                 plot.plot_loss([run], run / "loss.png")
         if save_now or (best_now and train.save_best):
+            watch.beat()
             state = record | {"step": step, "tokens": tokens_seen, "best_val_loss": best_val_loss}
-            checkpoint.save(engine, run / "checkpoints", state, best_now, train.keep_checkpoints)
+            state["bad_steps"] = steps.state()
+            save_from = time.perf_counter()
+            saved = checkpoint.save(engine, run / "checkpoints", state, best_now, train.keep_checkpoints)
+            save_seconds, saved_at = time.perf_counter() - save_from, time.monotonic()
+            say(f"step {step}: saved {saved} in {save_seconds:.2f} s")
+            if rank == 0:
+                log.write({"step": step, "tokens": tokens_seen, "save_seconds": save_seconds})
         timed_from += time.perf_counter() - paused_at  # neither is part of a step
+        if stopping and not last:
+            say(f"stopped by {watch.reason or 'a signal to another rank'} behind step {step}; the same command goes on")
+            break
 
     if rank == 0:
         log.close()
     return val_loss
 
 
-def end_on_signal(out_dir):
-    """Ctrl-C, or the SIGTERM by which the launcher ends the other ranks when one has died: say so in one
-    line and end at once. From a thread of its own, woken by a pipe, because a rank that waits in NCCL or
-    gloo for one that is gone never comes back to Python's own signal handlers."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-
-    def watch():
-        name = signal.Signals(os.read(reader, 1)[0]).name
-        end(f"stopped by {'Ctrl-C' if name == 'SIGINT' else name}", 130, out_dir)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def end(reason, code, out_dir):
-    """Leave without waiting for ranks that are gone, as the interpreter's own exit would."""
-    found = checkpoint.find(out_dir)
-    remedy = f"resume from {found}" if found else "no checkpoint was saved yet"
-    print(f"train.py: rank {os.environ.get('RANK', '0')} {reason}; {remedy}", file=sys.stderr, flush=True)
-    os._exit(code)
-
-
 def command(arguments):
     """main from the command line."""
     config = load_config(arguments)
-    end_on_signal(config.train.out_dir)
+    watch = guard.Watch(config.train.out_dir, config.train.timeout_seconds).start()
     try:
-        main(config)
+        main(config, watch)
     except RuntimeError as error:  # torch's DistBackendError, which NCCL raises, is one as well
         if not any(word in str(error) for word in ("gloo", "Connection closed", "NCCL", "onnection reset")):
             raise
-        end(f"lost contact with another rank ({str(error).splitlines()[0]})", 1, config.train.out_dir)
+        guard.end(f"lost contact with another rank ({str(error).splitlines()[0]})", 1, config.train.out_dir)
+    watch.finish()
     if comm.is_initialized():
         comm.barrier()  # gloo aborts at exit if a peer still talks
         comm.destroy_process_group()
