@@ -16,21 +16,19 @@ every file and renames the folder. A folder that has its final name is therefore
 import json
 import os
 import shutil
-import struct
 import zlib
-from collections import defaultdict
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import distributed
 
 from config import UserError, build, read_json
+from data.mixture import check_same_data
 from data.shards import cannot_write, write_atomically, write_json
+from pieces import fill, loss_scaler, own_pieces, own_tensors, refresh_weights, saved_pieces, write_tensors
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what fp16's loss scaler remembers
 
 
@@ -38,114 +36,7 @@ def name_of(step):
     return f"step_{step:08d}"
 
 
-# -- what a rank owns: the one place that knows how DeepSpeed lays things out ----------------------
-
-
-def stage_0_masters(engine):
-    """Stage 0: {id of a parameter: the tensor that the optimizer updates}, in 16 bits a float32 copy."""
-    optimizer = engine.optimizer
-    if not hasattr(optimizer, "fp32_groups"):
-        return {id(parameter): parameter for parameter in engine.module.parameters()}
-    pairs = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
-    return {id(parameter): master for parameter, master in pairs}
-
-
-def adam_state(optimizer, flat):
-    """Adam's state of one tensor, made if the first step has not made it yet; `step` is each tensor's own."""
-    state = optimizer.state[flat]
-    if not state:
-        torch_adam = isinstance(optimizer, torch.optim.AdamW)  # DeepSpeed's counts in a plain number
-        state["step"] = torch.zeros((), device=flat.device) if torch_adam else 0
-        state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(flat, requires_grad=False) for _ in range(2))
-    return state
-
-
-def pieces(engine):
-    """Yield (parameter's name, its first element here, {"fp32", "exp_avg", "exp_avg_sq": flat tensor}, Adam's
-    state) for each piece of a parameter that this rank updates. The tensors are views: read them to save,
-    copy into them to load. At stage 0 every rank updates everything."""
-    stage, zero, optimizer = engine.zero_optimization_stage(), engine.optimizer, engine.basic_optimizer
-    masters = stage_0_masters(engine) if stage == 0 else None
-    for name, parameter in engine.module.named_parameters():
-        if stage == 0:
-            flat, start, offset = masters[id(parameter)], 0, 0
-            length = elements = parameter.numel()
-        elif stage == 3:  # every parameter is cut into equal parts, the last one padded
-            group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
-            flat, elements = zero.fp32_partitioned_groups_flat[group], parameter.ds_numel
-            start = distributed.get_rank() * length
-        elif parameter._hp_mapping is None:
-            continue  # stages 1 and 2 cut the row of all parameters, and no part of this one is ours
-        else:
-            mapping = parameter._hp_mapping
-            flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
-            start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-            offset, elements = mapping.hp_fragment_address.start, parameter.numel()
-        length = min(length, elements - start)
-        if length > 0:
-            state = adam_state(optimizer, flat)
-            whole = {"fp32": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-            yield name, start, {k: v.view(-1)[offset : offset + length] for k, v in whole.items()}, state
-
-
-def refresh_weights(engine):
-    """Give the weights of the forward pass the values of the float32 ones that the optimizer keeps."""
-    stage, zero = engine.zero_optimization_stage(), engine.optimizer
-    if stage == 3:
-        zero.checkpoint_event_prologue()
-        for group in range(len(zero.fp32_partitioned_groups_flat)):
-            zero._reassign_or_swap_out_partitioned_parameters(group)
-        zero.checkpoint_event_epilogue()  # small parameters are kept whole on every rank
-    elif stage:
-        zero.update_lp_params()
-    else:
-        masters = stage_0_masters(engine)
-        for parameter in engine.module.parameters():
-            parameter.data.copy_(masters[id(parameter)].data)
-
-
-def loss_scaler(engine):
-    """The object that holds fp16's loss scale, under the name that the ZeRO stages or stage 0 give it."""
-    return getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)
-
-
 # -- saving --------------------------------------------------------------------------------------
-
-
-def write_tensors(path, tensors):
-    """Write {name: tensor} as a safetensors file (8 bytes of length, a JSON header, the bytes of the
-    tensors), one tensor after the other: no second copy of them all is ever in memory. Returns its size
-    and checksum. Raises OSError."""
-    header, end, check = {}, 0, 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        contents = (tensor.cpu().view(torch.uint8).numpy().data for tensor in tensors.values())
-        for content in chain((struct.pack("<Q", len(text)), text), contents):
-            check = zlib.crc32(content, check)
-            file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-        return {"bytes": file.tell(), "crc32": f"{check:08x}"}
-
-
-def own_tensors(engine):
-    """What this rank writes, by name: its pieces, and the state of its random numbers."""
-    tensors = {"random/cpu/0": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["random/cuda/0"] = torch.cuda.get_rng_state()
-    rank, ranks, everywhere = (
-        distributed.get_rank(),
-        distributed.get_world_size(),
-        engine.zero_optimization_stage() == 0,
-    )
-    for number, (name, start, parts, _) in enumerate(pieces(engine)):
-        if not everywhere or number % ranks == rank:  # what all hold, one of them writes
-            tensors |= {f"{kind}/{name}/{start}": part for kind, part in parts.items()}
-    return tensors
 
 
 def save(engine, folder, state, best, keep):
@@ -172,7 +63,7 @@ def save(engine, folder, state, best, keep):
     distributed.all_gather_object(everyone, (file, written))
     fault = next((written for _, written in everyone if isinstance(written, str)), None)
     if rank == 0 and not fault:
-        steps = {int(adam["step"]) for *_, adam in pieces(engine)}
+        steps = {int(adam["step"]) for *_, adam in own_pieces(engine)}
         assert len(steps) == 1, f"the parts of the optimizer disagree on the number of steps: {steps}"
         scaler = loss_scaler(engine) if engine.fp16_enabled() else None
         names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
@@ -339,38 +230,33 @@ def fault_of(path, state):
     return next((fault for fault in everyone if fault), None)
 
 
+def where_to_start(config, data, known_faults=()):
+    """The checkpoint to continue from, or None, and its state. known_faults: {path: what is wrong with it}.
+    data: the run's training Mixture. Raises UserError if the run folder holds what this run must not
+    continue or overwrite."""
+    run, resume = Path(config.train.out_dir), config.train.resume
+    if resume == "never" and find(run):
+        raise UserError(f"train.out_dir: {run} already holds a run; choose another, or drop --train.resume never")
+    passed_over = []
+    if resume in ("auto", "never"):
+        found, state, passed_over = newest_usable(run, known_faults)
+    else:
+        found = find(resume)
+        if found is None:
+            raise UserError(f"train.resume: {resume} holds no complete checkpoint; expected auto, never or one's path")
+        if found in known_faults:
+            raise UserError(known_faults[found])
+        state = read_state(found)
+    for line in passed_over if os.environ["RANK"] == "0" else []:
+        print(line, flush=True)
+    if found:
+        check_same_run(found, state, config)
+        if "data.path" not in config.train.allow_changed:
+            check_same_data(state["data"], data, found)
+    return found, state or {"step": 0, "tokens": 0, "best_val_loss": None}
+
+
 # -- loading -------------------------------------------------------------------------------------
-
-
-def saved_pieces(path, state):
-    """{(kind, parameter): [(first element, number of elements, piece)]} of all files of a checkpoint; nothing
-    is read before a piece is sliced. Raises UserError."""
-    found = defaultdict(list)
-    for name in state["files"]:
-        try:
-            file = safe_open(Path(path) / name, "pt")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}/{name}: {error}; the checkpoint is damaged, use an older one") from None
-        for key in file.keys():  # noqa: SIM118, for it is no dictionary
-            kind, parameter, start = key.split("/")
-            piece = file.get_slice(key)
-            found[kind, parameter].append((int(start), piece.get_shape()[0], piece))
-    return found
-
-
-def fill(tensor, start, saved, what):
-    """Copy elements [start, start + len(tensor)) of a parameter into a flat tensor, from whatever saved pieces
-    hold them. Raises UserError if there are too few of them."""
-    filled = 0
-    for first, length, piece in saved:
-        begin, end = max(start, first), min(start + len(tensor), first + length)
-        if begin < end:
-            tensor[begin - start : end - start].copy_(piece[begin - first : end - first])
-            filled += end - begin
-    if filled != len(tensor):
-        raise UserError(
-            f"{what}: found {filled} of {len(tensor)} elements; the checkpoint is damaged, use an older one"
-        )
 
 
 @torch.no_grad()
@@ -380,7 +266,7 @@ def load(engine, path, state, seed):
     The learning rate, betas, epsilon and decay of each parameter group stay those of this run's config.
     state: of `read_state`. Raises UserError."""
     saved = saved_pieces(path, state)
-    for name, start, parts, adam in pieces(engine):
+    for name, start, parts, adam in own_pieces(engine):
         counted = state["optimizer_steps"]  # torch's Adam keeps it in a tensor, DeepSpeed's in a number
         adam["step"] = torch.full_like(adam["step"], counted) if torch.is_tensor(adam["step"]) else counted
         for kind, part in parts.items():

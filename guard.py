@@ -199,11 +199,18 @@ class BadSteps:
             self.bad = [*self.bad, list(samples)]
         return self.fault
 
-
-def refuse_to_go_on(bad, fault, step, run):
-    """Raise UserError where a run has to stop for bad steps: says which samples did it."""
-    samples = ", ".join(f"{first} to {last}" for first, last in bad)
-    raise UserError(
-        f"step {step}: {fault}; bad steps in a row: {len(bad)}, of samples {samples}; none reached the weights; "
-        f"the last checkpoint is {checkpoint.find(run)}; look at the data, or lower train.lr"
-    )
+    def answer(self, step, train):
+        """What the config says to do about a bad step: passes over it, goes back to the weights of the last
+        checkpoint and on with the samples behind it (going through those in between once more would end
+        in the same weights), or raises UserError. Returns what was done, in words."""
+        found = checkpoint.find(train.out_dir)
+        if len(self.bad) >= (1 if train.bad_step == "stop" else train.max_bad_steps):
+            samples = ", ".join(f"{first} to {last}" for first, last in self.bad)
+            raise UserError(
+                f"step {step}: {self.fault}; bad steps in a row: {len(self.bad)}, of samples {samples}; none reached "
+                f"the weights; the last checkpoint is {found}; look at the data, or lower train.lr"
+            )
+        if train.bad_step == "rollback" and self.bad and found:
+            checkpoint.load(self.engine, found, checkpoint.read_state(found), train.seed)
+            return f"passed over, and back to the weights of {found}"
+        return "passed over"

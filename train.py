@@ -41,7 +41,7 @@ from config import (
     zero_stage,
 )
 from data import order
-from data.mixture import Mixture, check_same_data
+from data.mixture import Mixture
 from data.shards import write_json
 from model import GPT, IGNORE
 
@@ -148,6 +148,11 @@ def check_zero_section(section):
         raise UserError(
             f"deepspeed.zero_optimization.{where}: found {first['input']!r}: {first['msg']}{remedy}"
         ) from None
+    for name in ("offload_optimizer", "offload_param"):
+        if (section.get(name) or {}).get("device") == "nvme":
+            raise UserError(
+                f"deepspeed.zero_optimization.{name}.device: nvme cannot be saved from; expected cpu or none"
+            )
 
 
 def versions():
@@ -165,31 +170,6 @@ def versions():
         "git": commit,
         "device": device,
     }
-
-
-def where_to_start(config, data, known_faults=()):
-    """The checkpoint to continue from, or None, and its state. known_faults: {path: what is wrong with it}.
-    Raises UserError if the run folder holds what this run must not continue or overwrite."""
-    run, resume = Path(config.train.out_dir), config.train.resume
-    if resume == "never" and checkpoint.find(run):
-        raise UserError(f"train.out_dir: {run} already holds a run; choose another, or drop --train.resume never")
-    passed_over = []
-    if resume in ("auto", "never"):
-        found, state, passed_over = checkpoint.newest_usable(run, known_faults)
-    else:
-        found = checkpoint.find(resume)
-        if found is None:
-            raise UserError(f"train.resume: {resume} holds no complete checkpoint; expected auto, never or one's path")
-        if found in known_faults:
-            raise UserError(known_faults[found])
-        state = checkpoint.read_state(found)
-    for line in passed_over if os.environ["RANK"] == "0" else []:
-        print(line, flush=True)
-    if found:
-        checkpoint.check_same_run(found, state, config)
-        if "data.path" not in config.train.allow_changed:
-            check_same_data(state["data"], data, found)
-    return found, state or {"step": 0, "tokens": 0, "best_val_loss": None}
 
 
 def build_engine(config, ds_config, device):
@@ -230,7 +210,7 @@ def main(config, watch=None):
 
     # ---- model and optimizer, new or from a checkpoint
     run, stage = Path(train.out_dir), zero_stage(ds_config)
-    resume_from, state = where_to_start(config, train_data)
+    resume_from, state = checkpoint.where_to_start(config, train_data)
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -241,7 +221,7 @@ def main(config, watch=None):
     known_faults = {}
     while resume_from and (fault := checkpoint.fault_of(resume_from, state)):
         known_faults[resume_from] = fault
-        resume_from, state = where_to_start(config, train_data, known_faults)
+        resume_from, state = checkpoint.where_to_start(config, train_data, known_faults)
     first_step, best_val_loss = state["step"], state["best_val_loss"]
     # other than zero only where train.global_batch_tokens was changed on the way
     tokens_before = state["tokens"] - first_step * train.global_batch_tokens
@@ -314,14 +294,9 @@ def main(config, watch=None):
         last_sample = tokens_seen // config.model.block_size - 1
         samples = (last_sample + 1 - train.global_batch_tokens // config.model.block_size, last_sample)
         if fault := steps.outcome(samples):
-            say(f"step {step}: {fault}: not taken; samples {samples[0]} to {samples[1]}")
             if rank == 0:
                 log.write({"step": step, "tokens": tokens_seen, "bad_step": fault, "samples": samples})
-            if steps.bad and (train.bad_step == "stop" or len(steps.bad) >= train.max_bad_steps):
-                guard.refuse_to_go_on(steps.bad, fault, step, run)
-            if steps.bad and train.bad_step == "rollback" and (found := checkpoint.find(run)):
-                checkpoint.load(engine, found, checkpoint.read_state(found), train.seed)
-                say(f"step {step}: back to the weights of {found}, on with the samples behind the bad ones")
+            say(f"step {step}: {fault}; samples {samples[0]} to {samples[1]} {steps.answer(step, train)}")
 
         if step % train.log_every == 0 or step == 1 or step == total_steps:
             memory = torch.tensor(metrics.peak_memory_bytes(), device=device)

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoint
+import pieces
 from config import Config, UserError
 from data.shards import write_json
 
@@ -34,7 +35,7 @@ def make(run, step):
     folder.mkdir(parents=True)
     halves = [{k: v for k, v in TENSORS.items() if k.endswith("/6") == second} for second in (False, True)]
     names = ("rank_00000.safetensors", "rank_00001.safetensors")
-    files = {name: checkpoint.write_tensors(folder / name, part) for name, part in zip(names, halves, strict=True)}
+    files = {name: pieces.write_tensors(folder / name, part) for name, part in zip(names, halves, strict=True)}
     state = state_of(step, files)
     write_json(folder / "state.json", state | {"crc32": checkpoint.seal(state)})
     return folder
@@ -45,7 +46,7 @@ def mark(run, which, step):
 
 
 def test_what_is_written_is_safetensors(tmp_path):
-    entry = checkpoint.write_tensors(tmp_path / "a.safetensors", TENSORS)
+    entry = pieces.write_tensors(tmp_path / "a.safetensors", TENSORS)
     read = load_file(tmp_path / "a.safetensors")
     assert read.keys() == TENSORS.keys() and all(torch.equal(read[name], TENSORS[name]) for name in TENSORS)
     assert entry["bytes"] == (tmp_path / "a.safetensors").stat().st_size
@@ -55,14 +56,14 @@ def test_what_is_written_is_safetensors(tmp_path):
 def test_pieces_are_cut_and_joined_wherever_they_begin(tmp_path):
     """Files of two ranks, 6 and 4 elements, read by any number of ranks."""
     folder = make(tmp_path, 5)
-    saved = checkpoint.saved_pieces(folder, checkpoint.read_state(folder))
+    saved = pieces.saved_pieces(folder, checkpoint.read_state(folder))
     for start in range(10):
         for end in range(start + 1, 11):
             piece = torch.zeros(end - start)
-            checkpoint.fill(piece, start, saved["fp32", "a.weight"], "a.weight")
+            pieces.fill(piece, start, saved["fp32", "a.weight"], "a.weight")
             assert piece.tolist() == list(range(start, end))
     with pytest.raises(UserError, match=r"a\.weight: found 4 of 6 elements; the checkpoint is damaged"):
-        checkpoint.fill(torch.zeros(6), 4, [part for part in saved["fp32", "a.weight"] if part[0] == 6], "a.weight")
+        pieces.fill(torch.zeros(6), 4, [part for part in saved["fp32", "a.weight"] if part[0] == 6], "a.weight")
 
 
 def test_find_takes_what_is_marked_and_never_what_is_incomplete(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import checkpoint
+import pieces
 import train
 from data.shards import TokenStream
 from metrics import read_metrics
@@ -112,10 +113,10 @@ def whole_tensors(path):
     """Everything that the pieces of a checkpoint add up to: {(kind, parameter): flat tensor}."""
     state, whole = checkpoint.read_state(path), {}
     checkpoint.check_sums(path, state["files"])
-    for (kind, name), parts in checkpoint.saved_pieces(path, state).items():
+    for (kind, name), parts in pieces.saved_pieces(path, state).items():
         if kind != "random":
             whole[kind, name] = torch.full((torch.Size(state["parameters"][name]).numel(),), torch.nan)
-            checkpoint.fill(whole[kind, name], 0, parts, name)
+            pieces.fill(whole[kind, name], 0, parts, name)
     return state, whole
 
 
