@@ -18,6 +18,7 @@ from torch import distributed
 
 import checkpoint
 from config import UserError
+from pieces import forget_powers
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 WINDOW = 128  # good steps that a spike is measured against; half of them must be there
@@ -165,6 +166,7 @@ class BadSteps:
         if not self.judged:
             self.judge()
         if self.fault is None:
+            forget_powers(self.engine.basic_optimizer)
             self.update()
 
     def judge(self):

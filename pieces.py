@@ -86,6 +86,17 @@ def refresh_weights(engine):
             parameter.data.copy_(masters[id(parameter)].data)
 
 
+def forget_powers(optimizer):
+    """DeepSpeed's CPU Adam multiplies beta^t up from step to step, but computes it anew behind a checkpoint: one
+    rounding apart. Called in front of every step, this makes it compute it anew always: it updates one
+    element that nobody needs, as a step that is never the one before the true one."""
+    if hasattr(optimizer, "ds_opt_adam"):
+        group, far_away = optimizer.param_groups[0], 1 << 30
+        nothing = [torch.zeros(1) for _ in range(4)]  # weight, gradient, both moments
+        settings = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["bias_correction"])
+        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, far_away, *settings, *nothing)
+
+
 def loss_scaler(engine):
     """The object that holds fp16's loss scale, under the name that the ZeRO stages or stage 0 give it."""
     return getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)

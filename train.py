@@ -8,6 +8,7 @@ Read it from top to bottom: learning rate, evaluation, set-up, loop. `train.py -
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -42,7 +43,7 @@ from config import (
 )
 from data import order
 from data.mixture import Mixture
-from data.shards import write_json
+from data.shards import cannot_write, write_json
 from model import GPT, IGNORE
 
 
@@ -364,6 +365,10 @@ def command(arguments):
     watch = guard.Watch(config.train.out_dir, config.train.timeout_seconds).start()
     try:
         main(config, watch)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        raise cannot_write(error.filename or config.train.out_dir, error) from None
     except RuntimeError as error:  # torch's DistBackendError, which NCCL raises, is one as well
         if not any(word in str(error) for word in ("gloo", "Connection closed", "NCCL", "onnection reset")):
             raise
