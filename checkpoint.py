@@ -16,6 +16,8 @@ every file and renames the folder. A folder that has its final name is therefore
 import json
 import os
 import shutil
+import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -39,55 +41,86 @@ def name_of(step):
 # -- saving --------------------------------------------------------------------------------------
 
 
-def save(engine, folder, state, best, keep):
-    """Save everything the run needs to go on. Every rank must call this.
+class Saving:
+    """A checkpoint on its way to the disk: everything the run needs to go on. Every rank must make one, and later
+    call `finish`, which commits it.
 
     state: what state.json records besides what is found here, `step` among it. best: also mark this
-    checkpoint as the best. keep: how many of the newest stay on the disk. Returns its path. Raises UserError
-    on every rank if one of them could not write; the checkpoints that were there stay as they are."""
-    folder, name, rank = Path(folder), name_of(state["step"]), distributed.get_rank()
-    temporary, file, fault = folder / f"{name}.tmp", f"rank_{rank:05d}.safetensors", None
-    if rank == 0:
+    checkpoint as the best. keep: how many of the newest stay on the disk. background: take a copy in the
+    CPU's memory, so that the run can go on while a thread writes; else it is written when this returns."""
+
+    def __init__(self, engine, folder, state, best, keep, background=False):
+        self.began, self.folder, self.name = time.perf_counter(), Path(folder), name_of(state["step"])
+        self.state, self.best, self.keep = state | description(engine), best, keep
+        self.file, self.written, fault = f"rank_{distributed.get_rank():05d}.safetensors", None, None
+        self.temporary = self.folder / f"{self.name}.tmp"
+        if distributed.get_rank() == 0:
+            try:
+                for left_over in self.folder.glob("step_*.tmp"):  # of a save that was killed
+                    shutil.rmtree(left_over)
+                self.temporary.mkdir(parents=True)
+            except OSError as error:
+                fault = str(cannot_write(self.temporary, error))
+        distributed.barrier()
+        tensors = own_tensors(engine)
+        if background:
+            tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        self.writer = threading.Thread(target=self.write, args=(tensors, fault))
+        self.writer.start()
+        if not background:
+            self.writer.join()
+        self.stalled = time.perf_counter() - self.began
+
+    def write(self, tensors, fault):
         try:
-            for left_over in folder.glob("*.tmp"):  # of a save that was killed
-                shutil.rmtree(left_over)
-            temporary.mkdir(parents=True)
+            self.written = fault or write_tensors(self.temporary / self.file, tensors)
         except OSError as error:
-            fault = str(cannot_write(temporary, error))
-    distributed.barrier()
-    try:
-        written = fault or write_tensors(temporary / file, own_tensors(engine))
-    except OSError as error:
-        written = str(cannot_write(temporary / file, error))
-    everyone = [None] * distributed.get_world_size()
-    distributed.all_gather_object(everyone, (file, written))
-    fault = next((written for _, written in everyone if isinstance(written, str)), None)
-    if rank == 0 and not fault:
-        steps = {int(adam["step"]) for *_, adam in own_pieces(engine)}
-        assert len(steps) == 1, f"the parts of the optimizer disagree on the number of steps: {steps}"
-        scaler = loss_scaler(engine) if engine.fp16_enabled() else None
-        names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-        everything = engine.module.named_parameters(remove_duplicate=False)
-        state = state | {
-            "optimizer_steps": steps.pop(),
-            "loss_scaler": {key: getattr(scaler, key) for key in SCALER if hasattr(scaler, key)},
-            "parameters": {n: list(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters()},
-            "tied": {n: names[id(p)] for n, p in everything if n != names[id(p)]},
-            "files": dict(everyone),
-        }
-        try:
-            commit(folder, name, state, best)
-        except UserError as error:
-            fault = str(error)
-        else:
-            prune(folder, keep)
-    fault = [fault]
-    distributed.broadcast_object_list(fault)
-    if fault[0]:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)  # room for what the user does next
-        raise UserError(fault[0])
-    return folder / name
+            self.written = str(cannot_write(self.temporary / self.file, error))
+
+    def finish(self):
+        """Commit what all ranks have written, and only then delete what is older. Returns its path, the seconds
+        from the beginning to here, and those in which the run stood still. Raises UserError on every rank
+        if one of them could not write; the checkpoints that were there stay as they are."""
+        went_on = time.perf_counter()
+        self.writer.join()
+        everyone = [None] * distributed.get_world_size()
+        distributed.all_gather_object(everyone, (self.file, self.written))
+        fault = next((written for _, written in everyone if isinstance(written, str)), None)
+        if distributed.get_rank() == 0 and not fault:
+            try:
+                commit(self.folder, self.name, self.state | {"files": dict(everyone)}, self.best)
+                prune(self.folder, self.keep)
+            except UserError as error:
+                fault = str(error)
+        fault = [fault]
+        distributed.broadcast_object_list(fault)
+        if fault[0]:
+            if distributed.get_rank() == 0:
+                shutil.rmtree(self.temporary, ignore_errors=True)  # room for what the user does next
+            raise UserError(fault[0])
+        now = time.perf_counter()
+        return self.folder / self.name, now - self.began, self.stalled + now - went_on
+
+
+def save(engine, folder, state, best, keep):
+    """Save and commit at once. Returns the checkpoint's path. Raises UserError."""
+    return Saving(engine, folder, state, best, keep).finish()[0]
+
+
+def description(engine):
+    """What state.json says of the engine."""
+    steps = {int(adam["step"]) for *_, adam in own_pieces(engine)}
+    assert len(steps) == 1, f"the parts of the optimizer disagree on the number of steps: {steps}"
+    scaler = loss_scaler(engine) if engine.fp16_enabled() else None
+    parameters = dict(engine.module.named_parameters())
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    everything = engine.module.named_parameters(remove_duplicate=False)
+    return {
+        "optimizer_steps": steps.pop(),
+        "loss_scaler": {key: getattr(scaler, key) for key in SCALER if hasattr(scaler, key)},
+        "parameters": {name: list(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()},
+        "tied": {name: names[id(p)] for name, p in everything if name != names[id(p)]},
+    }
 
 
 def commit(folder, name, state, best):

@@ -128,6 +128,7 @@ class TrainConfig:
     eval_tokens: int = key(1_048_576, "validation tokens of one evaluation, the same each time", minimum=1)
     save_every: int = key(1000, "optimizer steps between two checkpoints; 0: only at the end", minimum=0)
     save_every_seconds: float = key(0.0, "also save when the last checkpoint is that old; 0: never", minimum=0)
+    save_in_background: bool = key(False, "copy to the CPU's memory and write while training goes on")
     save_best: bool = key(True, "also save when the validation loss is the lowest so far")
     keep_checkpoints: int = key(2, "newest checkpoints kept, besides the best", minimum=1)
     resume: str = key("auto", "auto: continue if the run folder holds a checkpoint; never; or a checkpoint's path")

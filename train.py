@@ -263,8 +263,15 @@ def main(config, watch=None):
         f"{train.micro_batch_size} sequences x {config.model.block_size}; {total_steps:,} steps; run in {run}"
     )
 
+    def finish(save):
+        path, seconds, stalled = save.finish()
+        say(f"saved {path} in {seconds:.2f} s, {stalled:.2f} s of them standing still")
+        if rank == 0:
+            line = {"step": save.state["step"], "tokens": save.state["tokens"]}
+            log.write(line | {"save_seconds": seconds, "stall_seconds": stalled})
+
     # ---- the loop: `step` is the number of optimizer steps done, which is all a run needs to go on
-    val_loss, timed_from, timed_steps, saved_at = None, time.perf_counter(), 0, time.monotonic()
+    val_loss, timed_from, timed_steps, saved_at, save = None, time.perf_counter(), 0, time.monotonic(), None
     for step in range(first_step + 1, total_steps + 1):
         tokens_seen = tokens_before + step * train.global_batch_tokens
         lr = learning_rate(train, tokens_seen)
@@ -283,11 +290,13 @@ def main(config, watch=None):
             loss += micro_loss.detach() / accumulation
             if micro_step == accumulation - 1:  # before the step clips the gradients and drops them
                 gradients = [p.grad for p in engine.module.parameters()] if plain else None
-                # all ranks learn the mean loss, whether one was asked to stop, whether rank 0's clock says save
+                # all ranks learn the mean loss, whether one was asked to stop, whether rank 0's clock says save,
+                # and how many have written the checkpoint that is on its way
                 old = rank == 0 and 0 < train.save_every_seconds < time.monotonic() - saved_at
-                known = torch.stack((loss.double(), loss.new_tensor(watch.reason is not None), loss.new_tensor(old)))
+                flags = loss.new_tensor((watch.reason is not None, old, save is not None and save.written is not None))
+                known = torch.cat((loss.double().view(1), flags))
                 comm.all_reduce(known)
-                loss_sum, stopping, saving = known.tolist()
+                loss_sum, stopping, saving, have_written = known.tolist()
                 loss = loss_sum / world_size
                 steps.expect(loss, float(torch.nn.utils.get_total_norm(gradients)) if plain else None)
             engine.step()
@@ -325,7 +334,7 @@ def main(config, watch=None):
 
         last = step == total_steps
         evaluate_now = last or (train.eval_every and step % train.eval_every == 0)
-        save_now = last or stopping or saving or (train.save_every and step % train.save_every == 0)
+        save_now = bool(last or stopping or saving or (train.save_every and step % train.save_every == 0))
         best_now = False
         paused_at = time.perf_counter()
         if evaluate_now:
@@ -339,16 +348,19 @@ def main(config, watch=None):
                 import plot  # matplotlib takes a second to import, and only rank 0 draws
 
                 plot.plot_loss([run], run / "loss.png")
-        if save_now or (best_now and train.save_best):
+        save_now |= best_now and train.save_best
+        if save and (save_now or have_written == world_size):
+            finish(save)
+            save = None
+        if save_now:
             watch.beat()
             state = record | {"step": step, "tokens": tokens_seen, "best_val_loss": best_val_loss}
             state["bad_steps"] = steps.state()
-            save_from = time.perf_counter()
-            saved = checkpoint.save(engine, run / "checkpoints", state, best_now, train.keep_checkpoints)
-            save_seconds, saved_at = time.perf_counter() - save_from, time.monotonic()
-            say(f"step {step}: saved {saved} in {save_seconds:.2f} s")
-            if rank == 0:
-                log.write({"step": step, "tokens": tokens_seen, "save_seconds": save_seconds})
+            place, keep, saved_at = run / "checkpoints", train.keep_checkpoints, time.monotonic()
+            save = checkpoint.Saving(engine, place, state, best_now, keep, train.save_in_background)
+            if last or stopping or not train.save_in_background:
+                finish(save)
+                save = None
         timed_from += time.perf_counter() - paused_at  # neither is part of a step
         if stopping and not last:
             say(f"stopped by {watch.reason or 'a signal to another rank'} behind step {step}; the same command goes on")

@@ -34,7 +34,7 @@ def test_a_run_asked_to_stop_saves_and_ends(asked, start, tmp_path):
     out = tmp_path / "run"
     more = ["--train.save_every_seconds", 2] if asked == "save_every_seconds" else []
     process = start(deepspeed_command(*RUN, *more, "--train.out_dir", out, port=29641))
-    wait_for_step(process, " 3/100" if not more else ": saved ")
+    wait_for_step(process, " 3/100" if not more else "saved ")
     ranks = ranks_of(process)
     everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     assert len(ranks) == 2
