@@ -280,7 +280,8 @@ def where_to_start(config, data, known_faults=()):
         if found in known_faults:
             raise UserError(known_faults[found])
         state = read_state(found)
-    for line in passed_over if os.environ["RANK"] == "0" else []:
+    news = [line for line in passed_over if not known_faults or str([*known_faults][-1]) in line]
+    for line in news if os.environ["RANK"] == "0" else []:
         print(line, flush=True)
     if found:
         check_same_run(found, state, config)

@@ -39,6 +39,8 @@ def is_gone(process):
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+    except psutil.Error:  # not ours to look at, so it is there
+        return False
 
 
 def launchers():
@@ -104,7 +106,8 @@ class Watch:
                     end(f"stopped by {name}", 130, self.out_dir)
                 self.reason = self.reason or name
             if self.rank == 0 and (self.out_dir / "STOP").exists():
-                (self.out_dir / "STOP").unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    (self.out_dir / "STOP").unlink()
                 self.reason = self.reason or f"{self.out_dir / 'STOP'}"
             if any(is_gone(process) for process in self.launchers):
                 self.reason = self.reason or "the end of its launcher"

@@ -113,12 +113,14 @@ def parity_of_stages(world_size, rank):
             train.main(config_of(path, stage, offload, train={"precision": precision}))
             if path == name:
                 go_on_from(name, 10, f"resumed_{name}")
-    # with dropout, and from a step that is no round number
-    name = f"dropout_ranks{world_size}"
-    for path in (name, f"resumed_{name}"):
-        train.main(config_of(path, 3, model={"dropout": 0.1}, train={"save_every": 7}))
-        if path == name:
-            go_on_from(name, 7, f"resumed_{name}")
+    # with dropout, and saving in the background, from a step that is no round number
+    for kind in ("dropout", "background"):
+        name = f"{kind}_ranks{world_size}"
+        for path in (name, f"resumed_{name}"):
+            settings = {"save_every": 7, "save_in_background": kind == "background"}
+            train.main(config_of(path, 3, model={"dropout": 0.1 if kind == "dropout" else 0.0}, train=settings))
+            if path == name:
+                go_on_from(name, 7, f"resumed_{name}")
 
 
 def main():

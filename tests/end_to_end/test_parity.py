@@ -18,7 +18,7 @@ from tests.conftest import deepspeed_command, run
 from tests.end_to_end.parity_settings import MOVES, SETTINGS
 
 SCRIPT = Path(__file__).with_name("parity.py")
-RUNS = [f"{precision}_stage{stage}_{offload}" for stage, precision, offload in SETTINGS] + ["dropout"]
+RUNS = [f"{precision}_stage{stage}_{offload}" for stage, precision, offload in SETTINGS]
 MOVED = {name: origin for moves in MOVES.values() for name, origin in moves.items()}
 
 
@@ -75,7 +75,7 @@ def test_validation_and_gradient_norms_agree_between_stages_and_ranks(folder):
                     assert ours[key] == pytest.approx(theirs[key], rel=1e-5), f"{key}, stage {stage}, {ranks} ranks"
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [*RUNS, "dropout", "background"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_resumed_run_goes_on_bit_for_bit(folder, name, ranks):
     whole, resumed = (folder / f"{kind}{name}_ranks{ranks}" for kind in ("", "resumed_"))
@@ -85,6 +85,15 @@ def test_a_resumed_run_goes_on_bit_for_bit(folder, name, ranks):
         assert all(ours.get(key) == theirs.get(key) for key in keys), (ours, theirs)
     same = [content_of(path / "checkpoints" / "step_00000020") for path in (whole, resumed)]
     assert same[0] == same[1], "weights, moments and random state too"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_is_written_in_the_background_is_what_the_run_was_when_it_was_copied(folder, ranks):
+    ours, theirs = (folder / f"{kind}_ranks{ranks}" for kind in ("background", "fp32_stage3_none"))
+    assert losses(ours) == losses(theirs)
+    (_, now), (_, again) = (whole_tensors(path / "checkpoints" / "step_00000020") for path in (ours, theirs))
+    assert all(torch.equal(now[key], again[key]) for key in now)
+    assert sum("stall_seconds" in line for line in read_metrics(ours)) >= 3
 
 
 def content_of(path):
