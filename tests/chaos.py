@@ -2,8 +2,8 @@
 
     python tests/chaos.py [--kills 50] [--inside_a_save 15] [--steps 2000]
 
-Every other time it saves in the background. Prints what was killed when, and fails unless the weights, moments and losses are the same bit for bit, every
-step there once. The short form of it runs in `make test`.
+Every other time it saves in the background. Prints what was killed when, and fails unless the weights, moments
+and losses are the same bit for bit, every step there once. The short form of it runs in `make test`.
 """
 
 import argparse
