@@ -23,7 +23,8 @@ import checkpoint
 from metrics import read_metrics
 from tests.conftest import ROOT, deepspeed_command, environment, run, write_small_data
 
-MODEL = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "vocab_size": 64, "init_std": 0.05, "dropout": 0.1}
+# large enough that a save takes some hundredths of a second
+MODEL = {"n_layer": 2, "n_head": 4, "n_embd": 192, "block_size": 32, "vocab_size": 64, "init_std": 0.05, "dropout": 0.1}
 
 
 def command_of(data, out, steps, port, background=False):
@@ -68,7 +69,7 @@ def start_and_kill(command, out, moment, generator):
     while moment == "save" and process.poll() is None and unfinished(out) <= before:
         time.sleep(0.0005)
     if moment == "save":
-        time.sleep(generator.uniform(0, 0.03))
+        time.sleep(generator.uniform(0, 0.02))
     os.killpg(process.pid, signal.SIGKILL)
     return process.wait() == -signal.SIGKILL
 
@@ -78,8 +79,9 @@ def main(folder, kills, inside_a_save, steps, port):
     data, whole, killed = write_small_data(folder), folder / "whole", folder / "killed"
     done = run(command_of(data, whole, steps, port), timeout=3600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    inside = 0
-    for count in range(1, kills + 1):
+    inside = count = 0
+    while count < kills or inside < inside_a_save:
+        count += 1
         moment = "save" if inside < inside_a_save and count % 3 else generator.choice(["start", "step", "step", "step"])
         before = unfinished(killed)
         assert start_and_kill(command_of(data, killed, steps, port, count % 2 == 0), killed, moment, generator), (
@@ -90,7 +92,6 @@ def main(folder, kills, inside_a_save, steps, port):
         print(f"kill {count}: {moment}; complete {found and found.name}, cut off {left}", flush=True)
     done = run(command_of(data, killed, steps, port), timeout=3600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert inside >= inside_a_save, f"only {inside} kills fell inside a save"
 
     last = [checkpoint.read_state(path / "checkpoints" / checkpoint.name_of(steps)) for path in (whole, killed)]
     assert last[0]["files"] == last[1]["files"], "weights, moments and random state, by checksum"
@@ -99,7 +100,7 @@ def main(folder, kills, inside_a_save, steps, port):
     ]
     assert losses[0] == losses[1] and [step for step, _ in losses[1]] == list(range(1, steps + 1))
     assert last[1]["tokens"] == steps * 8 * 32 and last[1]["optimizer_steps"] == steps
-    print(f"{kills} kills, {inside} inside a save; {steps} steps, each once; last checkpoint equal bit for bit")
+    print(f"{count} kills, {inside} inside a save; {steps} steps, each once; last checkpoint equal bit for bit")
 
 
 if __name__ == "__main__":
