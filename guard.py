@@ -70,13 +70,14 @@ class Watch:
 
     def start(self):
         self.launchers = launchers()
-        self.reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer)
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+        signal.set_wakeup_fd(self.writer)
         for number in (signal.SIGINT, *STOP_SIGNALS):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks of SIGHUP
                 signal.signal(number, lambda *_: None)
-        threading.Thread(target=self.run, daemon=True).start()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
         return self
 
     def meet(self):
@@ -94,13 +95,17 @@ class Watch:
         self.beats, self.last_beat = self.beats + 1, time.monotonic()
 
     def finish(self):
+        """No more watching. The thread must be gone before the interpreter is: one that the interpreter's end
+        finds inside torch's store takes the process down with `terminate called`."""
         self.finished = True
+        os.write(self.writer, b"\0")
+        self.thread.join()
 
     def run(self):
         told = 0
         while not self.finished:
             ready, _, _ = select.select([self.reader], [], [], 0.5)
-            for number in os.read(self.reader, 64) if ready else b"":
+            for number in filter(None, os.read(self.reader, 64) if ready else b""):
                 name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
                 if number == signal.SIGINT or self.peers is None:
                     end(f"stopped by {name}", 130, self.out_dir)

@@ -26,7 +26,7 @@ MODEL = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "vocab_size"
 
 def config_of(name, stage, offload="none", steps=20, **more):
     settings = {"out_dir": str(FOLDER / name), "micro_batch_size": 2, "global_batch_tokens": 8 * 32}
-    settings |= {"max_tokens": steps * 8 * 32, "lr": 1e-2, "log_every": 1, "eval_every": 10, "save_every": 10}
+    settings |= {"max_tokens": steps * 8 * 32, "lr": 1e-2, "log_every": 1, "eval_every": 0, "save_every": 10}
     settings |= {"eval_tokens": 13 * 32, "warmup_tokens": 5 * 8 * 32, "keep_checkpoints": 20, **more.pop("train", {})}
     # small enough that matrices are sharded and gathered, not kept whole
     zero = {"stage": stage, "stage3_param_persistence_threshold": 100, "reduce_bucket_size": 4096}
@@ -39,7 +39,7 @@ def config_of(name, stage, offload="none", steps=20, **more):
 
 def config_of_moved(name, stage, offload="none"):
     """150 steps with a checkpoint every 50."""
-    settings = {"lr": 3e-3, "eval_every": 50, "save_every": 50, "save_best": False}
+    settings = {"lr": 3e-3, "save_every": 50, "save_best": False}
     return config_of(name, stage, offload, steps=150, train=settings)
 
 
