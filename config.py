@@ -135,6 +135,8 @@ class TrainConfig:
     eval_every: int = key(1000, "optimizer steps between two evaluations; 0: only at the end", minimum=0)
     eval_tokens: int = key(1_048_576, "validation tokens of one evaluation, the same each time", minimum=1)
     save_every: int = key(1000, "optimizer steps between two checkpoints; 0: only at the end", minimum=0)
+    save_every_seconds: float = key(0.0, "also save when the last checkpoint is that old; 0: never", minimum=0)
+    save_in_background: bool = key(False, "copy to the CPU's memory and write while training goes on")
     save_best: bool = key(True, "also save when the validation loss is the lowest so far")
     keep_checkpoints: int = key(2, "newest checkpoints kept, besides the best", minimum=1)
     resume: str = key("auto", "auto: continue if the run folder holds a checkpoint; never; or a checkpoint's path")
@@ -142,6 +144,24 @@ class TrainConfig:
         None,
         "start from these weights: a folder in transformers' format, a name on the Hugging Face hub, or a run or "
         "checkpoint of ours; null: random. Prepare the data with that model's tokenizer",
+    )
+    bad_step: str = key(
+        "skip",
+        "a step with a NaN, an infinity or a spike: pass over it; end the run; load the last checkpoint and go on "
+        "behind it",
+        ["skip", "stop", "rollback"],
+    )
+    spike_zscore: float = key(
+        0.0,
+        "standard deviations above the last 128 good steps that make a loss or gradient norm a spike; 0: none",
+        minimum=0,
+    )
+    max_bad_steps: int = key(10, "bad steps in a row that end the run", minimum=1)
+    timeout_seconds: float = key(1500.0, "without progress after which a run that hangs is ended", minimum=1)
+    allow_changed: list[str] = key(
+        [],
+        "keys in which a resumed run may differ from its checkpoint",
+        ["data.path", "train.seed", "train.global_batch_tokens"],
     )
     loggers: list[str] = key([], "where metrics go besides metrics.jsonl", ["tensorboard", "wandb"])
     verbose: bool = key(False, "show DeepSpeed's own log")

@@ -40,6 +40,11 @@ def check_zero_section(section):
         raise UserError(
             f"deepspeed.zero_optimization.{where}: found {first['input']!r}: {first['msg']}{remedy}"
         ) from None
+    for name in ("offload_optimizer", "offload_param"):
+        if (section.get(name) or {}).get("device") == "nvme":
+            raise UserError(
+                f"deepspeed.zero_optimization.{name}.device: nvme cannot be saved from; expected cpu or none"
+            )
 
 
 def missing_apex():

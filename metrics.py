@@ -1,6 +1,7 @@
 """What a run measures, and where the numbers go: throughput, FLOPs, memory, console and metrics.jsonl."""
 
 import json
+import math
 import re
 import resource
 import secrets
@@ -146,9 +147,13 @@ class MetricsLog:
             return None
 
     def write(self, line):
+        # JSON knows neither NaN nor infinity
+        line = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
+        }
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
-        numbers = {key: value for key, value in line.items() if key != "step" and value is not None}
+        numbers = {key: value for key, value in line.items() if key != "step" and isinstance(value, int | float)}
         for name, (send, _) in list(self.loggers.items()):
             self.attempt(name, send, numbers, line["step"])
 

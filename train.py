@@ -7,17 +7,17 @@
 Read it from top to bottom: learning rate, evaluation, set-up, loop. `train.py --help` lists every key.
 """
 
+import contextlib
+import errno
 import json
 import math
 import os
 import platform
-import signal
 import socket
 import subprocess
-import sys
-import threading
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from deepspeed import comm
 
 import checkpoint
 import export
+import guard
 import metrics
 from config import (
     ROOT,
@@ -40,8 +41,8 @@ from config import (
     zero_stage,
 )
 from data import order
-from data.mixture import Mixture, check_same_data
-from data.shards import write_json
+from data.mixture import Mixture
+from data.shards import cannot_write, write_json
 from engine import build_engine, check_zero_section, choose_kernels, resolve_precision, why_not_compiled
 from model import IGNORE
 
@@ -129,28 +130,18 @@ def versions():
     }
 
 
-def where_to_start(config):
-    """The checkpoint to continue from, or None, and its state. Raises UserError if the run folder holds
-    what this run must not continue or overwrite."""
-    run, resume = Path(config.train.out_dir), config.train.resume
-    found = checkpoint.find(run if resume in ("auto", "never") else resume)
-    if resume == "never" and found:
-        raise UserError(f"train.out_dir: {run} already holds a run; choose another, or drop --train.resume never")
-    if found is None:
-        if resume not in ("auto", "never"):
-            raise UserError(f"train.resume: {resume} holds no complete checkpoint; expected auto, never or one's path")
-        return None, {"step": 0, "best_val_loss": None}
-    state = checkpoint.read_state(found)
-    checkpoint.check_same_run(found, state, config)
-    return found, state
-
-
-def main(config):
+def main(config, watch=None):
     """Train as `config` says, from the beginning or from the run's newest checkpoint. Returns the last
-    validation loss. Raises UserError for what the user can mend, before anything is started or written."""
+    validation loss. Raises UserError for what the user can mend, before anything is started or written.
+    watch: notices requests to stop."""
     train = config.train
+    watch = watch or guard.Watch(train.out_dir, train.timeout_seconds)
     device, rank, world_size = find_place(train.verbose)
-    say = print if rank == 0 else lambda *_, **__: None
+
+    def say(line):
+        if rank == 0:
+            with contextlib.suppress(OSError):  # a lost terminal must not cost the run
+                print(line, flush=True)
 
     # ---- data: batch(windows) gives inputs and targets, both (micro_batch_size, block_size)
     train_data, val_data = (
@@ -160,24 +151,14 @@ def main(config):
 
     # ---- batch arithmetic: tokens a step = micro_batch_size x block_size x ranks x accumulation
     accumulation = gradient_accumulation(config, world_size)
-    total_steps = train.max_tokens // train.global_batch_tokens
     precision = resolve_precision(train.precision, device)
     ds_config = deepspeed_config(config, world_size, precision, on_gpu=device.type == "cuda")
     check_zero_section(ds_config.get("zero_optimization", {}))
     kernels, why_kernels = choose_kernels(train.kernels, device)
 
     # ---- model and optimizer, new or from a checkpoint
-    run = Path(train.out_dir)
-    resume_from, state = where_to_start(config)
-    if resume_from:
-        check_same_data(state["data"], train_data, resume_from)
-    first_step, best_val_loss = state["step"], state.get("best_val_loss")
-    if first_step >= total_steps:
-        say(f"{run} is complete: {first_step} of {total_steps} steps; raise train.max_tokens to train it longer")
-        return best_val_loss
-    stage = zero_stage(ds_config)
-    if resume_from:
-        checkpoint.check_same_ranks(resume_from, state, world_size, stage, precision)
+    run, stage = Path(train.out_dir), zero_stage(ds_config)
+    resume_from, state = checkpoint.where_to_start(config, train_data)
     weights, load_weights = None, None
     if train.init_from and not resume_from:
         weights, load_weights = export.open_weights(train.init_from, config.model)
@@ -185,22 +166,42 @@ def main(config):
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"train.out_dir: {run}: {error.strerror}; choose a folder that can be written") from None
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=train.verbose)
+    patience = timedelta(seconds=max(1800, 2 * train.timeout_seconds))  # `watch` knows first, and which rank hangs
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, timeout=patience, verbose=train.verbose)
+    known_faults = {}
+    while resume_from and (fault := checkpoint.fault_of(resume_from, state)):
+        known_faults[resume_from] = fault
+        resume_from, state = checkpoint.where_to_start(config, train_data, known_faults)
+    first_step, best_val_loss = state["step"], state["best_val_loss"]
+    # other than zero only where train.global_batch_tokens was changed on the way
+    tokens_before = state["tokens"] - first_step * train.global_batch_tokens
+    total_steps = (train.max_tokens - tokens_before) // train.global_batch_tokens
+    if first_step >= total_steps:
+        say(f"{run} is complete: {first_step} of {total_steps} steps; raise train.max_tokens to train it longer")
+        return best_val_loss
     not_compiled = why_not_compiled(train.compile, config.model, device, kernels)
     engine = build_engine(config, ds_config, device, kernels, not not_compiled, load_weights)
     plain = stage == 0 and precision == "fp32"  # the one case in which DeepSpeed keeps no gradient norm
     torch.manual_seed(train.seed + 1 + rank)  # each rank drops other activations
     if resume_from:
-        checkpoint.load(engine, resume_from)
-        say(f"continuing from {resume_from}: step {first_step}, {first_step * train.global_batch_tokens:,} tokens")
+        checkpoint.load(engine, resume_from, state, train.seed)
+        was = checkpoint.setting(state["world_size"], state["stage"], state["precision"])
+        now = checkpoint.setting(world_size, stage, precision)
+        say(
+            f"continuing from {resume_from}: step {first_step}, {state['tokens']:,} tokens"
+            + (f"; saved on {was}, now {now}" if was != now else "")
+        )
     elif weights:
         say(f"weights from {weights}")
+    steps = guard.BadSteps(engine, train.spike_zscore, state.get("bad_steps"))
+    watch.meet()
 
     # ---- what is logged, and what a checkpoint records
     made_with = versions()
-    record = {"config": config.to_dict(), "versions": made_with, "world_size": world_size, "precision": precision}
+    record = {"config": config.to_dict(), "versions": made_with, "data": train_data.fingerprint()}
+    record |= {"world_size": world_size, "stage": stage, "precision": precision}
     record |= {"kernels": kernels, "compiled": not not_compiled}
-    record["data"] = train_data.fingerprint()
     parameters, _ = metrics.count_parameters(config.model)
     flops = metrics.flops_per_token(config.model)
     hardware_flops = flops + metrics.recomputed_flops_per_token(config.model, int(train.activation_checkpointing))
@@ -217,10 +218,17 @@ def main(config):
         f"{train.micro_batch_size} sequences x {config.model.block_size}; {total_steps:,} steps; run in {run}"
     )
 
+    def finish(save):
+        path, seconds, stalled = save.finish()
+        say(f"saved {path} in {seconds:.2f} s, {stalled:.2f} s of them standing still")
+        if rank == 0:
+            line = {"step": save.state["step"], "tokens": save.state["tokens"]}
+            log.write(line | {"save_seconds": seconds, "stall_seconds": stalled})
+
     # ---- the loop: `step` is the number of optimizer steps done, which is all a run needs to go on
-    val_loss, timed_from, timed_steps = None, time.perf_counter(), 0
+    val_loss, timed_from, timed_steps, saved_at, save = None, time.perf_counter(), 0, time.monotonic(), None
     for step in range(first_step + 1, total_steps + 1):
-        tokens_seen = step * train.global_batch_tokens
+        tokens_seen = tokens_before + step * train.global_batch_tokens
         lr = learning_rate(train, tokens_seen)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
@@ -230,22 +238,34 @@ def main(config):
         loss = torch.zeros((), device=device)
         for micro_step in range(accumulation):
             samples = order.sample_numbers(step - 1, micro_step, rank, world_size, train.micro_batch_size, accumulation)
-            batch = train_data.batch(train_data.windows_of(samples))
+            batch = train_data.batch(train_data.windows_of(samples + tokens_before // config.model.block_size))
+            watch.beat()
             micro_loss = engine(*to_device(batch, device))
             engine.backward(micro_loss)
             loss += micro_loss.detach() / accumulation
-            if plain and micro_step == accumulation - 1:  # before the step clips the gradients and drops them
-                grad_norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters()])
+            if micro_step == accumulation - 1:  # before the step clips the gradients and drops them
+                gradients = [p.grad for p in engine.module.parameters()] if plain else None
+                # all ranks learn the mean loss, whether one was asked to stop, whether rank 0's clock says save,
+                # and how many have written the checkpoint that is on its way
+                old = rank == 0 and 0 < train.save_every_seconds < time.monotonic() - saved_at
+                flags = loss.new_tensor((watch.reason is not None, old, save is not None and save.written is not None))
+                known = torch.cat((loss.double().view(1), flags))
+                comm.all_reduce(known)
+                loss_sum, stopping, saving, have_written = known.tolist()
+                loss = loss_sum / world_size
+                steps.expect(loss, float(torch.nn.utils.get_total_norm(gradients)) if plain else None)
             engine.step()
-        if not plain:
-            grad_norm = engine.get_global_grad_norm()
         timed_steps += 1
+        last_sample = tokens_seen // config.model.block_size - 1
+        samples = (last_sample + 1 - train.global_batch_tokens // config.model.block_size, last_sample)
+        if fault := steps.outcome(samples):
+            if rank == 0:
+                log.write({"step": step, "tokens": tokens_seen, "bad_step": fault, "samples": samples})
+            say(f"step {step}: {fault}; samples {samples[0]} to {samples[1]} {steps.answer(step, train)}")
 
         if step % train.log_every == 0 or step == 1 or step == total_steps:
-            comm.all_reduce(loss)
             memory = torch.tensor(metrics.peak_memory_bytes(), device=device)
             comm.all_reduce(memory, op=comm.ReduceOp.MAX)
-            loss = loss.item() / world_size  # waits for the device, so the time below is the true one
             step_seconds = (time.perf_counter() - timed_from) / timed_steps
             tokens_per_second = train.global_batch_tokens / step_seconds
             tflops = tokens_per_second * flops / world_size / 1e12
@@ -254,7 +274,8 @@ def main(config):
                 "tokens": tokens_seen,
                 "loss": loss,
                 "lr": lr,
-                "grad_norm": float(grad_norm),
+                "grad_norm": steps.grad_norm,
+                "skipped": steps.skipped,
                 "tokens_per_second": tokens_per_second,
                 "step_seconds": step_seconds,
                 "tflops": tflops,
@@ -264,12 +285,12 @@ def main(config):
             }
             if rank == 0:
                 log.write(line)
-            say(metrics.console_line(line, total_steps), flush=True)
+            say(metrics.console_line(line, total_steps))
             timed_from, timed_steps = time.perf_counter(), 0
 
         last = step == total_steps
         evaluate_now = last or (train.eval_every and step % train.eval_every == 0)
-        save_now = last or (train.save_every and step % train.save_every == 0)
+        save_now = bool(last or stopping or saving or (train.save_every and step % train.save_every == 0))
         best_now = False
         paused_at = time.perf_counter()
         if evaluate_now:
@@ -277,57 +298,50 @@ def main(config):
             # a NaN is never the best, and nothing is ever measured against one
             best_now = val_loss < (math.inf if best_val_loss is None else best_val_loss)
             best_val_loss = val_loss if best_now else best_val_loss
-            say(f"step {step}: validation loss {val_loss:.4f}{', the best so far' if best_now else ''}", flush=True)
+            say(f"step {step}: validation loss {val_loss:.4f}{', the best so far' if best_now else ''}")
             if rank == 0:
                 log.write({"step": step, "tokens": tokens_seen, "val_loss": val_loss})
                 import plot  # matplotlib takes a second to import, and only rank 0 draws
 
                 plot.plot_loss([run], run / "loss.png")
-        if save_now or (best_now and train.save_best):
+        save_now |= best_now and train.save_best
+        if save and (save_now or have_written == world_size):
+            finish(save)
+            save = None
+        if save_now:
+            watch.beat()
             state = record | {"step": step, "tokens": tokens_seen, "best_val_loss": best_val_loss}
-            checkpoint.save(engine, run / "checkpoints", state, best_now, train.keep_checkpoints)
+            state["bad_steps"] = steps.state()
+            place, keep, saved_at = run / "checkpoints", train.keep_checkpoints, time.monotonic()
+            save = checkpoint.Saving(engine, place, state, best_now, keep, train.save_in_background)
+            if last or stopping or not train.save_in_background:
+                finish(save)
+                save = None
         timed_from += time.perf_counter() - paused_at  # neither is part of a step
+        if stopping and not last:
+            say(f"stopped by {watch.reason or 'a signal to another rank'} behind step {step}; the same command goes on")
+            break
 
     if rank == 0:
         log.close()
     return val_loss
 
 
-def end_on_signal(out_dir):
-    """Ctrl-C, or the SIGTERM by which the launcher ends the other ranks when one has died: say so in one
-    line and end at once. From a thread of its own, woken by a pipe, because a rank that waits in NCCL or
-    gloo for one that is gone never comes back to Python's own signal handlers."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-
-    def watch():
-        name = signal.Signals(os.read(reader, 1)[0]).name
-        end(f"stopped by {'Ctrl-C' if name == 'SIGINT' else name}", 130, out_dir)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def end(reason, code, out_dir):
-    """Leave without waiting for ranks that are gone, as the interpreter's own exit would."""
-    found = checkpoint.find(out_dir)
-    remedy = f"resume from {found}" if found else "no checkpoint was saved yet"
-    print(f"train.py: rank {os.environ.get('RANK', '0')} {reason}; {remedy}", file=sys.stderr, flush=True)
-    os._exit(code)
-
-
 def command(arguments):
     """main from the command line."""
     config = load_config(arguments)
-    end_on_signal(config.train.out_dir)
+    watch = guard.Watch(config.train.out_dir, config.train.timeout_seconds).start()
     try:
-        main(config)
+        main(config, watch)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        raise cannot_write(error.filename or config.train.out_dir, error) from None
     except RuntimeError as error:  # torch's DistBackendError, which NCCL raises, is one as well
         if not any(word in str(error) for word in ("gloo", "Connection closed", "NCCL", "onnection reset")):
             raise
-        end(f"lost contact with another rank ({str(error).splitlines()[0]})", 1, config.train.out_dir)
+        guard.end(f"lost contact with another rank ({str(error).splitlines()[0]})", 1, config.train.out_dir)
+    watch.finish()
     if comm.is_initialized():
         comm.barrier()  # gloo aborts at exit if a peer still talks
         comm.destroy_process_group()

@@ -75,11 +75,14 @@ def start():
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory):
     """A small data set of tokens that follow a rule, so that a model can learn it: 3 shards, 64 ids."""
+    return write_small_data(tmp_path_factory.mktemp("small_data"))
+
+
+def write_small_data(folder):
     import numpy as np
 
     from data.shards import write_json, write_shard
 
-    folder = tmp_path_factory.mktemp("small_data")
     generator, splits = np.random.default_rng(0), {}
     for split, sizes in (("train", (20_000, 31_000, 9_000)), ("val", (5_000,))):
         shards = []

@@ -1,12 +1,13 @@
-"""Started by test_parity.py under the launcher, once on one and once on two ranks: trains 20 steps at
-every ZeRO stage in one process group, and does it again from a checkpoint halfway.
+"""Started by test_parity.py under the launcher, on two ranks, on one, and on two again: trains 20 steps at
+every ZeRO stage in one process group, goes on from checkpoints, and moves runs to other ranks and stages.
 
-    parity.py DATA FOLDER
+    parity.py DATA FOLDER first|second|third
 """
 
 import json
 import shutil
 import sys
+from itertools import chain
 from pathlib import Path
 
 import deepspeed
@@ -16,66 +17,129 @@ from deepspeed import comm
 import checkpoint
 import train
 from config import build, deepspeed_config
-from engine import build_engine
+from data import order
+from tests.end_to_end.parity_settings import MOVES, SETTINGS
 
-DATA, FOLDER = sys.argv[-2], Path(sys.argv[-1])
+DATA, FOLDER, PART = sys.argv[-3], Path(sys.argv[-2]), sys.argv[-1]
 MODEL = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "vocab_size": 64, "init_std": 0.05}
 
 
-def config_of(name, stage, **more):
+def config_of(name, stage, offload="none", steps=20, **more):
     settings = {"out_dir": str(FOLDER / name), "micro_batch_size": 2, "global_batch_tokens": 8 * 32}
-    settings |= {"max_tokens": 20 * 8 * 32, "lr": 1e-2, "log_every": 1, "eval_every": 10, "save_every": 10}
-    settings |= {"eval_tokens": 13 * 32, "warmup_tokens": 5 * 8 * 32, **more.pop("train", {})}
+    settings |= {"max_tokens": steps * 8 * 32, "lr": 1e-2, "log_every": 1, "eval_every": 0, "save_every": 10}
+    settings |= {"eval_tokens": 13 * 32, "warmup_tokens": 5 * 8 * 32, "keep_checkpoints": 20, **more.pop("train", {})}
     # small enough that matrices are sharded and gathered, not kept whole
     zero = {"stage": stage, "stage3_param_persistence_threshold": 100, "reduce_bucket_size": 4096}
-    zero |= {"stage3_prefetch_bucket_size": 4096}
+    zero |= {"stage3_prefetch_bucket_size": 4096, "offload_optimizer": {"device": offload}}
     model = MODEL | more.pop("model", {})
     return build(
         {"model": model, "data": {"path": DATA}, "train": settings, "deepspeed": {"zero_optimization": zero}}, ""
     )
 
 
+def config_of_moved(name, stage, offload="none"):
+    """150 steps with a checkpoint every 50."""
+    settings = {"lr": 3e-3, "save_every": 50, "save_best": False}
+    return config_of(name, stage, offload, steps=150, train=settings)
+
+
+def engine_of(stage, precision="fp32", offload="none", **more):
+    device, _, world_size = train.find_place(False)
+    config = config_of("unused", stage, offload, **more)
+    return train.build_engine(config, deepspeed_config(config, world_size, precision, False), device)
+
+
 def initial_weights(stage, precision):
     """Every parameter, whole, right after the engine was made."""
-    device, _, world_size = train.find_place(False)
-    config = config_of("unused", stage, model={"bias": False, "norm": "rmsnorm"})
-    engine = build_engine(config, deepspeed_config(config, world_size, precision, False), device)
+    engine = engine_of(stage, precision, model={"bias": False, "norm": "rmsnorm"})
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         return {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
 
 
-def settings_after_loading(stage, world_size):
-    """A checkpoint loaded into a run with another optimizer setting: [(weight decay, betas, eps) a group]."""
-    device, _, _ = train.find_place(False)
+def loaded_and_saved_again(stage, offload):
+    """The checkpoint of two ranks at stage 3 loaded into a run with other optimizer settings, and saved from
+    there without a step: [(weight decay, betas, eps) of each parameter group]."""
     changed = {"weight_decay": 0.5, "betas": [0.5, 0.6], "eps": 1e-3}
-    config = config_of("unused", stage, train=changed)
-    engine = build_engine(config, deepspeed_config(config, world_size, "fp32", False), device)
-    checkpoint.load(engine, FOLDER / f"stage{stage}_ranks{world_size}" / "checkpoints" / "step_00000020")
+    engine = engine_of(stage, offload=offload, train=changed)
+    path = FOLDER / "moved" / "checkpoints" / "step_00000050"
+    state = checkpoint.read_state(path)
+    checkpoint.load(engine, path, state, 0)
+    where = {"world_size": comm.get_world_size(), "stage": stage}
+    folder = FOLDER / f"again_stage{stage}_{offload}_ranks{comm.get_world_size()}"
+    checkpoint.save(engine, folder, state | where, False, 1)
     return [(group["weight_decay"], *group["betas"], group["eps"]) for group in engine.optimizer.param_groups]
+
+
+def go_on_from(name, step, new):
+    """A copy of a run as it was when it was stopped behind that step: what it saved later is taken away."""
+    comm.barrier()
+    if comm.get_rank() == 0:
+        shutil.copytree(FOLDER / name, FOLDER / new)
+        for later in (FOLDER / new / "checkpoints").glob("step_*"):
+            if later.name > checkpoint.name_of(step):
+                shutil.rmtree(later)
+    comm.barrier()
+
+
+def keep_record_of_samples(name):
+    """Have order.sample_numbers write down, for rank 0's log, what this rank was given."""
+    numbers, seen = order.sample_numbers, []
+
+    def and_record(step, *rest):
+        samples = numbers(step, *rest)
+        seen.extend((step, int(sample)) for sample in samples)
+        return samples
+
+    order.sample_numbers = and_record
+
+    def finish():
+        order.sample_numbers = numbers
+        everyone = [None] * comm.get_world_size()
+        torch.distributed.all_gather_object(everyone, seen)
+        if comm.get_rank() == 0:
+            (FOLDER / f"{name}.samples.json").write_text(json.dumps(sorted(chain(*everyone))))
+
+    return finish
+
+
+def parity_of_stages(world_size, rank):
+    weights = {f"{p} {stage}": initial_weights(stage, p) for p in ("fp32", "bf16") for stage in (0, 1, 2, 3)}
+    if rank == 0:
+        torch.save(weights, FOLDER / f"weights_{world_size}.pt")
+    for stage, precision, offload in SETTINGS:
+        # run to the end, and once more from its checkpoint of step 10
+        name = f"{precision}_stage{stage}_{offload}_ranks{world_size}"
+        for path in (name, f"resumed_{name}"):
+            train.main(config_of(path, stage, offload, train={"precision": precision}))
+            if path == name:
+                go_on_from(name, 10, f"resumed_{name}")
+    # with dropout, and saving in the background, from a step that is no round number
+    for kind in ("dropout", "background"):
+        name = f"{kind}_ranks{world_size}"
+        for path in (name, f"resumed_{name}"):
+            settings = {"save_every": 7, "save_in_background": kind == "background"}
+            train.main(config_of(path, 3, model={"dropout": 0.1 if kind == "dropout" else 0.0}, train=settings))
+            if path == name:
+                go_on_from(name, 7, f"resumed_{name}")
 
 
 def main():
     _, rank, world_size = train.find_place(False)
     deepspeed.init_distributed("gloo", verbose=False)
-    weights = {f"{p} {stage}": initial_weights(stage, p) for p in ("fp32", "bf16") for stage in (0, 1, 2, 3)}
-    if rank == 0:
-        torch.save(weights, FOLDER / f"weights_{world_size}.pt")
-    for stage in (0, 1, 2, 3):
-        train.main(config_of(f"stage{stage}_ranks{world_size}", stage))
-
-    # the same run, stopped behind step 10: its last checkpoint and all it did since are taken away
-    for name, more in (("plain", {}), ("dropout", {"model": {"dropout": 0.1}})):
-        whole, resumed = f"whole_{name}_ranks{world_size}", f"resumed_{name}_ranks{world_size}"
-        train.main(config_of(whole, 3, **{key: dict(value) for key, value in more.items()}))
-        comm.barrier()
+    if PART == "first":
+        train.main(config_of_moved("moved", 3))
+    if PART != "third":
+        parity_of_stages(world_size, rank)
+        settings = {f"stage{s}_{o}": loaded_and_saved_again(s, o) for s, p, o in SETTINGS if p == "fp32"}
         if rank == 0:
-            shutil.copytree(FOLDER / whole, FOLDER / resumed)
-            shutil.rmtree(FOLDER / resumed / "checkpoints" / "step_00000020")
-        comm.barrier()
-        train.main(config_of(resumed, 3, **{key: dict(value) for key, value in more.items()}))
-    settings = {stage: settings_after_loading(stage, world_size) for stage in (0, 1, 3)}
+            (FOLDER / f"settings_{world_size}.json").write_text(json.dumps(settings))
+    for name, (origin, step, stage, offload) in MOVES[PART].items():
+        go_on_from(origin, step, name)
+        finish = keep_record_of_samples(name)
+        train.main(config_of_moved(name, stage, offload))
+        finish()
     if rank == 0:
-        (FOLDER / f"done_{world_size}.json").write_text(json.dumps(settings))
+        (FOLDER / f"done_{PART}").touch()
     comm.barrier()
     comm.destroy_process_group()
 

@@ -73,9 +73,35 @@ def test_a_finished_run_is_left_alone_and_never_refuses_it(tiny_run):
     assert done.returncode == 0 and "is complete" in done.stdout
     done = run([*again, "--train.resume", "never"])
     assert done.returncode == 2 and "already holds a run" in done.stderr and "Traceback" not in done.stderr
-    done = run([*again, "--train.max_tokens", "200000"])
-    assert done.returncode == 2 and "number of ranks 2 -> 1" in done.stderr and "Traceback" not in done.stderr
+    done = run([*again, "--train.max_tokens", "200000", "--train.seed", "7"])
+    assert done.returncode == 2 and "train.seed 1337 -> 7" in done.stderr and len(done.stderr.splitlines()) == 1
     assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_goes_on_with_fewer_ranks_at_another_stage_and_with_a_larger_batch_if_asked(tiny_run, tmp_path):
+    out, _ = tiny_run
+    steps = [line["step"] for line in read_metrics(out)]
+    fewer = [
+        sys.executable,
+        *TINY,
+        "--train.resume",
+        out,
+        "--train.out_dir",
+        tmp_path / "fewer",
+        "--train.log_every",
+        1,
+    ]
+    fewer += ["--deepspeed.zero_optimization.stage", "1", "--train.global_batch_tokens", "4096"]
+    fewer += ["--train.max_tokens", str(steps[-1] * 2048 + 5 * 4096)]
+    done = run(fewer)
+    assert done.returncode == 2 and "or name them in train.allow_changed" in done.stderr
+    done = run([*fewer, "--train.allow_changed", '["train.global_batch_tokens"]'])
+    assert done.returncode == 0, done.stderr
+    assert "saved on 2 ranks at ZeRO stage 3 in fp32, now 1 rank at ZeRO stage 1 in fp32" in done.stdout
+    found = [line for line in read_metrics(tmp_path / "fewer") if "loss" in line]
+    assert [line["step"] for line in found] == [steps[-1] + more for more in range(1, 6)]
+    assert [line["tokens"] for line in found] == [steps[-1] * 2048 + more * 4096 for more in range(1, 6)]
+    assert found[0]["loss"] < 7
 
 
 def test_a_mistake_ends_all_ranks_with_one_line_and_code_2():

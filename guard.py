@@ -1,0 +1,226 @@
+"""What watches over a run: requests to stop, ranks that die or hang, and numbers that must not reach the weights."""
+
+import contextlib
+import math
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import psutil
+from torch import distributed
+
+import checkpoint
+from config import UserError
+from pieces import forget_powers
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+WINDOW = 128  # good steps that a spike is measured against; half of them must be there
+
+
+def end(reason, code, out_dir):
+    """Say in one line why this rank ends, and leave without waiting for ranks that are gone, as the
+    interpreter's own exit would."""
+    found = checkpoint.find(out_dir)
+    remedy = f"resume from {found}" if found else "no checkpoint was saved yet"
+    with contextlib.suppress(OSError):  # the terminal may be gone too
+        print(f"train.py: rank {os.environ.get('RANK', '0')} {reason}; {remedy}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def is_gone(process):
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:  # not ours to look at, so it is there
+        return False
+
+
+def launchers():
+    """The processes above this one that belong to DeepSpeed's launcher. When somebody ends the `deepspeed`
+    command, the ranks are not told: they stay behind as orphans."""
+    found = []
+    for process in psutil.Process().parents()[:2]:
+        with contextlib.suppress(psutil.Error):
+            if any("deepspeed" in os.path.basename(word) for word in process.cmdline()[:4]):
+                found.append(process)
+    return found
+
+
+class Watch:
+    """Notices, in a thread of its own, what asks this run to stop: SIGTERM, SIGUSR1, SIGHUP, a file STOP in the
+    run's folder, or that the launcher has gone. `reason` then says what, and the loop saves and ends when
+    all ranks know. Ctrl-C ends at once.
+
+    A thread, woken by a pipe, because a rank that waits in NCCL or gloo for another never comes back to
+    Python's signal handlers. So it also ends this rank where the loop no longer can: the launcher sends
+    SIGTERM as well when a rank has died, and a rank that hangs is named after `timeout` seconds."""
+
+    def __init__(self, out_dir, timeout):
+        self.out_dir, self.timeout, self.reason = Path(out_dir), timeout, None
+        self.rank = int(os.environ.get("RANK", 0))
+        self.peers, self.beats, self.last_beat, self.finished = None, 0, time.monotonic(), False
+
+    def start(self):
+        self.launchers = launchers()
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+        signal.set_wakeup_fd(self.writer)
+        for number in (signal.SIGINT, *STOP_SIGNALS):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks of SIGHUP
+                signal.signal(number, lambda *_: None)
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+        return self
+
+    def meet(self):
+        """From here on stop requests wait for the end of a step. Every rank must call this."""
+        everyone = [None] * distributed.get_world_size()
+        distributed.all_gather_object(everyone, (socket.gethostname(), os.getpid()))
+        here = {rank: pid for rank, (host, pid) in enumerate(everyone) if host == socket.gethostname()}
+        self.store = distributed.distributed_c10d._get_default_store()
+        self.last_beat = time.monotonic()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it will be missed soon enough
+            self.peers = {rank: psutil.Process(pid) for rank, pid in here.items()}
+
+    def beat(self):
+        """The loop moves on: called in front of what waits for other ranks."""
+        self.beats, self.last_beat = self.beats + 1, time.monotonic()
+
+    def finish(self):
+        """No more watching. The thread must be gone before the interpreter is: one that the interpreter's end
+        finds inside torch's store takes the process down with `terminate called`."""
+        self.finished = True
+        os.write(self.writer, b"\0")
+        self.thread.join()
+
+    def run(self):
+        told = 0
+        while not self.finished:
+            ready, _, _ = select.select([self.reader], [], [], 0.5)
+            for number in filter(None, os.read(self.reader, 64) if ready else b""):
+                name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+                if number == signal.SIGINT or self.peers is None:
+                    end(f"stopped by {name}", 130, self.out_dir)
+                self.reason = self.reason or name
+            if self.rank == 0 and (self.out_dir / "STOP").exists():
+                with contextlib.suppress(OSError):
+                    (self.out_dir / "STOP").unlink()
+                self.reason = self.reason or f"{self.out_dir / 'STOP'}"
+            if any(is_gone(process) for process in self.launchers):
+                self.reason = self.reason or "the end of its launcher"
+            if self.peers is None or self.finished:
+                continue
+            dead = [rank for rank, process in self.peers.items() if is_gone(process)]
+            if self.reason and dead and not self.finished:
+                end(f"stopped by {self.reason}: rank {dead[0]} is gone", 1, self.out_dir)
+            if self.beats > told:
+                told = self.beats
+                self.ask_store(lambda: self.store.set(f"beat/{self.rank}", str(self.beats)))
+            if time.monotonic() - self.last_beat > self.timeout:
+                end(f"waited {self.timeout} s: {self.who_is_behind()}", 1, self.out_dir)
+
+    def ask_store(self, action):
+        """What the ranks' common store, which rank 0 keeps, answers within 5 seconds, or None."""
+        answers = []
+        asking = threading.Thread(target=lambda: answers.append(action()), daemon=True)
+        asking.start()
+        asking.join(5)
+        return answers[0] if answers else None
+
+    def who_is_behind(self):
+        keys = [f"beat/{rank}" for rank in range(distributed.get_world_size())]
+        beats = self.ask_store(lambda: [int(value) for value in self.store.multi_get(keys)])
+        if beats is None:
+            return "rank 0 does not answer"
+        behind = [rank for rank, count in enumerate(beats) if count == min(beats)]
+        if len(behind) == len(beats):
+            return "no rank moves on"
+        return f"rank {', '.join(map(str, behind))} hangs"
+
+
+class BadSteps:
+    """Keeps a step with a NaN, an infinity or a spike from the weights, the same way at every ZeRO stage and in
+    every precision: it stands between DeepSpeed, which finds the norm of the gradient, and the optimizer,
+    which would use it. A step that is not taken changes neither weights nor moments.
+
+    state: of an earlier `state()`. The statistics hold good steps only, so one NaN does not blind them."""
+
+    def __init__(self, engine, zscore, state=None):
+        state = state or {"loss": [], "gradient norm": [], "skipped": 0, "bad": []}
+        self.engine, self.zscore = engine, zscore
+        self.seen = {name: deque(state[name], WINDOW) for name in ("loss", "gradient norm")}
+        self.skipped, self.bad = state["skipped"], state["bad"]  # bad: first and last sample of each in a row
+        self.loss = self.grad_norm = self.fault = self.judged = None
+        self.update = engine.basic_optimizer.step
+        engine.basic_optimizer.step = self.update_if_good
+
+    def state(self):
+        return {name: list(seen) for name, seen in self.seen.items()} | {"skipped": self.skipped, "bad": self.bad}
+
+    def expect(self, loss, grad_norm=None):
+        """In front of DeepSpeed's step: its loss, over all ranks, and where DeepSpeed finds none, its norm."""
+        self.loss, self.grad_norm, self.judged = loss, grad_norm, False
+
+    def update_if_good(self):
+        """In place of the optimizer's `step`, which ZeRO calls once for each group of parameters."""
+        if not self.judged:
+            self.judge()
+        if self.fault is None:
+            forget_powers(self.engine.basic_optimizer)
+            self.update()
+
+    def judge(self):
+        """All ranks judge the same numbers, so they agree without another word."""
+        if self.grad_norm is None:
+            norm = float(self.engine.optimizer._global_grad_norm)
+            self.grad_norm = norm if norm >= 0 else math.nan  # DeepSpeed's -1 stands for either
+        self.fault, self.judged = None, True
+        for name, value in (("loss", self.loss), ("gradient norm", self.grad_norm)):
+            seen = np.array(self.seen[name])
+            if not math.isfinite(value):
+                self.fault = f"{name} {value}"
+            elif self.zscore and len(seen) >= WINDOW // 2 and seen.std() > 0:
+                score = (value - seen.mean()) / seen.std()
+                if score > self.zscore:
+                    self.fault = f"{name} {value:.4g}, {score:.1f} standard deviations above the last {len(seen)} steps"
+            if self.fault:
+                return
+
+    def outcome(self, samples):
+        """Behind DeepSpeed's step: what was wrong with it, or None. samples: its first and last."""
+        if not self.judged:  # DeepSpeed saw an infinity itself, and did not come as far as the optimizer
+            self.grad_norm = math.inf
+            self.judge()
+        if self.fault is None:
+            self.seen["loss"].append(self.loss)
+            self.seen["gradient norm"].append(self.grad_norm)
+            self.bad = []
+            return None
+        self.skipped += 1
+        if not (self.engine.fp16_enabled() and math.isfinite(self.loss)):  # fp16 finds its loss scale like this
+            self.bad = [*self.bad, list(samples)]
+        return self.fault
+
+    def answer(self, step, train):
+        """What the config says to do about a bad step: passes over it, goes back to the weights of the last
+        checkpoint and on with the samples behind it (going through those in between once more would end
+        in the same weights), or raises UserError. Returns what was done, in words."""
+        found = checkpoint.find(train.out_dir)
+        if len(self.bad) >= (1 if train.bad_step == "stop" else train.max_bad_steps):
+            samples = ", ".join(f"{first} to {last}" for first, last in self.bad)
+            raise UserError(
+                f"step {step}: {self.fault}; bad steps in a row: {len(self.bad)}, of samples {samples}; none reached "
+                f"the weights; the last checkpoint is {found}; look at the data, or lower train.lr"
+            )
+        if train.bad_step == "rollback" and self.bad and found:
+            checkpoint.load(self.engine, found, checkpoint.read_state(found), train.seed)
+            return f"passed over, and back to the weights of {found}"
+        return "passed over"

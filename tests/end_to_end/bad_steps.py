@@ -1,0 +1,123 @@
+"""Started by test_bad_steps.py under the launcher on two ranks: runs in which a number goes wrong on purpose.
+
+bad_steps.py DATA FOLDER
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+from deepspeed import comm
+
+import train
+from config import UserError
+from data.mixture import Mixture
+from tests.end_to_end import parity
+
+FOLDER = Path(sys.argv[-2])
+BUILD, BATCH = train.build_engine, Mixture.batch
+
+
+def config_of(name, stage, steps, **settings):
+    settings = {"eval_every": 0, "save_best": False, **settings}
+    return parity.config_of(name, stage, steps=steps, train=settings)
+
+
+def poison_gradient(bad_steps, accumulation):
+    """One NaN in the gradient of one activation, on rank 1 alone, in the last micro-batch of those steps."""
+
+    def build_engine(*arguments):
+        engine, calls = BUILD(*arguments), []
+
+        def poison(gradient):
+            gradient = gradient.clone()
+            gradient[0, 0, 0] = math.nan
+            return gradient
+
+        def count(module, inputs, output):
+            if module.training:
+                calls.append(None)
+                if comm.get_rank() == 1 and len(calls) % accumulation == 0 and len(calls) // accumulation in bad_steps:
+                    output.register_hook(poison)
+
+        engine.module.blocks[0].register_forward_hook(count)
+        return engine
+
+    train.build_engine = build_engine
+
+
+def infinite_loss(bad_step, accumulation):
+    """A loss of infinity with a good gradient, on rank 1 alone."""
+
+    def build_engine(*arguments):
+        engine, calls = BUILD(*arguments), []
+
+        def add(module, inputs, loss):
+            calls.append(None)
+            return loss + (math.inf if comm.get_rank() == 1 and len(calls) == bad_step * accumulation else 0)
+
+        engine.module.register_forward_hook(add)
+        return engine
+
+    train.build_engine = build_engine
+
+
+def spike(first_sample, last_sample, mixture):
+    """Tokens that follow no rule, in the place of those samples."""
+    spoilt = set(mixture.windows_of(np.arange(first_sample, last_sample + 1)).tolist())
+
+    def batch(self, windows):
+        inputs, targets = BATCH(self, windows)
+        for row in [row for row, window in enumerate(windows) if int(window) in spoilt]:
+            targets[row] = np.random.default_rng(row).integers(0, 64, targets.shape[1])
+        return inputs, targets
+
+    Mixture.batch = batch
+
+
+def refused(config):
+    try:
+        train.main(config)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("the run should have been stopped")
+
+
+def main():
+    train.find_place(False)
+    deepspeed.init_distributed("gloo", verbose=False)
+    said = {}
+    for stage in (0, 1, 2, 3):
+        for precision in ("fp32", "bf16"):
+            poison_gradient({5}, accumulation=2)
+            name = f"nan_{precision}_stage{stage}"
+            train.main(config_of(name, stage, 7, save_every=1, precision=precision))
+    for stage in (0, 3):
+        infinite_loss(5, accumulation=2)
+        train.main(config_of(f"inf_stage{stage}", stage, 7, save_every=1))
+    poison_gradient({7}, accumulation=2)
+    train.main(config_of("rollback", 3, 7, save_every=5, bad_step="rollback"))
+    poison_gradient({7}, accumulation=2)
+    said["stop"] = refused(config_of("stop", 3, 20, save_every=5, bad_step="stop"))
+    poison_gradient(set(range(6, 20)), accumulation=2)
+    said["in_a_row"] = refused(config_of("in_a_row", 3, 20, save_every=5, max_bad_steps=3))
+
+    # a spike in the samples of step 190, and the same run resumed in front of it
+    train.build_engine = BUILD
+    settings = {"spike_zscore": 8, "save_every": 180}
+    config = config_of("spike", 3, 200, **settings)
+    spike(189 * 8, 190 * 8 - 1, Mixture(config.data.path, "train", 32, 64, config.train.seed))
+    train.main(config)
+    parity.go_on_from("spike", 180, "spike_resumed")
+    train.main(config_of("spike_resumed", 3, 200, **settings))
+    if comm.get_rank() == 0:
+        (FOLDER / "said.json").write_text(json.dumps(said))
+    comm.barrier()
+    comm.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
