@@ -258,18 +258,18 @@ def prepare(documents, tokenizer, args, side=None):
     args: what `options` parses. side: key -> "train" or "val"; default: `split_of`. Raises UserError on
     bad input; what is finished stays and is not made again."""
     check_options(args)
+    encoding = load_tokenizer(str(tokenizer))
+    if END_OF_TEXT not in encoding._special_tokens:
+        raise UserError(f"--tokenizer: {encoding.name} has no {END_OF_TEXT} token; choose one that has, as gpt2")
     try:
         with alone_in(args.out):
-            prepare_alone(documents, tokenizer, args, side or (lambda key: split_of(key, args.val_fraction)))
+            prepare_alone(documents, tokenizer, encoding, args, side or (lambda key: split_of(key, args.val_fraction)))
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on behind the last finished shard")
         raise SystemExit(130) from None
 
 
-def prepare_alone(documents, tokenizer, args, side):
-    encoding = load_tokenizer(str(tokenizer))
-    if END_OF_TEXT not in encoding._special_tokens:
-        raise UserError(f"--tokenizer: {encoding.name} has no {END_OF_TEXT} token; choose one that has, as gpt2")
+def prepare_alone(documents, tokenizer, encoding, args, side):
     settings = {"tokenizer": fingerprint(encoding), "source": getattr(documents, "description", str(args.input))}
     settings |= {name: getattr(args, name) for name in ("val_fraction", "shard_tokens", "limit", "column")}
     meta_file, progress_file, progress = args.out / "meta.json", args.out / "progress.json", {}

@@ -1,0 +1,263 @@
+"""A hundred malformed inputs: each command ends with code 2 and one line on stderr that names the culprit, without
+a traceback, and leaves the disk as it was."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import eval as evaluation
+import export
+import plot
+import sample
+import train
+from config import load_config, run_command
+from data import train_tokenizer
+from data.shards import write_json
+from data.text import prepare
+from tests.conftest import run
+
+MODEL = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 64}
+TRAIN = {"micro_batch_size": 2, "global_batch_tokens": 64, "max_tokens": 64, "eval_tokens": 64, "save_every": 1}
+ZERO = {"zero_optimization": {"stage": 1}}
+NO_VALUE = object()
+
+
+def start_training(arguments):
+    train.main(load_config(arguments))
+
+
+@pytest.fixture(scope="module")
+def made(small_data, tmp_path_factory):
+    """A folder with data, a config, a run of one step with its checkpoint, and some text."""
+    folder = tmp_path_factory.mktemp("malformed")
+    shutil.copytree(small_data, folder / "data")
+    settings = {"model": MODEL, "data": {"path": "data"}, "train": TRAIN, "deepspeed": ZERO}
+    write_json(folder / "config.json", settings)
+    (folder / "text.txt").write_text("some text\n" * 100)
+    command = [sys.executable, train.ROOT / "train.py", folder / "config.json"]
+    done = run([*command, "--train.out_dir", folder / "run", "--data.path", folder / "data"])
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+@pytest.fixture
+def place(made, tmp_path, monkeypatch):
+    """A copy of it to spoil, as the current folder; the process's environment is put back behind the test."""
+    shutil.copytree(made, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    return tmp_path / "here"
+
+
+def content_of(folder):
+    """{path: hash} of every file, and the folders."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def refused(place, capsys, command, arguments, *expected):
+    before = content_of(place)
+    with pytest.raises(SystemExit) as ended:
+        run_command(command, [str(argument) for argument in arguments])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2, error
+    lines = [line for line in error.splitlines() if "error: " in line]
+    assert len(lines) == 1 and "Traceback" not in error, error
+    for part in expected:
+        assert part in lines[0], lines[0]
+    assert content_of(place) == before
+
+
+CONFIGS = [  # section, key, value or NO_VALUE, what the line names
+    ("model", "n_layer", 0, "model.n_layer"),
+    ("model", "n_layer", -3, "model.n_layer"),
+    ("model", "n_layer", "two", "model.n_layer"),
+    ("model", "n_layer", 1.5, "model.n_layer"),
+    ("model", "n_layer", None, "model.n_layer"),
+    ("model", "n_layers", 2, "did you mean n_layer?"),
+    ("model", "n_head", 3, "nearest that do: 2 and 4"),
+    ("model", "n_head", True, "model.n_head"),
+    ("model", "n_kv_head", 3, "model.n_kv_head"),
+    ("model", "n_embd", [16], "model.n_embd"),
+    ("model", "block_size", 0, "model.block_size"),
+    ("model", "block_size", 48, "train.global_batch_tokens"),
+    ("model", "block_size", 1e9, "data.path: the train split of data has 60000 tokens"),
+    ("model", "vocab_size", 10, "vocab_size"),
+    ("model", "vocab_size", "gpt2", "model.vocab_size"),
+    ("model", "dropout", 1.0, "model.dropout"),
+    ("model", "dropout", -0.1, "model.dropout"),
+    ("model", "dropout", float("nan"), "model.dropout"),
+    ("model", "bias", "yes", "model.bias"),
+    ("model", "bias", 1, "model.bias"),
+    ("model", "norm", "batchnorm", "layernorm, rmsnorm"),
+    ("model", "position", "alibi", "learned, rotary"),
+    ("model", "mlp", "relu", "gelu, swiglu"),
+    ("model", "mlp_hidden", 0, "model.mlp_hidden"),
+    ("model", "rotary_theta", 0, "model.rotary_theta"),
+    ("model", "init_std", -1, "model.init_std"),
+    ("model", "tie_embeddings", "true", "model.tie_embeddings"),
+    ("data", "path", "nowhere", "nowhere"),
+    ("data", "path", {}, "data.path"),
+    ("data", "path", {"data": -1}, "data.path"),
+    ("data", "path", {"data": "half"}, "data.path"),
+    ("data", "path", {"data": 1, "nowhere": 1}, "nowhere"),
+    ("data", "path", 5, "data.path"),
+    ("data", "paths", "data", "did you mean path?"),
+    ("train", "precision", "fp8", "auto, bf16, fp16, fp32"),
+    ("train", "micro_batch_size", 0, "train.micro_batch_size"),
+    ("train", "micro_batch_size", 3, "train.global_batch_tokens"),
+    ("train", "global_batch_tokens", 50, "train.global_batch_tokens"),
+    ("train", "global_batch_tokens", 128, "train.max_tokens"),
+    ("train", "max_tokens", 0, "train.max_tokens"),
+    ("train", "warmup_tokens", -1, "train.warmup_tokens"),
+    ("train", "lr", "fast", "train.lr"),
+    ("train", "lr", -1e-3, "train.lr"),
+    ("train", "lr", float("nan"), "train.lr"),
+    ("train", "min_lr_ratio", 2, "train.min_lr_ratio"),
+    ("train", "schedule", "exponential", "cosine, linear, constant"),
+    ("train", "betas", [0.9], "train.betas"),
+    ("train", "betas", [0.9, 1.0], "train.betas"),
+    ("train", "betas", 0.9, "train.betas"),
+    ("train", "grad_clip", -1, "train.grad_clip"),
+    ("train", "activation_checkpointing", -1, "train.activation_checkpointing"),
+    ("train", "kernels", "triton", "auto, apex, torch"),
+    ("train", "kernels", "apex", "train.kernels"),
+    ("train", "compile", "max", "true, false, auto"),
+    ("train", "log_every", 0, "train.log_every"),
+    ("train", "keep_checkpoints", 0, "train.keep_checkpoints"),
+    ("train", "loggers", ["mlflow"], "tensorboard, wandb"),
+    ("train", "loggers", "wandb", "train.loggers"),
+    ("train", "resume", "nowhere", "train.resume"),
+    ("train", "init_from", "nowhere/at/all", "train.init_from"),
+    ("train", "bad_step", "ignore", "skip, stop, rollback"),
+    ("train", "seed", -1, "train.seed"),
+    ("train", "learning_rate", 1, "unknown key train.learning_rate"),
+    ("deepspeed", "optimizer", {"type": "SGD"}, "deepspeed.optimizer follows from train.lr"),
+    ("deepspeed", "gradient_clipping", 1.0, "deepspeed.gradient_clipping follows from train.grad_clip"),
+    ("deepspeed", "zero_optimisation", {}, "did you mean zero_optimization?"),
+    ("deepspeed", "zero_optimization", 3, "deepspeed.zero_optimization"),
+    ("deepspeed", "zero_optimization", {"stage": 7}, "deepspeed.zero_optimization.stage"),
+    ("deepspeed", "zero_optimization", {"stages": 3}, "did you mean stage?"),
+    ("deepspeed", "bf16", {"enabled": True}, "train.precision"),
+    ("optimizer", NO_VALUE, {}, "unknown section 'optimizer'"),
+    ("model", NO_VALUE, [], "section 'model' must be a JSON object"),
+]
+
+
+@pytest.mark.parametrize("section, key, value, expected", CONFIGS)
+def test_a_config_file(place, capsys, section, key, value, expected):
+    settings = json.loads((place / "config.json").read_text())
+    if key is NO_VALUE:
+        settings[section] = value
+    else:
+        settings[section] = settings[section] | {key: value}
+    (place / "broken.json").write_text(json.dumps(settings))
+    refused(place, capsys, start_training, ["broken.json"], expected)
+
+
+FILES = [  # the file's whole content, what the line names
+    ("", "broken.json"),
+    ("{", "broken.json"),
+    ("[]", "broken.json"),
+    ("null", "broken.json"),
+    ('{"model": {"n_layer": 2,}}', "broken.json"),
+    ("model:\n  n_layer: 2\n", "broken.json"),
+]
+
+
+@pytest.mark.parametrize("content, expected", FILES)
+def test_a_file_that_is_no_config(place, capsys, content, expected):
+    (place / "broken.json").write_text(content)
+    refused(place, capsys, start_training, ["broken.json"], expected)
+
+
+FLAGS = [
+    (start_training, ["nowhere.json"], "nowhere.json: no such file"),
+    (start_training, ["config.json", "other.json"], "other.json: expected one config file"),
+    (start_training, ["data"], "data: "),
+    (start_training, ["config.json", "--lr", "1"], "--lr: unknown flag"),
+    (start_training, ["config.json", "--train.lr"], "--train.lr: no value given"),
+    (start_training, ["config.json", "--trian.lr", "1"], "unknown section 'trian'"),
+    (start_training, ["config.json", "--train.", "1"], "--train."),
+    (start_training, ["config.json", "--train.lr", "1e-4x"], "train.lr"),
+    (start_training, ["config.json", "--train.out_dir", "text.txt"], "train.out_dir: text.txt"),
+    (start_training, ["config.json", "--train.out_dir", "run", "--train.resume", "never"], "already holds a run"),
+    (start_training, ["config.json", "--train.out_dir", "run", "--model.n_layer", "2"], "model.n_layer 1 -> 2"),
+    (start_training, ["config.json", "--train.out_dir", "run", "--train.seed", "2"], "train.seed 1337 -> 2"),
+    (evaluation.main, ["nowhere"], "nowhere: no complete checkpoint"),
+    (evaluation.main, ["run", "--checkpoint", "77"], "no checkpoint '77'"),
+    (evaluation.main, ["run", "--data", "nowhere"], "nowhere"),
+    (sample.main, ["nowhere"], "nowhere: no complete checkpoint"),
+    (sample.main, ["run", "--temperature", "-1"], "--temperature"),
+    (export.main, ["nowhere", "hf"], "nowhere: no complete checkpoint"),
+    (export.main, ["run", "data"], "data: already there"),
+    (prepare.main, ["--input", "nowhere/*.txt", "--tokenizer", "bytes", "--out", "out"], "nowhere/*.txt"),
+    (prepare.main, ["--input", "text.txt", "--tokenizer", "gpt3", "--out", "out"], "gpt3"),
+    (prepare.main, ["--input", "text.txt", "--workers", "0", "--tokenizer", "bytes", "--out", "out"], "--workers"),
+    (prepare.main, ["--input", "text.txt", "--val_fraction", "2", "--tokenizer", "bytes", "--out", "out"], "--val_f"),
+    (train_tokenizer.main, ["--source", "text", "--input", "text.txt", "--vocab_size", "9000", "--out", "t"], "tokens"),
+    (plot.main, ["nowhere"], "nowhere"),
+]
+
+
+@pytest.mark.parametrize("command, arguments, expected", FLAGS)
+def test_flags(place, capsys, command, arguments, expected):
+    refused(place, capsys, command, arguments, expected)
+
+
+def spoil(path, how):
+    """Cut a file short, overwrite its beginning, or replace its content."""
+    path = next(Path().glob(path))
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        os.truncate(path, path.stat().st_size // 2)
+    elif how == "flipped":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif how == "ids":
+        tokens = np.fromfile(path, dtype="<u2")
+        tokens[512:] = 999
+        tokens.tofile(path)
+    else:
+        path.write_bytes(how.encode() + path.read_bytes()[len(how) :] if how == "XXXX" else how.encode())
+
+
+SPOILT = [  # file, what is done to it, command, arguments, what the line names
+    ("data/train_000001.bin", "cut", start_training, ["config.json"], "train_000001.bin"),
+    ("data/train_000001.bin", "XXXX", start_training, ["config.json"], "train_000001.bin"),
+    ("data/train_000001.bin", "", start_training, ["config.json"], "train_000001.bin"),
+    ("data/train_000000.bin", "ids", start_training, ["config.json"], "train_000000.bin"),
+    ("data/val_000000.bin", "missing", start_training, ["config.json"], "val"),
+    ("data/val_000000.bin", "cut", start_training, ["config.json"], "val_000000.bin"),
+    ("data/meta.json", "{", start_training, ["config.json"], "meta.json"),
+    ("data/meta.json", "[]", start_training, ["config.json"], "meta.json"),
+    ("data/meta.json", "{}", start_training, ["config.json"], "meta.json"),
+    ("data/meta.json", '{"vocab_size": "many"}', start_training, ["config.json"], "meta.json"),
+    ("run/checkpoints/step_*/state.json", "cut", start_training, ["config.json", "--train.out_dir", "run"], "state"),
+    ("run/checkpoints/step_*/state.json", "{}", start_training, ["config.json", "--train.out_dir", "run"], "state"),
+    ("run/checkpoints/step_*/state.json", "flipped", evaluation.main, ["run"], "state.json"),
+    ("run/checkpoints/step_*/rank_00000.safetensors", "cut", evaluation.main, ["run"], "rank_00000.safetensors"),
+    ("run/checkpoints/step_*/rank_00000.safetensors", "flipped", evaluation.main, ["run"], "rank_00000.safetensors"),
+    ("run/checkpoints/step_*/rank_00000.safetensors", "missing", export.main, ["run", "hf"], "rank_00000.safetensors"),
+    ("run/checkpoints/step_*/rank_00000.safetensors", "XXXX", sample.main, ["run"], "rank_00000.safetensors"),
+]
+
+
+@pytest.mark.parametrize("file, how, command, arguments, expected", SPOILT)
+def test_a_spoilt_file(place, capsys, file, how, command, arguments, expected):
+    spoil(file, how)
+    refused(place, capsys, command, arguments, expected)
+
+
+def test_there_are_a_hundred():
+    assert len(CONFIGS) + len(FILES) + len(FLAGS) + len(SPOILT) >= 100
