@@ -5,7 +5,7 @@
 
 speed: tokens/s of forward and backward pass, and of a whole step with clipping and AdamW, the same batch for
 both. Theirs is the step of nanoGPT's train.py: bf16 by autocast, its own configure_optimizers. Ours is the
-engine that train.py builds, ZeRO-1 on one rank, bf16 weights with float32 masters. All settings take turns
+engine that train.py builds, on one rank: stage 0 in fp32, ZeRO-1 in bf16, with float32 masters. All settings take turns
 in one process, round by round, so that a busy minute hits all; medians are printed. Beside them is the
 processor's own rate for products of 1024 x 1024 matrices, in the same rounds, and how far each is from it.
 memory: the most that one forward and backward pass allocates above weights and gradients, from torch's
@@ -89,7 +89,8 @@ def ours(config, tokens, precision, compiled):
         gpt.zero_grad(set_to_none=True)
 
     settings = TrainConfig(micro_batch_size=len(tokens), global_batch_tokens=tokens.numel())
-    whole = Config(config, train=settings, deepspeed={"zero_optimization": {"stage": 1, "reduce_bucket_size": 5e7}})
+    stage = 0 if precision == "fp32" else 1  # at stage 0 bf16 has no float32 masters
+    whole = Config(config, train=settings, deepspeed={"zero_optimization": {"stage": stage}})
     engine = build_engine(whole, deepspeed_config(whole, 1, precision, False), torch.device("cpu"), compiled=compiled)
 
     def step():
