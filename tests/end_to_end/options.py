@@ -106,13 +106,12 @@ def main():
     for name, architecture in (("gpt2", {}), ("llama", LLAMA)):
         found[f"{name} plain"] = losses(3, architecture, {}, unfused, PLAIN)
         found[f"{name} default"] = losses(3, architecture, {})
-        found[f"{name} chunked loss"] = losses(3, architecture, {}, None, few_logits)
-        found[f"{name} unfused Adam"] = losses(3, architecture, {}, unfused)
-        found[f"{name} recomputed"] = losses(3, architecture, {"activation_checkpointing": True})
-        on_cpu = {"activation_checkpointing": 2, "checkpoints_on_cpu": True}
-        found[f"{name} every second recomputed, inputs on CPU"] = losses(3, architecture, on_cpu)
+    found["llama chunked loss"] = losses(3, LLAMA, {}, None, few_logits)
+    found["llama unfused Adam"] = losses(3, LLAMA, {}, unfused)
+    found["llama recomputed"] = losses(3, LLAMA, {"activation_checkpointing": True})
+    on_cpu = {"activation_checkpointing": 2, "checkpoints_on_cpu": True}
+    found["llama every second recomputed, inputs on CPU"] = losses(3, LLAMA, on_cpu)
     compiled = {"compile": True}
-    found["llama compiled"] = losses(3, LLAMA, compiled)
     found["llama compiled, recomputed"] = losses(3, LLAMA, compiled | {"activation_checkpointing": True})
     found["llama compiled, stage 2"] = losses(2, LLAMA, compiled)
     dropped = LLAMA | {"dropout": 0.2}

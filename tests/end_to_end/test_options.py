@@ -37,10 +37,9 @@ def test_each_option_gives_the_losses_of_the_plain_formulas(losses, name):
             assert found < 5e-6, f"{setting}: {found:.1e}"
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_recomputing_changes_no_bit(losses, name):
+def test_recomputing_changes_no_bit(losses):
     for setting in ("recomputed", "every second recomputed, inputs on CPU"):
-        assert losses[f"{name} {setting}"] == losses[f"{name} default"]
+        assert losses[f"llama {setting}"] == losses["llama default"]
 
 
 def test_recomputing_repeats_what_dropout_dropped(losses):
