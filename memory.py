@@ -50,6 +50,7 @@ class Settings:
     moment_bytes: int = 8  # both of Adam's
     # Only for measurements of other versions and backends:
     clones_reduction: bool = False  # gloo's reduce_scatter copies its input, NCCL's does not
+    rank: int | None = None  # whose memory; None: the rank that holds most
     one_group: bool = False  # all parameters in one group of the optimizer; ours are decayed or spared
     bucket_factor: float = 1.0  # 2021: ZeRO-2's buckets had room for 4.5 times their size
     coalesced: bool = True  # 2021: each parameter was gathered on its own
@@ -111,6 +112,7 @@ class Module:
     backward: int = 0
     part: str = "activations"
     hooked: bool = True
+    own: bool = False  # whether its own backward pass also reads what it kept, not only that of the next call
     recomputed: bool = False
     output: int = 0  # of a recomputed block: what outlives its forward pass
 
@@ -154,7 +156,7 @@ def trace(settings):
             products.append(Module("rotate", kept=turned, forward=4 * tokens * width * 2, backward=turned, hooked=False))
         if s.attention == "flash":
             inputs = tokens * (width + 2 * kv) * half
-            core = Module("attend", kept=narrow + tokens * heads * 4, backward=narrow + inputs, hooked=False)
+            core = Module("attend", kept=narrow + tokens * heads * 4, backward=narrow + inputs, own=True, hooked=False)
             products.append(core)
         else:
             soft = 4 if amp else half  # autocast's softmax is fp32
@@ -162,7 +164,7 @@ def trace(settings):
             masked = matrix * (1 + soft) if model.dropout else 0
             casts = matrix * half if amp else 0
             kept = scores + masked + casts
-            products.append(Module("scores", kept=kept, forward=2 * matrix * half + narrow, backward=3 * scores, hooked=False))
+            products.append(Module("scores", kept=kept, forward=scores + 2 * narrow, backward=2 * scores, own=True, hooked=False))
             products.append(Module("gather", kept=narrow, forward=narrow, backward=2 * narrow, hooked=False))
         products.append(linear("proj", width, width, forward=narrow, kept=dropout, backward=2 * narrow))
         return Module("attention", inside=products)
@@ -196,20 +198,25 @@ def trace(settings):
     modules.append(norm("final_norm"))
     head = embedding if model.tie_embeddings else Weight(model.vocab_size * width)
     logits = tokens * model.vocab_size
-    sizes = {  # kept, forward, backward
+    sizes = {  # kept, forward, backward of the loss
         "half": (logits * half, logits * half, 2 * logits * half),
-        "plain": (logits * 4, logits * (half + 4), logits * (8 + half)),
-        "fused": (logits * half, 0, narrow),
+        "plain": (logits * 4, logits * 4, logits * 8),
+        "fused": (logits * half, 0, 0),
     }
     if s.loss == "chunked":
         chunk = min(4096, max(1, 2**26 // model.vocab_size), tokens)
-        widths = 4 + half + (half if half < 4 else 0)
-        product = model.vocab_size * width * half
-        several = tokens > chunk
-        kept = narrow + model.vocab_size * width * (4 if several else half)
-        sizes["chunked"] = (kept, max(chunk * model.vocab_size * widths, product if several else 0), narrow)
-    kept, forward, backward = sizes[s.loss]
-    modules.append(Module("head", [head], kept=kept, forward=forward, backward=backward, part="logits"))
+        several, product = tokens > chunk, model.vocab_size * width * half
+        at_once = chunk * model.vocab_size * (4 + half + (half if half < 4 else 0))
+        kept = narrow + (2 if several and half < 4 else 1) * product
+        loss = Module("head", [head], kept=kept, forward=max(at_once, several * product), part="logits", own=True)
+        modules.append(loss)
+    else:
+        kept, forward, backward = sizes[s.loss]
+        output = logits * half
+        modules.append(Module("head", [head], forward=output, backward=output + narrow, part="logits"))
+        modules.append(
+            Module("loss", kept=kept, forward=forward, backward=backward, part="logits", own=True, hooked=False)
+        )
     return Module("model", inside=modules)
 
 
@@ -229,7 +236,7 @@ class Engine:
         self.model = trace(settings)
         self.weights = weights_of(self.model)
         self.size = sum(weight.size for weight in self.weights)
-        self.kept, self.pending, self.uses = {}, {}, Counter()
+        self.kept, self.passing, self.pending, self.uses = {}, [], {}, Counter()
         groups = [self.weights]
         if not settings.one_group:
             groups = [[w for w in self.weights if w.decayed == decayed] for decayed in (True, False)]
@@ -257,22 +264,27 @@ class Engine:
         self.step()
         return memory
 
-    def forward(self, module):
+    def forward(self, module, keeps=True):
+        """keeps: whether what the backward pass needs is kept; else only the last call's stays, for the next one."""
         memory = self.memory
         if module.hooked:
             self.fetch(module, forward=True)
         if module.name == "head":
             memory.phase = "loss"
-        before = len(self.kept)
         for child in module.inside:
-            self.forward(child)
-        if module.recomputed and memory.phase == "forward":
-            for name in list(self.kept)[before:]:
-                memory.free(self.kept.pop(name))
+            self.forward(child, keeps and not module.recomputed)
+        if module.recomputed and keeps:
+            for call in self.passing:
+                memory.free(call)
+            self.passing = []
             on_cpu = self.settings.inputs_on_cpu
             self.kept[module] = memory.allocate("activations", 0 if on_cpu else module.output)
-        if module.kept:
+        if module.kept and keeps:
             self.kept[module] = memory.allocate(module.part, module.kept)
+        elif module.kept:
+            self.passing.append(memory.allocate(module.part, module.kept))
+            if len(self.passing) > 2:
+                memory.free(self.passing.pop(0))
         if module.forward:
             memory.touch(module.part, module.forward)
         if module.hooked:
@@ -285,10 +297,14 @@ class Engine:
         if module.recomputed:
             memory.free(self.kept.pop(module))
             module.recomputed = False
+            last = module.inside.pop()  # the sum at the end: nothing in the backward pass needs it
             self.forward(module)
+            module.inside.append(last)
             module.recomputed = True
         for child in reversed(module.inside):
             self.backward(child)
+        if module in self.kept and not module.own:
+            memory.free(self.kept.pop(module))
         flowing = memory.allocate(module.part, module.backward)
         for weight in module.weights:
             self.make_gradient(weight)
@@ -353,7 +369,8 @@ class Sharded(Engine):
         self.memory.allocate("parameters", self.size * s.bytes)
         if not s.offload_optimizer:
             self.memory.allocate("optimizer", -(-self.size // s.world_size) * (s.master_bytes + s.moment_bytes))
-        self.bucket, self.elements, self.buffers, self.partition = [], 0, [], None
+        self.bucket, self.elements, self.buffers = [], 0, []
+        self.partition = self.accumulated = None
         self.waiting = []
         # the rank whose slices touch the most: the whole of every tensor that a slice begins or ends in
         touched = []
@@ -365,7 +382,8 @@ class Sharded(Engine):
                 ends = itertools.accumulate(weight.size for weight in group)
                 mine += [w for w, end in zip(group, ends, strict=True) if end > low and end - w.size < high]
             touched.append(mine)
-        self.touched = max(touched, key=lambda mine: sum(weight.size for weight in mine))
+        most = max(touched, key=lambda mine: sum(weight.size for weight in mine))
+        self.touched = most if s.rank is None else touched[s.rank]
 
     def reduce_later(self, weight, gradient):
         if self.settings.stage == 1 and not self.settings.overlap_comm:  # at the boundary, all at once
@@ -404,15 +422,19 @@ class Sharded(Engine):
 
     def end_backward(self):
         if self.last:
-            for weight, gradient in self.waiting:
+            order = {weight: number for number, weight in enumerate(itertools.chain(*self.groups))}
+            for weight, gradient in sorted(self.waiting, key=lambda pair: order[pair[0]]):
                 self.put(weight, gradient)
             self.waiting = []
         self.reduce()
         for buffer in self.buffers:
             self.memory.free(buffer)
         self.buffers = []
-        if self.partition and not self.last:  # accumulated apart from the next micro-batch's
-            self.partition = None
+        if self.partition and self.accumulated:  # the new gradients are added to those so far
+            self.memory.free(self.partition)
+        elif self.partition:
+            self.accumulated = self.partition
+        self.partition = None
 
     def step(self):
         s = self.settings
@@ -579,7 +601,7 @@ class Gathered(Engine):
         if len(self.bucket) > 1 or any(weight.size % s.world_size for weight, _ in self.bucket):
             flat = sum(self.shard(weight) for weight, _ in self.bucket) * s.world_size * s.bytes
             temporary.append(memory.allocate("buckets", flat))
-        if s.clones_reduction and s.world_size > 1:
+        if s.clones_reduction:
             temporary.append(memory.allocate("buckets", sum(w.size for w, _ in self.bucket) * s.bytes))
             memory.free(temporary.pop())
         shards = [self.shard(weight) for weight, _ in self.bucket]
@@ -611,9 +633,11 @@ class Gathered(Engine):
         if s.offload_optimizer:
             return
         memory.touch("overhead", 8 * max(self.shard(weight) for weight in self.weights))
+        if s.world_size > 1 or s.offload_param:  # persistent weights too go back to slices
+            memory.free(("gathered", sum(w.size for w in self.persistent) * s.bytes))
         for size in self.sub_groups():
-            flat = memory.allocate("gradients", size * s.bytes)
-            if s.bytes < 4:
+            flat = memory.allocate("gradients", size * (s.accumulation_bytes or s.bytes))
+            if (s.accumulation_bytes or s.bytes) < 4:
                 memory.touch("gradients", size * 4)
             memory.free(flat)
 
