@@ -32,7 +32,7 @@ class Settings:
     precision: str = "bf16"  # bf16, fp16, fp32; or amp: fp32 weights, fp16 products (torch.autocast)
     recompute_every: int = 0  # k: blocks 0, k, 2k, ... are recomputed in the backward pass; 0: none
     inputs_on_cpu: bool = False  # the inputs of recomputed blocks wait in CPU memory
-    attention: str = "flash"  # flash: no (T, T) matrix is kept; plain: the softmax of every head is
+    attention: str = "flash"  # flash: no (T, T) matrix is kept; plain: the softmax of every head is; plain32: in float32
     loss: str = "chunked"  # chunked: model.py's; plain: all logits, in float32; half: all, in the model's type; fused
     separate_qkv: bool = False  # three matrices in place of one, as in minGPT
     masks: bool = False  # a (T, T) mask of one byte an entry in each block, as in minGPT
@@ -53,7 +53,8 @@ class Settings:
     rank: int | None = None  # whose memory; None: the rank that holds most
     one_group: bool = False  # all parameters in one group of the optimizer; ours are decayed or spared
     bucket_factor: float = 1.0  # 2021: ZeRO-2's buckets had room for 4.5 times their size
-    coalesced: bool = True  # 2021: each parameter was gathered on its own
+    stale_bucket: bool = False  # 2021: a bucket of the step before lived until the first reduction
+    coalesced: bool = True  # 2021: each parameter was gathered and reduced on its own
     prefetches: bool = True  # 2021: an invalid trace switched prefetching and reuse off
     keeps_weights: bool = False  # 2021: autograd held views of gathered weights from forward to backward
 
@@ -159,10 +160,10 @@ def trace(settings):
             core = Module("attend", kept=narrow + tokens * heads * 4, backward=narrow + inputs, own=True, hooked=False)
             products.append(core)
         else:
-            soft = 4 if amp else half  # autocast's softmax is fp32
+            soft = 4 if amp or s.attention == "plain32" else half  # autocast's softmax is float32
             scores = matrix * soft
             masked = matrix * (1 + soft) if model.dropout else 0
-            casts = matrix * half if amp else 0
+            casts = matrix * half if soft > half else 0
             kept = scores + masked + casts
             products.append(Module("scores", kept=kept, forward=scores + 2 * narrow, backward=2 * scores, own=True, hooked=False))
             products.append(Module("gather", kept=narrow, forward=narrow, backward=2 * narrow, hooked=False))
@@ -254,6 +255,8 @@ class Engine:
             self.last = self.micro_step or s.gradient_accumulation_steps == 1
             memory.phase = "forward"
             self.forward(self.model)
+            if s.precision == "amp" and s.recompute_every:  # nothing saved refers to autocast's fp16 weights
+                memory.free(self.autocast)
             memory.phase = "backward"
             stream = memory.allocate("activations", tokens * s.model.n_embd * s.bytes)  # the stream's gradient
             self.backward(self.model)
@@ -346,7 +349,7 @@ class Replicated(Engine):
         if s.precision == "amp":  # DDP: gradients stay, and so do the buckets; autocast caches fp16 weights
             self.memory.allocate("gradients", self.size * 4)
             self.memory.allocate("buckets", self.size * 4)
-            self.memory.allocate("gathered", self.size * 2)
+            self.autocast = self.memory.allocate("gathered", self.size * 2)
 
     def reduce_later(self, weight, gradient):
         if self.settings.precision == "amp" or self.micro_step:
@@ -371,6 +374,9 @@ class Sharded(Engine):
             self.memory.allocate("optimizer", -(-self.size // s.world_size) * (s.master_bytes + s.moment_bytes))
         self.bucket, self.elements, self.buffers = [], 0, []
         self.partition = self.accumulated = None
+        self.stale = []
+        if s.stale_bucket:
+            self.stale = [self.memory.allocate("buckets", int(s.reduce_bucket_size * s.bucket_factor) * s.bytes)]
         self.waiting = []
         # the rank whose slices touch the most: the whole of every tensor that a slice begins or ends in
         touched = []
@@ -409,6 +415,9 @@ class Sharded(Engine):
         s, memory = self.settings, self.memory
         if len(self.bucket) > 1:  # the slices for all ranks are flattened into one tensor
             memory.touch("buckets", self.elements * s.bytes)
+        for bucket in self.stale:
+            memory.free(bucket)
+        self.stale = []
         for weight, gradient in self.bucket:
             if weight in self.touched:
                 if s.offload_optimizer:
@@ -463,7 +472,7 @@ class Gathered(Engine):
         if not s.offload_optimizer:
             memory.allocate("optimizer", shards * (s.moment_bytes + (s.master_bytes if s.bytes < 4 else 0)))
             memory.allocate("gradients", shards * (s.accumulation_bytes or s.bytes))
-        for _ in range(2 if s.overlap_comm and s.bucket_factor != 1 else 1):
+        for _ in range(1 if s.coalesced or not s.overlap_comm else 2):
             memory.allocate("buckets", s.reduce_bucket_size * s.bytes)
         self.bucket, self.elements = [], 0
         self.free_gather = s.world_size == 1 and not s.offload_param
@@ -546,6 +555,15 @@ class Gathered(Engine):
 
     def prefetch(self, module):
         s = self.settings
+        if not s.coalesced:  # 2021: what the next modules need, no further ahead than a prefetch bucket
+            ahead, size = [], 0
+            for following in self.order[self.at + 1 :]:
+                if size >= s.prefetch_bucket_size:
+                    break
+                ahead += following.weights
+                size += sum(weight.size for weight in following.weights)
+            self.gather(dict.fromkeys(ahead))
+            return
         missing = {w for w in module.weights if self.fetched_for.get(w, -1) < self.at}
         discarded = set()
         while self.queue and len(discarded) < len(missing):
@@ -598,7 +616,8 @@ class Gathered(Engine):
     def reduce(self):
         s, memory = self.settings, self.memory
         temporary = []
-        if len(self.bucket) > 1 or any(weight.size % s.world_size for weight, _ in self.bucket):
+        several = len(self.bucket) > 1 or any(weight.size % s.world_size for weight, _ in self.bucket)
+        if several and s.coalesced:
             flat = sum(self.shard(weight) for weight, _ in self.bucket) * s.world_size * s.bytes
             temporary.append(memory.allocate("buckets", flat))
         if s.clones_reduction:
@@ -637,8 +656,8 @@ class Gathered(Engine):
             memory.free(("gathered", sum(w.size for w in self.persistent) * s.bytes))
         for size in self.sub_groups():
             flat = memory.allocate("gradients", size * (s.accumulation_bytes or s.bytes))
-            if (s.accumulation_bytes or s.bytes) < 4:
-                memory.touch("gradients", size * 4)
+            if (s.accumulation_bytes or s.bytes) != s.master_bytes:
+                memory.touch("gradients", size * s.master_bytes)
             memory.free(flat)
 
     def sub_groups(self):
