@@ -46,12 +46,15 @@ class Settings:
     max_reuse_distance: int = 1_000_000_000
     sub_group_size: int = 1_000_000_000
     accumulation_bytes: int | None = None  # of a gradient in accumulation; None: as wide as the weights
+    leaf_blocks: bool = False  # engine.py, compiled: a block's weights are gathered, and its gradients given, at once
     master_bytes: int = 4
     moment_bytes: int = 8  # both of Adam's
     # Only for measurements of other versions and backends:
     clones_reduction: bool = False  # gloo's reduce_scatter copies its input, NCCL's does not
     rank: int | None = None  # whose memory; None: the rank that holds most
     one_group: bool = False  # all parameters in one group of the optimizer; ours are decayed or spared
+    score_bytes: int | None = None  # kept for each entry of plain attention, if not what the rest implies
+    relu: bool = False  # the MLP keeps only its activation, not also that one's input
     bucket_factor: float = 1.0  # 2021: ZeRO-2's buckets had room for 4.5 times their size
     stale_bucket: bool = False  # 2021: a bucket of the step before lived until the first reduction
     coalesced: bool = True  # 2021: each parameter was gathered and reduced on its own
@@ -114,6 +117,7 @@ class Module:
     part: str = "activations"
     hooked: bool = True
     own: bool = False  # whether its own backward pass also reads what it kept, not only that of the next call
+    leaf: bool = False  # for the hooks one module with all that is inside
     recomputed: bool = False
     output: int = 0  # of a recomputed block: what outlives its forward pass
 
@@ -164,7 +168,7 @@ def trace(settings):
             scores = matrix * soft
             masked = matrix * (1 + soft) if model.dropout else 0
             casts = matrix * half if soft > half else 0
-            kept = scores + masked + casts
+            kept = scores + masked + casts if s.score_bytes is None else matrix * s.score_bytes
             products.append(Module("scores", kept=kept, forward=scores + 2 * narrow, backward=2 * scores, own=True, hooked=False))
             products.append(Module("gather", kept=narrow, forward=narrow, backward=2 * narrow, hooked=False))
         products.append(linear("proj", width, width, forward=narrow, kept=dropout, backward=2 * narrow))
@@ -175,10 +179,11 @@ def trace(settings):
         # gelu keeps its input (up's output) and gives what down keeps; swiglu also keeps silu(gate)
         activated = tokens * inner * half * (2 if model.mlp == "swiglu" else 1)
         hidden = tokens * inner * half
+        fan_out = inner * (2 if model.mlp == "swiglu" else 1)
         return Module(
             "mlp",
             inside=[
-                linear("up", width, inner * (2 if model.mlp == "swiglu" else 1), kept=up, backward=up + narrow),
+                linear("up", width, fan_out, kept=0 if s.relu else up, forward=up, backward=up + narrow),
                 Module("activate", kept=activated, backward=hidden + up, hooked=False),
                 linear("down", inner, width, forward=narrow, kept=dropout, backward=hidden + narrow),
             ],
@@ -188,7 +193,12 @@ def trace(settings):
         recomputed = bool(s.recompute_every) and number % s.recompute_every == 0
         total = lambda name: Module(name, kept=x, hooked=False)  # noqa: E731
         inside = [norm("norm"), attention(), total("sum"), norm("norm"), mlp(), total("sum")]
-        return Module(f"block {number}", inside=inside, recomputed=recomputed, output=x)
+        made = Module(f"block {number}", inside=inside, recomputed=recomputed, output=x)
+        if s.leaf_blocks:
+            made.leaf = True
+            for call in calls_of(made)[1:]:
+                call.hooked = False
+        return made
 
     embedding = Weight(model.vocab_size * width, uses=2 if model.tie_embeddings else 1)
     modules = [Module("token_embedding", [embedding], forward=x)]
@@ -221,12 +231,14 @@ def trace(settings):
     return Module("model", inside=modules)
 
 
+def calls_of(module):
+    """A module and all inside it, in the order of the forward pass."""
+    return [module] + [call for child in module.inside for call in calls_of(child)]
+
+
 def weights_of(module):
     """The weights of a module and all inside it, each once, in the order of their making."""
-    found = dict.fromkeys(module.weights)
-    for child in module.inside:
-        found |= dict.fromkeys(weights_of(child))
-    return list(found)
+    return list(dict.fromkeys(weight for call in calls_of(module) for weight in call.weights))
 
 
 class Engine:
@@ -356,7 +368,7 @@ class Replicated(Engine):
             self.memory.free(gradient)
 
     def end_backward(self):
-        if self.last and self.settings.precision != "amp" and self.settings.world_size > 1:
+        if self.last and self.settings.precision != "amp":
             self.memory.touch("buckets", min(self.size, 500_000_000) * self.settings.bytes)
 
     def step(self):
@@ -413,6 +425,7 @@ class Sharded(Engine):
 
     def reduce(self):
         s, memory = self.settings, self.memory
+        before, memory.phase = memory.phase, "reduction"
         if len(self.bucket) > 1:  # the slices for all ranks are flattened into one tensor
             memory.touch("buckets", self.elements * s.bytes)
         for bucket in self.stale:
@@ -427,7 +440,7 @@ class Sharded(Engine):
                     self.partition = memory.allocate("gradients", size)
             if gradient:
                 memory.free(gradient)
-        self.bucket, self.elements = [], 0
+        self.bucket, self.elements, memory.phase = [], 0, before
 
     def end_backward(self):
         if self.last:
@@ -479,12 +492,13 @@ class Gathered(Engine):
         self.gathered = {w: None for w in self.persistent}  # weight -> its tensor
         self.flight = {}  # weight -> [weights that wait for the same call, the flat tensor]
         # what the coordinator's trace of a first step holds: the modules, and all their parameters in order
-        self.order = []
+        self.needs = {m: weights_of(m) if m.leaf else m.weights for m in calls_of(self.model)}
+        self.order, self.leaf, self.at_once = [], None, []
         self.record(self.model)
-        self.order_sums = [0, *itertools.accumulate(sum(w.size for w in m.weights) for m in self.order)]
+        self.order_sums = [0, *itertools.accumulate(sum(w.size for w in self.needs[m]) for m in self.order)]
         self.next_uses = {}
         for step, module in enumerate(self.order):
-            for weight in module.weights:
+            for weight in self.needs[module]:
                 self.next_uses.setdefault(weight, []).append(step)
         self.restart()
 
@@ -509,7 +523,7 @@ class Gathered(Engine):
     def restart(self):
         """The coordinator at the beginning of a forward pass."""
         self.at, self.live = 0, 0
-        self.queue = deque((weight, step) for step, module in enumerate(self.order) for weight in module.weights)
+        self.queue = deque((weight, step) for step, module in enumerate(self.order) for weight in self.needs[module])
         self.fetched_for = {}  # weight -> the last step of the trace that a fetch was meant for
 
     def gather(self, weights):
@@ -546,8 +560,10 @@ class Gathered(Engine):
             self.memory.free(flat)
 
     def fetch(self, module, forward):
-        self.gather(module.weights)
-        for weight in module.weights:
+        if module.leaf and not forward:
+            self.leaf = module
+        self.gather(self.needs[module])
+        for weight in self.needs[module]:
             self.wait(weight)
         if self.settings.prefetches:
             self.prefetch(module)
@@ -560,11 +576,11 @@ class Gathered(Engine):
             for following in self.order[self.at + 1 :]:
                 if size >= s.prefetch_bucket_size:
                     break
-                ahead += following.weights
-                size += sum(weight.size for weight in following.weights)
+                ahead += self.needs[following]
+                size += sum(weight.size for weight in self.needs[following])
             self.gather(dict.fromkeys(ahead))
             return
-        missing = {w for w in module.weights if self.fetched_for.get(w, -1) < self.at}
+        missing = {w for w in self.needs[module] if self.fetched_for.get(w, -1) < self.at}
         discarded = set()
         while self.queue and len(discarded) < len(missing):
             weight, step = self.queue.popleft()
@@ -582,9 +598,13 @@ class Gathered(Engine):
 
     def release(self, module, forward):
         s = self.settings
+        if module is self.leaf and not forward:
+            self.leaf, given, self.at_once = None, self.at_once, []
+            for weight, gradient in given:
+                self.reduce_later(weight, gradient)
         if s.keeps_weights and forward:
             return
-        for weight in module.weights:
+        for weight in self.needs[module]:
             if weight in self.persistent or self.gathered.get(weight) is None:
                 continue
             if s.prefetches:
@@ -605,6 +625,9 @@ class Gathered(Engine):
 
     def reduce_later(self, weight, gradient):
         s = self.settings
+        if self.leaf:
+            self.at_once.append((weight, gradient))
+            return
         if self.elements and self.elements + weight.size > s.reduce_bucket_size:
             self.reduce()
         if self.elements + weight.size <= s.reduce_bucket_size:
@@ -615,6 +638,7 @@ class Gathered(Engine):
 
     def reduce(self):
         s, memory = self.settings, self.memory
+        before, memory.phase = memory.phase, "reduction"
         temporary = []
         several = len(self.bucket) > 1 or any(weight.size % s.world_size for weight, _ in self.bucket)
         if several and s.coalesced:
@@ -635,7 +659,7 @@ class Gathered(Engine):
                 memory.free(gradient)
         for tensor in temporary:
             memory.free(tensor)
-        self.bucket, self.elements = [], 0
+        self.bucket, self.elements, memory.phase = [], 0, before
 
     def end_backward(self):
         self.reduce()
