@@ -32,7 +32,9 @@ class Settings:
     precision: str = "bf16"  # bf16, fp16, fp32; or amp: fp32 weights, fp16 products (torch.autocast)
     recompute_every: int = 0  # k: blocks 0, k, 2k, ... are recomputed in the backward pass; 0: none
     inputs_on_cpu: bool = False  # the inputs of recomputed blocks wait in CPU memory
-    attention: str = "flash"  # flash: no (T, T) matrix is kept; plain: the softmax of every head is; plain32: in float32
+    attention: str = (
+        "flash"  # flash: no (T, T) matrix is kept; plain: the softmax of every head is; plain32: in float32
+    )
     loss: str = "chunked"  # chunked: model.py's; plain: all logits, in float32; half: all, in the model's type; fused
     separate_qkv: bool = False  # three matrices in place of one, as in minGPT
     masks: bool = False  # a (T, T) mask of one byte an entry in each block, as in minGPT
@@ -158,7 +160,9 @@ def trace(settings):
         matrix = s.micro_batch_size * heads * length * length  # elements of all heads' scores
         if model.position == "rotary":
             turned = tokens * (width + kv) * half
-            products.append(Module("rotate", kept=turned, forward=4 * tokens * width * 2, backward=turned, hooked=False))
+            products.append(
+                Module("rotate", kept=turned, forward=4 * tokens * width * 2, backward=turned, hooked=False)
+            )
         if s.attention == "flash":
             inputs = tokens * (width + 2 * kv) * half
             core = Module("attend", kept=narrow + tokens * heads * 4, backward=narrow + inputs, own=True, hooked=False)
@@ -169,7 +173,9 @@ def trace(settings):
             masked = matrix * (1 + soft) if model.dropout else 0
             casts = matrix * half if soft > half else 0
             kept = scores + masked + casts if s.score_bytes is None else matrix * s.score_bytes
-            products.append(Module("scores", kept=kept, forward=scores + 2 * narrow, backward=2 * scores, own=True, hooked=False))
+            products.append(
+                Module("scores", kept=kept, forward=scores + 2 * narrow, backward=2 * scores, own=True, hooked=False)
+            )
             products.append(Module("gather", kept=narrow, forward=narrow, backward=2 * narrow, hooked=False))
         products.append(linear("proj", width, width, forward=narrow, kept=dropout, backward=2 * narrow))
         return Module("attention", inside=products)
@@ -203,7 +209,9 @@ def trace(settings):
     embedding = Weight(model.vocab_size * width, uses=2 if model.tie_embeddings else 1)
     modules = [Module("token_embedding", [embedding], forward=x)]
     if model.position == "learned":
-        modules.append(Module("position_embedding", [Weight(model.block_size * width)], forward=length * width * stream))
+        modules.append(
+            Module("position_embedding", [Weight(model.block_size * width)], forward=length * width * stream)
+        )
     modules.append(Module("sum", kept=x + dropout, hooked=False))
     modules += [block(number) for number in range(model.n_layer)]
     modules.append(norm("final_norm"))
