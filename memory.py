@@ -497,7 +497,7 @@ class Gathered(Engine):
             memory.allocate("buckets", s.reduce_bucket_size * s.bytes)
         self.bucket, self.elements = [], 0
         self.free_gather = s.world_size == 1 and not s.offload_param
-        self.gathered = {w: None for w in self.persistent}  # weight -> its tensor
+        self.gathered = dict.fromkeys(self.persistent)  # weight -> its tensor
         self.flight = {}  # weight -> [weights that wait for the same call, the flat tensor]
         # what the coordinator's trace of a first step holds: the modules, and all their parameters in order
         self.needs = {m: weights_of(m) if m.leaf else m.weights for m in calls_of(self.model)}

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from config import UserError, gradient_accumulation, load_config, offloads_optimizer, run_command, zero_stage
 from memory import PARTS, Settings, simulate
