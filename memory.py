@@ -214,7 +214,8 @@ def trace(settings):
         )
     modules.append(Module("sum", kept=x + dropout, hooked=False))
     modules += [block(number) for number in range(model.n_layer)]
-    modules.append(norm("final_norm"))
+    final = norm("final_norm")
+    modules.append(final)
     head = embedding if model.tie_embeddings else Weight(model.vocab_size * width)
     logits = tokens * model.vocab_size
     sizes = {  # kept, forward, backward of the loss
@@ -224,10 +225,11 @@ def trace(settings):
     }
     if s.loss == "chunked":
         chunk = min(4096, max(1, 2**26 // model.vocab_size), tokens)
+        final.kept, final.forward = final.kept - x, x  # LinearCrossEntropy keeps gradients, not what it read
         several, product = tokens > chunk, model.vocab_size * width * half
         at_once = chunk * model.vocab_size * (4 + half + (half if half < 4 else 0))
         kept = narrow + (2 if several and half < 4 else 1) * product
-        loss = Module("head", [head], kept=kept, forward=max(at_once, several * product), part="logits", own=True)
+        loss = Module("head", [head], kept=kept, forward=x + max(at_once, several * product), part="logits", own=True)
         modules.append(loss)
     else:
         kept, forward, backward = sizes[s.loss]

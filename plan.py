@@ -253,7 +253,7 @@ def report(found, config, options, notes):
     ]
     for part, size in found["gpu_parts"].items():
         lines.append(f"  {part:12s} {size / GiB:9.2f} GiB  {'#' * round(40 * size / found['gpu_bytes'])}")
-    runner_up = found["runner_up"]
+    runner_up, (low, high) = found["runner_up"], found["cpu_bytes_range"]
     lines += [
         f"  {'allocated':12s} {found['gpu_bytes'] / GiB:9.2f} GiB  (runner-up: {runner_up['phase']}, "
         f"{runner_up['gpu_bytes'] / GiB:.2f} GiB)",
@@ -261,20 +261,21 @@ def report(found, config, options, notes):
         f"{CONTEXT / GiB:g} GiB for CUDA and NCCL)",
         f"{'fits' if found['fits'] else 'DOES NOT FIT'} in {options.gpu_memory:g} GiB",
         "",
-        f"CPU memory of a node: {found['cpu_bytes_range'][0] / GiB:,.1f} to {found['cpu_bytes_range'][1] / GiB:,.1f} GiB "
-        "(pinned blocks are rounded up to powers of two), and each rank's Python and libraries",
+        f"CPU memory of a node: {low / GiB:,.1f} to {high / GiB:,.1f} GiB (pinned blocks are rounded up to powers of two), "
+        "and each rank's Python and libraries",
         f"a checkpoint on disk: {found['checkpoint_bytes'] / GiB:,.1f} GiB",
     ]
     if found["tokens_per_second"]:
         cost = f", {found['cost']:,.0f} $ at {options.price:g} $ a GPU and hour" if found["cost"] else ""
         lines.append(
-            f"{found['tokens_per_second']:,.0f} tokens/s, {config.train.max_tokens:,} tokens in {found['days']:,.2f} days, "
-            f"{found['gpu_hours']:,.0f} GPU hours{cost}"
+            f"{found['tokens_per_second']:,.0f} tokens/s, {config.train.max_tokens:,} tokens in "
+            f"{found['days']:,.2f} days, {found['gpu_hours']:,.0f} GPU hours{cost}"
         )
         a = options.assumptions
         lines.append(
-            f"  assumed, not measured: {a.utilisation:.0%} of the peak, recomputed FLOPs included; {a.link / 1e9:g} GB/s "
-            f"between GPUs, {a.network / 1e9:g} between nodes, {a.pcie / 1e9:g} to the CPU, {a.cpu / 1e9:g} in its memory"
+            f"  assumed, not measured: {a.utilisation:.0%} of the peak, recomputed FLOPs included; GB/s: "
+            f"{a.link / 1e9:g} between GPUs, {a.network / 1e9:g} between nodes, {a.pcie / 1e9:g} to the CPU, "
+            f"{a.cpu / 1e9:g} in its memory"
         )
     return "\n".join(lines + [f"note: {note}" for note in notes])
 
@@ -349,8 +350,8 @@ def main(arguments):
         found, chosen = fastest(config, options.gpus, planned)
         if found is None:
             raise UserError(
-                f"--fit: nothing fits in {options.gpu_memory:g} GiB, not even stage 3 with all offload, recomputation and "
-                "a micro-batch of 1; more GPUs, a smaller reduce_bucket_size or sub_group_size, or a smaller model"
+                f"--fit: nothing fits in {options.gpu_memory:g} GiB, not even stage 3 with all offload, recomputation "
+                "and a micro-batch of 1; more GPUs, a smaller reduce_bucket_size or sub_group_size, or a smaller model"
             )
         config = chosen
         answer["command"] = command(rest, config, options.gpus, options.nodes)
