@@ -10,6 +10,7 @@ partitioned_param_coordinator.py. Sizes are in bytes, `size` and bucket sizes in
 
 import bisect
 import itertools
+import math
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
@@ -165,7 +166,9 @@ def trace(settings):
             )
         if s.attention == "flash":
             inputs = tokens * (width + 2 * kv) * half
-            core = Module("attend", kept=narrow + tokens * heads * 4, backward=narrow + inputs, own=True, hooked=False)
+            # its output is laid out as its input: turned ones are not as proj reads them, and copied once more
+            kept = narrow * (2 if model.position == "rotary" else 1) + tokens * heads * 4
+            core = Module("attend", kept=kept, backward=narrow + inputs, own=True, hooked=False)
             products.append(core)
         else:
             soft = 4 if amp or s.attention == "plain32" else half  # autocast's softmax is float32
@@ -400,18 +403,22 @@ class Sharded(Engine):
         if s.stale_bucket:
             self.stale = [self.memory.allocate("buckets", int(s.reduce_bucket_size * s.bucket_factor) * s.bytes)]
         self.waiting = []
-        # the rank whose slices touch the most: the whole of every tensor that a slice begins or ends in
-        touched = []
-        for rank in range(s.world_size):
-            mine = []
-            for group in self.groups:
-                total = sum(weight.size for weight in group)
-                low, high = rank * total / s.world_size, (rank + 1) * total / s.world_size
-                ends = itertools.accumulate(weight.size for weight in group)
-                mine += [w for w, end in zip(group, ends, strict=True) if end > low and end - w.size < high]
-            touched.append(mine)
+        # {weight: elements of it in the slice} of the rank whose slices touch the most: whole tensors are kept of
+        # those that a slice begins or ends in
+        touched = [self.slice_of(rank) for rank in range(s.world_size)]
         most = max(touched, key=lambda mine: sum(weight.size for weight in mine))
         self.touched = most if s.rank is None else touched[s.rank]
+
+    def slice_of(self, rank):
+        mine = {}
+        for group in self.groups:
+            total, end = sum(weight.size for weight in group), 0
+            low, high = rank * total / self.settings.world_size, (rank + 1) * total / self.settings.world_size
+            for weight in group:
+                begin, end = end, end + weight.size
+                if begin < high and end > low:
+                    mine[weight] = min(end, high) - max(begin, low)
+        return mine
 
     def reduce_later(self, weight, gradient):
         if self.settings.stage == 1 and not self.settings.overlap_comm:  # at the boundary, all at once
@@ -444,7 +451,7 @@ class Sharded(Engine):
         for weight, gradient in self.bucket:
             if weight in self.touched:
                 if s.offload_optimizer:
-                    memory.touch("overhead", weight.size * 8)  # the norm, in float64
+                    memory.touch("overhead", 8 * math.ceil(self.touched[weight]))  # the norm, in float64
                 elif not self.partition:
                     size = sum(w.size for w in self.touched) * s.bytes
                     self.partition = memory.allocate("gradients", size)
@@ -472,7 +479,7 @@ class Sharded(Engine):
         s = self.settings
         if s.offload_optimizer:
             return
-        self.memory.touch("overhead", 8 * max(weight.size for weight in self.touched))
+        self.memory.touch("overhead", 8 * math.ceil(max(self.touched.values())))
         for group in self.groups:
             size = -(-sum(weight.size for weight in group) // s.world_size)
             flat = self.memory.allocate("gradients", size * s.bytes)

@@ -262,8 +262,8 @@ def report(found, config, options, notes):
         f"{', tight' if found['fits'] and found['gpu_fraction'] > COMFORTABLE else ''} (at most {USABLE:.0%} can be "
         "allocated beside fragments, the CUDA context and NCCL)",
         "",
-        f"CPU memory of a node: {low / GiB:,.1f} to {high / GiB:,.1f} GiB (pinned blocks may be rounded up to powers of "
-        "two), and each rank's Python and libraries",
+        f"CPU memory of a node: {low / GiB:,.1f} to {high / GiB:,.1f} GiB (pinned blocks may be rounded up to powers "
+        "of two), and each rank's Python and libraries",
         f"a checkpoint on disk: {found['checkpoint_bytes'] / GiB:,.1f} GiB",
     ]
     if found["tokens_per_second"]:

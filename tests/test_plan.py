@@ -193,7 +193,7 @@ def test_command_line(capsys):
         ("--gpus 8 --gpu_memory 80 --gpu toaster", "toaster"),
         ("--gpus 8 --gpu_memory 80 --nodes 3", "--nodes"),
         ("--gpus 8 --gpu_memory 80 --model.n_layers 3", "n_layer"),
-        ("--gpus 8 --gpu_memory 1 --fit", "nothing fits"),
+        ("--gpus 8 --gpu_memory 0.1 --fit", "nothing fits"),
     ],
 )
 def test_bad_input_is_one_line(arguments, word):
