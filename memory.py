@@ -59,7 +59,8 @@ class Settings:
     score_bytes: int | None = None  # kept for each entry of plain attention, if not what the rest implies
     relu: bool = False  # the MLP keeps only its activation, not also that one's input
     bucket_factor: float = 1.0  # 2021: ZeRO-2's buckets had room for 4.5 times their size
-    stale_bucket: bool = False  # 2021: a bucket of the step before lived until the first reduction
+    stale_bucket: bool = False  # 2021, ZeRO-2: a bucket of the step before lived until the first reduction; this was
+    # concluded from the measurements, not read in that version's source
     coalesced: bool = True  # 2021: each parameter was gathered and reduced on its own
     prefetches: bool = True  # 2021: an invalid trace switched prefetching and reuse off
     keeps_weights: bool = False  # 2021: autograd held views of gathered weights from forward to backward
@@ -662,8 +663,7 @@ class Gathered(Engine):
             flat = sum(self.shard(weight) for weight, _ in self.bucket) * s.world_size * s.bytes
             temporary.append(memory.allocate("buckets", flat))
         if s.clones_reduction:
-            temporary.append(memory.allocate("buckets", sum(w.size for w, _ in self.bucket) * s.bytes))
-            memory.free(temporary.pop())
+            memory.touch("buckets", sum(weight.size for weight, _ in self.bucket) * s.bytes)
         shards = [self.shard(weight) for weight, _ in self.bucket]
         if s.accumulation_bytes and s.accumulation_bytes != s.bytes:
             temporary.append(memory.allocate("gradients", sum(shards) * s.accumulation_bytes))
