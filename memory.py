@@ -146,25 +146,21 @@ def trace(settings):
         # layernorm keeps mean and 1 / deviation of each token in float32; what it reads is the stream's
         weights = [Weight(width, False) for _ in range(2 if model.norm == "layernorm" and model.bias else 1)]
         statistics = tokens * 4 * (2 if model.norm == "layernorm" else 1)
-        casts = 0
-        if amp:  # each linear layer behind it makes its own fp16 copy of the fp32 output
-            casts = narrow
-        return Module(name, weights, kept=x + statistics, forward=casts, backward=2 * x)
+        return Module(name, weights, kept=x + statistics, forward=narrow if amp else 0, backward=2 * x)
 
     def attention():
         products = []
         if s.separate_qkv:
-            per = narrow * (2 if amp else 1)
-            products += [linear(n, width, width, kept=per, backward=2 * narrow) for n in ("key", "query", "value")]
+            kept = narrow * (2 if amp else 1)  # under autocast each makes a fp16 copy of the norm's fp32 output
+            products += [linear(n, width, width, kept=kept, backward=2 * narrow) for n in ("key", "query", "value")]
         else:
             qkv = tokens * (width + 2 * kv) * half
-            products += [linear("qkv", width, width + 2 * kv, kept=qkv, backward=qkv + narrow)]
+            products.append(linear("qkv", width, width + 2 * kv, kept=qkv, backward=qkv + narrow))
         matrix = s.micro_batch_size * heads * length * length  # elements of all heads' scores
         if model.position == "rotary":
             turned = tokens * (width + kv) * half
-            products.append(
-                Module("rotate", kept=turned, forward=4 * tokens * width * 2, backward=turned, hooked=False)
-            )
+            wide = 2 * tokens * width * 4  # of the queries, in float32, before and after
+            products.append(Module("rotate", kept=turned, forward=wide, backward=turned, hooked=False))
         if s.attention == "flash":
             inputs = tokens * (width + 2 * kv) * half
             # its output is laid out as its input: turned ones are not as proj reads them, and copied once more
@@ -185,24 +181,24 @@ def trace(settings):
         return Module("attention", inside=products)
 
     def mlp():
-        up = tokens * inner * half * (2 if model.mlp == "swiglu" else 1)
-        # gelu keeps its input (up's output) and gives what down keeps; swiglu also keeps silu(gate)
-        activated = tokens * inner * half * (2 if model.mlp == "swiglu" else 1)
-        hidden = tokens * inner * half
+        # gelu's input, up's output, is kept, and what it gives, which down reads; of swiglu also silu(gate)
         fan_out = inner * (2 if model.mlp == "swiglu" else 1)
+        up, hidden = tokens * fan_out * half, tokens * inner * half
+        kept_up = 0 if s.relu else up
         return Module(
             "mlp",
             inside=[
-                linear("up", width, fan_out, kept=0 if s.relu else up, forward=up, backward=up + narrow),
-                Module("activate", kept=activated, backward=hidden + up, hooked=False),
+                linear("up", width, fan_out, kept=kept_up, forward=up - kept_up, backward=up + narrow),
+                Module("activate", kept=up, backward=hidden + up, hooked=False),
                 linear("down", inner, width, forward=narrow, kept=dropout, backward=hidden + narrow),
             ],
         )
 
     def block(number):
         recomputed = bool(s.recompute_every) and number % s.recompute_every == 0
-        total = lambda name: Module(name, kept=x, hooked=False)  # noqa: E731
-        inside = [norm("norm"), attention(), total("sum"), norm("norm"), mlp(), total("sum")]
+        inside = []
+        for part in (attention(), mlp()):
+            inside += [norm("norm"), part, Module("sum", kept=x, hooked=False)]
         made = Module(f"block {number}", inside=inside, recomputed=recomputed, output=x)
         if s.leaf_blocks:
             made.leaf = True
@@ -508,7 +504,7 @@ class Gathered(Engine):
         self.bucket, self.elements = [], 0
         self.free_gather = s.world_size == 1 and not s.offload_param
         self.gathered = dict.fromkeys(self.persistent)  # weight -> its tensor
-        self.flight = {}  # weight -> [weights that wait for the same call, the flat tensor]
+        self.flight = {}  # weight -> (the weights of the same call, its tensor, whether that is the weight itself)
         # what the coordinator's trace of a first step holds: the modules, and all their parameters in order
         self.needs = {m: weights_of(m) if m.leaf else m.weights for m in calls_of(self.model)}
         self.order, self.leaf, self.at_once = [], None, []
@@ -551,17 +547,13 @@ class Gathered(Engine):
         if not weights:
             return
         self.live += sum(weight.size for weight in weights)
-        padded = sum(self.shard(weight) * s.world_size for weight in weights) * s.bytes
-        if self.free_gather:
-            padded = 0
+        sizes = [0 if self.free_gather else self.shard(weight) * s.world_size * s.bytes for weight in weights]
         if len(weights) == 1 or s.world_size == 1 or not s.coalesced:
-            sizes = [self.shard(w) * s.world_size * s.bytes if padded else 0 for w in weights]
             for weight, size in zip(weights, sizes, strict=True):
                 self.flight[weight] = ({weight}, self.memory.allocate("gathered", size), True)
-            return
-        call = (set(weights), self.memory.allocate("gathered", padded), False)
-        for weight in weights:
-            self.flight[weight] = call
+        else:
+            call = (set(weights), self.memory.allocate("gathered", sum(sizes)), False)
+            self.flight |= dict.fromkeys(weights, call)
 
     def wait(self, weight):
         if weight not in self.flight:
