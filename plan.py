@@ -56,6 +56,8 @@ def settings_of(config, gpus):
     """The simulator's Settings of a run's configuration."""
     train, zero = config.train, config.deepspeed.get("zero_optimization", {})
     stage = zero_stage(config.deepspeed)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"deepspeed.zero_optimization.stage: found {json.dumps(stage)}, expected 0, 1, 2 or 3")
     precision = "bf16" if train.precision == "auto" else train.precision
     overlap = zero.get("overlap_comm")
     accumulated = config.deepspeed.get("data_types", {}).get("grad_accum_dtype")
@@ -73,8 +75,15 @@ def settings_of(config, gpus):
         overlap_comm=stage == 3 if overlap is None else overlap,
         leaf_blocks=stage == 3 and train.compile is not False,
         accumulation_bytes={"fp32": 4, "bf16": 2, "fp16": 2}.get(accumulated),
-        **{ours: int(zero[key]) for key, ours in ZERO_KEYS.items() if key in zero},
+        **{ours: elements(key, zero[key]) for key, ours in ZERO_KEYS.items() if key in zero},
     )
+
+
+def elements(key, value):
+    """A size in deepspeed.zero_optimization, which may be written 5e7."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise UserError(f"deepspeed.zero_optimization.{key}: found {json.dumps(value)}, expected a number of elements")
+    return int(value)
 
 
 def accumulation(config, gpus):
@@ -287,6 +296,8 @@ def remarks(config, gpus):
     zero = config.deepspeed.get("zero_optimization", {})
     if unknown := sorted(set(zero) - set(ZERO_KEYS) - OTHER_ZERO_KEYS - WITHOUT_EFFECT):
         notes.append(f"not modelled, of deepspeed.zero_optimization: {', '.join(unknown)}")
+    if any((zero.get(name) or {}).get("device") == "nvme" for name in ("offload_optimizer", "offload_param")):
+        notes.append("what goes to NVMe is counted as CPU memory, and its speed as the CPU's")
     if zero.get("contiguous_gradients") is False:
         notes.append("contiguous_gradients false is planned as true")
     try:
