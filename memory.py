@@ -573,7 +573,9 @@ class Gathered(Engine):
         if module.leaf and not forward:
             self.leaf = module
         self.gather(self.needs[module])
-        for weight in self.needs[module]:
+        missing = any(weight not in self.gathered for weight in self.needs[module])
+        together = not self.settings.coalesced and missing  # 2021: who waits for one waits for all under way
+        for weight in list(self.flight) if together else self.needs[module]:
             self.wait(weight)
         if self.settings.prefetches:
             self.prefetch(module)
@@ -581,14 +583,15 @@ class Gathered(Engine):
 
     def prefetch(self, module):
         s = self.settings
-        if not s.coalesced:  # 2021: what the next modules need, no further ahead than a prefetch bucket
-            ahead, size = [], 0
-            for following in self.order[self.at + 1 :]:
-                if size >= s.prefetch_bucket_size:
+        if not s.coalesced:  # 2021: a bucket of what comes next and is not here, if nothing is under way
+            ahead, size = {}, 0
+            for weight in itertools.chain.from_iterable(self.needs[m] for m in self.order[self.at :]):
+                if self.flight or self.live >= s.max_live_parameters or size >= s.prefetch_bucket_size:
                     break
-                ahead += self.needs[following]
-                size += sum(weight.size for weight in self.needs[following])
-            self.gather(dict.fromkeys(ahead))
+                if weight not in self.gathered and weight not in ahead:
+                    ahead[weight] = True
+                    size += weight.size
+            self.gather(ahead)
             return
         missing = {w for w in self.needs[module] if self.fetched_for.get(w, -1) < self.at}
         discarded = set()
