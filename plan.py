@@ -1,0 +1,386 @@
+"""Will it fit, how fast, what does it cost: a plan of a run before anything is rented.
+
+    python plan.py configs/1p5b.json --gpus 8 --gpu_memory 80 [--gpu h100] [--nodes 1] [--price 2.5]
+                   [--section.key value ...] [--fit | --max] [--json]
+
+Memory is replayed allocation by allocation (memory.py). Speed is arithmetic on stated assumptions (`Assumptions`).
+Nothing is allocated, and no GPU is looked for.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+
+from config import UserError, gradient_accumulation, load_config, offloads_optimizer, run_command, zero_stage
+from memory import PARTS, Settings, simulate
+from metrics import PEAK_FLOPS, flops_per_token, peak_flops, recomputed_flops_per_token
+
+GiB = 2**30
+# How much of a GPU may be allocated: the rest is what the allocator cannot reuse, the CUDA context and NCCL. Of the
+# published largest models and batches that ran, none is predicted above USABLE, and few above COMFORTABLE.
+USABLE, COMFORTABLE = 0.9, 0.8
+
+# deepspeed.zero_optimization: DeepSpeed's key, and where it differs its other name -> ours in Settings.
+ZERO_KEYS = {
+    "reduce_bucket_size": "reduce_bucket_size",
+    "stage3_prefetch_bucket_size": "prefetch_bucket_size",
+    "prefetch_bucket_size": "prefetch_bucket_size",
+    "stage3_param_persistence_threshold": "persistence_threshold",
+    "param_persistence_threshold": "persistence_threshold",
+    "stage3_max_live_parameters": "max_live_parameters",
+    "max_live_parameters": "max_live_parameters",
+    "stage3_max_reuse_distance": "max_reuse_distance",
+    "max_reuse_distance": "max_reuse_distance",
+    "sub_group_size": "sub_group_size",
+}
+# read apart from these, or without effect on memory as it is modelled
+OTHER_ZERO_KEYS = {"stage", "overlap_comm", "offload_optimizer", "offload_param", "contiguous_gradients"}
+WITHOUT_EFFECT = {"allgather_bucket_size", "allgather_partitions", "round_robin_gradients", "load_from_fp32_weights"}
+
+
+@dataclass
+class Assumptions:
+    """What the speed rests on. None of it is measured here; every one can be given on the command line."""
+
+    utilisation: float = 0.4  # of the peak, by the FLOPs that the device does (recomputed ones too), within a step
+    link: float = 300e9  # bytes/s between two GPUs of a node, each way (NVLink of A100; H100 has 450e9)
+    network: float = 25e9  # bytes/s of one GPU to other nodes, each way (200 Gbit/s each)
+    pcie: float = 25e9  # bytes/s between a GPU and its node's memory, each way (PCIe 4.0 x16)
+    cpu: float = 150e9  # bytes/s of a node's memory, which bounds Adam on the CPU
+
+
+def settings_of(config, gpus):
+    """The simulator's Settings of a run's configuration."""
+    train, zero = config.train, config.deepspeed.get("zero_optimization", {})
+    stage = zero_stage(config.deepspeed)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"deepspeed.zero_optimization.stage: found {json.dumps(stage)}, expected 0, 1, 2 or 3")
+    precision = "bf16" if train.precision == "auto" else train.precision
+    overlap = zero.get("overlap_comm")
+    accumulated = config.deepspeed.get("data_types", {}).get("grad_accum_dtype")
+    return Settings(
+        model=config.model,
+        world_size=gpus,
+        stage=stage,
+        micro_batch_size=train.micro_batch_size,
+        gradient_accumulation_steps=accumulation(config, gpus),
+        precision=precision,
+        recompute_every=int(train.activation_checkpointing),
+        inputs_on_cpu=train.checkpoints_on_cpu,
+        offload_optimizer=offloads_optimizer(config.deepspeed),
+        offload_param=(zero.get("offload_param") or {}).get("device", "none") != "none",
+        overlap_comm=stage == 3 if overlap is None else overlap,
+        leaf_blocks=stage == 3 and train.compile is not False,
+        accumulation_bytes={"fp32": 4, "bf16": 2, "fp16": 2}.get(accumulated),
+        **{ours: elements(key, zero[key]) for key, ours in ZERO_KEYS.items() if key in zero},
+    )
+
+
+def elements(key, value):
+    """A size in deepspeed.zero_optimization, which may be written 5e7."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise UserError(f"deepspeed.zero_optimization.{key}: found {json.dumps(value)}, expected a number of elements")
+    return int(value)
+
+
+def accumulation(config, gpus):
+    """Micro-batches of one step; of a batch that does not divide, as many as hold it."""
+    return -(-config.train.global_batch_tokens // (config.model.block_size * config.train.micro_batch_size * gpus))
+
+
+def cpu_memory(settings, parameters, ranks):
+    """(lowest, highest) bytes of CPU memory of a node with this many ranks, for tensors; each rank's Python, torch
+    and CUDA libraries come on top. PyTorch rounds each pinned block up to a power of two: up to twice the bytes."""
+    s, shard = settings, parameters / settings.world_size
+    pageable, pinned = 0, 0
+    if s.offload_optimizer:
+        pageable += (s.master_bytes + s.moment_bytes) * shard
+        pinned += 4 * shard + s.bytes * shard  # float32 gradients; 16-bit ones (stage 3) or weights (1, 2)
+    if s.offload_param:
+        pinned += 2 * s.bytes * shard  # the flat weights, and zero.Init's pieces, which stay in the host cache
+    if s.inputs_on_cpu and s.recompute_every:
+        tokens = s.micro_batch_size * s.model.block_size
+        pinned += -(-s.model.n_layer // s.recompute_every) * tokens * s.model.n_embd * s.bytes
+    return round((pageable + pinned) * ranks), round((pageable + 2 * pinned) * ranks)
+
+
+def checkpoint_size(settings, parameters):
+    """Bytes of one checkpoint: Adam's moments and master weights, and below stage 3 the weights as they train."""
+    s = settings
+    master = 0 if s.bytes == 4 and s.stage in (0, 3) else s.master_bytes
+    weights = 0 if s.stage == 3 and s.bytes < 4 else s.bytes
+    return parameters * (s.moment_bytes + master + weights)
+
+
+def seconds_per_step(settings, parameters, flops, tokens, peak, nodes, assumptions):
+    """One optimizer step over `tokens`. Products and communication overlap, offload's copies and Adam do not.
+
+    Bytes of a rank: stages 0 to 2 sum the gradients (2 x) or scatter them and gather the weights (1 x each), once a
+    step; stage 3 gathers the weights in each pass of each micro-batch and scatters the gradients of each."""
+    s, a = settings, assumptions
+    compute = flops * tokens / (s.world_size * peak * a.utilisation)
+    model = parameters * s.bytes * (s.world_size - 1) / s.world_size
+    passes = (3 + bool(s.recompute_every)) * s.gradient_accumulation_steps if s.stage == 3 else 2
+    if s.stage == 2:
+        passes = s.gradient_accumulation_steps + 1
+    communication = passes * model / (a.network if nodes > 1 else a.link)
+    offload, shard = 0, parameters / s.world_size
+    if s.offload_param:
+        offload += (2 + bool(s.recompute_every)) * s.gradient_accumulation_steps * shard * s.bytes / a.pcie
+    if s.offload_optimizer:  # gradients down, weights up; Adam reads 16 and writes 14 bytes a parameter
+        offload += (4 + s.bytes) * shard / a.pcie + 30 * parameters / nodes / a.cpu
+    return max(compute, communication) + offload
+
+
+def plan(config, gpus, nodes, memory_bytes, peak, price, assumptions):
+    """Everything there is to say about one setting, as a dictionary (sizes in bytes)."""
+    settings = settings_of(config, gpus)
+    memory, parameters = simulate(settings)
+    phases = sorted(((total, phase) for phase, (total, _) in memory.peaks.items()), reverse=True)
+    total, phase = phases[0]
+    parts = {part: memory.peaks[phase][1].get(part, 0) for part in PARTS}
+    cpu = cpu_memory(settings, parameters, gpus // nodes)
+    train = config.train
+    flops = flops_per_token(config.model) + recomputed_flops_per_token(config.model, settings.recompute_every)
+    tokens = settings.gradient_accumulation_steps * train.micro_batch_size * gpus * config.model.block_size
+    speed = None
+    if peak:
+        if settings.bytes == 4:
+            peak /= 2  # TF32's
+        speed = tokens / seconds_per_step(settings, parameters, flops, tokens, peak, nodes, assumptions)
+    days = train.max_tokens / speed / 86400 if speed else None
+    return {
+        "parameters": parameters,
+        "gpu_bytes": total,
+        "gpu_parts": parts,
+        "peak_phase": phase,
+        "runner_up": {"phase": phases[1][1], "gpu_bytes": phases[1][0]},
+        "phases": {name: peak[0] for name, peak in memory.peaks.items()},
+        "gpu_fraction": total / memory_bytes,
+        "fits": total <= USABLE * memory_bytes,
+        "cpu_bytes": cpu[1],
+        "cpu_bytes_range": list(cpu),
+        "checkpoint_bytes": checkpoint_size(settings, parameters),
+        "micro_batch_size": train.micro_batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "stage": settings.stage,
+        "offload_optimizer": settings.offload_optimizer,
+        "offload_param": settings.offload_param,
+        "activation_checkpointing": settings.recompute_every,
+        "tokens_per_second": speed,
+        "days": days,
+        "gpu_hours": days and days * 24 * gpus,
+        "cost": days and price and days * 24 * gpus * price,
+        "assumptions": dataclasses.asdict(assumptions),
+    }
+
+
+def with_choice(config, stage, offload, recompute, micro_batch_size):
+    """A copy of the configuration with another setting. offload: "none", "optimizer" or "param" (both)."""
+    config = copy.deepcopy(config)
+    zero = config.deepspeed.setdefault("zero_optimization", {})
+    zero["stage"] = stage
+    for name, wanted in (("offload_optimizer", offload != "none"), ("offload_param", offload == "param")):
+        zero.pop(name, None)
+        if wanted:
+            zero[name] = {"device": "cpu"}
+    config.train.activation_checkpointing = recompute
+    config.train.micro_batch_size = micro_batch_size
+    return config
+
+
+def micro_batches(config, gpus):
+    """Micro-batch sizes by which each rank's share of the global batch divides, the largest first; 1 if none."""
+    sequences = config.train.global_batch_tokens // config.model.block_size
+    share = sequences // gpus if sequences % gpus == 0 else 1
+    return [size for size in range(max(share, 1), 0, -1) if max(share, 1) % size == 0]
+
+
+def fastest(config, gpus, planned):
+    """The fastest plan that fits over stages, offload, recomputation and micro-batches, and its configuration;
+    (None, None) if none does. A larger micro-batch never needs less memory, so the first that fits is enough."""
+    best, chosen = None, None
+    choices = [(stage, "none") for stage in range(4)] + [(2, "optimizer"), (3, "optimizer"), (3, "param")]
+    for stage, offload in choices:
+        for recompute in (False, True):
+            for size in micro_batches(config, gpus):
+                candidate = with_choice(config, stage, offload, recompute, size)
+                found = planned(candidate)
+                if found["fits"]:
+                    speed = found["tokens_per_second"] or 0
+                    if best is None or speed > best["tokens_per_second"]:
+                        best, chosen = found, candidate
+                    break
+    return best, chosen
+
+
+def deepest(config, planned):
+    """The largest n_layer that fits, 0 if none does, by doubling and halving."""
+
+    def fits(depth):
+        candidate = copy.deepcopy(config)
+        candidate.model.n_layer = depth
+        return planned(candidate)["fits"]
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+        if high > 2**14:
+            return low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def command(arguments, config, gpus, nodes):
+    """The command line that runs this configuration."""
+    zero = config.deepspeed["zero_optimization"]
+    words = [f"--train.micro_batch_size {config.train.micro_batch_size}"]
+    words.append(f"--train.activation_checkpointing {json.dumps(config.train.activation_checkpointing)}")
+    words.append(f"--deepspeed.zero_optimization.stage {zero['stage']}")
+    for name in ("offload_optimizer", "offload_param"):
+        if name in zero:
+            words.append(f"--deepspeed.zero_optimization.{name}.device cpu")
+    launcher = f"deepspeed --num_gpus {gpus}" if nodes == 1 else f"deepspeed --hostfile hosts --num_nodes {nodes}"
+    return f"{launcher} train.py {' '.join([*arguments, *words])}"
+
+
+def report(found, config, options, notes):
+    """The plan as a person reads it."""
+    lines = [
+        f"{found['parameters']:,} parameters on {options.gpus} x {options.gpu} of {options.gpu_memory:g} GiB, "
+        f"{options.nodes} node{'s' if options.nodes > 1 else ''}; ZeRO stage {found['stage']}"
+        f"{', optimizer on CPU' if found['offload_optimizer'] else ''}"
+        f"{', parameters on CPU' if found['offload_param'] else ''}; micro-batch {found['micro_batch_size']} x "
+        f"{config.model.block_size} tokens x {found['gradient_accumulation_steps']} accumulated; recomputed blocks: "
+        + {0: "none", 1: "all"}.get(found["activation_checkpointing"], f"every {found['activation_checkpointing']}th"),
+        "",
+        f"memory of one GPU at its peak, in the {found['peak_phase']} phase:",
+    ]
+    for part, size in found["gpu_parts"].items():
+        lines.append(f"  {part:12s} {size / GiB:9.2f} GiB  {'#' * round(40 * size / found['gpu_bytes'])}")
+    runner_up, (low, high) = found["runner_up"], found["cpu_bytes_range"]
+    lines += [
+        f"  {'allocated':12s} {found['gpu_bytes'] / GiB:9.2f} GiB  (runner-up: {runner_up['phase']}, "
+        f"{runner_up['gpu_bytes'] / GiB:.2f} GiB)",
+        f"{'fits' if found['fits'] else 'DOES NOT FIT'}: {found['gpu_fraction']:.0%} of {options.gpu_memory:g} GiB"
+        f"{', tight' if found['fits'] and found['gpu_fraction'] > COMFORTABLE else ''} (at most {USABLE:.0%} can be "
+        "allocated beside fragments, the CUDA context and NCCL)",
+        "",
+        f"CPU memory of a node: {low / GiB:,.1f} to {high / GiB:,.1f} GiB (pinned blocks may be rounded up to powers "
+        "of two), and each rank's Python and libraries",
+        f"a checkpoint on disk: {found['checkpoint_bytes'] / GiB:,.1f} GiB",
+    ]
+    if found["tokens_per_second"]:
+        cost = f", {found['cost']:,.0f} $ at {options.price:g} $ a GPU and hour" if found["cost"] else ""
+        lines.append(
+            f"{found['tokens_per_second']:,.0f} tokens/s, {config.train.max_tokens:,} tokens in "
+            f"{found['days']:,.2f} days, {found['gpu_hours']:,.0f} GPU hours{cost}"
+        )
+        a = options.assumptions
+        lines.append(
+            f"  assumed, not measured: {a.utilisation:.0%} of the peak, recomputed FLOPs included; GB/s: "
+            f"{a.link / 1e9:g} between GPUs, {a.network / 1e9:g} between nodes, {a.pcie / 1e9:g} to the CPU, "
+            f"{a.cpu / 1e9:g} in its memory"
+        )
+    return "\n".join(lines + [f"note: {note}" for note in notes])
+
+
+def remarks(config, gpus):
+    """What the reader must know of what was not taken as it was written."""
+    notes = []
+    zero = config.deepspeed.get("zero_optimization", {})
+    if unknown := sorted(set(zero) - set(ZERO_KEYS) - OTHER_ZERO_KEYS - WITHOUT_EFFECT):
+        notes.append(f"not modelled, of deepspeed.zero_optimization: {', '.join(unknown)}")
+    if any((zero.get(name) or {}).get("device") == "nvme" for name in ("offload_optimizer", "offload_param")):
+        notes.append("what goes to NVMe is counted as CPU memory, and its speed as the CPU's")
+    if zero.get("contiguous_gradients") is False:
+        notes.append("contiguous_gradients false is planned as true")
+    try:
+        gradient_accumulation(config, gpus)
+    except UserError as error:
+        notes.append(f"train.py will refuse this batch: {error}")
+    if config.train.compile is not False:
+        notes.append("compiled blocks keep fewer activations than these, which are of the model as it is written")
+    return notes
+
+
+def read_options(arguments):
+    """plan.py's own flags, and what is left: the config file and its overrides."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(f"{message}; expected: plan.py CONFIG --gpus N --gpu_memory GB [--section.key value ...]")
+
+    parser = Parser(prog="plan.py", description=__doc__, allow_abbrev=False, add_help=False)
+    parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--gpu_memory", type=float, required=True)
+    parser.add_argument("--gpu", default="h100")
+    parser.add_argument("--nodes", type=int)
+    parser.add_argument("--price", type=float)
+    for flag in ("--fit", "--max", "--json"):
+        parser.add_argument(flag, action="store_true")
+    for assumed in dataclasses.fields(Assumptions):
+        parser.add_argument(f"--{assumed.name}", type=float, default=assumed.default)
+    options, rest = parser.parse_known_args(arguments)
+    options.nodes = options.nodes or -(-options.gpus // 8)
+    for name in ("gpus", "nodes", "gpu_memory", "utilisation", "link", "network", "pcie", "cpu"):
+        value = getattr(options, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise UserError(f"--{name}: found {value:g}, expected a number above 0")
+    if options.gpus % options.nodes:
+        raise UserError(
+            f"--nodes: {options.nodes} does not divide --gpus {options.gpus}; give nodes of as many GPUs each"
+        )
+    if options.price is not None and not (options.price >= 0 and math.isfinite(options.price)):
+        raise UserError(f"--price: found {options.price}, expected $ a GPU and hour")
+    options.peak = peak_flops(options.gpu) or peak_flops(options.gpu.upper())
+    if options.peak is None:
+        names = ", ".join(pattern.replace("\\b", "").strip("$") for pattern in PEAK_FLOPS)
+        raise UserError(f"--gpu: peak of {options.gpu} unknown; known names (regular expressions): {names}")
+    options.assumptions = Assumptions(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Assumptions)})
+    return options, rest
+
+
+def main(arguments):
+    if {"--help", "-h"} & set(arguments):
+        print(__doc__)
+        return
+    options, rest = read_options(arguments)
+    config = load_config(rest)
+
+    def planned(config):
+        limit = options.gpu_memory * GiB
+        return plan(config, options.gpus, options.nodes, limit, options.peak, options.price, options.assumptions)
+
+    answer = {}
+    if options.fit:
+        found, chosen = fastest(config, options.gpus, planned)
+        if found is None:
+            raise UserError(
+                f"--fit: nothing fits in {options.gpu_memory:g} GiB, not even stage 3 with all offload, recomputation "
+                "and a micro-batch of 1; more GPUs, a smaller reduce_bucket_size or sub_group_size, or a smaller model"
+            )
+        config = chosen
+        answer["command"] = command(rest, config, options.gpus, options.nodes)
+    if options.max:
+        depth = deepest(config, planned)
+        if not depth:
+            raise UserError(f"--max: not even one block of this width fits in {options.gpu_memory:g} GiB; try --fit")
+        config.model.n_layer = answer["n_layer"] = depth
+    found = planned(config) | answer
+    print(report(found, config, options, remarks(config, options.gpus)))
+    if "command" in found:
+        print(f"the fastest that fits; run: {found['command']}")
+    if "n_layer" in found:
+        print(f"the deepest of this width that fits: n_layer {found['n_layer']}")
+    if options.json:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    run_command(main)

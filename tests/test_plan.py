@@ -1,0 +1,212 @@
+"""plan.py and memory.py: measured rows replayed, our own model's activations counted, and what must hold of any plan.
+
+`python tests/test_plan.py FOLDER` prints the error of every row of FOLDER/published_memory.json."""
+
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import plan
+from config import ModelConfig, load_config
+from memory import Settings, calls_of, simulate, trace
+from model import GPT
+
+CONFIGS = sorted(path.name for path in (Path(__file__).resolve().parents[1] / "configs").glob("*.json"))
+MEMORY = {"a100_40gb": 40, "a100_80gb": 80, "h100_80gb": 80, "8xA100-40GB": 40, "A100-40GB": 40}  # GiB
+
+
+def settings_of_row(row):
+    """A row of published_memory.json as Settings, or None if it ran on another library than DeepSpeed or DDP."""
+    engine, stage = row["engine"], {"DDP": 0}.get(row["zero_stage"], row["zero_stage"])
+    model = ModelConfig(
+        n_layer=row["n_layer"],
+        n_head=row["n_head"],
+        n_embd=row["n_embd"],
+        block_size=row["seq"],
+        vocab_size=row["vocab"],
+        tie_embeddings=False,
+    )
+    given = {
+        "model": model,
+        "stage": stage,
+        "world_size": row["gpus"],
+        "micro_batch_size": row["micro_batch"],
+        "recompute_every": int(row["activation_checkpointing"]),
+        "offload_optimizer": bool(row["offload_optimizer"]),
+        "offload_param": bool(row["offload_param"]),
+    }
+    loss = "plain" if engine.get("ce_fp32") else "half"
+    min_gpt = {"attention": "plain", "loss": loss, "separate_qkv": True, "masks": True}
+    if row["id"].startswith("cpu-"):
+        return Settings(
+            **given | min_gpt,
+            reduce_bucket_size=int(engine["bucket"]),
+            prefetch_bucket_size=int(engine["prefetch"]),
+            persistence_threshold=int(engine["persist"]),
+            max_live_parameters=int(engine["max_live"]),
+            max_reuse_distance=int(engine["reuse"]),
+            sub_group_size=int(engine["sub"]),
+            accumulation_bytes=4 if engine.get("gacc") == "fp32" else None,
+            gradient_accumulation_steps=engine.get("gas", 1),
+            clones_reduction=True,
+            one_group=True,
+            rank=0,
+        )
+    if row["id"].startswith("sn-") and stage in (0, 2, 3):
+        model.dropout = 0.1
+        return Settings(
+            **given | min_gpt,
+            precision="fp16" if stage else "amp",
+            overlap_comm=True,
+            reduce_bucket_size=200_000_000,
+            sub_group_size=10**12,
+            coalesced=False,
+            prefetches=bool(engine.get("trace_valid")),
+            keeps_weights=bool(engine.get("leak_linear")),
+            bucket_factor=4.5 if stage == 2 else 1,
+            stale_bucket=stage == 2,
+        )
+    if row["id"] == "dse-bf16-full":
+        sizes = {"reduce_bucket_size": 50_000_000, "persistence_threshold": 0, "master_bytes": 2, "moment_bytes": 4}
+        return Settings(**given, **sizes, loss="plain")
+    if row["id"].startswith("dschat-"):  # OPT: a clamp's input, a float32 softmax and its cast for each score; ReLU
+        model.tie_embeddings, model.block_size, model.dropout = True, 2050, 0.1
+        details = {"attention": "plain", "score_bytes": 8, "relu": True, "loss": "plain", "separate_qkv": True}
+        return Settings(**given, **details, sequence=row["seq"], precision="fp16")
+    if row["kind"] == "fits":  # FSDP, as ZeRO-3 with small buckets
+        model.tie_embeddings = True
+        return Settings(**given | {"stage": 3}, loss="fused", reduce_bucket_size=50_000_000)
+    return None
+
+
+def peak(settings):
+    return max(total for total, _ in simulate(settings)[0].peaks.values())
+
+
+def replay(rows):
+    """[(id, measured MiB, predicted MiB, error)] of the measured rows that can be expressed."""
+    found = []
+    for row in rows:
+        if row["kind"].startswith("measured") and (settings := settings_of_row(row)):
+            predicted = peak(settings) / 2**20
+            found.append((row["id"], row["measured_peak_mib"], predicted, predicted / row["measured_peak_mib"] - 1))
+    return found
+
+
+@pytest.fixture(scope="module")
+def rows(shared):
+    path = shared / "published_memory.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    return json.loads(path.read_text())
+
+
+def test_measured_rows(rows):
+    found = replay(rows)
+    errors = [abs(error) for *_, error in found]
+    print(
+        "\n".join(
+            f"{name:50s} {measured:10.1f} {predicted:10.1f} {error:+7.1%}" for name, measured, predicted, error in found
+        )
+    )
+    assert statistics.median(errors) <= 0.05
+    assert max(errors) <= 0.15
+
+
+def test_what_ran_fits_and_what_did_not_does_not(rows):
+    for row in rows:
+        settings = settings_of_row(row) if row["kind"] in ("fits", "oom", "fits_max") else None
+        if settings:
+            fraction = peak(settings) / (MEMORY[row["gpu"]] * plan.GiB)
+            assert (fraction <= plan.USABLE) == (row["kind"] != "oom"), (row["id"], fraction)
+
+
+@pytest.mark.parametrize("changes", [{}, {"position": "rotary", "mlp": "swiglu", "bias": False, "n_kv_head": 2}])
+@pytest.mark.parametrize("dtype, precision", [(torch.float32, "fp32"), (torch.bfloat16, "bf16")])
+def test_kept_activations_are_those_of_the_model(changes, dtype, precision):
+    """Bytes that autograd keeps for the backward pass of model.py, against the sum over the trace."""
+    config = ModelConfig(n_layer=2, n_head=4, n_embd=64, block_size=512, vocab_size=128, **changes)
+    model = GPT(config).to(dtype)
+    tokens = torch.zeros(2, config.block_size, dtype=torch.long)
+    others = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), tokens]}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in others:
+            kept[storage.data_ptr()] = storage  # held, so that no other takes its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens, tokens)
+    settings = Settings(config, micro_batch_size=2, precision=precision)
+    predicted = sum(call.kept for call in calls_of(trace(settings)))
+    assert predicted == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=0.02)
+
+
+def planned(name, gpus, **zero):
+    config = load_config([f"configs/{name}"])
+    config.train.micro_batch_size = 1
+    config.deepspeed["zero_optimization"] |= zero
+    return plan.plan(config, gpus, -(-gpus // 8), 80 * plan.GiB, 989e12, 2.0, plan.Assumptions())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("stage", range(4))
+def test_more_gpus_and_offload_never_need_more(name, stage):
+    before = None
+    for gpus in (1, 8, 64, 512):
+        found = planned(name, gpus, stage=stage)
+        assert math.isfinite(found["tokens_per_second"]) and math.isfinite(found["cost"])
+        assert sum(found["gpu_parts"].values()) == found["gpu_bytes"]
+        assert before is None or found["gpu_bytes"] <= before
+        before = found["gpu_bytes"]
+        if stage:
+            offloaded = planned(name, gpus, stage=stage, offload_optimizer={"device": "cpu"})
+            assert offloaded["gpu_bytes"] <= before and offloaded["cpu_bytes"] > 0
+
+
+def test_command_line(capsys):
+    plan.main("configs/gpt2-124m.json --gpus 8 --gpu_memory 80 --price 2 --json".split())
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    expected = "parameters gpu_bytes gpu_parts cpu_bytes checkpoint_bytes fits micro_batch_size tokens_per_second"
+    assert set(expected.split()) <= set(found) and found["parameters"] == 124_439_808
+    plan.main("configs/gpt2-124m.json --gpus 8 --gpu_memory 80 --fit --json".split())
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["fits"] and "train.py configs/gpt2-124m.json --train.micro_batch_size" in found["command"]
+    plan.main("configs/gpt2-124m.json --gpus 8 --gpu_memory 24 --max --json".split())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_layer"] > 12
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        ("--gpus 8", "gpu_memory"),
+        ("--gpus 0 --gpu_memory 80", "--gpus"),
+        ("--gpus 8 --gpu_memory 80 --gpu toaster", "toaster"),
+        ("--gpus 8 --gpu_memory 80 --nodes 3", "--nodes"),
+        ("--gpus 8 --gpu_memory 80 --model.n_layers 3", "n_layer"),
+        ("--gpus 8 --gpu_memory 80 --deepspeed.zero_optimization.stage 4", "stage"),
+        ("--gpus 8 --gpu_memory 80 --deepspeed.zero_optimization.reduce_bucket_size auto", "reduce_bucket_size"),
+        ("--gpus 8 --gpu_memory 0.1 --fit", "nothing fits"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, word):
+    with pytest.raises(plan.UserError, match=word):
+        plan.main(["configs/gpt2-124m.json", *arguments.split()])
+
+
+if __name__ == "__main__":
+    table = replay(json.loads((Path(sys.argv[1]) / "published_memory.json").read_text()))
+    for name, measured, predicted, error in table:
+        print(f"{name:50s} measured {measured:10.1f} MiB  predicted {predicted:10.1f}  {error:+7.2%}")
+    errors = [abs(error) for *_, error in table]
+    median, mean = statistics.median(errors), statistics.mean(errors)
+    print(f"{len(errors)} rows: median {median:.2%}, mean {mean:.2%}, worst {max(errors):.2%}")
