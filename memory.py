@@ -60,7 +60,7 @@ class Settings:
     relu: bool = False  # the MLP keeps only its activation, not also that one's input
     bucket_factor: float = 1.0  # 2021: ZeRO-2's buckets had room for 4.5 times their size
     stale_bucket: bool = False  # 2021, ZeRO-2: a bucket of the step before lived until the first reduction; this was
-    # concluded from the measurements; the other differences of 2021 are read in the source of 0.3.15
+    # concluded from the measurements, as was that stage 3 gathered one tensor at a time; the rest was read in 0.3.15
     coalesced: bool = True  # 2021: each parameter was gathered and reduced on its own
     prefetches: bool = True  # 2021: an invalid trace switched prefetching and reuse off
     keeps_weights: bool = False  # 2021: autograd held views of gathered weights from forward to backward
