@@ -1,4 +1,5 @@
-# make train: a fresh machine to a trained model. make test: the whole suite. Both prepare what they need.
+# make train: a fresh machine to a trained model. make test: the suite, and make
+# test-slow what is compiled for minutes. All prepare what they need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,7 @@ BIN := $(VENV)/bin
 PROCESSES = $$($(BIN)/python -c "import torch; print(min(torch.cuda.device_count() or 2, 2))")
 ACCELERATOR = $$($(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else 'DS_ACCELERATOR=cpu')")
 
-.PHONY: setup data train test lint clean
+.PHONY: setup data train test test-slow clean
 
 setup: $(VENV)/.installed
 data: data/stdlib/meta.json
@@ -36,7 +37,10 @@ train: setup data
 test: $(VENV)/.installed-dev data
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -m "not slow" tests
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m slow tests
 
 clean:
 	rm -rf $(VENV) out data/stdlib/*.bin data/stdlib/meta.json data/stdlib/tokenizer

@@ -10,7 +10,10 @@ from tests.conftest import deepspeed_command, run
 
 SCRIPT = Path(__file__).with_name("options.py")
 
-pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on CPU needs a C++ compiler")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on CPU needs a C++ compiler"),
+]
 
 
 @pytest.fixture(scope="module")
