@@ -73,7 +73,9 @@ def test_every_config_counts_as_its_model_on_the_meta_device(path):
     with torch.device("meta"):
         model = GPT(config)
     assert count_parameters(config)[0] == sum(parameter.numel() for parameter in model.parameters())
-    assert flops_per_token(config) == pytest.approx(counted_flops(config), rel=1e-9)
+    # every block costs the same, so counting one and two of them is enough, and quick for 96 of width 12288
+    one, two = (counted_flops(dataclasses.replace(config, n_layer=n)) for n in (1, 2))
+    assert flops_per_token(config) == pytest.approx(one + (config.n_layer - 1) * (two - one), rel=1e-9)
 
 
 def test_loss_is_the_mean_cross_entropy_of_the_targets_that_count():

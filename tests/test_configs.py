@@ -1,0 +1,54 @@
+"""configs/README.md states what the configs compute to, and each recipe divides where it is meant to run."""
+
+import pytest
+
+import plan
+from config import ROOT, UserError, gradient_accumulation, load_config
+from metrics import count_parameters, flops_per_token, peak_flops
+
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
+
+
+def rows():
+    """{config: the other cells of its row} of the first table in configs/README.md."""
+    text = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:3] == "| `"]
+    return {name.strip("`"): rest for name, *rest in cells}
+
+
+def short(number, units=(("T", 1e12), ("B", 1e9), ("M", 1e6))):
+    """1234567890 -> "1.23 B": three digits, as the table writes FLOPs and tokens."""
+    unit, size = next(((unit, size) for unit, size in units if float(f"{number:.3g}") >= size), units[-1])
+    return f"{number / size:.3g} {unit}"
+
+
+def rounded_hours(hours):
+    return "under 0.01" if hours < 0.01 else f"{float(f'{hours:.2g}'):,.{0 if hours >= 10 else 1}f}"
+
+
+def test_every_config_has_its_row_and_every_row_its_config():
+    assert sorted(rows()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_states_what_its_config_computes_to(name):
+    parameters, flops, tokens, gpus, hours, source = rows()[name]
+    config = load_config([str(ROOT / "configs" / f"{name}.json")])
+    assert parameters == f"{count_parameters(config.model)[0]:,}"
+    assert flops == short(flops_per_token(config.model), (("T", 1e12), ("G", 1e9), ("M", 1e6)))
+    assert tokens == short(config.train.max_tokens)
+    gpus = int(gpus)
+    assert gradient_accumulation(config, gpus) >= 1
+    found = plan.plan(config, gpus, -(-gpus // 8), 80 * plan.GiB, peak_flops("H100"), None, plan.Assumptions())
+    assert found["fits"] and hours == rounded_hours(found["gpu_hours"])
+    assert source
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"tiny"}))
+def test_the_batch_divides_on_8_gpus_and_of_a_large_model_on_64(name):
+    config = load_config([str(ROOT / "configs" / f"{name}.json")])
+    for gpus in (1, 2, 4, 8, *((64,) if count_parameters(config.model)[0] > 10e9 else ())):
+        try:
+            assert gradient_accumulation(config, gpus) >= 1
+        except UserError as error:
+            pytest.fail(f"{gpus} GPUs: {error}")
