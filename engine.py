@@ -83,30 +83,35 @@ def parameter_groups(model, weight_decay):
 
 
 def apex_adam(groups, train):
-    """NVIDIA Apex's AdamW. It counts steps once a group and call, and ZeRO-3 calls it for one piece of a
-    group after the other: each piece's own count is put there before, so that none runs ahead."""
+    """NVIDIA Apex's AdamW, made fit for ZeRO-3."""
     from apex.optimizers import FusedAdam
 
     optimizer = FusedAdam(groups, lr=train.lr, betas=tuple(train.betas), eps=train.eps, adam_w_mode=True)
-    count_steps_per_parameter(optimizer)
-    return optimizer
+    return step_piece_by_piece(optimizer)
 
 
-def count_steps_per_parameter(optimizer):
-    """Keep the number of steps in each parameter's state, for an optimizer that has it in its groups."""
+def step_piece_by_piece(optimizer):
+    """For an optimizer that counts steps in its groups and expects all of them to hold parameters: ZeRO-3 hands
+    it one piece of one group at a time and empties the others. Here a piece's own count stands in its
+    group while it is updated, so that none runs ahead, and empty groups are out of the way."""
+    everything = []
 
     def before(optimizer, *_):
+        everything[:] = optimizer.param_groups
+        optimizer.param_groups = [group for group in everything if group["params"]]
         for group in optimizer.param_groups:
-            if group["params"]:
-                group["step"] = optimizer.state[group["params"][0]].get("step", 0)
+            group["step"] = optimizer.state[group["params"][0]].get("step", 0)
 
     def behind(optimizer, *_):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                optimizer.state[parameter]["step"] = group["step"]
+                if optimizer.state[parameter]:  # it makes no moments where there is no gradient
+                    optimizer.state[parameter]["step"] = group["step"]
+        optimizer.param_groups = list(everything)
 
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(behind)
+    return optimizer
 
 
 def why_not_compiled(wanted, config, device, kernels):

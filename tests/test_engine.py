@@ -65,7 +65,7 @@ def test_asking_for_apex_in_vain_is_one_line(small_data, tmp_path):
 
 
 class GroupCountingAdam(torch.optim.Optimizer):
-    """Counts steps as Apex's FusedAdam does: in each group that holds a parameter, at each call."""
+    """Counts steps as Apex's FusedAdam does: once a group and call, and no group may be empty."""
 
     def __init__(self, groups):
         super().__init__(groups, {"step": 0})
@@ -73,21 +73,29 @@ class GroupCountingAdam(torch.optim.Optimizer):
 
     def step(self):
         for group in self.param_groups:
-            if group["params"]:
-                group["step"] += 1
-                self.seen.append(group["step"])
+            assert group["params"][0].device.type == "cpu"
+            group["step"] += 1
+            self.seen.append(group["step"])
+            for parameter in group["params"]:
+                if not self.state[parameter]:
+                    self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
 
 
 def test_steps_are_counted_per_parameter_where_zero3_steps_piece_by_piece():
-    pieces = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
-    optimizer = GroupCountingAdam([{"params": pieces}])
-    engine.count_steps_per_parameter(optimizer)
+    pieces = [torch.nn.Parameter(torch.zeros(2)) for _ in range(4)]
+    optimizer = engine.step_piece_by_piece(GroupCountingAdam([{"params": pieces[:3]}, {"params": pieces[3:]}]))
+    groups = optimizer.param_groups
+    for group in groups:
+        group["params"] = []
     for _ in range(4):
-        for piece in pieces:  # as stage3.py's _optimizer_step
-            optimizer.param_groups[0]["params"] = [piece]
+        for number, piece in enumerate(pieces):  # as stage3.py's _optimizer_step
+            group = optimizer.param_groups[number // 3]
+            group["params"] = [piece]
             optimizer.step()
-    assert optimizer.seen == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
-    assert [optimizer.state[piece]["step"] for piece in pieces] == [4, 4, 4]
+            group["params"] = []
+    assert optimizer.seen == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
+    assert [optimizer.state[piece]["step"] for piece in pieces] == [4] * 4
+    assert all(ours is theirs for ours, theirs in zip(optimizer.param_groups, groups, strict=True))
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(small_data, tmp_path):
