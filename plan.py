@@ -108,11 +108,8 @@ def cpu_memory(settings, parameters, ranks):
 
 
 def checkpoint_size(settings, parameters):
-    """Bytes of one checkpoint: Adam's moments and master weights, and below stage 3 the weights as they train."""
-    s = settings
-    master = 0 if s.bytes == 4 and s.stage in (0, 3) else s.master_bytes
-    weights = 0 if s.stage == 3 and s.bytes < 4 else s.bytes
-    return parameters * (s.moment_bytes + master + weights)
+    """Bytes of one checkpoint, at any stage: master weights and Adam's moments (pieces.py)."""
+    return parameters * (settings.master_bytes + settings.moment_bytes)
 
 
 def seconds_per_step(settings, parameters, flops, tokens, peak, nodes, assumptions):
