@@ -15,6 +15,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from config import ModelConfig
+from model import tokens_at_a_time
 
 PARTS = ("parameters", "gradients", "optimizer", "gathered", "buckets", "activations", "logits", "overhead")
 PHASES = ("forward", "loss", "backward", "reduction", "step")
@@ -224,7 +225,7 @@ def trace(settings):
         "fused": (logits * half, 0, 0),
     }
     if s.loss == "chunked":
-        chunk = min(4096, max(1, 2**26 // model.vocab_size), tokens)
+        chunk = min(tokens_at_a_time(model.vocab_size), tokens)
         final.kept, final.forward = final.kept - x, x  # LinearCrossEntropy keeps gradients, not what it read
         several, product = tokens > chunk, model.vocab_size * width * half
         at_once = chunk * model.vocab_size * (4 + half + (half if half < 4 else 0))
@@ -351,6 +352,14 @@ class Engine:
             self.memory.free(self.pending.pop(weight))
         self.reduce_later(weight, gradient)
 
+    def put_into_bucket(self, weight, gradient):
+        """A gradient that fits is copied; a larger one than the whole bucket stays until it is reduced."""
+        if self.elements + weight.size <= self.settings.reduce_bucket_size:
+            self.memory.free(gradient)
+            gradient = None
+        self.bucket.append((weight, gradient))
+        self.elements += weight.size
+
     def fetch(self, module, forward):
         pass
 
@@ -431,11 +440,7 @@ class Sharded(Engine):
             self.buffers = [self.memory.allocate("buckets", size) for _ in range(2 if s.overlap_comm else 1)]
         if self.elements + weight.size > s.reduce_bucket_size:
             self.reduce()
-        if weight.size <= s.reduce_bucket_size:
-            self.memory.free(gradient)
-            gradient = None
-        self.bucket.append((weight, gradient))
-        self.elements += weight.size
+        self.put_into_bucket(weight, gradient)
 
     def reduce(self):
         s, memory = self.settings, self.memory
@@ -643,11 +648,7 @@ class Gathered(Engine):
             return
         if self.elements and self.elements + weight.size > s.reduce_bucket_size:
             self.reduce()
-        if self.elements + weight.size <= s.reduce_bucket_size:
-            self.memory.free(gradient)
-            gradient = None
-        self.bucket.append((weight, gradient))
-        self.elements += weight.size
+        self.put_into_bucket(weight, gradient)
 
     def reduce(self):
         s, memory = self.settings, self.memory

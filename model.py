@@ -177,6 +177,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None, None
 
 
+def tokens_at_a_time(vocab_size):
+    """How many tokens' logits LinearCrossEntropy shall hold."""
+    return min(4096, max(1, LOGITS_AT_A_TIME // vocab_size))
+
+
 class Head(nn.Linear):
     """The output layer: (B, T, C) -> logits (B, T, V), or with targets (B, T) their summed cross-entropy."""
 
@@ -185,7 +190,7 @@ class Head(nn.Linear):
     def forward(self, x, targets=None):
         if targets is None:
             return super().forward(x)
-        chunk = min(4096, max(1, LOGITS_AT_A_TIME // self.out_features))
+        chunk = tokens_at_a_time(self.out_features)
         x, targets = x.flatten(0, 1), targets.flatten()
         return LinearCrossEntropy.apply(x, self.weight, targets, chunk, torch.is_grad_enabled(), self.cross_entropy)
 
