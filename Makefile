@@ -1,5 +1,5 @@
-# make train: a fresh machine to a trained model. make test: the suite, and make
-# test-slow what is compiled for minutes. All prepare what they need.
+# make train: a fresh machine to a trained model. make test: the suite; make test-slow: what compiles for minutes.
+# Each prepares what it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

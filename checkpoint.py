@@ -180,6 +180,14 @@ def find(path, which="latest"):
     raise UserError(f"{path}: no checkpoint {which!r}; expected latest, best or one of the steps: {have}")
 
 
+def must_find(path, which):
+    """As `find`, but raises UserError also where there is none."""
+    found = find(path, which)
+    if found is None:
+        raise UserError(f"{path}: no complete checkpoint; expected the folder of a run, as out/tiny, or a checkpoint")
+    return found
+
+
 def newest_usable(run, known_faults=()):
     """The checkpoint that a run goes on from: (its path, its state, a line for each newer one passed over).
     The path is None where the run has never finished a save.

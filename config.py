@@ -226,9 +226,15 @@ def zero_stage(deepspeed):
     return deepspeed.get("zero_optimization", {}).get("stage", 0)
 
 
+def offload_device(zero, what):
+    """Where DeepSpeed's zero_optimization section keeps `offload_optimizer` or `offload_param`: none (on the GPU),
+    cpu or nvme."""
+    return (zero.get(what) or {}).get("device", "none")
+
+
 def offloads_optimizer(deepspeed):
     """Whether a DeepSpeed configuration keeps the optimizer's state in CPU memory or on NVMe."""
-    return (deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none") != "none"
+    return offload_device(deepspeed.get("zero_optimization", {}), "offload_optimizer") != "none"
 
 
 def nearest_divisors(number, wanted):

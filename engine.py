@@ -10,7 +10,7 @@ from deepspeed import comm
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig as ZeroConfig
 
 import export
-from config import UserError, did_you_mean, offloads_optimizer, zero_stage
+from config import UserError, did_you_mean, offload_device, offloads_optimizer, zero_stage
 from model import GPT, Block
 
 
@@ -41,7 +41,7 @@ def check_zero_section(section):
             f"deepspeed.zero_optimization.{where}: found {first['input']!r}: {first['msg']}{remedy}"
         ) from None
     for name in ("offload_optimizer", "offload_param"):
-        if (section.get(name) or {}).get("device") == "nvme":
+        if offload_device(section, name) == "nvme":
             raise UserError(
                 f"deepspeed.zero_optimization.{name}.device: nvme cannot be saved from; expected cpu or none"
             )

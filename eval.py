@@ -23,9 +23,7 @@ from model import GPT, IGNORE
 def load_model(path, which):
     """A run's folder or a checkpoint -> (GPT in float32 on the fastest device here, Config, the checkpoint's
     path, its state). Raises UserError if there is none."""
-    found = checkpoint.find(path, which)
-    if found is None:
-        raise UserError(f"{path}: no complete checkpoint; expected the folder of a run, as out/tiny, or a checkpoint")
+    found = checkpoint.must_find(path, which)
     state, config, weights = checkpoint.load_weights(found)
     model = GPT(config.model)
     model.load_state_dict(weights)

@@ -365,9 +365,7 @@ def main(arguments):
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     args = parser.parse_args(arguments)
-    found = checkpoint.find(args.path, args.checkpoint)
-    if found is None:
-        raise UserError(f"{args.path}: no complete checkpoint; expected a run's folder, as out/tiny, or a checkpoint")
+    found = checkpoint.must_find(args.path, args.checkpoint)
     folder = Path(args.folder).resolve()
     temporary = folder.with_name(folder.name + ".tmp")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):

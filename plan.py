@@ -14,7 +14,15 @@ import json
 import math
 from dataclasses import dataclass
 
-from config import UserError, gradient_accumulation, load_config, offloads_optimizer, run_command, zero_stage
+from config import (
+    UserError,
+    gradient_accumulation,
+    load_config,
+    offload_device,
+    offloads_optimizer,
+    run_command,
+    zero_stage,
+)
 from memory import PARTS, Settings, simulate
 from metrics import PEAK_FLOPS, flops_per_token, peak_flops, recomputed_flops_per_token
 
@@ -71,7 +79,7 @@ def settings_of(config, gpus):
         recompute_every=int(train.activation_checkpointing),
         inputs_on_cpu=train.checkpoints_on_cpu,
         offload_optimizer=offloads_optimizer(config.deepspeed),
-        offload_param=(zero.get("offload_param") or {}).get("device", "none") != "none",
+        offload_param=offload_device(zero, "offload_param") != "none",
         overlap_comm=stage == 3 if overlap is None else overlap,
         leaf_blocks=stage == 3 and train.compile is not False,
         accumulation_bytes={"fp32": 4, "bf16": 2, "fp16": 2}.get(accumulated),
@@ -293,7 +301,7 @@ def remarks(config, gpus):
     zero = config.deepspeed.get("zero_optimization", {})
     if unknown := sorted(set(zero) - set(ZERO_KEYS) - OTHER_ZERO_KEYS - WITHOUT_EFFECT):
         notes.append(f"not modelled, of deepspeed.zero_optimization: {', '.join(unknown)}")
-    if any((zero.get(name) or {}).get("device") == "nvme" for name in ("offload_optimizer", "offload_param")):
+    if "nvme" in (offload_device(zero, "offload_optimizer"), offload_device(zero, "offload_param")):
         notes.append("what goes to NVMe is counted as CPU memory, and its speed as the CPU's")
     if zero.get("contiguous_gradients") is False:
         notes.append("contiguous_gradients false is planned as true")

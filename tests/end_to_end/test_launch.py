@@ -39,6 +39,10 @@ def test_a_run_leaves_what_it_promises(tiny_run):
     checkpoints = out / "checkpoints"
     latest = (checkpoints / "latest").read_text()
     assert json.loads((checkpoints / latest / "state.json").read_text())["step"] == steps[-1]["step"]
+    command = [sys.executable, "plan.py", "configs/tiny.json", "--gpus", 2, "--gpu_memory", 80, "--json"]
+    planned = json.loads(run(command).stdout.splitlines()[-1])["checkpoint_bytes"]
+    written = sum(file.stat().st_size for file in (checkpoints / latest).glob("rank_*"))
+    assert planned == pytest.approx(written, rel=0.02)
     assert (checkpoints / "best").exists() and not list(checkpoints.glob("*.tmp"))
 
 
