@@ -29,7 +29,18 @@ from torch import distributed
 from config import ModelConfig, UserError, build, read_json
 from data.mixture import check_same_data
 from data.shards import cannot_write, write_atomically, write_json
-from pieces import fill, loss_scaler, own_pieces, own_tensors, refresh_weights, saved_pieces, write_tensors
+from pieces import (
+    fill,
+    loss_scaler,
+    only_on_nvme,
+    optimizer_steps,
+    own_layout,
+    own_tensors,
+    pieces_in_memory,
+    refresh_weights,
+    saved_pieces,
+    write_tensors,
+)
 
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what fp16's loss scaler remembers
 
@@ -62,18 +73,19 @@ class Saving:
             except OSError as error:
                 fault = str(cannot_write(self.temporary, error))
         distributed.barrier()
-        tensors = own_tensors(engine)
-        if background:
-            tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-        self.writer = threading.Thread(target=self.write, args=(tensors, fault))
-        self.writer.start()
-        if not background:
-            self.writer.join()
+        sizes, tensors = own_tensors(engine)
+        self.writer = None
+        if background and not only_on_nvme(engine):
+            copies = [tensor.to("cpu", copy=True) for tensor in tensors]
+            self.writer = threading.Thread(target=self.write, args=(sizes, copies, fault))
+            self.writer.start()
+        else:
+            self.write(sizes, tensors, fault)
         self.stalled = time.perf_counter() - self.began
 
-    def write(self, tensors, fault):
+    def write(self, sizes, tensors, fault):
         try:
-            self.written = fault or write_tensors(self.temporary / self.file, tensors)
+            self.written = fault or write_tensors(self.temporary / self.file, sizes, tensors)
         except OSError as error:
             self.written = str(cannot_write(self.temporary / self.file, error))
 
@@ -82,7 +94,8 @@ class Saving:
         from the beginning to here, and those in which the run stood still. Raises UserError on every rank
         if one of them could not write; the checkpoints that were there stay as they are."""
         went_on = time.perf_counter()
-        self.writer.join()
+        if self.writer:
+            self.writer.join()
         everyone = [None] * distributed.get_world_size()
         distributed.all_gather_object(everyone, (self.file, self.written))
         fault = next((written for _, written in everyone if isinstance(written, str)), None)
@@ -109,14 +122,12 @@ def save(engine, folder, state, best, keep):
 
 def description(engine):
     """What state.json says of the engine."""
-    steps = {int(adam["step"]) for *_, adam in own_pieces(engine)}
-    assert len(steps) == 1, f"the parts of the optimizer disagree on the number of steps: {steps}"
     scaler = loss_scaler(engine) if engine.fp16_enabled() else None
     parameters = dict(engine.module.named_parameters())
     names = {id(parameter): name for name, parameter in parameters.items()}
     everything = engine.module.named_parameters(remove_duplicate=False)
     return {
-        "optimizer_steps": steps.pop(),
+        "optimizer_steps": optimizer_steps(engine),
         "loss_scaler": {key: getattr(scaler, key) for key in SCALER if hasattr(scaler, key)},
         "parameters": {name: list(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()},
         "tied": {name: names[id(p)] for name, p in everything if name != names[id(p)]},
@@ -308,11 +319,11 @@ def load(engine, path, state, seed):
     The learning rate, betas, epsilon and decay of each parameter group stay those of this run's config.
     state: of `read_state`. Raises UserError."""
     saved = saved_pieces(path, state)
-    for name, start, parts, adam in own_pieces(engine):
+    for piece, parts, adam in pieces_in_memory(engine, own_layout(engine), changed=True):
         counted = state["optimizer_steps"]  # torch's Adam keeps it in a tensor, DeepSpeed's in a number
         adam["step"] = torch.full_like(adam["step"], counted) if torch.is_tensor(adam["step"]) else counted
         for kind, part in parts.items():
-            fill(part, start, saved[kind, name], f"{path}: {kind} of {name}")
+            fill(part, piece.start, saved[kind, piece.parameter], f"{path}: {kind} of {piece.parameter}")
     refresh_weights(engine)
     scaler = loss_scaler(engine)
     for key, value in state["loss_scaler"].items():

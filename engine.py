@@ -7,10 +7,12 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed import comm
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig as ZeroConfig
 
 import export
 from config import UserError, did_you_mean, offload_device, offloads_optimizer, zero_stage
+from data.shards import cannot_write
 from model import GPT, Block
 
 
@@ -42,9 +44,24 @@ def check_zero_section(section):
         ) from None
     for name in ("offload_optimizer", "offload_param"):
         if offload_device(section, name) == "nvme":
-            raise UserError(
-                f"deepspeed.zero_optimization.{name}.device: nvme cannot be saved from; expected cpu or none"
-            )
+            check_nvme(f"deepspeed.zero_optimization.{name}", section, section[name].get("nvme_path"))
+
+
+def check_nvme(key, section, folder):
+    """Raises UserError if DeepSpeed could not keep something in files of this folder."""
+    if section["stage"] != 3:
+        raise UserError(f"{key}.device: found nvme at stage {section['stage']}, expected stage 3, or cpu")
+    if not folder:
+        raise UserError(f"{key}.nvme_path: found none, expected a folder on each node's own NVMe")
+    if not AsyncIOBuilder().is_compatible():
+        raise UserError(
+            f"{key}.device: nvme needs a C++ compiler and libaio's headers (packages g++ and libaio-dev, or "
+            "libaio-devel); install them, or set it to cpu"
+        )
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
 
 
 def missing_apex():

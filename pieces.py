@@ -3,13 +3,15 @@
 This is the one place that knows how DeepSpeed 0.19.8 lays out weights and optimizer states.
 """
 
+import contextlib
 import json
 import os
 import struct
 import zlib
 from collections import defaultdict
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,13 +44,24 @@ def adam_state(optimizer, flat):
     return state
 
 
-def own_pieces(engine):
-    """Yield (parameter's name, its first element here, {"fp32", "exp_avg", "exp_avg_sq": flat tensor}, Adam's
-    state) for each piece of a parameter that this rank updates. The tensors are views: read them to save,
-    copy into them to load. At stage 0 every rank updates everything."""
-    stage, zero, optimizer = engine.zero_optimization_stage(), engine.optimizer, engine.basic_optimizer
+class Piece(NamedTuple):
+    """Elements [start, start + length) of a parameter, which are [offset, offset + length) of a tensor that this
+    rank's optimizer updates."""
+
+    parameter: str
+    start: int
+    length: int
+    flat: torch.Tensor
+    offset: int
+
+
+def own_layout(engine):
+    """The Pieces that this rank updates, those of one tensor of the optimizer one after the other. At stage 0
+    every rank updates everything."""
+    stage, zero, optimizer, found = engine.zero_optimization_stage(), engine.optimizer, engine.basic_optimizer, []
     masters = stage_0_masters(engine) if stage == 0 else None
     for name, parameter in engine.module.named_parameters():
+        group = 0
         if stage == 0:
             flat, start, offset = masters[id(parameter)], 0, 0
             length = elements = parameter.numel()
@@ -60,14 +73,59 @@ def own_pieces(engine):
             continue  # stages 1 and 2 cut the row of all parameters, and no part of this one is ours
         else:
             mapping = parameter._hp_mapping
-            flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
+            group = mapping.param_group_index
+            flat = optimizer.param_groups[group]["params"][0]
             start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
             offset, elements = mapping.hp_fragment_address.start, parameter.numel()
         length = min(length, elements - start)
         if length > 0:
-            state = adam_state(optimizer, flat)
+            found.append((group, Piece(name, start, length, flat, offset)))
+    return [piece for _, piece in sorted(found, key=lambda pair: pair[0])]
+
+
+def nvme_swapper(engine, flat):
+    """DeepSpeed's swapper, if the optimizer keeps this tensor and its moments on NVMe, else None."""
+    swapper = getattr(engine.optimizer, "optimizer_swapper", None)
+    return swapper if swapper and flat.ds_id in swapper.swap_params_info else None
+
+
+@contextlib.contextmanager
+def in_memory(engine, flat, changed):
+    """Inside, a tensor of the optimizer and its moments are in memory, wherever they are kept. changed: they will
+    have been written to. Gives Adam's state."""
+    swapper = nvme_swapper(engine, flat)
+    if swapper is None:
+        yield adam_state(engine.basic_optimizer, flat)
+        return
+    swapper.swap_in_optimizer_state(flat, async_parameter=None)
+    new = not engine.basic_optimizer.state[flat]
+    yield adam_state(engine.basic_optimizer, flat)
+    if changed or new:
+        swapper.writeback_optimizer_state_and_gradients(flat, write_opt_state=True, write_gradients=False)
+    else:
+        swapper.release_swap_buffers(flat)
+    flat.grad = None  # which was swapped in as well, and belongs to a step that is done
+
+
+def pieces_in_memory(engine, layout, changed=False):
+    """Yield (Piece, {"fp32", "exp_avg", "exp_avg_sq": flat tensor}, Adam's state) for each piece of a layout. The
+    tensors are views, good until the next is asked for: read them to save, copy into them (`changed`) to load."""
+    for _, pieces in groupby(layout, key=lambda piece: id(piece.flat)):
+        pieces = list(pieces)
+        flat = pieces[0].flat
+        with in_memory(engine, flat, changed) as state:
             whole = {"fp32": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-            yield name, start, {k: v.view(-1)[offset : offset + length] for k, v in whole.items()}, state
+            for piece in pieces:
+                part = slice(piece.offset, piece.offset + piece.length)
+                yield piece, {kind: tensor.view(-1)[part] for kind, tensor in whole.items()}, state
+
+
+def optimizer_steps(engine):
+    """How many steps the optimizer has made, which each of its tensors counts by itself."""
+    states = (engine.basic_optimizer.state[piece.flat] for piece in own_layout(engine))
+    steps = {int(state["step"]) if state else 0 for state in states}
+    assert len(steps) == 1, f"the parts of the optimizer disagree on the number of steps: {steps}"
+    return steps.pop()
 
 
 def refresh_weights(engine):
@@ -75,8 +133,9 @@ def refresh_weights(engine):
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage == 3:
         zero.checkpoint_event_prologue()
-        for group in range(len(zero.fp32_partitioned_groups_flat)):
-            zero._reassign_or_swap_out_partitioned_parameters(group)
+        for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            with in_memory(engine, flat, changed=False):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
         zero.checkpoint_event_epilogue()  # small parameters are kept whole on every rank
     elif stage:
         zero.update_lp_params()
@@ -103,41 +162,46 @@ def loss_scaler(engine):
 
 
 def own_tensors(engine):
-    """What this rank writes, by name: its pieces, and the state of its random numbers."""
-    tensors = {"random/cpu/0": torch.get_rng_state()}
+    """What this rank writes, its pieces and the state of its random numbers: {name: (dtype, number of elements)},
+    and an iterator of the tensors in this order, each good until the next is asked for."""
+    layout, kinds = own_layout(engine), ("fp32", "exp_avg", "exp_avg_sq")
+    if engine.zero_optimization_stage() == 0:  # what all hold, one of them writes
+        layout = layout[distributed.get_rank() :: distributed.get_world_size()]
+    random = {"random/cpu/0": torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors["random/cuda/0"] = torch.cuda.get_rng_state()
-    rank, ranks, everywhere = (
-        distributed.get_rank(),
-        distributed.get_world_size(),
-        engine.zero_optimization_stage() == 0,
-    )
-    for number, (name, start, parts, _) in enumerate(own_pieces(engine)):
-        if not everywhere or number % ranks == rank:  # what all hold, one of them writes
-            tensors |= {f"{kind}/{name}/{start}": part for kind, part in parts.items()}
-    return tensors
+        random["random/cuda/0"] = torch.cuda.get_rng_state()
+    header = {name: (state.dtype, len(state)) for name, state in random.items()}
+    header |= {f"{kind}/{p.parameter}/{p.start}": (torch.float32, p.length) for p in layout for kind in kinds}
+    pieces = (parts[kind] for _, parts, _ in pieces_in_memory(engine, layout) for kind in kinds)
+    return header, chain(random.values(), pieces)
+
+
+def only_on_nvme(engine):
+    """Whether there may be no room in memory for all that `own_tensors` gives."""
+    return any(nvme_swapper(engine, piece.flat) for piece in own_layout(engine))
 
 
 # -- in files --------------------------------------------------------------------------------------
 
 
-def write_tensors(path, tensors):
-    """Write {name: tensor} as a safetensors file (8 bytes of length, a JSON header, the bytes of the
-    tensors), one tensor after the other: no second copy of them all is ever in memory. Returns its size
-    and checksum. Raises OSError."""
+def write_tensors(path, sizes, tensors):
+    """Write a safetensors file (8 bytes of length, a JSON header, the bytes of the tensors), one tensor after the
+    other: no second copy of them all is ever in memory. sizes: {name: (dtype, number of elements)} of the flat
+    tensors, in their order. Returns the file's size and checksum. Raises OSError."""
     header, end, check = {}, 0, 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    for name, (dtype, elements) in sizes.items():
+        begin, end = end, end + elements * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": [elements], "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
-        contents = (tensor.cpu().view(torch.uint8).numpy().data for tensor in tensors.values())
+        contents = (tensor.cpu().view(torch.uint8).numpy().data for tensor in tensors)
         for content in chain((struct.pack("<Q", len(text)), text), contents):
             check = zlib.crc32(content, check)
             file.write(content)
         file.flush()
         os.fsync(file.fileno())
+        assert file.tell() == 8 + len(text) + end, "a tensor was not as long as its header says"
         return {"bytes": file.tell(), "crc32": f"{check:08x}"}
 
 

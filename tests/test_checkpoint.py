@@ -29,13 +29,18 @@ def state_of(step, files):
     return state | {"world_size": 8, "stage": 3, "precision": "fp32"}
 
 
+def write(path, tensors):
+    sizes = {name: (tensor.dtype, tensor.numel()) for name, tensor in tensors.items()}
+    return pieces.write_tensors(path, sizes, tensors.values())
+
+
 def make(run, step):
     """A checkpoint of two ranks, with one parameter of 2 x 5."""
     folder = run / "checkpoints" / checkpoint.name_of(step)
     folder.mkdir(parents=True)
     halves = [{k: v for k, v in TENSORS.items() if k.endswith("/6") == second} for second in (False, True)]
     names = ("rank_00000.safetensors", "rank_00001.safetensors")
-    files = {name: pieces.write_tensors(folder / name, part) for name, part in zip(names, halves, strict=True)}
+    files = {name: write(folder / name, part) for name, part in zip(names, halves, strict=True)}
     state = state_of(step, files)
     write_json(folder / "state.json", state | {"crc32": checkpoint.seal(state)})
     return folder
@@ -46,7 +51,7 @@ def mark(run, which, step):
 
 
 def test_what_is_written_is_safetensors(tmp_path):
-    entry = pieces.write_tensors(tmp_path / "a.safetensors", TENSORS)
+    entry = write(tmp_path / "a.safetensors", TENSORS)
     read = load_file(tmp_path / "a.safetensors")
     assert read.keys() == TENSORS.keys() and all(torch.equal(read[name], TENSORS[name]) for name in TENSORS)
     assert entry["bytes"] == (tmp_path / "a.safetensors").stat().st_size

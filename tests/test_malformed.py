@@ -25,6 +25,7 @@ from tests.conftest import run
 MODEL = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 64}
 TRAIN = {"micro_batch_size": 2, "global_batch_tokens": 64, "max_tokens": 64, "eval_tokens": 64, "save_every": 1}
 ZERO = {"zero_optimization": {"stage": 1}}
+NVME = {"device": "nvme"}
 NO_VALUE = object()
 
 
@@ -146,6 +147,8 @@ CONFIGS = [  # section, key, value or NO_VALUE, what the line names
     ("deepspeed", "zero_optimization", 3, "deepspeed.zero_optimization"),
     ("deepspeed", "zero_optimization", {"stage": 7}, "deepspeed.zero_optimization.stage"),
     ("deepspeed", "zero_optimization", {"stages": 3}, "did you mean stage?"),
+    ("deepspeed", "zero_optimization", {"stage": 2, "offload_optimizer": NVME}, "nvme at stage 2, expected stage 3"),
+    ("deepspeed", "zero_optimization", {"stage": 3, "offload_param": NVME}, "offload_param.nvme_path: found none"),
     ("deepspeed", "bf16", {"enabled": True}, "train.precision"),
     ("optimizer", NO_VALUE, {}, "unknown section 'optimizer'"),
     ("model", NO_VALUE, [], "section 'model' must be a JSON object"),
