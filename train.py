@@ -168,7 +168,12 @@ def main(config, watch=None):
         raise UserError(f"train.out_dir: {run}: {error.strerror}; choose a folder that can be written") from None
     patience = timedelta(seconds=max(1800, 2 * train.timeout_seconds))  # `watch` knows first, and which rank hangs
     backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(backend, timeout=patience, verbose=train.verbose)
+    try:
+        deepspeed.init_distributed(backend, timeout=patience, verbose=train.verbose)
+    except torch.distributed.DistNetworkError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        remedy = "if another run uses that port, choose one with deepspeed --master_port"
+        raise UserError(f"ranks could not meet at {address} ({str(error).splitlines()[0]}); {remedy}") from None
     known_faults = {}
     while resume_from and (fault := checkpoint.fault_of(resume_from, state)):
         known_faults[resume_from] = fault

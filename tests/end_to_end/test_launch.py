@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import sys
 import time
 
@@ -169,3 +170,12 @@ def test_a_run_that_loses_a_rank_or_is_interrupted_ends_within_30_seconds(killed
     assert said and all(
         any(word in line for word in ([expected] if isinstance(expected, str) else expected)) for line in said
     ), rest
+
+
+def test_a_port_that_is_taken_is_refused_in_one_line(tmp_path):
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run(deepspeed_command(*TINY, "--train.out_dir", tmp_path / "run", port=port))
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert len(lines) == 1 and f":{port} " in lines[0] and "--master_port" in lines[0], done.stderr
