@@ -97,8 +97,9 @@ def encode(batch):
     """[(split, key, text)] -> {split: (tokens, number of documents, bytes of text)}."""
     end_of_text, parts, counts = np.array([encoding._special_tokens[END_OF_TEXT]], dtype=np.uint32), {}, {}
     for split, key, text in batch:
+        ascii = text.isascii()  # then as many bytes as characters
         try:
-            if not text.isascii():  # JSON can hold half a surrogate pair, which is no text
+            if not ascii:  # JSON can hold half a surrogate pair, which is no text
                 text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             # as encode_ordinary, but without a Python integer for each token, which costs a tenth of the time
             tokens = encoding.encode_to_numpy(text, disallowed_special=())
@@ -110,7 +111,7 @@ def encode(batch):
             raise UserError(f"{key}: could not be tokenized ({reason}); choose another --tokenizer") from None
         parts.setdefault(split, []).extend((end_of_text, tokens))
         documents, size = counts.get(split, (0, 0))
-        counts[split] = documents + 1, size + len(text.encode())
+        counts[split] = documents + 1, size + (len(text) if ascii else len(text.encode()))
     result = {}
     for split, arrays in parts.items():
         tokens = np.concatenate(arrays)
