@@ -14,8 +14,7 @@ import math
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from config import ModelConfig
-from model import tokens_at_a_time
+from config import ModelConfig, tokens_at_a_time
 
 PARTS = ("parameters", "gradients", "optimizer", "gathered", "buckets", "activations", "logits", "overhead")
 PHASES = ("forward", "loss", "backward", "reduction", "step")
@@ -411,20 +410,22 @@ class Sharded(Engine):
         self.waiting = []
         # {weight: elements of it in the slice} of the rank whose slices touch the most: whole tensors are kept of
         # those that a slice begins or ends in
-        touched = [self.slice_of(rank) for rank in range(s.world_size)]
+        touched = self.slices()
         most = max(touched, key=lambda mine: sum(weight.size for weight in mine))
         self.touched = most if s.rank is None else touched[s.rank]
 
-    def slice_of(self, rank):
-        mine = {}
+    def slices(self):
+        """For each rank: {weight: elements of it in the rank's slice}, each group being cut into equal slices."""
+        ranks = self.settings.world_size
+        found = [{} for _ in range(ranks)]
         for group in self.groups:
             total, end = sum(weight.size for weight in group), 0
-            low, high = rank * total / self.settings.world_size, (rank + 1) * total / self.settings.world_size
             for weight in group:
                 begin, end = end, end + weight.size
-                if begin < high and end > low:
-                    mine[weight] = min(end, high) - max(begin, low)
-        return mine
+                for rank in range(begin * ranks // total, -(-end * ranks // total)):
+                    low, high = rank * total / ranks, (rank + 1) * total / ranks
+                    found[rank][weight] = min(end, high) - max(begin, low)
+        return found
 
     def reduce_later(self, weight, gradient):
         if self.settings.stage == 1 and not self.settings.overlap_comm:  # at the boundary, all at once

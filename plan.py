@@ -8,6 +8,7 @@ Nothing is allocated, and no GPU is looked for.
 """
 
 import argparse
+import bisect
 import copy
 import dataclasses
 import json
@@ -30,6 +31,9 @@ GiB = 2**30
 # How much of a GPU may be allocated: the rest is what the allocator cannot reuse, the CUDA context and NCCL. Of the
 # published largest models and batches that ran, none is predicted above USABLE, and few above COMFORTABLE.
 USABLE, COMFORTABLE = 0.9, 0.8
+
+# What --fit tries and --plot shows: stages, and what of them is kept in CPU memory ("param": the optimizer too).
+CHOICES = [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimizer"), (3, "optimizer"), (3, "param")]
 
 # deepspeed.zero_optimization: DeepSpeed's key, and where it differs its other name -> ours in Settings.
 ZERO_KEYS = {
@@ -204,21 +208,29 @@ def micro_batches(config, gpus):
     return [size for size in range(max(share, 1), 0, -1) if max(share, 1) % size == 0]
 
 
+def first_that_fits(candidates, planned):
+    """The plan of the first of these configurations that fits, and the configuration; (None, None) if none does.
+    Each must need less memory than the one in front of it."""
+    plans = {}
+
+    def fits(number):
+        plans[number] = planned(candidates[number])
+        return plans[number]["fits"]
+
+    first = bisect.bisect_left(range(len(candidates)), True, key=fits)
+    return (plans[first], candidates[first]) if first < len(candidates) else (None, None)
+
+
 def fastest(config, gpus, planned):
     """The fastest plan that fits over stages, offload, recomputation and micro-batches, and its configuration;
-    (None, None) if none does. A larger micro-batch never needs less memory, so the first that fits is enough."""
-    best, chosen = None, None
-    choices = [(stage, "none") for stage in range(4)] + [(2, "optimizer"), (3, "optimizer"), (3, "param")]
-    for stage, offload in choices:
+    (None, None) if none does. The largest micro-batch that fits is the fastest."""
+    best, chosen, sizes = None, None, micro_batches(config, gpus)
+    for stage, offload in CHOICES:
         for recompute in (False, True):
-            for size in micro_batches(config, gpus):
-                candidate = with_choice(config, stage, offload, recompute, size)
-                found = planned(candidate)
-                if found["fits"]:
-                    speed = found["tokens_per_second"] or 0
-                    if best is None or speed > best["tokens_per_second"]:
-                        best, chosen = found, candidate
-                    break
+            candidates = [with_choice(config, stage, offload, recompute, size) for size in sizes]
+            found, candidate = first_that_fits(candidates, planned)
+            if found and (best is None or found["tokens_per_second"] > best["tokens_per_second"]):
+                best, chosen = found, candidate
     return best, chosen
 
 
@@ -314,14 +326,21 @@ def remarks(config, gpus):
     return notes
 
 
+class FlagParser(argparse.ArgumentParser):
+    """A command's own flags, beside overrides of the config, which it leaves alone."""
+
+    def __init__(self, expected):
+        super().__init__(allow_abbrev=False, add_help=False)
+        self.expected = expected
+
+    def error(self, message):
+        raise UserError(f"{message}; expected: {self.expected}")
+
+
 def read_options(arguments):
     """plan.py's own flags, and what is left: the config file and its overrides."""
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(f"{message}; expected: plan.py CONFIG --gpus N --gpu_memory GB [--section.key value ...]")
-
-    parser = Parser(prog="plan.py", description=__doc__, allow_abbrev=False, add_help=False)
+    parser = FlagParser("plan.py CONFIG --gpus N --gpu_memory GB [--section.key value ...]")
     parser.add_argument("--gpus", type=int, required=True)
     parser.add_argument("--gpu_memory", type=float, required=True)
     parser.add_argument("--gpu", default="h100")

@@ -5,6 +5,7 @@
 import json
 import math
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,11 +15,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import plan
-from config import ModelConfig, load_config
+from config import ROOT, ModelConfig, load_config
 from memory import Settings, calls_of, simulate, trace
 from model import GPT
 
-CONFIGS = sorted(path.name for path in (Path(__file__).resolve().parents[1] / "configs").glob("*.json"))
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.json"))
 MEMORY = {"a100_40gb": 40, "a100_80gb": 80, "h100_80gb": 80, "8xA100-40GB": 40, "A100-40GB": 40}  # GiB
 
 
@@ -171,6 +172,12 @@ def test_more_gpus_and_offload_never_need_more(name, stage):
         if stage:
             offloaded = planned(name, gpus, stage=stage, offload_optimizer={"device": "cpu"})
             assert offloaded["gpu_bytes"] <= before and offloaded["cpu_bytes"] > 0
+
+
+def test_no_torch_is_loaded():
+    """It takes longer to load than a plan takes."""
+    code = "import plan, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_command_line(capsys):
