@@ -51,6 +51,7 @@ SET_BY_ROWS = ("train.activation_checkpointing", "deepspeed.zero_optimization.st
 SET_BY_ROWS += ("deepspeed.zero_optimization.offload_optimizer", "deepspeed.zero_optimization.offload_param")
 COLUMNS = {  # heading: (key of a row, how it is written)
     "step, s": ("step_seconds", "{:.3f}".format),
+    "slowest, s": ("slowest_seconds", "{:.3f}".format),
     "tokens/s": ("tokens_per_second", "{:,.0f}".format),
     "TFLOP/s a rank": ("tflops", "{:.3g}".format),
     "MFU": ("mfu", "{:.1%}".format),
@@ -185,7 +186,7 @@ def measure(config, row, gpus, steps, warmup, folder, on_gpu):
     made, lines = json.loads((folder / "config.json").read_text()), lines[warmup:]
     seconds, last = [line["step_seconds"] for line in lines], lines[-1]
     mean = statistics.mean(seconds)
-    result |= {"step_seconds": mean, "all_step_seconds": seconds}
+    result |= {"step_seconds": mean, "slowest_seconds": max(seconds), "all_step_seconds": seconds}
     result |= {"tokens_per_second": config.train.global_batch_tokens / mean}
     for rate in ("tflops", "mfu"):
         result[rate] = last[rate] and last[rate] * last["step_seconds"] / mean
