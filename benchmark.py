@@ -262,9 +262,10 @@ def describe(config, gpus, device, data, options, results):
     """The conditions, without which the numbers mean nothing, as sentences."""
     accumulation = gradient_accumulation(config, gpus)
     notes = [
-        f"{gpus} ranks on {device}; {date.today().isoformat()}. Average of {options.steps} steps behind "
-        f"{options.warmup} that are not counted; {config.train.global_batch_tokens:,} tokens a step = {gpus} ranks x "
-        f"{accumulation} micro-batches x {config.train.micro_batch_size} x {config.model.block_size}; {data}."
+        f"{gpus} rank{'s' if gpus > 1 else ''} on {device}; {date.today().isoformat()}. Average of {options.steps} "
+        f"steps behind {options.warmup} that are not counted; {config.train.global_batch_tokens:,} tokens a step "
+        f"= {gpus} x {accumulation} micro-batches x {config.train.micro_batch_size} x {config.model.block_size}; "
+        f"{data}."
     ]
     if measured := [result for result in results if not result["failed"]]:
         made, versions = measured[0], measured[0]["versions"]

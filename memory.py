@@ -505,6 +505,8 @@ class Gathered(Engine):
         if not s.offload_optimizer:
             memory.allocate("optimizer", shards * (s.moment_bytes + (s.master_bytes if s.bytes < 4 else 0)))
             memory.allocate("gradients", shards * (s.accumulation_bytes or s.bytes))
+        elif not s.coalesced:  # 2021: two buffers for a gradient on its way to the CPU
+            memory.allocate("buckets", 2 * max(self.shard(weight) for weight in self.weights) * s.bytes)
         for _ in range(1 if s.coalesced or not s.overlap_comm else 2):
             memory.allocate("buckets", s.reduce_bucket_size * s.bytes)
         self.bucket, self.elements = [], 0

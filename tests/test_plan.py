@@ -1,6 +1,7 @@
 """plan.py and memory.py: measured rows replayed, our own model's activations counted, and what must hold of any plan.
 
-`python tests/test_plan.py FOLDER` prints the error of every row of FOLDER/published_memory.json."""
+`python tests/test_plan.py FOLDER` prints the error of every row of FOLDER/published_memory.json, beside those of
+DeepSpeed's own estimator and of EleutherAI's calculator."""
 
 import json
 import math
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -20,6 +23,7 @@ from memory import Settings, calls_of, simulate, trace
 from model import GPT
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.json"))
+WHO = ("ours", "DeepSpeed", "EleutherAI")
 MEMORY = {"a100_40gb": 40, "a100_80gb": 80, "h100_80gb": 80, "8xA100-40GB": 40, "A100-40GB": 40}  # GiB
 
 
@@ -91,14 +95,66 @@ def peak(settings):
     return max(total for total, _ in simulate(settings)[0].peaks.values())
 
 
+def deepspeed_says(settings):
+    """Bytes by DeepSpeed's own estimators, which know the model's states alone; None where there is none."""
+    layers = [sum(weight.size for weight in call.weights) for call in calls_of(trace(settings))]
+    parameters, gpus = simulate(settings)[1], settings.world_size
+    if settings.stage == 2:
+        return estimate_zero2_model_states_mem_needs(parameters, gpus, cpu_offload=settings.offload_optimizer)[1]
+    if settings.stage == 3:
+        offload = {"cpu_offload": settings.offload_optimizer, "cpu_offload_params": settings.offload_param}
+        return estimate_zero3_model_states_mem_needs(parameters, max(layers), gpus, **offload)[1]
+    return None
+
+
+def eleuther_ai_says(settings):
+    """Bytes by the formulas of EleutherAI's calculator, which knows no offload: calc/calc_transformer_mem.py of
+    github.com/EleutherAI/cookbook at 827ee3b, told the row's own buckets and width of gradients, and that no more
+    parameters are alive at a time than there are."""
+    s, model = settings, settings.model
+    width, length, gpus = model.n_embd, s.sequence or model.block_size, s.world_size
+    parameters = width * (2 * model.vocab_size + length + 8 * model.n_layer + 2 + 12 * model.n_layer * width)
+    states = parameters * 2 / (gpus if s.stage == 3 else 1)
+    states += parameters * (s.accumulation_bytes or s.bytes) / (gpus if s.stage >= 2 else 1)
+    states += parameters * 12 / (gpus if s.stage >= 1 else 1)
+    buffers = s.reduce_bucket_size * 2 if s.stage >= 1 and gpus > 1 else 0
+    buffers += min(s.max_live_parameters, parameters) * 2 if s.stage == 3 and gpus > 1 else 0
+    scores = 0 if s.recompute_every else 5 * model.n_head * length / width
+    return states + buffers + length * s.micro_batch_size * width * model.n_layer * (34 + scores)
+
+
 def replay(rows):
-    """[(id, measured MiB, predicted MiB, error)] of the measured rows that can be expressed."""
+    """[(id, measured MiB, {who: predicted MiB})] of the measured rows that can be expressed."""
     found = []
     for row in rows:
         if row["kind"].startswith("measured") and (settings := settings_of_row(row)):
-            predicted = peak(settings) / 2**20
-            found.append((row["id"], row["measured_peak_mib"], predicted, predicted / row["measured_peak_mib"] - 1))
+            said = {"ours": peak(settings), "DeepSpeed": deepspeed_says(settings)}
+            said["EleutherAI"] = eleuther_ai_says(settings)
+            said = {who: size / 2**20 for who, size in said.items() if size is not None}
+            found.append((row["id"], row["measured_peak_mib"], said))
     return found
+
+
+def errors_of(table, who, where="ours"):
+    """|predicted / measured - 1| of one of them, over the rows of which `where` says something."""
+    return [abs(said[who] / measured - 1) for _, measured, said in table if where in said]
+
+
+def in_words(table):
+    """The table of replay(), and for each of the three its errors beside ours on the same rows."""
+    lines = []
+    for name, measured, said in table:
+        cells = "".join(f"{said[w]:10.1f} {said[w] / measured - 1:+8.2%}" if w in said else " " * 19 for w in WHO)
+        lines.append(f"{name:50s}{measured:10.1f} {cells}")
+    lines.insert(0, f"{'MiB':50s}{'measured':>10s} {''.join(f'{who:>10s} {chr(32):8s}' for who in WHO)}")
+    for who in WHO:
+        theirs, ours = errors_of(table, who, who), errors_of(table, "ours", who)
+        lines.append(
+            f"{who}, {len(theirs)} rows: median {statistics.median(theirs):.2%}, mean {statistics.mean(theirs):.2%}, "
+            f"worst {max(theirs):.2%}; ours on "
+            f"these: {statistics.median(ours):.2%}, {statistics.mean(ours):.2%}, {max(ours):.2%}"
+        )
+    return "\n".join(lines)
 
 
 @pytest.fixture(scope="module")
@@ -110,15 +166,13 @@ def rows(shared):
 
 
 def test_measured_rows(rows):
-    found = replay(rows)
-    errors = [abs(error) for *_, error in found]
-    print(
-        "\n".join(
-            f"{name:50s} {measured:10.1f} {predicted:10.1f} {error:+7.1%}" for name, measured, predicted, error in found
-        )
-    )
+    table = replay(rows)
+    print(in_words(table))
+    errors = errors_of(table, "ours")
     assert statistics.median(errors) <= 0.05
     assert max(errors) <= 0.15
+    for who in WHO[1:]:
+        assert statistics.median(errors_of(table, "ours", who)) < statistics.median(errors_of(table, who, who))
 
 
 def test_what_ran_fits_and_what_did_not_does_not(rows):
@@ -211,9 +265,4 @@ def test_bad_input_is_one_line(arguments, word):
 
 
 if __name__ == "__main__":
-    table = replay(json.loads((Path(sys.argv[1]) / "published_memory.json").read_text()))
-    for name, measured, predicted, error in table:
-        print(f"{name:50s} measured {measured:10.1f} MiB  predicted {predicted:10.1f}  {error:+7.2%}")
-    errors = [abs(error) for *_, error in table]
-    median, mean = statistics.median(errors), statistics.mean(errors)
-    print(f"{len(errors)} rows: median {median:.2%}, mean {mean:.2%}, worst {max(errors):.2%}")
+    print(in_words(replay(json.loads((Path(sys.argv[1]) / "published_memory.json").read_text()))))
