@@ -503,7 +503,9 @@ class Gathered(Engine):
         if s.world_size > 1 or s.offload_param:
             memory.allocate("gathered", sum(w.size for w in self.persistent) * s.bytes)
         if not s.offload_optimizer:
-            memory.allocate("optimizer", shards * (s.moment_bytes + (s.master_bytes if s.bytes < 4 else 0)))
+            # float32 weights have a master copy too: stage3.py compares a torch.device with a string to see that it
+            # needs none, and these are never equal
+            memory.allocate("optimizer", shards * (s.moment_bytes + s.master_bytes))
             memory.allocate("gradients", shards * (s.accumulation_bytes or s.bytes))
         elif not s.coalesced:  # 2021: two buffers for a gradient on its way to the CPU
             memory.allocate("buckets", 2 * max(self.shard(weight) for weight in self.weights) * s.bytes)
