@@ -53,7 +53,7 @@ class Settings:
     master_bytes: int = 4
     moment_bytes: int = 8  # both of Adam's
     # Only for measurements of other versions and backends:
-    clones_reduction: bool = False  # gloo's reduce_scatter copies its input, NCCL's does not
+    on_cpu: bool = False  # gloo's reduce_scatter copies its input, and log_softmax 16-bit logits into float32
     rank: int | None = None  # whose memory; None: the rank that holds most
     one_group: bool = False  # all parameters in one group of the optimizer; ours are decayed or spared
     score_bytes: int | None = None  # kept for each entry of plain attention, if not what the rest implies
@@ -227,10 +227,12 @@ def trace(settings):
         chunk = min(tokens_at_a_time(model.vocab_size), tokens)
         final.kept, final.forward = final.kept - x, x  # LinearCrossEntropy keeps gradients, not what it read
         several, product = tokens > chunk, model.vocab_size * width * half
-        at_once = chunk * model.vocab_size * (4 + half + (half if half < 4 else 0))
+        copied = 0 if half == 4 else 4 if s.on_cpu else half
+        at_once = chunk * model.vocab_size * (4 + half + copied)
         kept = narrow + (2 if several and half < 4 else 1) * product
-        loss = Module("head", [head], kept=kept, forward=x + max(at_once, several * product), part="logits", own=True)
-        modules.append(loss)
+        # a single chunk's logits are gone when the weight's gradient, which is kept, is made of theirs
+        most = max(at_once, product) if several else max(at_once - product, chunk * model.vocab_size * half)
+        modules.append(Module("head", [head], kept=kept, forward=x + most, part="logits", own=True))
     else:
         kept, forward, backward = sizes[s.loss]
         output = logits * half
@@ -428,18 +430,18 @@ class Sharded(Engine):
         return found
 
     def reduce_later(self, weight, gradient):
-        if self.settings.stage == 1 and not self.settings.overlap_comm:  # at the boundary, all at once
+        s = self.settings
+        if not self.buffers:  # the first gradient makes room for all
+            size = int(s.reduce_bucket_size * s.bucket_factor) * s.bytes
+            self.buffers = [self.memory.allocate("buckets", size) for _ in range(2 if s.overlap_comm else 1)]
+        if s.stage == 1 and not s.overlap_comm:  # reduced at the boundary, all at once
             self.waiting.append((weight, gradient))
         else:
             self.put(weight, gradient)
 
     def put(self, weight, gradient):
         """Into the bucket, which is reduced first if it would overflow."""
-        s = self.settings
-        if not self.buffers:
-            size = int(s.reduce_bucket_size * s.bucket_factor) * s.bytes
-            self.buffers = [self.memory.allocate("buckets", size) for _ in range(2 if s.overlap_comm else 1)]
-        if self.elements + weight.size > s.reduce_bucket_size:
+        if self.elements + weight.size > self.settings.reduce_bucket_size:
             self.reduce()
         self.put_into_bucket(weight, gradient)
 
@@ -663,7 +665,7 @@ class Gathered(Engine):
         if several and s.coalesced:
             flat = sum(self.shard(weight) for weight, _ in self.bucket) * s.world_size * s.bytes
             temporary.append(memory.allocate("buckets", flat))
-        if s.clones_reduction:
+        if s.on_cpu:
             memory.touch("buckets", sum(weight.size for weight, _ in self.bucket) * s.bytes)
         shards = [self.shard(weight) for weight, _ in self.bucket]
         if s.accumulation_bytes and s.accumulation_bytes != s.bytes:

@@ -2,6 +2,7 @@
 of them, beside what memory.py replays, for stages 0 to 3 and for settings drawn at random."""
 
 import gc
+import itertools
 import json
 import random
 import sys
@@ -18,7 +19,7 @@ import plan
 import train
 from config import build, deepspeed_config
 from engine import build_engine
-from memory import Engine, Gathered, Replicated, Sharded  # noqa: F401
+from memory import simulate
 
 SHAPE = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 64, "vocab_size": 512}
 
@@ -33,6 +34,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
+            # DeepSpeed takes notes of shapes on the meta device, which has no memory
             if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
                 self.see(tensor.untyped_storage())
         return result
@@ -80,15 +82,15 @@ def held_by(engine, stage):
 
 
 def measured_and_predicted(zero, batch, precision, shape):
-    """Of the third step of this setting, on this rank: what is held behind the backward pass and the peak."""
+    """Of the third step of this setting, on this rank, [measured, predicted] bytes: of each part that is held behind
+    the backward pass, and at the peak."""
     device, rank, ranks = train.find_place(False)
     batch = {"global_batch_tokens": 64 * batch["micro_batch_size"] * ranks} | batch | {"compile": False}
     sections = {"model": SHAPE | shape, "train": batch, "deepspeed": {"zero_optimization": zero}}
     config = build(sections, "")
     settings = plan.settings_of(config, ranks)
-    settings.precision, settings.clones_reduction, settings.rank = precision, CLONES, rank
-    replay = {0: Replicated, 1: Sharded, 2: Sharded, 3: Gathered}[settings.stage](settings)
-    memory = replay.run()
+    settings.precision, settings.on_cpu, settings.rank = precision, True, rank
+    memory, _ = simulate(settings)
     with LiveBytes() as live:
         engine = build_engine(config, deepspeed_config(config, ranks, precision, False), device)
         for _ in range(3):
@@ -100,29 +102,25 @@ def measured_and_predicted(zero, batch, precision, shape):
                 del loss
                 held = held_by(engine, settings.stage)
                 engine.step()
-    predicted = {part: memory.held[part] for part in held}
-    phase = max(memory.peaks, key=lambda phase: memory.peaks[phase][0])
-    peaks = {"measured": live.most, "predicted": memory.peaks[phase][0], "phase": phase}
     engine.destroy()
     del engine
     gc.collect()
-    return {"zero": zero, "batch": batch, "precision": precision, "shape": shape, "held": held} | {
-        "predicted": predicted,
-        "peak": peaks,
+    predicted = {part: memory.held[part] for part in held}
+    peak = max(total for total, _ in memory.peaks.values())
+    return {
+        "setting": {"zero": zero, "train": batch, "precision": precision, "model": shape},
+        "held": {part: [held[part], predicted[part]] for part in held},
+        "peak": [live.most, peak],
     }
-
-
-CLONES = True
 
 
 def main(folder):
     _, rank, _ = train.find_place(False)
     deepspeed.init_distributed("gloo", verbose=False)
     found = []
-    for stage in range(4):
-        for precision in ("fp32", "bf16"):
-            zero = {"stage": stage, "stage3_param_persistence_threshold": 300, "reduce_bucket_size": 30000}
-            found.append(measured_and_predicted(zero, {"micro_batch_size": 2}, precision, {}))
+    for stage, precision in itertools.product(range(4), ("fp32", "bf16")):
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 300, "reduce_bucket_size": 30_000}
+        found.append(measured_and_predicted(zero, {"micro_batch_size": 2}, precision, {}))
     draw = random.Random(0)
     for _ in range(10):
         zero = {

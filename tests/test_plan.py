@@ -21,6 +21,7 @@ import plan
 from config import ROOT, ModelConfig, load_config
 from memory import Settings, calls_of, simulate, trace
 from model import GPT
+from tests.conftest import deepspeed_command, run
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.json"))
 WHO = ("ours", "DeepSpeed", "EleutherAI")
@@ -60,7 +61,7 @@ def settings_of_row(row):
             sub_group_size=int(engine["sub"]),
             accumulation_bytes=4 if engine.get("gacc") == "fp32" else None,
             gradient_accumulation_steps=engine.get("gas", 1),
-            clones_reduction=True,
+            on_cpu=True,
             one_group=True,
             rank=0,
         )
@@ -206,6 +207,30 @@ def test_kept_activations_are_those_of_the_model(changes, dtype, precision):
     assert predicted == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=0.02)
 
 
+@pytest.fixture(scope="module")
+def real_engines(tmp_path_factory):
+    """What memory_of_engine.py found on each of two ranks, in one launch."""
+    folder = tmp_path_factory.mktemp("memory")
+    done = run(deepspeed_command("tests/memory_of_engine.py", folder, port=29612), timeout=250, DS_ACCELERATOR="cpu")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [found for rank in range(2) for found in json.loads((folder / f"rank{rank}.json").read_text())]
+
+
+def test_states_are_those_of_the_real_engine(real_engines):
+    """Parameters, gradients and optimizer of each rank: stages 0 to 3 in float32 and bf16, and random settings."""
+    assert {found["setting"]["zero"]["stage"] for found in real_engines} == {0, 1, 2, 3}
+    for found in real_engines:
+        for part, (measured, predicted) in found["held"].items():
+            assert predicted == pytest.approx(measured, rel=0.02), (part, found["setting"])
+
+
+def test_peak_is_that_of_the_real_engine(real_engines):
+    errors = [found["peak"][1] / found["peak"][0] - 1 for found in real_engines]
+    for error, found in zip(errors, real_engines, strict=True):
+        print(f"{error:+.2%} {found['setting']}")
+    assert max(map(abs, errors)) <= 0.06 and statistics.median(map(abs, errors)) <= 0.01
+
+
 def planned(name, gpus, **zero):
     config = load_config([f"configs/{name}"])
     config.train.micro_batch_size = 1
@@ -244,6 +269,45 @@ def test_command_line(capsys):
     assert found["fits"] and "train.py configs/gpt2-124m.json --train.micro_batch_size" in found["command"]
     plan.main("configs/gpt2-124m.json --gpus 8 --gpu_memory 24 --max --json".split())
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_layer"] > 12
+
+
+def answer_of(capsys, arguments):
+    plan.main([*arguments.split(), "--json"])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "configs/1p5b.json --gpus 1 --gpu_memory 24",
+        "configs/1p5b.json --gpus 8 --gpu_memory 24 --deepspeed.zero_optimization.stage 0",
+        "configs/gpt2-124m.json --gpus 1 --gpu_memory 2",  # takes two keys
+        "configs/175b.json --gpus 8 --gpu_memory 80",
+        "configs/45b.json --gpus 8 --gpu_memory 40",
+    ],
+)
+def test_the_cheapest_change_is_enough(capsys, arguments):
+    found = answer_of(capsys, arguments)
+    assert not found["fits"] and 1 <= len(found["cheapest_change"]) <= 2
+    assert answer_of(capsys, f"{arguments} {plan.in_flags(found['cheapest_change'])}")["fits"]
+    for key in found["cheapest_change"]:  # each of them is needed
+        rest = {other: value for other, value in found["cheapest_change"].items() if other != key}
+        pair = all("offload" in other for other in found["cheapest_change"])  # parameters take the optimizer along
+        assert pair or not answer_of(capsys, f"{arguments} {plan.in_flags(rest)}")["fits"]
+    if found["enough_gpus"]:
+        gpus = int(arguments.split("--gpus ")[1].split()[0])
+        more = arguments.replace(f"--gpus {gpus} ", "--gpus {} ")
+        assert answer_of(capsys, more.format(found["enough_gpus"]))["fits"]
+        assert not answer_of(capsys, more.format(found["enough_gpus"] - gpus))["fits"]
+
+
+def test_picture(capsys, tmp_path):
+    picture = tmp_path / "memory.png"
+    plan.main(f"configs/1p5b.json --gpus 8 --gpu_memory 40 --plot {picture}".split())
+    assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in capsys.readouterr().out
+    for bad in (tmp_path / "nowhere" / "memory.png", tmp_path / "memory.toast"):
+        with pytest.raises(plan.UserError, match="--plot"):
+            plan.main(f"configs/1p5b.json --gpus 8 --gpu_memory 40 --plot {bad}".split())
 
 
 @pytest.mark.parametrize(
