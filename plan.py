@@ -113,7 +113,7 @@ def inputs_on_cpu(settings):
     s = settings
     if not (s.inputs_on_cpu and s.recompute_every):
         return 0
-    return -(-s.model.n_layer // s.recompute_every) * s.micro_batch_size * s.model.block_size * s.model.n_embd * s.bytes
+    return -(-s.model.n_layer // s.recompute_every) * s.tokens * s.model.n_embd * s.bytes
 
 
 def cpu_memory(settings, parameters, ranks):
