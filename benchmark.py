@@ -248,6 +248,7 @@ def draw(results, conditions, picture):
     memory.invert_yaxis()
     memory.set(xlabel="GiB", title="peak memory of a rank")
     speed.set(xlabel="tokens/s", title="throughput")
+    speed.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
     for axes in (memory, speed):
         axes.margins(x=0.2)
         axes.grid(axis="x", alpha=0.3)
