@@ -287,16 +287,17 @@ def cheapest_change(config, gpus, planned):
         found, _ = first_that_fits([changed(config, batch) for batch in batches], planned)
         return [(change | {"train.micro_batch_size": found["micro_batch_size"]}, found)] if found else []
 
-    def in_time(changes):
-        """Those that fit, with their plans; the fastest wins, and among equally fast ones the first."""
+    def that_fit(changes):
+        """Those of them that fit, with their plans."""
         plans = ((change, planned(changed(config, change))) for change in changes)
         return [(change, found) for change, found in plans if found["fits"]]
 
     ones = list(single_changes(config))
     twos = [one | two for one in ones for two in single_changes(changed(config, one)) if not one.keys() & two.keys()]
-    fitting = in_time(ones) + with_smaller_batch({})
+    fitting = that_fit(ones) + with_smaller_batch({})
     if not fitting:
-        fitting = in_time(twos) + [pair for one in ones for pair in with_smaller_batch(one)]
+        fitting = that_fit(twos) + [pair for one in ones for pair in with_smaller_batch(one)]
+    # among equally fast ones the first: it is the smaller change
     return max(fitting, key=lambda pair: pair[1]["tokens_per_second"], default=(None, None))
 
 
