@@ -216,6 +216,14 @@ DEEPSPEED_KEYS = set(
 )
 
 
+LOGITS_AT_A_TIME = 2**26  # 256 MiB in float32: large enough for a GPU's matrix product, small beside the rest
+
+
+def tokens_at_a_time(vocab_size):
+    """How many tokens' logits the loss shall hold. Here, because plan.py knows it without loading torch."""
+    return min(4096, max(1, LOGITS_AT_A_TIME // vocab_size))
+
+
 def data_weights(path):
     """`data.path`, a folder or {folder: weight}, as {folder: weight}."""
     return path if isinstance(path, dict) else {path: 1}

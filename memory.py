@@ -14,8 +14,7 @@ import math
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from config import ModelConfig
-from model import tokens_at_a_time
+from config import ModelConfig, tokens_at_a_time
 
 PARTS = ("parameters", "gradients", "optimizer", "gathered", "buckets", "activations", "logits", "overhead")
 PHASES = ("forward", "loss", "backward", "reduction", "step")
@@ -29,17 +28,10 @@ class Settings:
     world_size: int = 1
     stage: int = 3
     micro_batch_size: int = 1
-    sequence: int | None = None  # tokens; None: the model's block_size
     gradient_accumulation_steps: int = 1
     precision: str = "bf16"  # bf16, fp16, fp32; or amp: fp32 weights, fp16 products (torch.autocast)
     recompute_every: int = 0  # k: blocks 0, k, 2k, ... are recomputed in the backward pass; 0: none
     inputs_on_cpu: bool = False  # the inputs of recomputed blocks wait in CPU memory
-    attention: str = (
-        "flash"  # flash: no (T, T) matrix is kept; plain: the softmax of every head is; plain32: in float32
-    )
-    loss: str = "chunked"  # chunked: model.py's; plain: all logits, in float32; half: all, in the model's type; fused
-    separate_qkv: bool = False  # three matrices in place of one, as in minGPT
-    masks: bool = False  # a (T, T) mask of one byte an entry in each block, as in minGPT
     offload_optimizer: bool = False
     offload_param: bool = False
     overlap_comm: bool = False
@@ -53,12 +45,18 @@ class Settings:
     leaf_blocks: bool = False  # engine.py, compiled: a block's weights are gathered, and its gradients given, at once
     master_bytes: int = 4
     moment_bytes: int = 8  # both of Adam's
-    # Only for measurements of other versions and backends:
-    clones_reduction: bool = False  # gloo's reduce_scatter copies its input, NCCL's does not
-    rank: int | None = None  # whose memory; None: the rank that holds most
-    one_group: bool = False  # all parameters in one group of the optimizer; ours are decayed or spared
+    # Only for measurements of other models:
+    sequence: int | None = None  # tokens; None: the model's block_size
+    attention: str = "flash"  # no (T, T) matrix is kept; plain: the softmax of every head is; plain32: in float32
+    loss: str = "chunked"  # model.py's; plain: all logits, in float32; half: all, in the model's type; fused
+    separate_qkv: bool = False  # three matrices in place of one, as in minGPT
+    masks: bool = False  # a (T, T) mask of one byte an entry in each block, as in minGPT
     score_bytes: int | None = None  # kept for each entry of plain attention, if not what the rest implies
     relu: bool = False  # the MLP keeps only its activation, not also that one's input
+    # Only for measurements of other versions and backends:
+    on_cpu: bool = False  # gloo's reduce_scatter copies its input, and log_softmax 16-bit logits into float32
+    rank: int | None = None  # whose memory; None: the rank that holds most
+    one_group: bool = False  # all parameters in one group of the optimizer; ours are decayed or spared
     bucket_factor: float = 1.0  # 2021: ZeRO-2's buckets had room for 4.5 times their size
     stale_bucket: bool = False  # 2021, ZeRO-2: a bucket of the step before lived until the first reduction; this was
     # concluded from the measurements, as was that stage 3 gathered one tensor at a time; the rest was read in 0.3.15
@@ -67,7 +65,18 @@ class Settings:
     keeps_weights: bool = False  # 2021: autograd held views of gathered weights from forward to backward
 
     @property
+    def length(self):
+        """Tokens of a sequence."""
+        return self.sequence or self.model.block_size
+
+    @property
+    def tokens(self):
+        """Tokens of a micro-batch."""
+        return self.micro_batch_size * self.length
+
+    @property
     def bytes(self):
+        """Width of the weights and of the residual stream."""
         return {"bf16": 2, "fp16": 2, "fp32": 4, "amp": 4}[self.precision]
 
     @property
@@ -129,117 +138,140 @@ class Module:
 
 def trace(settings):
     """The model's modules in the order of the forward pass, with what each allocates."""
-    s, model = settings, settings.model
-    tokens = s.micro_batch_size * (s.sequence or model.block_size)
-    length, width, heads = s.sequence or model.block_size, model.n_embd, model.n_head
-    amp, half, stream = s.precision == "amp", s.half, s.bytes  # amp: norms and sums in fp32, products in fp16
-    kv = model.kv_heads * (width // heads)
-    inner = model.mlp_width
-    x = tokens * width * stream  # the residual stream
-    narrow = tokens * width * half
-    dropout = tokens * width if model.dropout else 0  # its mask, one byte an element
+    return Trace(settings).model()
 
-    def linear(name, fan_in, fan_out, bias=model.bias, **sizes):
-        weights = [Weight(fan_in * fan_out)] + ([Weight(fan_out, False)] if bias else [])
+
+class Trace:
+    """Writes the model down as modules; one method for each kind of them."""
+
+    def __init__(self, settings):
+        self.settings, self.width = settings, settings.model.n_embd
+        self.amp = settings.precision == "amp"  # norms and sums in float32, products in fp16
+        self.stream = settings.tokens * self.width * settings.bytes  # bytes of the residual stream
+        self.narrow = settings.tokens * self.width * settings.half  # bytes of as much, as products take and give it
+
+    def model(self):
+        s, model = self.settings, self.settings.model
+        embedding = Weight(model.vocab_size * self.width, uses=2 if model.tie_embeddings else 1)
+        head = embedding if model.tie_embeddings else Weight(model.vocab_size * self.width)
+        modules = [Module("token_embedding", [embedding], forward=self.stream)]
+        if model.position == "learned":
+            positions, rows = Weight(model.block_size * self.width), s.length * self.width * s.bytes
+            modules.append(Module("position_embedding", [positions], forward=rows))
+        modules.append(Module("sum", kept=self.stream + self.dropped(), hooked=False))
+        modules += [self.block(number) for number in range(model.n_layer)]
+        norm = self.norm("final_norm")
+        if s.loss == "chunked":
+            norm.kept, norm.forward = norm.kept - self.stream, self.stream  # the head keeps gradients, not what it read
+            return Module("model", inside=[*modules, norm, self.chunked_head(head)])
+        return Module("model", inside=[*modules, norm, *self.head_and_loss(head)])
+
+    def dropped(self):
+        """Bytes of a dropout's mask over the stream, one an element."""
+        return self.settings.tokens * self.width if self.settings.model.dropout else 0
+
+    def linear(self, name, fan_in, fan_out, **sizes):
+        weights = [Weight(fan_in * fan_out)] + ([Weight(fan_out, False)] if self.settings.model.bias else [])
         return Module(name, weights, **sizes)
 
-    def norm(name):
+    def norm(self, name):
         # layernorm keeps mean and 1 / deviation of each token in float32; what it reads is the stream's
-        weights = [Weight(width, False) for _ in range(2 if model.norm == "layernorm" and model.bias else 1)]
-        statistics = tokens * 4 * (2 if model.norm == "layernorm" else 1)
-        return Module(name, weights, kept=x + statistics, forward=narrow if amp else 0, backward=2 * x)
+        model, layernorm = self.settings.model, self.settings.model.norm == "layernorm"
+        weights = [Weight(self.width, False) for _ in range(2 if layernorm and model.bias else 1)]
+        statistics = self.settings.tokens * 4 * (2 if layernorm else 1)
+        forward = self.narrow if self.amp else 0
+        return Module(name, weights, kept=self.stream + statistics, forward=forward, backward=2 * self.stream)
 
-    def attention():
-        products = []
-        if s.separate_qkv:
-            kept = narrow * (2 if amp else 1)  # under autocast each makes a fp16 copy of the norm's fp32 output
-            products += [linear(n, width, width, kept=kept, backward=2 * narrow) for n in ("key", "query", "value")]
-        else:
-            qkv = tokens * (width + 2 * kv) * half
-            products.append(linear("qkv", width, width + 2 * kv, kept=qkv, backward=qkv + narrow))
-        matrix = s.micro_batch_size * heads * length * length  # elements of all heads' scores
-        if model.position == "rotary":
-            turned = tokens * (width + kv) * half
-            wide = 2 * tokens * width * 4  # of the queries, in float32, before and after
-            products.append(Module("rotate", kept=turned, forward=wide, backward=turned, hooked=False))
-        if s.attention == "flash":
-            inputs = tokens * (width + 2 * kv) * half
-            # its output is laid out as its input: turned ones are not as proj reads them, and copied once more
-            kept = narrow * (2 if model.position == "rotary" else 1) + tokens * heads * 4
-            core = Module("attend", kept=kept, backward=narrow + inputs, own=True, hooked=False)
-            products.append(core)
-        else:
-            soft = 4 if amp or s.attention == "plain32" else half  # autocast's softmax is float32
-            scores = matrix * soft
-            masked = matrix * (1 + soft) if model.dropout else 0
-            casts = matrix * half if soft > half else 0
-            kept = scores + masked + casts if s.score_bytes is None else matrix * s.score_bytes
-            products.append(
-                Module("scores", kept=kept, forward=scores + 2 * narrow, backward=2 * scores, own=True, hooked=False)
-            )
-            products.append(Module("gather", kept=narrow, forward=narrow, backward=2 * narrow, hooked=False))
-        products.append(linear("proj", width, width, forward=narrow, kept=dropout, backward=2 * narrow))
-        return Module("attention", inside=products)
-
-    def mlp():
-        # gelu's input, up's output, is kept, and what it gives, which down reads; of swiglu also silu(gate)
-        fan_out = inner * (2 if model.mlp == "swiglu" else 1)
-        up, hidden = tokens * fan_out * half, tokens * inner * half
-        kept_up = 0 if s.relu else up
-        return Module(
-            "mlp",
-            inside=[
-                linear("up", width, fan_out, kept=kept_up, forward=up - kept_up, backward=up + narrow),
-                Module("activate", kept=up, backward=hidden + up, hooked=False),
-                linear("down", inner, width, forward=narrow, kept=dropout, backward=hidden + narrow),
-            ],
-        )
-
-    def block(number):
+    def block(self, number):
+        s, inside = self.settings, []
+        for part in (self.attention(), self.mlp()):
+            inside += [self.norm("norm"), part, Module("sum", kept=self.stream, hooked=False)]
         recomputed = bool(s.recompute_every) and number % s.recompute_every == 0
-        inside = []
-        for part in (attention(), mlp()):
-            inside += [norm("norm"), part, Module("sum", kept=x, hooked=False)]
-        made = Module(f"block {number}", inside=inside, recomputed=recomputed, output=x)
+        block = Module(f"block {number}", inside=inside, recomputed=recomputed, output=self.stream, leaf=s.leaf_blocks)
         if s.leaf_blocks:
-            made.leaf = True
-            for call in calls_of(made)[1:]:
+            for call in calls_of(block)[1:]:
                 call.hooked = False
-        return made
+        return block
 
-    embedding = Weight(model.vocab_size * width, uses=2 if model.tie_embeddings else 1)
-    modules = [Module("token_embedding", [embedding], forward=x)]
-    if model.position == "learned":
-        modules.append(
-            Module("position_embedding", [Weight(model.block_size * width)], forward=length * width * stream)
-        )
-    modules.append(Module("sum", kept=x + dropout, hooked=False))
-    modules += [block(number) for number in range(model.n_layer)]
-    final = norm("final_norm")
-    modules.append(final)
-    head = embedding if model.tie_embeddings else Weight(model.vocab_size * width)
-    logits = tokens * model.vocab_size
-    sizes = {  # kept, forward, backward of the loss
-        "half": (logits * half, logits * half, 2 * logits * half),
-        "plain": (logits * 4, logits * 4, logits * 8),
-        "fused": (logits * half, 0, 0),
-    }
-    if s.loss == "chunked":
-        chunk = min(tokens_at_a_time(model.vocab_size), tokens)
-        final.kept, final.forward = final.kept - x, x  # LinearCrossEntropy keeps gradients, not what it read
-        several, product = tokens > chunk, model.vocab_size * width * half
-        at_once = chunk * model.vocab_size * (4 + half + (half if half < 4 else 0))
-        kept = narrow + (2 if several and half < 4 else 1) * product
-        loss = Module("head", [head], kept=kept, forward=x + max(at_once, several * product), part="logits", own=True)
-        modules.append(loss)
-    else:
-        kept, forward, backward = sizes[s.loss]
-        output = logits * half
-        modules.append(Module("head", [head], forward=output, backward=output + narrow, part="logits"))
-        modules.append(
-            Module("loss", kept=kept, forward=forward, backward=backward, part="logits", own=True, hooked=False)
-        )
-    return Module("model", inside=modules)
+    def attention(self):
+        s, width, narrow = self.settings, self.width, self.narrow
+        kv = s.model.kv_heads * (width // s.model.n_head)  # width of all keys
+        if s.separate_qkv:
+            kept = narrow * (2 if self.amp else 1)  # under autocast each makes a fp16 copy of the norm's fp32 output
+            inside = [self.linear(n, width, width, kept=kept, backward=2 * narrow) for n in ("key", "query", "value")]
+        else:
+            qkv = s.tokens * (width + 2 * kv) * s.half
+            inside = [self.linear("qkv", width, width + 2 * kv, kept=qkv, backward=qkv + narrow)]
+        if s.model.position == "rotary":
+            turned = s.tokens * (width + kv) * s.half
+            wide = 2 * s.tokens * width * 4  # of the queries, in float32, before and after
+            inside.append(Module("rotate", kept=turned, forward=wide, backward=turned, hooked=False))
+        inside += [self.flash(kv)] if s.attention == "flash" else self.plain_scores()
+        inside.append(self.linear("proj", width, width, forward=narrow, kept=self.dropped(), backward=2 * narrow))
+        return Module("attention", inside=inside)
+
+    def flash(self, kv):
+        s = self.settings
+        inputs = s.tokens * (self.width + 2 * kv) * s.half
+        # its output is laid out as its input: turned ones are not as proj reads them, and copied once more
+        kept = self.narrow * (2 if s.model.position == "rotary" else 1) + s.tokens * s.model.n_head * 4
+        return Module("attend", kept=kept, backward=self.narrow + inputs, own=True, hooked=False)
+
+    def plain_scores(self):
+        """Attention that keeps a (T, T) matrix for each head."""
+        s, narrow = self.settings, self.narrow
+        entries = s.tokens * s.length * s.model.n_head
+        soft = 4 if self.amp or s.attention == "plain32" else s.half  # autocast's softmax is float32
+        scores, casts = entries * soft, entries * s.half if soft > s.half else 0
+        masked = entries * (1 + soft) if s.model.dropout else 0
+        kept = scores + masked + casts if s.score_bytes is None else entries * s.score_bytes
+        sizes = {"kept": kept, "forward": scores + 2 * narrow, "backward": 2 * scores}
+        return [
+            Module("scores", **sizes, own=True, hooked=False),
+            Module("gather", kept=narrow, forward=narrow, backward=2 * narrow, hooked=False),
+        ]
+
+    def mlp(self):
+        # gelu's input, up's output, is kept, and what it gives, which down reads; of swiglu also silu(gate)
+        s, width, narrow = self.settings, self.width, self.narrow
+        inner, dropped = s.model.mlp_width, self.dropped()
+        fan_out = inner * (2 if s.model.mlp == "swiglu" else 1)
+        up, hidden = s.tokens * fan_out * s.half, s.tokens * inner * s.half
+        kept = 0 if s.relu else up
+        inside = [
+            self.linear("up", width, fan_out, kept=kept, forward=up - kept, backward=up + narrow),
+            Module("activate", kept=up, backward=hidden + up, hooked=False),
+            self.linear("down", inner, width, forward=narrow, kept=dropped, backward=hidden + narrow),
+        ]
+        return Module("mlp", inside=inside)
+
+    def chunked_head(self, weight):
+        """model.py's Head: a chunk of logits at a time, and gradients at once."""
+        s = self.settings
+        chunk = min(tokens_at_a_time(s.model.vocab_size), s.tokens)
+        several, product = s.tokens > chunk, weight.size * s.half
+        copied = 0 if s.half == 4 else 4 if s.on_cpu else s.half
+        at_once = chunk * s.model.vocab_size * (4 + s.half + copied)
+        kept = self.narrow + (2 if several and s.half < 4 else 1) * product
+        # a single chunk's logits are gone when the weight's gradient, which is kept, is made of theirs
+        most = max(at_once, product) if several else max(at_once - product, chunk * s.model.vocab_size * s.half)
+        return Module("head", [weight], kept=kept, forward=self.stream + most, part="logits", own=True)
+
+    def head_and_loss(self, weight):
+        """All logits at once, and a loss of its own."""
+        s = self.settings
+        logits = s.tokens * s.model.vocab_size
+        output = logits * s.half
+        kept, forward, backward = {
+            "half": (output, output, 2 * output),
+            "plain": (logits * 4, logits * 4, logits * 8),
+            "fused": (output, 0, 0),
+        }[s.loss]
+        sizes = {"kept": kept, "forward": forward, "backward": backward}
+        return [
+            Module("head", [weight], forward=output, backward=output + self.narrow, part="logits"),
+            Module("loss", **sizes, part="logits", own=True, hooked=False),
+        ]
 
 
 def calls_of(module):
@@ -269,10 +301,9 @@ class Engine:
     def run(self):
         """One optimizer step in its steady state; the memory with its peaks."""
         s, memory = self.settings, self.memory
-        tokens = s.micro_batch_size * (s.sequence or s.model.block_size)
-        memory.allocate("overhead", 2 * tokens * 8)  # inputs and targets, int64
+        memory.allocate("overhead", 2 * s.tokens * 8)  # inputs and targets, int64
         if s.masks:
-            memory.allocate("overhead", s.model.n_layer * (s.sequence or s.model.block_size) ** 2)
+            memory.allocate("overhead", s.model.n_layer * s.length**2)
         self.resident()
         for self.micro_step in range(2 if s.gradient_accumulation_steps > 1 else 1):
             self.last = self.micro_step or s.gradient_accumulation_steps == 1
@@ -281,7 +312,7 @@ class Engine:
             if s.precision == "amp" and s.recompute_every:  # nothing saved refers to autocast's fp16 weights
                 memory.free(self.autocast)
             memory.phase = "backward"
-            stream = memory.allocate("activations", tokens * s.model.n_embd * s.bytes)  # the stream's gradient
+            stream = memory.allocate("activations", s.tokens * s.model.n_embd * s.bytes)  # the stream's gradient
             self.backward(self.model)
             memory.free(stream)
             memory.phase = "reduction"
@@ -411,34 +442,36 @@ class Sharded(Engine):
         self.waiting = []
         # {weight: elements of it in the slice} of the rank whose slices touch the most: whole tensors are kept of
         # those that a slice begins or ends in
-        touched = [self.slice_of(rank) for rank in range(s.world_size)]
+        touched = self.slices()
         most = max(touched, key=lambda mine: sum(weight.size for weight in mine))
         self.touched = most if s.rank is None else touched[s.rank]
 
-    def slice_of(self, rank):
-        mine = {}
+    def slices(self):
+        """For each rank: {weight: elements of it in the rank's slice}, each group being cut into equal slices."""
+        ranks = self.settings.world_size
+        found = [{} for _ in range(ranks)]
         for group in self.groups:
             total, end = sum(weight.size for weight in group), 0
-            low, high = rank * total / self.settings.world_size, (rank + 1) * total / self.settings.world_size
             for weight in group:
                 begin, end = end, end + weight.size
-                if begin < high and end > low:
-                    mine[weight] = min(end, high) - max(begin, low)
-        return mine
+                for rank in range(begin * ranks // total, -(-end * ranks // total)):
+                    low, high = rank * total / ranks, (rank + 1) * total / ranks
+                    found[rank][weight] = min(end, high) - max(begin, low)
+        return found
 
     def reduce_later(self, weight, gradient):
-        if self.settings.stage == 1 and not self.settings.overlap_comm:  # at the boundary, all at once
+        s = self.settings
+        if not self.buffers:  # the first gradient makes room for all
+            size = int(s.reduce_bucket_size * s.bucket_factor) * s.bytes
+            self.buffers = [self.memory.allocate("buckets", size) for _ in range(2 if s.overlap_comm else 1)]
+        if s.stage == 1 and not s.overlap_comm:  # reduced at the boundary, all at once
             self.waiting.append((weight, gradient))
         else:
             self.put(weight, gradient)
 
     def put(self, weight, gradient):
         """Into the bucket, which is reduced first if it would overflow."""
-        s = self.settings
-        if not self.buffers:
-            size = int(s.reduce_bucket_size * s.bucket_factor) * s.bytes
-            self.buffers = [self.memory.allocate("buckets", size) for _ in range(2 if s.overlap_comm else 1)]
-        if self.elements + weight.size > s.reduce_bucket_size:
+        if self.elements + weight.size > self.settings.reduce_bucket_size:
             self.reduce()
         self.put_into_bucket(weight, gradient)
 
@@ -502,8 +535,12 @@ class Gathered(Engine):
         if s.world_size > 1 or s.offload_param:
             memory.allocate("gathered", sum(w.size for w in self.persistent) * s.bytes)
         if not s.offload_optimizer:
-            memory.allocate("optimizer", shards * (s.moment_bytes + (s.master_bytes if s.bytes < 4 else 0)))
+            # float32 weights have a master copy too: stage3.py compares a torch.device with a string to see that it
+            # needs none, and these are never equal
+            memory.allocate("optimizer", shards * (s.moment_bytes + s.master_bytes))
             memory.allocate("gradients", shards * (s.accumulation_bytes or s.bytes))
+        elif not s.coalesced:  # 2021: two buffers for a gradient on its way to the CPU
+            memory.allocate("buckets", 2 * max(self.shard(weight) for weight in self.weights) * s.bytes)
         for _ in range(1 if s.coalesced or not s.overlap_comm else 2):
             memory.allocate("buckets", s.reduce_bucket_size * s.bytes)
         self.bucket, self.elements = [], 0
@@ -658,7 +695,7 @@ class Gathered(Engine):
         if several and s.coalesced:
             flat = sum(self.shard(weight) for weight, _ in self.bucket) * s.world_size * s.bytes
             temporary.append(memory.allocate("buckets", flat))
-        if s.clones_reduction:
+        if s.on_cpu:
             memory.touch("buckets", sum(weight.size for weight, _ in self.bucket) * s.bytes)
         shards = [self.shard(weight) for weight, _ in self.bucket]
         if s.accumulation_bytes and s.accumulation_bytes != s.bytes:

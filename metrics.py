@@ -7,8 +7,6 @@ import resource
 import secrets
 from pathlib import Path
 
-import torch
-
 from config import ModelConfig
 
 # Dense peak of the tensor cores in bf16 with float32 sums, without sparsity, in FLOP/s, from NVIDIA's data
@@ -66,6 +64,8 @@ def recomputed_flops_per_token(config: ModelConfig, recompute_every):
 
 def peak_memory_bytes():
     """Most memory this rank has held so far: allocated on its GPU, or resident where there is none."""
+    import torch  # takes two seconds, which plan.py, with nothing but the arithmetic above, need not wait
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

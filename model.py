@@ -16,10 +16,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from config import ModelConfig
+from config import ModelConfig, tokens_at_a_time
 
 IGNORE = -1  # a target that does not count
-LOGITS_AT_A_TIME = 2**26  # 256 MiB in float32: large enough for a GPU's matrix product, small beside the rest
 
 
 def make_norm(config: ModelConfig, kernels="torch"):
@@ -175,11 +174,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_x = (grad_x * grad_total).to(grad_x.dtype)
         grad_weight = torch.mul(grad_weight, grad_total, out=torch.empty_like(grad_weight, dtype=ctx.weight_dtype))
         return grad_x, grad_weight, None, None, None, None
-
-
-def tokens_at_a_time(vocab_size):
-    """How many tokens' logits LinearCrossEntropy shall hold."""
-    return min(4096, max(1, LOGITS_AT_A_TIME // vocab_size))
 
 
 class Head(nn.Linear):

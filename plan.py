@@ -1,23 +1,29 @@
 """Will it fit, how fast, what does it cost: a plan of a run before anything is rented.
 
     python plan.py configs/1p5b.json --gpus 8 --gpu_memory 80 [--gpu h100] [--nodes 1] [--price 2.5]
-                   [--section.key value ...] [--fit | --max] [--json]
+                   [--section.key value ...] [--fit | --max] [--plot PICTURE.png] [--json]
 
-Memory is replayed allocation by allocation (memory.py). Speed is arithmetic on stated assumptions (`Assumptions`).
-Nothing is allocated, and no GPU is looked for.
+--fit finds the fastest setting that fits, --max the deepest model; --plot draws the memory of every candidate. Where
+nothing fits, the cheapest change that would is named. Memory is replayed allocation by allocation (memory.py). Speed
+is arithmetic on stated assumptions (`Assumptions`). Nothing is allocated, and no GPU is looked for.
 """
 
 import argparse
+import bisect
 import copy
 import dataclasses
+import functools
 import json
 import math
 from dataclasses import dataclass
 
 from config import (
     UserError,
+    build,
+    command_line_values,
     gradient_accumulation,
     load_config,
+    merge,
     offload_device,
     offloads_optimizer,
     run_command,
@@ -30,6 +36,9 @@ GiB = 2**30
 # How much of a GPU may be allocated: the rest is what the allocator cannot reuse, the CUDA context and NCCL. Of the
 # published largest models and batches that ran, none is predicted above USABLE, and few above COMFORTABLE.
 USABLE, COMFORTABLE = 0.9, 0.8
+
+# What --fit tries and --plot shows: stages, and what of them is kept in CPU memory ("param": the optimizer too).
+CHOICES = [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimizer"), (3, "optimizer"), (3, "param")]
 
 # deepspeed.zero_optimization: DeepSpeed's key, and where it differs its other name -> ours in Settings.
 ZERO_KEYS = {
@@ -99,6 +108,14 @@ def accumulation(config, gpus):
     return -(-config.train.global_batch_tokens // (config.model.block_size * config.train.micro_batch_size * gpus))
 
 
+def inputs_on_cpu(settings):
+    """Bytes of one micro-batch's inputs of recomputed blocks that wait in CPU memory (train.checkpoints_on_cpu)."""
+    s = settings
+    if not (s.inputs_on_cpu and s.recompute_every):
+        return 0
+    return -(-s.model.n_layer // s.recompute_every) * s.tokens * s.model.n_embd * s.bytes
+
+
 def cpu_memory(settings, parameters, ranks):
     """(lowest, highest) bytes of CPU memory of a node with this many ranks, for tensors; each rank's Python, torch
     and CUDA libraries come on top. PyTorch rounds each pinned block up to a power of two: up to twice the bytes."""
@@ -109,9 +126,7 @@ def cpu_memory(settings, parameters, ranks):
         pinned += 4 * shard + s.bytes * shard  # float32 gradients; 16-bit ones (stage 3) or weights (1, 2)
     if s.offload_param:
         pinned += 2 * s.bytes * shard  # the flat weights, and zero.Init's pieces, which stay in the host cache
-    if s.inputs_on_cpu and s.recompute_every:
-        tokens = s.micro_batch_size * s.model.block_size
-        pinned += -(-s.model.n_layer // s.recompute_every) * tokens * s.model.n_embd * s.bytes
+    pinned += inputs_on_cpu(s)
     return round((pageable + pinned) * ranks), round((pageable + 2 * pinned) * ranks)
 
 
@@ -132,7 +147,7 @@ def seconds_per_step(settings, parameters, flops, tokens, peak, nodes, assumptio
     if s.stage == 2:
         passes = s.gradient_accumulation_steps + 1
     communication = passes * model / (a.network if nodes > 1 else a.link)
-    offload, shard = 0, parameters / s.world_size
+    offload, shard = 2 * inputs_on_cpu(s) * s.gradient_accumulation_steps / a.pcie, parameters / s.world_size
     if s.offload_param:
         offload += (2 + bool(s.recompute_every)) * s.gradient_accumulation_steps * shard * s.bytes / a.pcie
     if s.offload_optimizer:  # gradients down, weights up; Adam reads 16 and writes 14 bytes a parameter
@@ -204,22 +219,127 @@ def micro_batches(config, gpus):
     return [size for size in range(max(share, 1), 0, -1) if max(share, 1) % size == 0]
 
 
+def first_that_fits(candidates, planned):
+    """The plan of the first of these configurations that fits, and the configuration; (None, None) if none does.
+    Each must need less memory than the one in front of it."""
+    plans = {}
+
+    def fits(number):
+        plans[number] = planned(candidates[number])
+        return plans[number]["fits"]
+
+    first = bisect.bisect_left(range(len(candidates)), True, key=fits)
+    return (plans[first], candidates[first]) if first < len(candidates) else (None, None)
+
+
 def fastest(config, gpus, planned):
     """The fastest plan that fits over stages, offload, recomputation and micro-batches, and its configuration;
-    (None, None) if none does. A larger micro-batch never needs less memory, so the first that fits is enough."""
-    best, chosen = None, None
-    choices = [(stage, "none") for stage in range(4)] + [(2, "optimizer"), (3, "optimizer"), (3, "param")]
-    for stage, offload in choices:
+    (None, None) if none does. The largest micro-batch that fits is the fastest."""
+    best, chosen, sizes = None, None, micro_batches(config, gpus)
+    for stage, offload in CHOICES:
         for recompute in (False, True):
-            for size in micro_batches(config, gpus):
-                candidate = with_choice(config, stage, offload, recompute, size)
-                found = planned(candidate)
-                if found["fits"]:
-                    speed = found["tokens_per_second"] or 0
-                    if best is None or speed > best["tokens_per_second"]:
-                        best, chosen = found, candidate
-                    break
+            candidates = [with_choice(config, stage, offload, recompute, size) for size in sizes]
+            found, candidate = first_that_fits(candidates, planned)
+            if found and (best is None or found["tokens_per_second"] > best["tokens_per_second"]):
+                best, chosen = found, candidate
     return best, chosen
+
+
+def single_changes(config):
+    """Overrides that may save memory, each {key: value}: the cheapest, which cost no speed, first."""
+    zero, train = config.deepspeed.get("zero_optimization", {}), config.train
+    stage, section = zero_stage(config.deepspeed), "deepspeed.zero_optimization"
+    if stage:
+        buffers = {"reduce_bucket_size": (1e7, 5e8)}  # what it becomes, and DeepSpeed's default
+        if stage == 3:
+            buffers |= {"sub_group_size": (1e8, 1e9), "stage3_prefetch_bucket_size": (1e7, 5e7)}
+            buffers |= {"stage3_max_reuse_distance": (1e8, 1e9)}
+        for name, (small, default) in buffers.items():
+            if zero.get(name, default) > small:
+                yield {f"{section}.{name}": int(small)}
+    for higher in range(stage + 1, 4):
+        yield {f"{section}.stage": higher}
+    if train.activation_checkpointing is not True:
+        yield {"train.activation_checkpointing": True}
+    elif not train.checkpoints_on_cpu:
+        yield {"train.checkpoints_on_cpu": True}
+    offload = {} if offloads_optimizer(config.deepspeed) else {f"{section}.offload_optimizer.device": "cpu"}
+    if stage and offload:
+        yield offload
+    if stage == 3 and offload_device(zero, "offload_param") == "none":
+        yield offload | {f"{section}.offload_param.device": "cpu"}
+
+
+def changed(config, change):
+    """A copy of the configuration with these overrides, {key: value}."""
+    words = [word for key, value in change.items() for word in (f"--{key}", json.dumps(value))]
+    overrides, _ = command_line_values(words)
+    return build(merge(config.to_dict(), overrides), "command line")
+
+
+def cheapest_change(config, gpus, planned):
+    """The override that makes this configuration fit at the highest speed, else the pair of overrides, else
+    (None, None): ({key: value}, its plan). A smaller micro-batch is as large as fits."""
+    sizes = [size for size in micro_batches(config, gpus) if size < config.train.micro_batch_size]
+
+    def with_smaller_batch(change):
+        batches = [change | {"train.micro_batch_size": size} for size in sizes]
+        found, _ = first_that_fits([changed(config, batch) for batch in batches], planned)
+        return [(change | {"train.micro_batch_size": found["micro_batch_size"]}, found)] if found else []
+
+    def that_fit(changes):
+        """Those of them that fit, with their plans."""
+        plans = ((change, planned(changed(config, change))) for change in changes)
+        return [(change, found) for change, found in plans if found["fits"]]
+
+    ones = list(single_changes(config))
+    twos = [one | two for one in ones for two in single_changes(changed(config, one)) if not one.keys() & two.keys()]
+    fitting = that_fit(ones) + with_smaller_batch({})
+    if not fitting:
+        fitting = that_fit(twos) + [pair for one in ones for pair in with_smaller_batch(one)]
+    # among equally fast ones the first: it is the smaller change
+    return max(fitting, key=lambda pair: pair[1]["tokens_per_second"], default=(None, None))
+
+
+def enough_gpus(config, gpus, planned):
+    """The least multiple of `gpus` on which this configuration fits, None above 16,384 of them; by doubling and
+    halving. planned: (config, number of GPUs) -> plan."""
+
+    def fits(number):
+        return planned(config, number * gpus)["fits"]
+
+    most = 1
+    while not fits(most):
+        most *= 2
+        if most * gpus > 2**14:
+            return None
+    return gpus * (most // 2 + 1 + bisect.bisect_left(range(most // 2 + 1, most), True, key=fits))
+
+
+def way_out(config, gpus, planned):
+    """What is the least that must change for this configuration to fit: (in words, the overrides or None, the number
+    of GPUs on which it fits as it is or None)."""
+    on_these = functools.partial(planned, gpus=gpus)
+    change, found = cheapest_change(config, gpus, on_these)
+    if change:
+        words = f"the cheapest change that fits: {in_flags(change)} ({in_short(found)})"
+    elif fastest(config, gpus, on_these)[0]:
+        words = "no one or two changes are enough; --fit finds what is"
+    else:
+        words = "no other saving is enough: it takes a shorter model.block_size or a smaller model"
+    more = enough_gpus(config, gpus, planned)
+    words += f"; or, as it is, {more} GPUs" if more else "; as it is, on no number of GPUs"
+    return words, change, more
+
+
+def in_flags(change):
+    return " ".join(
+        f"--{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in change.items()
+    )
+
+
+def in_short(found):
+    return f"{found['gpu_bytes'] / GiB:.2f} GiB, {found['tokens_per_second']:,.0f} tokens/s"
 
 
 def deepest(config, planned):
@@ -295,6 +415,49 @@ def report(found, config, options, notes):
     return "\n".join(lines + [f"note: {note}" for note in notes])
 
 
+def draw(config, planned, options, picture):
+    """Stacked bars of one GPU's memory at its peak, by part, for every candidate of --fit at the config's micro-batch,
+    with a line where the GPU ends."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names, plans = [], []
+    for stage, offload in CHOICES:
+        for recompute in (False, True):
+            plans.append(planned(with_choice(config, stage, offload, recompute, config.train.micro_batch_size)))
+            place = {"none": "", "optimizer": ", optimizer on CPU", "param": ", optimizer and weights on CPU"}[offload]
+            names.append(f"stage {stage}{place}{', recomputed' if recompute else ''}")
+    largest = max(found["gpu_bytes"] for found in plans)
+    unit, name = (GiB, "GiB") if largest >= GiB else (2**20, "MiB")
+    whole = options.gpu_memory * GiB / unit
+    end = min(1.3 * largest / unit, 2 * whole)  # a bar that goes further is cut off there
+    figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
+    left = [0.0] * len(plans)
+    for number, part in enumerate(PARTS):
+        sizes = [found["gpu_parts"][part] / unit for found in plans]
+        axes.barh(range(len(plans)), sizes, left=left, color=f"C{number}", label=part)
+        left = [before + size for before, size in zip(left, sizes, strict=True)]
+    for place, found in enumerate(plans):
+        total = found["gpu_bytes"] / unit
+        text = f" {total:,.1f} {name}{'' if found['fits'] else ', does not fit'} "
+        box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
+        cut = total > 0.8 * end
+        axes.text(end if cut else total, place, text, va="center", ha="right" if cut else "left", bbox=box)
+    if USABLE * whole < end:
+        axes.axvline(whole, color="black", label=f"the GPU, {options.gpu_memory:g} GiB")
+        axes.axvline(USABLE * whole, color="black", linestyle="--", label=f"what can be allocated, {USABLE:.0%}")
+    beyond = "" if USABLE * whole < end else f"; the GPU's {options.gpu_memory:g} GiB lie outside"
+    batch = f"micro-batch {config.train.micro_batch_size} x {config.model.block_size}"
+    figure.suptitle(f"peak of one GPU's memory, {options.gpus} x {options.gpu}, {batch}{beyond}")
+    axes.set(xlim=(0, end), xlabel=name, yticks=range(len(plans)), yticklabels=names)
+    axes.invert_yaxis()
+    figure.legend(loc="outside lower center", ncols=5)
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+
+
 def remarks(config, gpus):
     """What the reader must know of what was not taken as it was written."""
     notes = []
@@ -314,19 +477,27 @@ def remarks(config, gpus):
     return notes
 
 
+class FlagParser(argparse.ArgumentParser):
+    """A command's own flags, beside overrides of the config, which it leaves alone."""
+
+    def __init__(self, expected):
+        super().__init__(allow_abbrev=False, add_help=False)
+        self.expected = expected
+
+    def error(self, message):
+        raise UserError(f"{message}; expected: {self.expected}")
+
+
 def read_options(arguments):
     """plan.py's own flags, and what is left: the config file and its overrides."""
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(f"{message}; expected: plan.py CONFIG --gpus N --gpu_memory GB [--section.key value ...]")
-
-    parser = Parser(prog="plan.py", description=__doc__, allow_abbrev=False, add_help=False)
+    parser = FlagParser("plan.py CONFIG --gpus N --gpu_memory GB [--section.key value ...]")
     parser.add_argument("--gpus", type=int, required=True)
     parser.add_argument("--gpu_memory", type=float, required=True)
     parser.add_argument("--gpu", default="h100")
     parser.add_argument("--nodes", type=int)
     parser.add_argument("--price", type=float)
+    parser.add_argument("--plot")
     for flag in ("--fit", "--max", "--json"):
         parser.add_argument(flag, action="store_true")
     for assumed in dataclasses.fields(Assumptions):
@@ -358,17 +529,25 @@ def main(arguments):
     options, rest = read_options(arguments)
     config = load_config(rest)
 
-    def planned(config):
+    def planned(config, gpus=options.gpus):
+        nodes = -(-gpus * options.nodes // options.gpus)
         limit = options.gpu_memory * GiB
-        return plan(config, options.gpus, options.nodes, limit, options.peak, options.price, options.assumptions)
+        return plan(config, gpus, nodes, limit, options.peak, options.price, options.assumptions)
 
     answer = {}
+    if options.plot:
+        try:
+            draw(config, planned, options, options.plot)
+        except (OSError, ValueError) as error:  # a folder that is not there, a format that is none
+            raise UserError(f"--plot: {options.plot}: {error}; expected a PICTURE.png that can be written") from None
+        answer["picture"] = options.plot
     if options.fit:
         found, chosen = fastest(config, options.gpus, planned)
         if found is None:
+            frugal = with_choice(config, 3, "param", True, 1)
             raise UserError(
                 f"--fit: nothing fits in {options.gpu_memory:g} GiB, not even stage 3 with all offload, recomputation "
-                "and a micro-batch of 1; more GPUs, a smaller reduce_bucket_size or sub_group_size, or a smaller model"
+                f"and a micro-batch of 1; from there, {way_out(frugal, options.gpus, planned)[0]}"
             )
         config = chosen
         answer["command"] = command(rest, config, options.gpus, options.nodes)
@@ -378,11 +557,18 @@ def main(arguments):
             raise UserError(f"--max: not even one block of this width fits in {options.gpu_memory:g} GiB; try --fit")
         config.model.n_layer = answer["n_layer"] = depth
     found = planned(config) | answer
+    remedy = None
+    if not found["fits"]:
+        remedy, found["cheapest_change"], found["enough_gpus"] = way_out(config, options.gpus, planned)
     print(report(found, config, options, remarks(config, options.gpus)))
+    if remedy:
+        print(remedy)
     if "command" in found:
         print(f"the fastest that fits; run: {found['command']}")
     if "n_layer" in found:
         print(f"the deepest of this width that fits: n_layer {found['n_layer']}")
+    if options.plot:
+        print(f"drawn: {options.plot}")
     if options.json:
         print(json.dumps(found))
 

@@ -134,7 +134,7 @@ def test_no_step_holds_all_logits_at_once(monkeypatch):
 
     config = dataclasses.replace(SMALL, vocab_size=4000, n_embd=8)
     model, tokens = GPT(config), random_tokens(config, batch=8)  # 128 tokens x 4000 ids
-    monkeypatch.setattr("model.LOGITS_AT_A_TIME", 16 * 4000)
+    monkeypatch.setattr("config.LOGITS_AT_A_TIME", 16 * 4000)
     with Largest() as largest:
         model(tokens, tokens).backward()
         with torch.no_grad():

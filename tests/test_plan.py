@@ -1,24 +1,30 @@
 """plan.py and memory.py: measured rows replayed, our own model's activations counted, and what must hold of any plan.
 
-`python tests/test_plan.py FOLDER` prints the error of every row of FOLDER/published_memory.json."""
+`python tests/test_plan.py FOLDER` prints the error of every row of FOLDER/published_memory.json, beside those of
+DeepSpeed's own estimator and of EleutherAI's calculator."""
 
 import json
 import math
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import plan
-from config import ModelConfig, load_config
+from config import ROOT, ModelConfig, load_config
 from memory import Settings, calls_of, simulate, trace
 from model import GPT
+from tests.conftest import deepspeed_command, run
 
-CONFIGS = sorted(path.name for path in (Path(__file__).resolve().parents[1] / "configs").glob("*.json"))
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.json"))
+WHO = ("ours", "DeepSpeed", "EleutherAI")
 MEMORY = {"a100_40gb": 40, "a100_80gb": 80, "h100_80gb": 80, "8xA100-40GB": 40, "A100-40GB": 40}  # GiB
 
 
@@ -55,7 +61,7 @@ def settings_of_row(row):
             sub_group_size=int(engine["sub"]),
             accumulation_bytes=4 if engine.get("gacc") == "fp32" else None,
             gradient_accumulation_steps=engine.get("gas", 1),
-            clones_reduction=True,
+            on_cpu=True,
             one_group=True,
             rank=0,
         )
@@ -90,14 +96,66 @@ def peak(settings):
     return max(total for total, _ in simulate(settings)[0].peaks.values())
 
 
+def deepspeed_says(settings):
+    """Bytes by DeepSpeed's own estimators, which know the model's states alone; None where there is none."""
+    layers = [sum(weight.size for weight in call.weights) for call in calls_of(trace(settings))]
+    parameters, gpus = simulate(settings)[1], settings.world_size
+    if settings.stage == 2:
+        return estimate_zero2_model_states_mem_needs(parameters, gpus, cpu_offload=settings.offload_optimizer)[1]
+    if settings.stage == 3:
+        offload = {"cpu_offload": settings.offload_optimizer, "cpu_offload_params": settings.offload_param}
+        return estimate_zero3_model_states_mem_needs(parameters, max(layers), gpus, **offload)[1]
+    return None
+
+
+def eleuther_ai_says(settings):
+    """Bytes by the formulas of EleutherAI's calculator, which knows no offload: calc/calc_transformer_mem.py of
+    github.com/EleutherAI/cookbook at 827ee3b, told the row's own buckets and width of gradients, and that no more
+    parameters are alive at a time than there are."""
+    s, model = settings, settings.model
+    width, length, gpus = model.n_embd, s.sequence or model.block_size, s.world_size
+    parameters = width * (2 * model.vocab_size + length + 8 * model.n_layer + 2 + 12 * model.n_layer * width)
+    states = parameters * 2 / (gpus if s.stage == 3 else 1)
+    states += parameters * (s.accumulation_bytes or s.bytes) / (gpus if s.stage >= 2 else 1)
+    states += parameters * 12 / (gpus if s.stage >= 1 else 1)
+    buffers = s.reduce_bucket_size * 2 if s.stage >= 1 and gpus > 1 else 0
+    buffers += min(s.max_live_parameters, parameters) * 2 if s.stage == 3 and gpus > 1 else 0
+    scores = 0 if s.recompute_every else 5 * model.n_head * length / width
+    return states + buffers + length * s.micro_batch_size * width * model.n_layer * (34 + scores)
+
+
 def replay(rows):
-    """[(id, measured MiB, predicted MiB, error)] of the measured rows that can be expressed."""
+    """[(id, measured MiB, {who: predicted MiB})] of the measured rows that can be expressed."""
     found = []
     for row in rows:
         if row["kind"].startswith("measured") and (settings := settings_of_row(row)):
-            predicted = peak(settings) / 2**20
-            found.append((row["id"], row["measured_peak_mib"], predicted, predicted / row["measured_peak_mib"] - 1))
+            said = {"ours": peak(settings), "DeepSpeed": deepspeed_says(settings)}
+            said["EleutherAI"] = eleuther_ai_says(settings)
+            said = {who: size / 2**20 for who, size in said.items() if size is not None}
+            found.append((row["id"], row["measured_peak_mib"], said))
     return found
+
+
+def errors_of(table, who, where="ours"):
+    """|predicted / measured - 1| of one of them, over the rows of which `where` says something."""
+    return [abs(said[who] / measured - 1) for _, measured, said in table if where in said]
+
+
+def in_words(table):
+    """The table of replay(), and for each of the three its errors beside ours on the same rows."""
+    lines = []
+    for name, measured, said in table:
+        cells = "".join(f"{said[w]:10.1f} {said[w] / measured - 1:+8.2%}" if w in said else " " * 19 for w in WHO)
+        lines.append(f"{name:50s}{measured:10.1f} {cells}")
+    lines.insert(0, f"{'MiB':50s}{'measured':>10s} {''.join(f'{who:>10s} {chr(32):8s}' for who in WHO)}")
+    for who in WHO:
+        theirs, ours = errors_of(table, who, who), errors_of(table, "ours", who)
+        lines.append(
+            f"{who}, {len(theirs)} rows: median {statistics.median(theirs):.2%}, mean {statistics.mean(theirs):.2%}, "
+            f"worst {max(theirs):.2%}; ours on "
+            f"these: {statistics.median(ours):.2%}, {statistics.mean(ours):.2%}, {max(ours):.2%}"
+        )
+    return "\n".join(lines)
 
 
 @pytest.fixture(scope="module")
@@ -109,15 +167,13 @@ def rows(shared):
 
 
 def test_measured_rows(rows):
-    found = replay(rows)
-    errors = [abs(error) for *_, error in found]
-    print(
-        "\n".join(
-            f"{name:50s} {measured:10.1f} {predicted:10.1f} {error:+7.1%}" for name, measured, predicted, error in found
-        )
-    )
+    table = replay(rows)
+    print(in_words(table))
+    errors = errors_of(table, "ours")
     assert statistics.median(errors) <= 0.05
     assert max(errors) <= 0.15
+    for who in WHO[1:]:
+        assert statistics.median(errors_of(table, "ours", who)) < statistics.median(errors_of(table, who, who))
 
 
 def test_what_ran_fits_and_what_did_not_does_not(rows):
@@ -151,6 +207,30 @@ def test_kept_activations_are_those_of_the_model(changes, dtype, precision):
     assert predicted == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=0.02)
 
 
+@pytest.fixture(scope="module")
+def real_engines(tmp_path_factory):
+    """What memory_of_engine.py found on each of two ranks, in one launch."""
+    folder = tmp_path_factory.mktemp("memory")
+    done = run(deepspeed_command("tests/memory_of_engine.py", folder, port=29612), timeout=250, DS_ACCELERATOR="cpu")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [found for rank in range(2) for found in json.loads((folder / f"rank{rank}.json").read_text())]
+
+
+def test_states_are_those_of_the_real_engine(real_engines):
+    """Parameters, gradients and optimizer of each rank: stages 0 to 3 in float32 and bf16, and random settings."""
+    assert {found["setting"]["zero"]["stage"] for found in real_engines} == {0, 1, 2, 3}
+    for found in real_engines:
+        for part, (measured, predicted) in found["held"].items():
+            assert predicted == pytest.approx(measured, rel=0.02), (part, found["setting"])
+
+
+def test_peak_is_that_of_the_real_engine(real_engines):
+    errors = [found["peak"][1] / found["peak"][0] - 1 for found in real_engines]
+    for error, found in zip(errors, real_engines, strict=True):
+        print(f"{error:+.2%} {found['setting']}")
+    assert max(map(abs, errors)) <= 0.06 and statistics.median(map(abs, errors)) <= 0.01
+
+
 def planned(name, gpus, **zero):
     config = load_config([f"configs/{name}"])
     config.train.micro_batch_size = 1
@@ -173,6 +253,12 @@ def test_more_gpus_and_offload_never_need_more(name, stage):
             assert offloaded["gpu_bytes"] <= before and offloaded["cpu_bytes"] > 0
 
 
+def test_no_torch_is_loaded():
+    """It takes longer to load than a plan takes."""
+    code = "import plan, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_command_line(capsys):
     plan.main("configs/gpt2-124m.json --gpus 8 --gpu_memory 80 --price 2 --json".split())
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -183,6 +269,45 @@ def test_command_line(capsys):
     assert found["fits"] and "train.py configs/gpt2-124m.json --train.micro_batch_size" in found["command"]
     plan.main("configs/gpt2-124m.json --gpus 8 --gpu_memory 24 --max --json".split())
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_layer"] > 12
+
+
+def answer_of(capsys, arguments):
+    plan.main([*arguments.split(), "--json"])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "configs/1p5b.json --gpus 1 --gpu_memory 24",
+        "configs/1p5b.json --gpus 8 --gpu_memory 24 --deepspeed.zero_optimization.stage 0",
+        "configs/gpt2-124m.json --gpus 1 --gpu_memory 2",  # takes two keys
+        "configs/175b.json --gpus 8 --gpu_memory 80",
+        "configs/45b.json --gpus 8 --gpu_memory 40",
+    ],
+)
+def test_the_cheapest_change_is_enough(capsys, arguments):
+    found = answer_of(capsys, arguments)
+    assert not found["fits"] and 1 <= len(found["cheapest_change"]) <= 2
+    assert answer_of(capsys, f"{arguments} {plan.in_flags(found['cheapest_change'])}")["fits"]
+    for key in found["cheapest_change"]:  # each of them is needed
+        rest = {other: value for other, value in found["cheapest_change"].items() if other != key}
+        pair = all("offload" in other for other in found["cheapest_change"])  # parameters take the optimizer along
+        assert pair or not answer_of(capsys, f"{arguments} {plan.in_flags(rest)}")["fits"]
+    if found["enough_gpus"]:
+        gpus = int(arguments.split("--gpus ")[1].split()[0])
+        more = arguments.replace(f"--gpus {gpus} ", "--gpus {} ")
+        assert answer_of(capsys, more.format(found["enough_gpus"]))["fits"]
+        assert not answer_of(capsys, more.format(found["enough_gpus"] - gpus))["fits"]
+
+
+def test_picture(capsys, tmp_path):
+    picture = tmp_path / "memory.png"
+    plan.main(f"configs/1p5b.json --gpus 8 --gpu_memory 40 --plot {picture}".split())
+    assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in capsys.readouterr().out
+    for bad in (tmp_path / "nowhere" / "memory.png", tmp_path / "memory.toast"):
+        with pytest.raises(plan.UserError, match="--plot"):
+            plan.main(f"configs/1p5b.json --gpus 8 --gpu_memory 40 --plot {bad}".split())
 
 
 @pytest.mark.parametrize(
@@ -204,9 +329,4 @@ def test_bad_input_is_one_line(arguments, word):
 
 
 if __name__ == "__main__":
-    table = replay(json.loads((Path(sys.argv[1]) / "published_memory.json").read_text()))
-    for name, measured, predicted, error in table:
-        print(f"{name:50s} measured {measured:10.1f} MiB  predicted {predicted:10.1f}  {error:+7.2%}")
-    errors = [abs(error) for *_, error in table]
-    median, mean = statistics.median(errors), statistics.mean(errors)
-    print(f"{len(errors)} rows: median {median:.2%}, mean {mean:.2%}, worst {max(errors):.2%}")
+    print(in_words(replay(json.loads((Path(sys.argv[1]) / "published_memory.json").read_text()))))

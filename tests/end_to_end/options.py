@@ -15,6 +15,7 @@ from deepspeed import comm
 from torch import nn
 from torch.nn import functional as F
 
+import config
 import model
 import train
 from config import build, deepspeed_config
@@ -100,7 +101,7 @@ def losses(stage, architecture, settings, adam=None, replaced=()):
 def main():
     _, rank, _ = train.find_place(False)
     deepspeed.init_distributed("gloo", verbose=False)
-    few_logits = [(model, "LOGITS_AT_A_TIME", 48 * IDS)]
+    few_logits = [(config, "LOGITS_AT_A_TIME", 48 * IDS)]
     unfused = {"fused": False, "foreach": False}
     found = {}
     for name, architecture in (("gpt2", {}), ("llama", LLAMA)):

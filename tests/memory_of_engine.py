@@ -1,0 +1,151 @@
+"""Started by test_plan.py under the launcher on two ranks: what tensors the real engine holds, and the most there was
+of them, beside what memory.py replays, for stages 0 to 3 and for settings drawn at random."""
+
+import gc
+import itertools
+import json
+import random
+import sys
+import weakref
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed import comm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+import plan
+import train
+from config import build, deepspeed_config
+from engine import build_engine
+from memory import simulate
+
+SHAPE = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 64, "vocab_size": 512}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all tensors' storages that operators made and that are still alive, and the most there was."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.total, self.most = set(), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            # DeepSpeed takes notes of shapes on the meta device, which has no memory
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                self.see(tensor.untyped_storage())
+        return result
+
+    def see(self, storage):
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.total += storage.nbytes()
+            self.most = max(self.most, self.total)
+            weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+
+    def forget(self, number, size):
+        self.known.discard(number)
+        self.total -= size
+
+
+def bytes_of(tensors, known):
+    """Bytes of the storages that are not among `known` yet, to which they are added."""
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            known.add(storage._cdata)
+            total += storage.nbytes()
+    return total
+
+
+def held_by(engine, stage):
+    """{part: bytes} that the engine holds behind the last backward pass of a step."""
+    weights, optimizer, known = list(engine.module.parameters()), engine.optimizer, set()
+    inner = getattr(optimizer, "optimizer", optimizer)
+    states = [value for state in inner.state.values() for value in state.values() if torch.is_tensor(value)]
+    if stage == 3:
+        masters, gradients = optimizer.fp32_partitioned_groups_flat, [optimizer.grad_partitions_flat_buffer]
+        weights = [weight.ds_tensor for weight in weights]
+    elif stage:
+        masters = optimizer.single_partition_of_fp32_groups
+        gradients = [gradient for group in optimizer.averaged_gradients.values() for gradient in group or []]
+    else:
+        masters = [tensor for group in inner.param_groups for tensor in group["params"]]
+        gradients = [tensor.grad for tensor in {*masters, *weights} if tensor.grad is not None]
+        gradients += getattr(optimizer, "fp32_groups_gradients_flat", [])
+    parts = {"parameters": weights, "optimizer": [*masters, *states], "gradients": gradients}
+    return {part: bytes_of(tensors, known) for part, tensors in parts.items()}
+
+
+def measured_and_predicted(zero, batch, precision, shape):
+    """Of the third step of this setting, on this rank, [measured, predicted] bytes: of each part that is held behind
+    the backward pass, and at the peak."""
+    device, rank, ranks = train.find_place(False)
+    batch = {"global_batch_tokens": 64 * batch["micro_batch_size"] * ranks} | batch | {"compile": False}
+    sections = {"model": SHAPE | shape, "train": batch, "deepspeed": {"zero_optimization": zero}}
+    config = build(sections, "")
+    settings = plan.settings_of(config, ranks)
+    settings.precision, settings.on_cpu, settings.rank = precision, True, rank
+    memory, _ = simulate(settings)
+    with LiveBytes() as live:
+        engine = build_engine(config, deepspeed_config(config, ranks, precision, False), device)
+        for _ in range(3):
+            live.most = live.total
+            for _ in range(settings.gradient_accumulation_steps):
+                tokens = torch.randint(512, (2, settings.micro_batch_size, 64))
+                loss = engine(*tokens)
+                engine.backward(loss)
+                del loss
+                held = held_by(engine, settings.stage)
+                engine.step()
+    engine.destroy()
+    del engine
+    gc.collect()
+    predicted = {part: memory.held[part] for part in held}
+    peak = max(total for total, _ in memory.peaks.values())
+    return {
+        "setting": {"zero": zero, "train": batch, "precision": precision, "model": shape},
+        "held": {part: [held[part], predicted[part]] for part in held},
+        "peak": [live.most, peak],
+    }
+
+
+def main(folder):
+    _, rank, _ = train.find_place(False)
+    deepspeed.init_distributed("gloo", verbose=False)
+    found = []
+    for stage, precision in itertools.product(range(4), ("fp32", "bf16")):
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 300, "reduce_bucket_size": 30_000}
+        found.append(measured_and_predicted(zero, {"micro_batch_size": 2}, precision, {}))
+    draw = random.Random(0)
+    for _ in range(10):
+        zero = {
+            "stage": draw.choice([1, 2, 3, 3]),
+            "overlap_comm": False,
+            "reduce_bucket_size": draw.choice([5_000, 30_000, 200_000]),
+            "stage3_prefetch_bucket_size": draw.choice([0, 10_000, 60_000]),
+            "stage3_param_persistence_threshold": draw.choice([0, 300, 5_000]),
+            "stage3_max_reuse_distance": draw.choice([0, 50_000, 1_000_000]),
+            "sub_group_size": draw.choice([20_000, 1_000_000]),
+        }
+        size = draw.choice([1, 2, 4])
+        batch = {
+            "micro_batch_size": size,
+            "global_batch_tokens": 64 * size * 2 * draw.choice([1, 2]),
+            "activation_checkpointing": draw.choice([False, True, 2]),
+        }
+        shape = {"tie_embeddings": draw.choice([True, False]), "position": draw.choice(["learned", "rotary"])}
+        shape |= {"mlp": draw.choice(["gelu", "swiglu"]), "n_kv_head": draw.choice([None, 2])}
+        shape["bias"] = draw.choice([True, False])
+        found.append(measured_and_predicted(zero, batch, draw.choice(["fp32", "bf16"]), shape))
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
+    comm.barrier()
+    comm.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[-1])
