@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 import export
-from config import ModelConfig, UserError
+from config import ROOT, ModelConfig, UserError, load_config
 from data import pipeline
 from data.mixture import Mixture
 from data.tokenizer import END_OF_TEXT, load_tokenizer, save_for_transformers
@@ -29,10 +29,14 @@ from tests.conftest import deepspeed_command, run
 
 SMALL = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=270, init_std=0.1)
 LLAMA = dataclasses.replace(SMALL, norm="rmsnorm", position="rotary", mlp="swiglu", bias=False, n_kv_head=2)
+NEOX = dataclasses.replace(SMALL, position="rotary", tie_embeddings=False)
+FAMILIES = {"gpt2": SMALL, "llama": LLAMA, "gpt_neox": NEOX}
 MODELS = [
     SMALL,
     dataclasses.replace(SMALL, tie_embeddings=False, mlp_hidden=37, norm_eps=1e-3),
     dataclasses.replace(SMALL, bias=False, n_kv_head=4, tie_embeddings=False),
+    NEOX,
+    dataclasses.replace(NEOX, tie_embeddings=True, bias=False, rotary_theta=500000.0, norm_eps=1e-3, mlp_hidden=37),
     LLAMA,
     dataclasses.replace(LLAMA, tie_embeddings=False, bias=True, rotary_theta=500000.0, norm_eps=1e-6),
     dataclasses.replace(LLAMA, n_kv_head=1, mlp_hidden=37, bias=True),
@@ -50,6 +54,15 @@ def randomised(model, seed=0):
     return model.eval()
 
 
+def to_transformers(config, model):
+    return dict(export.to_transformers(config, model.state_dict().__getitem__))
+
+
+def zero_biases(config):
+    """Whether transformers' model has biases that ours does not have."""
+    return not config.bias and export.FAMILIES[export.family_of(config)].always_biased
+
+
 def their_model(config):
     return AutoModelForCausalLM.from_config(export.transformers_config(config)).eval()
 
@@ -58,7 +71,7 @@ def make_folder(folder, config, shards="5GB"):
     """A random model of transformers' as it saves it; returns it."""
     torch.manual_seed(1)
     model = randomised(their_model(config))
-    if not config.bias and config.position == "learned":
+    if zero_biases(config):
         for name, parameter in model.named_parameters():
             parameter.data.mul_(not name.endswith("bias"))
     model.save_pretrained(folder, max_shard_size=shards)
@@ -72,7 +85,7 @@ def make_folder(folder, config, shards="5GB"):
 @pytest.mark.parametrize("config", MODELS)
 def test_logits_loss_and_gradients_are_those_of_transformers(config, seed):
     ours, theirs = randomised(GPT(config, seed), seed), their_model(config)
-    loaded = theirs.load_state_dict(export.to_transformers(config, ours.state_dict()), strict=False)
+    loaded = theirs.load_state_dict(to_transformers(config, ours), strict=False)
     assert loaded.unexpected_keys == [] and loaded.missing_keys == ["lm_head.weight"] * config.tie_embeddings
     theirs.tie_weights()
     tokens = torch.randint(config.vocab_size, (3, config.block_size), generator=torch.Generator().manual_seed(seed))
@@ -94,23 +107,22 @@ def test_logits_loss_and_gradients_are_those_of_transformers(config, seed):
 @pytest.mark.parametrize("config", MODELS)
 def test_weights_and_settings_come_back_bit_for_bit(config, tmp_path):
     ours = randomised(GPT(config))
-    tensors = export.to_transformers(config, ours.state_dict())
+    tensors = to_transformers(config, ours)
     read = export.from_transformers(config, tensors.get)
     for name, parameter in ours.named_parameters():
         assert torch.equal(read(name), parameter), name
     theirs = randomised(their_model(config)).state_dict()
-    if not config.bias and config.position == "learned":
+    if zero_biases(config):
         theirs = {name: tensor * (not name.endswith("bias")) for name, tensor in theirs.items()}
     read = export.from_transformers(config, theirs.get)
-    back = export.to_transformers(
-        config, {name: read(name) for name in ours.state_dict() if name in dict(ours.named_parameters())}
-    )
+    back = dict(export.to_transformers(config, read))
     assert back.keys() | {"lm_head.weight"} == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in back.items())
     export.transformers_config(config).save_pretrained(tmp_path)
     published = export.published_model(tmp_path)
-    gpt2_has_biases = dataclasses.replace(published, bias=config.bias) if config.position == "learned" else published
-    assert gpt2_has_biases == export.explicit(dataclasses.replace(config, init_std=0.02))
+    if zero_biases(config):
+        published = dataclasses.replace(published, bias=False)
+    assert published == export.explicit(dataclasses.replace(config, init_std=0.02))
 
 
 @pytest.mark.parametrize(
@@ -118,8 +130,9 @@ def test_weights_and_settings_come_back_bit_for_bit(config, tmp_path):
     [
         ({"norm": "rmsnorm"}, "model.norm: found rmsnorm, expected layernorm"),
         ({"mlp": "swiglu"}, "model.mlp: found swiglu, expected gelu"),
-        ({"n_kv_head": 2}, "model.n_kv_head: found 2, expected null or 4"),
-        ({"position": "rotary"}, "model.norm: found layernorm, expected rmsnorm; model.mlp: found gelu"),
+        ({"n_kv_head": 2}, "model.n_kv_head: found 2, expected 4: transformers' GPT2LMHeadModel is the nearest"),
+        ({"position": "rotary", "n_kv_head": 2}, "model.n_kv_head: found 2, expected 4: transformers' GPTNeoX"),
+        ({"position": "rotary", "mlp": "swiglu"}, "model.norm: found layernorm, expected rmsnorm: transformers' Llama"),
         ({"position": "rotary", "norm": "rmsnorm"}, "model.mlp: found gelu, expected swiglu"),
     ],
 )
@@ -129,6 +142,11 @@ def test_what_neither_can_express_is_refused(more, expected):
         with pytest.raises(UserError, match=r"^[^\n]+$") as error:
             refuse(config)
         assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.stem)
+def test_every_config_can_be_exported(path):
+    export.family_of(load_config([str(path)]).model)
 
 
 # -- tokenizers ----------------------------------------------------------------------------------
@@ -156,7 +174,7 @@ def of_pattern(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes", "cl100k_base", "o200k_base"])
-@pytest.mark.parametrize("config", [SMALL, LLAMA])
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 def test_auto_tokenizer_gives_our_ids(name, config, tmp_path, monkeypatch, request):
     if name != "bytes":
         request.getfixturevalue("shared")  # where GPT-2's vocabulary is
@@ -251,6 +269,7 @@ def published(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     make_folder(folder / "gpt2", SMALL, "40KB")
     make_folder(folder / "llama", LLAMA)
+    make_folder(folder / "gpt_neox", NEOX)
     return folder
 
 
@@ -278,7 +297,7 @@ def test_what_is_not_the_published_model_is_named_with_the_flags_that_mend_it(pu
 @pytest.mark.parametrize(
     ("family", "change", "expected"),
     [
-        ("gpt2", {"model_type": "mistral"}, "model_type: found 'mistral', expected gpt2 or llama"),
+        ("gpt2", {"model_type": "mistral"}, "model_type: found 'mistral', expected gpt2 or llama or gpt_neox"),
         ("gpt2", {"activation_function": "relu"}, "activation_function: found 'relu', expected 'gelu_new'"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights: found False, expected True"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: found True"),
@@ -289,6 +308,10 @@ def test_what_is_not_the_published_model_is_named_with_the_flags_that_mend_it(pu
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters: found {'type': 'linear'"),
         ("llama", {"rope_scaling": None, "rope_theta": "x"}, "config.json: not a configuration of llama"),
         ("llama", {"model_type": ["llama"]}, "model_type: found ['llama'], expected gpt2 or llama"),
+        ("gpt_neox", {"hidden_act": "gelu"}, "hidden_act: found 'gelu', expected 'gelu_new'"),
+        ("gpt_neox", {"use_parallel_residual": True}, "use_parallel_residual: found True, expected False"),
+        ("gpt_neox", {"attention_bias": False}, "attention_bias: found False, expected True"),
+        ("gpt_neox", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}, "rope_parameters: found"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config: found"),
     ],
 )
@@ -298,7 +321,7 @@ def test_models_that_compute_something_else_are_refused(published, tmp_path, fam
     if "rope_scaling" in change:
         content.pop("rope_parameters")
     (folder / "config.json").write_text(json.dumps(content | change))
-    message = refused(folder, SMALL if family == "gpt2" else LLAMA)
+    message = refused(folder, FAMILIES[family])
     assert f"{folder}/config.json" in message and expected in message
 
 
@@ -366,6 +389,17 @@ def test_a_model_without_biases_starts_from_biases_of_zero_alone(published, tmp_
     ours.load_state_dict({name: read(name) for name, _ in ours.named_parameters()}, strict=False)
     tokens = torch.arange(16)[None]
     assert torch.allclose(ours(tokens), model(tokens).logits, atol=1e-5)
+
+
+def test_the_output_layer_of_gpt_neox_is_read_under_both_names(published, tmp_path):
+    tensors = load_file(published / "gpt_neox" / "model.safetensors")
+    stored = next(name for name in ("embed_out.weight", "lm_head.weight") if name in tensors)
+    for name in ("embed_out.weight", "lm_head.weight"):
+        folder = shutil.copytree(published / "gpt_neox", tmp_path / name)
+        save_file(
+            {name if key == stored else key: tensor for key, tensor in tensors.items()}, folder / "model.safetensors"
+        )
+        assert torch.equal(export.open_weights(str(folder), NEOX)[1]()("head.weight"), tensors[stored])
 
 
 def test_names_without_the_prefix_and_old_buffers_are_read(published, tmp_path):
