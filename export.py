@@ -177,6 +177,22 @@ def from_transformers(model: ModelConfig, read):
     return make
 
 
+@torch.no_grad()
+def build_transformers(model: ModelConfig, read):
+    """The model as transformers', in float32 in memory, of what read(our name) gives, one weight at a time."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        theirs = AutoModelForCausalLM.from_config(transformers_config(model))
+    theirs.tie_weights()
+    parameters = dict(theirs.named_parameters())
+    for name, tensor in to_transformers(model, read):
+        parameters.pop(name).copy_(tensor)
+    assert not parameters, f"without a value: {parameters.keys()}"
+    return theirs
+
+
 # -- the two forms of the settings ---------------------------------------------------------------
 
 
