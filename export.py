@@ -446,17 +446,18 @@ def write_weights(folder, model: ModelConfig, read, dtype):
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=MAX_SHARD,
     )
-    parts = {file: {} for file in split.filename_to_tensors}
+    parts, missing = {}, {file: set(names) for file, names in split.filename_to_tensors.items()}
     for name, tensor in to_transformers(model, read):
         stored = in_files.get(name, name)
         file = split.tensor_to_filename[stored]
-        part = parts[file]
-        part[stored] = tensor.to(dtype).contiguous()
-        if part[stored].isinf().any() and not tensor.isinf().any():
+        if file not in parts:  # made at once, lest what is read in between leave holes in memory
+            parts[file] = {name: torch.empty(shapes[name].shape, dtype=dtype) for name in missing[file]}
+        parts[file][stored].copy_(tensor)
+        if parts[file][stored].isinf().any() and not tensor.isinf().any():
             raise UserError(f"--dtype: {name} holds numbers too large for {dtype}; choose bfloat16 or float32")
-        if len(part) == len(split.filename_to_tensors[file]):
-            save_file(part, folder / file, metadata={"format": "pt"})
-            del parts[file], part
+        missing[file].remove(stored)
+        if not missing[file]:
+            save_file(parts.pop(file), folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -34,13 +34,13 @@ class WithoutCache(PreTrainedModel, GenerationMixin):
 
     def __init__(self, model):
         super().__init__(PreTrainedConfig())
-        self.model = model
+        self.model, self.generation_config = model, GenerationConfig(use_cache=False)
 
-    def forward(self, input_ids, **_):
+    def forward(self, input_ids, attention_mask=None, return_dict=True):
         return CausalLMOutput(logits=self.model(input_ids))
 
-    def prepare_inputs_for_generation(self, input_ids, **_):
-        return {"input_ids": input_ids}
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+        return {"input_ids": input_ids}  # all of them: nothing was kept of the last token's
 
 
 def load_writer(trained: Trained):

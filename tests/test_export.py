@@ -11,26 +11,23 @@ from pathlib import Path
 import pytest
 import tiktoken
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import checkpoint
 import export
 from config import ROOT, ModelConfig, UserError, load_config
-from data import pipeline
 from data.mixture import Mixture
 from data.tokenizer import END_OF_TEXT, load_tokenizer, save_for_transformers
-from eval import load_model
+from eval import load_model, open_trained
 from metrics import read_metrics
 from model import GPT
-from sample import generate
 from tests.conftest import deepspeed_command, run
+from tests.trained_runs import FAMILIES, LLAMA, NEOX, write_data
+from tests.trained_runs import GPT2 as SMALL
 
-SMALL = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=270, init_std=0.1)
-LLAMA = dataclasses.replace(SMALL, norm="rmsnorm", position="rotary", mlp="swiglu", bias=False, n_kv_head=2)
-NEOX = dataclasses.replace(SMALL, position="rotary", tie_embeddings=False)
-FAMILIES = {"gpt2": SMALL, "llama": LLAMA, "gpt_neox": NEOX}
 MODELS = [
     SMALL,
     dataclasses.replace(SMALL, tie_embeddings=False, mlp_hidden=37, norm_eps=1e-3),
@@ -199,13 +196,10 @@ def test_auto_tokenizer_gives_our_ids(name, config, tmp_path, monkeypatch, reque
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """What start_from.py left, beside gpt2/ and llama/ of transformers' and the data: (folder, data)."""
+    """The folder in which start_from.py left its runs, beside gpt2/, llama/ and gpt_neox/ of transformers'."""
     folder = tmp_path_factory.mktemp("start_from")
-    generator = random.Random(3)
-    texts = ["".join(generator.choices("abc xyz\n", k=300)) for _ in range(60)]
-    flags = ["--out", str(folder / "data"), "--workers", "1", "--val_fraction", "0.2"]
-    pipeline.prepare(((str(i), t) for i, t in enumerate(texts)), "bytes", pipeline.options("", ".").parse_args(flags))
-    for name, config in (("gpt2", SMALL), ("llama", dataclasses.replace(LLAMA, tie_embeddings=False))):
+    write_data(folder / "data")
+    for name, config in (FAMILIES | {"llama": dataclasses.replace(LLAMA, tie_embeddings=False)}).items():
         make_folder(folder / name, config, shards="40KB")
         assert len(list((folder / name).glob("*.safetensors"))) > 1, "not sharded"
         (folder / f"{name}.json").write_text(json.dumps(dataclasses.asdict(config)))
@@ -214,6 +208,7 @@ def launched(tmp_path_factory):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert f"weights from {folder}/gpt2 (GPT2LMHeadModel)" in done.stdout
     assert f"weights from {folder}/llama (LlamaForCausalLM)" in done.stdout
+    assert f"weights from {folder}/gpt_neox (GPTNeoXForCausalLM)" in done.stdout
     return folder
 
 
@@ -225,14 +220,14 @@ def first_batch(folder, block_size=16):
 
 
 def test_every_stage_rank_and_precision_starts_from_the_published_weights(launched):
-    for family in ("gpt2", "llama"):
+    for family in FAMILIES:
         config = ModelConfig(**json.loads((launched / f"{family}.json").read_text()))
         read = export.from_transformers(
             config, AutoModelForCausalLM.from_pretrained(launched / family).state_dict().get
         )
         for rank in (0, 1):
             for setting, weights in torch.load(launched / f"weights_{rank}.pt").items():
-                if setting.startswith(family):
+                if setting.split()[0] == family:
                     assert len(weights) > 10
                     for name, weight in weights.items():
                         assert torch.equal(weight, read(name).to(weight.dtype)), f"{name}, {setting}, rank {rank}"
@@ -240,7 +235,7 @@ def test_every_stage_rank_and_precision_starts_from_the_published_weights(launch
 
 def test_the_first_loss_is_that_of_transformers(launched):
     """Also with a context shorter than the published one, which takes its first positions."""
-    for name in ("gpt2_0", "gpt2_3", "llama_0", "llama_3", "short"):
+    for name in ("gpt2_0", "gpt2_3", "llama_0", "llama_3", "gpt_neox_3", "short"):
         family, block_size = ("gpt2", 8) if name == "short" else (name[:-2], 16)
         model = AutoModelForCausalLM.from_pretrained(launched / family).eval()
         inputs, targets = first_batch(launched, block_size)
@@ -253,7 +248,7 @@ def test_the_first_loss_is_that_of_transformers(launched):
 def test_a_run_that_goes_on_and_one_that_starts_from_a_run(launched):
     lines = [line for line in read_metrics(launched / "llama_3") if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2]
-    model, *_ = load_model(launched / "llama_3", "best")
+    model = load_model(open_trained(launched / "llama_3"))
     inputs, targets = first_batch(launched)
     expected = model(inputs, targets).item()
     assert read_metrics(launched / "from_a_run")[0]["loss"] == pytest.approx(expected, rel=2e-6)
@@ -430,24 +425,58 @@ def test_a_start_from_nowhere_ends_with_code_2_and_one_line(launched, tmp_path, 
 # -- there: the command --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_exported_folder_loads_generates_and_comes_back(launched, tmp_path, family, monkeypatch, capsys):
     monkeypatch.setattr(export, "MAX_SHARD", 40_000)
     export.main([str(launched / f"{family}_3"), str(tmp_path / "hf"), "--checkpoint", "latest"])
     assert capsys.readouterr().out.count("\n") == 1
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists() and not list(tmp_path.glob("*.tmp"))
-    ours, config, found, _ = load_model(launched / f"{family}_3", "latest")
+    source = open_trained(launched / f"{family}_3", "latest")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert theirs.dtype == torch.float32 and theirs.config.eos_token_id == tokenizer.eos_token_id == 256
     assert theirs.config.max_position_embeddings == tokenizer.model_max_length == 16
-    prompt = tokenizer.encode("abc")
-    assert prompt == load_tokenizer("bytes").encode_ordinary("abc")
-    written = theirs.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=-1)[0].tolist()
-    assert written[3:] == [token for token, _ in zip(generate(ours, prompt, 270, 0, 0, None), range(8), strict=False)]
-    _, load = export.open_weights(str(tmp_path / "hf"), config.model)
-    read, weights = load(), checkpoint.load_weights(found)[2]
-    assert all(torch.equal(read(name), weights[name]) for name, _ in ours.named_parameters())
+    assert tokenizer.encode("abc") == load_tokenizer("bytes").encode_ordinary("abc")
+    tokens, ours = torch.arange(16)[None], load_model(source)
+    assert torch.allclose(theirs(tokens).logits, ours(tokens), atol=1e-5)
+    assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == 256
+    _, load = export.open_weights(str(tmp_path / "hf"), source.model)
+    read, original = load(), source.load()
+    assert all(torch.equal(read(name), original(name)) for name, _ in ours.named_parameters())
+
+
+def test_the_model_card_states_the_facts_of_the_run(launched, tmp_path, capsys):
+    run = shutil.copytree(launched / "llama_3", tmp_path / "a_run")
+    (run / "loss.png").unlink()
+    export.main([str(run), str(tmp_path / "hf"), "--dtype", "bfloat16"])
+    card = ModelCard.load(tmp_path / "hf" / "README.md")
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+    measured = {line["step"]: line["val_loss"] for line in read_metrics(run) if "val_loss" in line}
+    step = checkpoint.read_state(checkpoint.find(run, "best"))["step"]
+    device = json.loads((run / "config.json").read_text())["versions"]["device"]
+    for fact in (
+        "# a_run",
+        f"{sum(p.numel() for p in GPT(dataclasses.replace(LLAMA, tie_embeddings=False)).parameters()):,} parameters",
+        "bfloat16",
+        f"| tokens seen | {step * 128:,} in {step} step",
+        f"| validation loss | {measured[step]:.4f} nats per token",
+        "| data | data |",
+        "| batch | 128 tokens, 8 sequences |",
+        "| precision | fp32 |",
+        f"| hardware | 2 x {device}, ZeRO stage 3 |",
+        f"torch {torch.__version__}, deepspeed",
+        "| n_kv_head | 2 |",
+        "![training and validation loss](loss.png)",
+    ):
+        assert fact in card.text, fact
+    assert (tmp_path / "hf" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n", "drawn anew from the metrics"
+    code = card.text.split("```python\n")[1].split("```")[0].replace("PATH", str(tmp_path / "hf"))
+    capsys.readouterr()
+    exec(code.replace("max_new_tokens=50", "max_new_tokens=5"), {})
+    assert capsys.readouterr().out.startswith("Once")
+    export.main([str(checkpoint.find(run, "best").rename(tmp_path / "alone")), str(tmp_path / "hf2")])
+    text = (tmp_path / "hf2" / "README.md").read_text()
+    assert "not measured at this step" in text and "loss.png" not in text
 
 
 def test_other_types_and_no_tokenizer(launched, tmp_path, monkeypatch, capsys):
@@ -466,9 +495,9 @@ def test_other_types_and_no_tokenizer(launched, tmp_path, monkeypatch, capsys):
     assert f"without tokenizer files: {launched}/data has no meta.json" in capsys.readouterr().out
     assert not (tmp_path / "without" / "tokenizer.json").exists()
     AutoModelForCausalLM.from_pretrained(tmp_path / "without")
-    large = {"token_embedding.weight": torch.full((4, 4), 1e5)}
-    with pytest.raises(UserError, match=r"--dtype: token_embedding.weight holds numbers too large for torch.float16"):
-        export.write_weights(tmp_path, large, torch.float16)
+    large = {name: 1e7 * tensor for name, tensor in GPT(SMALL).state_dict().items()}
+    with pytest.raises(UserError, match=r"--dtype: transformer.wte.weight holds numbers too large for torch.float16"):
+        export.write_weights(tmp_path, SMALL, large.__getitem__, torch.float16)
 
 
 def test_nothing_is_overwritten(launched, tmp_path):
