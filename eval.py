@@ -293,8 +293,12 @@ def main(arguments):
                 if isinstance(value, float) and "stderr" not in name
             ]
             print(f"{task}: {', '.join(numbers)}")
-    if args.json:
-        print(json.dumps(result))
+    if args.json:  # which knows neither NaN nor infinity
+        print(json.dumps({key: None if is_not_finite(value) else value for key, value in result.items()}))
+
+
+def is_not_finite(value):
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def report(trained: Trained, streams, result):
