@@ -69,7 +69,7 @@ def write_model_card(folder, found, state, config: Config, dtype):
     run = run_of(found)
     name = run.name if run else Path(found).name
     all_parameters, _ = count_parameters(config.model)
-    loss = validation_loss(run, state["step"])
+    loss, start = validation_loss(run, state["step"]), "other weights" if config.train.init_from else "scratch"
     front = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["minzero", "deepspeed"])
     settings = [(key, json.dumps(value)) for key, value in config.to_dict()["model"].items()]
     tokenizer = (folder / "tokenizer.json").exists()
@@ -84,7 +84,7 @@ def write_model_card(folder, found, state, config: Config, dtype):
         f"---\n{front.to_yaml()}\n---",
         f"# {name}",
         f"A language model of {all_parameters:,} parameters ({flops_per_token(config.model):,} FLOPs per training "
-        f"token), trained from {'scratch' if not config.train.init_from else 'published weights'} with minZeRO and "
+        f"token), trained from {start} with minZeRO and "
         f"exported in {dtype} from the checkpoint of step {state['step']:,}. It continues text; it was not taught to "
         "answer or to refuse.",
         "![training and validation loss](loss.png)" if draw_loss(run, folder / "loss.png") else "",
