@@ -6,6 +6,7 @@ import math
 import random
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -498,6 +499,22 @@ def test_other_types_and_no_tokenizer(launched, tmp_path, monkeypatch, capsys):
     large = {name: 1e7 * tensor for name, tensor in GPT(SMALL).state_dict().items()}
     with pytest.raises(UserError, match=r"--dtype: transformer.wte.weight holds numbers too large for torch.float16"):
         export.write_weights(tmp_path, SMALL, large.__getitem__, torch.float16)
+
+
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+def test_of_the_weights_two_at_most_are_in_memory_beside_the_file_being_made(config, tmp_path, monkeypatch):
+    weights, alive, most = GPT(config).state_dict(), weakref.WeakSet(), 0
+
+    def read(name):
+        nonlocal most
+        alive.add(weight := weights[name].clone())
+        most = max(most, len(alive))
+        return weight
+
+    for size in ("5GB", 40_000):
+        monkeypatch.setattr(export, "MAX_SHARD", size)
+        export.write_weights(tmp_path, config, read, torch.float32)
+    assert most == 2, "the one that is read and the one before it"
 
 
 def test_nothing_is_overwritten(launched, tmp_path):
