@@ -192,6 +192,7 @@ def main(arguments):
     args = parser.parse_args(arguments)
     check_flags(args)
     trained = open_trained(args.path, args.checkpoint)
+    model = load_writer(trained)
     tokenizer, end, missing = open_tokenizer(trained, args.data)
     block_size = trained.model.block_size
     # embeddings are often made wider than the vocabulary: nobody could read those tokens
@@ -200,7 +201,6 @@ def main(arguments):
     settings |= {"suppress_tokens": unknown} if unknown else {}
     if args.temperature > 0:
         settings |= {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    model = None
     for prompt in read_prompts(args):
         if unwritable := missing(prompt):
             raise UserError(f"prompt: found {unwritable[0]!r}, expected characters that the model's tokenizer has")
@@ -209,7 +209,6 @@ def main(arguments):
             raise UserError("prompt: found none, and this tokenizer has no token for the start of a document; give one")
         if len(tokens) > block_size:
             print(f"the model sees the last {block_size} of the prompt's {len(tokens)} tokens", file=sys.stderr)
-        model = model or load_writer(trained)
         for number in range(args.samples):
             torch.manual_seed(args.seed + number)
             sys.stdout.write(prompt)
