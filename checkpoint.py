@@ -342,19 +342,30 @@ def load(engine, path, state, seed):
             torch.cuda.set_rng_state(file.get_tensor("random/cuda/0"))
 
 
-def load_weights(path):
-    """A checkpoint of any ZeRO stage -> (its state, Config, whole float32 weights by name), in one process
-    and without DeepSpeed. Raises UserError if it is damaged."""
+def open_weights(path):
+    """A checkpoint of any ZeRO stage -> (its state, Config, a function from a parameter's name to its whole
+    float32 value), in one process and without DeepSpeed. Reads a parameter when it is asked for, and keeps
+    none. Raises UserError if it is damaged."""
     path = Path(path)
     state = read_state(path)
     check_sums(path, state["files"])
     saved = saved_pieces(path, state)
     config = build({name: state["config"][name] for name in ("model", "data", "train")}, path / "state.json")
-    weights = {}
-    for name, shape in state["parameters"].items():
+
+    def read(name):
+        name = state["tied"].get(name, name)
+        shape = state["parameters"][name]
         flat = torch.empty(int(np.prod(shape)))
         fill(flat, 0, saved["fp32", name], f"{path}: fp32 of {name}")
-        weights[name] = flat.view(shape)
+        return flat.view(shape)
+
+    return state, config, read
+
+
+def load_weights(path):
+    """As `open_weights`, but with whole float32 weights by name, all of them in memory."""
+    state, config, read = open_weights(path)
+    weights = {name: read(name) for name in state["parameters"]}
     return state, config, weights | {name: weights[same] for name, same in state["tied"].items()}
 
 

@@ -1,6 +1,9 @@
 """How good is a trained model? Loss, perplexity and bits per byte over the whole validation split.
 
     python eval.py out/tiny [--checkpoint best|latest|STEP] [--data FOLDER] [--gzip] [--json]
+    python eval.py hf/llama --data data/books            # a folder in transformers' format, ours or published
+    deepspeed --num_gpus 8 eval.py out/70b               # a model too large for one GPU: sharded by ZeRO-3
+    python eval.py out/tiny --tasks hellaswag,arc_easy   # and benchmarks, by EleutherAI's lm-eval
 
 Bits per byte is the loss of all tokens over the bytes of the text they stand for: unlike the loss, it
 can be compared between tokenizers, and with a compressor (--gzip).
@@ -8,26 +11,71 @@ can be compared between tokenizers, and with a compressor (--gzip).
 
 import argparse
 import gzip
+import importlib.util
 import json
 import math
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from torch import distributed
+from torch.nn import functional as F
 
 import checkpoint
-from config import UserError, run_command
+import export
+from config import ModelConfig, UserError, data_weights, did_you_mean, run_command
 from data.pipeline import tokenizer_of
-from data.shards import TokenStream
+from data.shards import TokenStream, read_meta
+from data.tokenizer import byte_level_names
 from model import GPT, IGNORE
 
+# -- what is evaluated ---------------------------------------------------------------------------
 
-def load_model(path, which):
-    """A run's folder or a checkpoint -> (GPT in float32 on the fastest device here, Config, the checkpoint's
-    path, its state). Raises UserError if there is none."""
+
+@dataclass
+class Trained:
+    """A trained model on the disk, looked at but not read: of a run or a checkpoint of ours, or in transformers'
+    format."""
+
+    path: Path
+    words: str  # what it is
+    model: ModelConfig
+    load: Callable  # load() gives read(name of a parameter of ours)
+    state: dict | None = None  # of a checkpoint
+    data: list = field(default_factory=list)  # the folders that it learned from, as far as is known
+
+    def check_tokenizer(self, folder):
+        """Raises UserError if the data in `folder` was made with another tokenizer than the model's."""
+        meta = read_meta(folder)
+        if meta and self.state:
+            check_tokenizer(self.state, folder, meta["tokenizer"]["fingerprint"])
+        elif meta and (self.path / "tokenizer.json").exists():
+            from tokenizers import Tokenizer
+
+            theirs = Tokenizer.from_file(str(self.path / "tokenizer.json")).get_vocab()
+            ranks = tokenizer_of(folder)._mergeable_ranks
+            wrong = sum(theirs.get(name) != ranks[token] for token, name in byte_level_names(ranks).items())
+            if wrong:
+                raise UserError(
+                    f"{folder}: found a tokenizer of which {wrong} of {len(ranks)} tokens differ from "
+                    f"{self.path}/tokenizer.json, expected the same; prepare that data with the model's tokenizer"
+                )
+
+
+def open_trained(path, which="best"):
+    """A run's folder, a checkpoint, or a folder in transformers' format -> Trained. Raises UserError."""
+    path = Path(path)
+    if export.is_published(path):
+        words, model, load = export.open_published(path)
+        return Trained(path, words, model, load)
     found = checkpoint.must_find(path, which)
-    state, config, weights = checkpoint.load_weights(found)
-    model = GPT(config.model)
-    model.load_state_dict(weights)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), config, found, state
+    state = checkpoint.read_state(found)
+    folders = sorted(data_weights(state["config"]["data"]["path"]))
+    model = export.saved_model(found)
+    return Trained(found, str(found), model, lambda: checkpoint.open_weights(found)[2], state, folders)
 
 
 def check_tokenizer(state, folder, tokenizer):
@@ -41,19 +89,65 @@ def check_tokenizer(state, folder, tokenizer):
 
 
 @torch.no_grad()
-def evaluate_split(model, stream, batch_size=16):
-    """Sum of the cross-entropy in nats over every token of a split but the first, each predicted once:
-    windows one behind the other, the last one cut. Returns (sum, number of tokens)."""
-    device, block = next(model.parameters()).device, stream.block_size
-    total, starts = 0.0, list(range(0, stream.tokens - 1, block))
-    for first in range(0, len(starts), batch_size):
-        rows = torch.full((len(starts[first : first + batch_size]), block + 1), IGNORE)
-        for row, start in zip(rows, starts[first : first + batch_size], strict=True):
+def load_model(trained: Trained, device=None):
+    """The model in float32, on the fastest device here unless another is given."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with device:
+        model = GPT(trained.model)
+    read = trained.load()
+    for name, parameter in model.named_parameters():
+        parameter.copy_(read(name))
+    return model.eval()
+
+
+def load_sharded(trained: Trained, device):
+    """The model in float32, each rank with a part of it: ZeRO-3 gathers a layer when it is its turn. Every rank of
+    the process group must call this; rank 0 reads the weights, one at a time."""
+    import deepspeed
+
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    with deepspeed.zero.Init(config_dict_or_path=settings), device:
+        model = GPT(trained.model)
+    export.copy_into(model, trained.load)
+    engine, *_ = deepspeed.initialize(model=model, config=settings)
+    engine.eval()
+    return engine
+
+
+# -- the validation split ------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def window_losses(model, stream, batch_size=16, rank=0, ranks=1):
+    """The summed cross-entropy in nats of each window of a split, (windows,) float64 on the CPU. The windows lie one
+    behind the other and the last one is cut, so that every token but the first is predicted once.
+
+    A window's sum is its own, in float64: neither the batch nor the number of ranks that share the windows
+    changes more than the rounding of the model's float32. Every rank must call this, and all get all."""
+    device, block = torch.device("cuda" if torch.cuda.is_available() else "cpu"), stream.block_size
+    starts, kept = list(range(0, stream.tokens - 1, block)), []
+    losses = torch.zeros(len(starts), dtype=torch.float64, device=device)
+
+    def keep(logits, targets, _):
+        kept.append(F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="none"))
+        return kept[-1].sum(), None
+
+    getattr(model, "module", model).head.cross_entropy = keep  # sees the logits of some tokens at a time
+    for first in range(0, len(starts), batch_size * ranks):
+        mine = starts[first + rank * batch_size :][:batch_size]
+        # a rank without windows goes along all the same: under ZeRO-3 the others need its part of the model
+        rows = torch.full((max(1, len(mine)), block + 1), IGNORE)
+        for row, start in zip(rows, mine, strict=False):
             tokens = stream.read(start, min(block + 1, stream.tokens - start))
             row[: len(tokens)] = torch.from_numpy(tokens)
-        inputs, targets = rows[:, :-1].clamp(min=0).to(device), rows[:, 1:].to(device)
-        total += model(inputs, targets).double().item() * (targets != IGNORE).sum().item()
-    return total, stream.tokens - 1
+        inputs, targets = rows[:, :-1].clamp(min=0).to(device), rows[:, 1:].contiguous().to(device)
+        kept.clear()
+        model(inputs, targets)
+        sums = torch.cat(kept).double().view(targets.shape).sum(dim=1)
+        losses[first + rank * batch_size :][: len(mine)] = sums[: len(mine)]
+    if ranks > 1:
+        distributed.all_reduce(losses)
+    return losses.cpu()
 
 
 def gzip_bits_per_byte(stream, tokenizer):
@@ -65,42 +159,165 @@ def gzip_bits_per_byte(stream, tokenizer):
     return len(gzip.compress(b"".join(documents), 9)) * 8 / size, one_by_one * 8 / size
 
 
+def open_streams(trained: Trained, folders):
+    """The validation splits of these folders. Raises UserError for what this model cannot be evaluated on."""
+    streams = [TokenStream(folder, "val", trained.model.block_size) for folder in folders]
+    for stream in streams:
+        stream.check_vocabulary(trained.model.vocab_size)
+        trained.check_tokenizer(stream.folder)
+    return streams
+
+
+def evaluate(model, streams, batch_size=16, rank=0, ranks=1):
+    """{"val_loss": nats per token, "perplexity", "bits_per_byte": None where the bytes are not known, "tokens"}
+    over all of these validation splits."""
+    # fsum rounds once, so that no order of the windows matters
+    nats = math.fsum(loss for stream in streams for loss in window_losses(model, stream, batch_size, rank, ranks))
+    tokens = sum(stream.tokens - 1 for stream in streams)
+    known = all(stream.meta for stream in streams)  # only meta.json tells the bytes behind the tokens
+    size = sum(stream.meta["splits"]["val"]["bytes"] for stream in streams) if known else None
+    return {
+        "val_loss": nats / tokens,
+        "perplexity": math.exp(min(nats / tokens, 700)),
+        "bits_per_byte": nats / math.log(2) / size if known else None,
+        "tokens": tokens,
+    }
+
+
+# -- benchmarks ----------------------------------------------------------------------------------
+
+
+def open_tasks(names, task_path):
+    """lm-eval's TaskManager, after a look whether it knows these tasks: names, or paths of yaml files. task_path: a
+    folder of more task files. Raises UserError."""
+    missing = [name for name in ("lm_eval", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f'--tasks: {" and ".join(missing)} not installed, expected lm-eval; pip install "lm-eval[hf]"')
+    from lm_eval.tasks import TaskManager
+
+    if task_path and not Path(task_path).is_dir():
+        raise UserError(f"--task_path: {task_path}: no such folder; expected one that holds lm-eval's task files")
+    # its own ten thousand tasks are gone through in a dozen seconds, which files of tasks need not wait for
+    for manager in (TaskManager(include_path=task_path, include_defaults=own) for own in (False, True)):
+        known = set(manager.all_tasks) | {
+            name for name in names if Path(name).suffix == ".yaml" and Path(name).is_file()
+        }
+        if known.issuperset(names):
+            return manager
+    unknown = next(name for name in names if name not in known)
+    raise UserError(
+        f"--tasks: {unknown!r} is neither one of lm-eval's nor a yaml file; {did_you_mean(unknown, manager.all_tasks)}"
+    )
+
+
+def run_tasks(trained: Trained, names, manager, limit):
+    """lm-eval's results, {task: {metric: value}}, of its harness on the model as transformers'. Raises UserError."""
+    import lm_eval
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = trained.path
+        if trained.state:
+            folder = Path(temporary) / "model"
+            export.export(trained.path, folder)
+        if not (folder / "tokenizer.json").exists():
+            raise UserError(f"--tasks: {trained.path} has no tokenizer that is known, and tasks are made of text")
+        # several GPUs in the machine share the model
+        model = {"pretrained": str(folder), "parallelize": torch.cuda.device_count() > 1}
+        settings = {"device": "cuda" if torch.cuda.is_available() else "cpu", "limit": limit, "log_samples": False}
+        try:
+            found = lm_eval.simple_evaluate("hf", model, names, task_manager=manager, **settings)
+        except Exception as error:  # of many classes: no network, a broken task file, a task that this model cannot
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"--tasks: lm-eval ended with {type(error).__name__}: {reason}") from None
+    return found["results"]
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", help="a run's folder, as out/tiny, or a checkpoint in it")
+    parser.add_argument("path", help="a run's folder, as out/tiny, a checkpoint in it, or one in transformers' format")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
     parser.add_argument("--data", help="folder of shards; default: the run's own")
+    parser.add_argument("--batch_size", type=int, default=16, help="sequences at a time on each rank")
     parser.add_argument(
         "--gzip", action="store_true", help="compare with gzip -9 on the same text (of the last folder)"
     )
+    parser.add_argument("--tasks", help="also these of lm-eval's tasks, or yaml files of tasks: one,two")
+    parser.add_argument("--task_path", help="folder of further task files for --tasks")
+    parser.add_argument("--limit", type=int, help="at most that many examples of each task")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher's
     args = parser.parse_args(arguments)
-    model, config, found, state = load_model(args.path, args.checkpoint)
-    nats = tokens = size = 0
-    for folder in [args.data] if args.data else sorted(config.data.weights):
-        stream = TokenStream(folder, "val", config.model.block_size)
-        stream.check_vocabulary(config.model.vocab_size)
-        check_tokenizer(state, folder, stream.fingerprint()["tokenizer"])
-        part, count = evaluate_split(model, stream)
-        nats, tokens = nats + part, tokens + count
-        # without meta.json the bytes behind the tokens are not known
-        size += stream.meta["splits"]["val"]["bytes"] if stream.meta else math.nan
-        print(f"{found}: {count:,} tokens of {folder}")
-    loss = nats / tokens
-    result = {"val_loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": None, "tokens": tokens}
-    print(f"validation loss {loss:.4f} nats per token, perplexity {result['perplexity']:.2f}")
-    if math.isnan(size):
-        print("bits per byte unknown: the shards have no meta.json")
-    else:
-        result["bits_per_byte"] = nats / math.log(2) / size
-        print(f"bits per byte {result['bits_per_byte']:.4f}")
-    if args.gzip:
-        joined, one_by_one = gzip_bits_per_byte(stream, tokenizer_of(folder))
+    ranks, names = int(os.environ.get("WORLD_SIZE", 1)), args.tasks.split(",") if args.tasks else []
+    for name in ("batch_size", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name}: found {getattr(args, name)}, expected 1 or more")
+    trained = open_trained(args.path, args.checkpoint)
+    folders = [args.data] if args.data else trained.data
+    if not folders and not names:
+        raise UserError(f"--data: {args.path} does not say on what it was trained; give the folder of shards")
+    if names and ranks > 1:
+        raise UserError(f"--tasks: found {ranks} ranks, expected one process: python eval.py {args.path} --tasks ...")
+    manager = open_tasks(names, args.task_path) if names else None
+    streams = open_streams(trained, folders)
+    result = dict.fromkeys(("val_loss", "perplexity", "bits_per_byte", "tokens"))
+    rank = 0
+    if streams:
+        if ranks > 1:
+            from train import find_place  # it alone needs DeepSpeed
+
+            device, rank, _ = find_place(verbose=False)
+            import deepspeed
+
+            deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+            model = load_sharded(trained, device)
+        else:
+            model = load_model(trained)
+        result |= evaluate(model, streams, args.batch_size, rank, ranks)
+        del model  # makes room for the tasks
+    if rank:
+        return
+    report(trained, streams, result)
+    if args.gzip and streams:
+        joined, one_by_one = gzip_bits_per_byte(streams[-1], tokenizer_of(folders[-1]))
         result |= {"gzip_bits_per_byte": joined, "gzip_one_by_one_bits_per_byte": one_by_one}
         print(f"gzip -9 on the same text: {joined:.4f} bits per byte joined, {one_by_one:.4f} file by file")
-    if args.json:
-        print(json.dumps(result))
+    if names:
+        result["tasks"] = run_tasks(trained, names, manager, args.limit)
+        for task, metrics in result["tasks"].items():
+            numbers = [
+                f"{name.removesuffix(',none')} {value:.4f}"
+                for name, value in metrics.items()
+                if isinstance(value, float) and "stderr" not in name
+            ]
+            print(f"{task}: {', '.join(numbers)}")
+    if args.json:  # which knows neither NaN nor infinity
+        print(json.dumps({key: None if is_not_finite(value) else value for key, value in result.items()}))
+
+
+def is_not_finite(value):
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def report(trained: Trained, streams, result):
+    for stream in streams:
+        print(f"{trained.words}: {stream.tokens - 1:,} tokens of {stream.folder}")
+    if streams:
+        print(f"validation loss {result['val_loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}")
+        if result["bits_per_byte"] is None:
+            print("bits per byte unknown: the shards have no meta.json")
+        else:
+            print(f"bits per byte {result['bits_per_byte']:.4f}")
+
+
+def command(arguments):
+    main(arguments)
+    if distributed.is_initialized():
+        distributed.barrier()  # gloo aborts at exit if a peer still talks
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(command)

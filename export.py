@@ -1,4 +1,5 @@
-"""To and from transformers: GPT-2's settings are its GPT2LMHeadModel, Llama's its LlamaForCausalLM.
+"""To and from transformers: GPT-2's settings are its GPT2LMHeadModel, Llama's its LlamaForCausalLM, and GPT-2's
+with rotary positions, as min-LLM's, its GPTNeoXForCausalLM.
 
     python export.py out/tiny hf/tiny [--checkpoint best|latest|STEP] [--dtype float32|bfloat16|float16]
 
@@ -22,111 +23,177 @@ from data.shards import read_meta, write_json
 from model import GPT
 
 MAX_SHARD = "5GB"  # of one file of weights
-FAMILIES = {  # what a model of ours must be to be one of theirs
-    "gpt2": ("GPT2LMHeadModel", {"position": "learned", "norm": "layernorm", "mlp": "gelu"}),
-    "llama": ("LlamaForCausalLM", {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu"}),
+
+
+@dataclasses.dataclass
+class Family:
+    """An architecture of transformers'. wanted: what a model of ours must be to be one; always_biased: it has
+    biases even where the model has none."""
+
+    architecture: str
+    wanted: dict
+    prefix: str  # of the names of its weights
+    always_biased: bool
+
+
+FAMILIES = {
+    "gpt2": Family(
+        "GPT2LMHeadModel", {"position": "learned", "norm": "layernorm", "mlp": "gelu"}, "transformer.", True
+    ),
+    "llama": Family("LlamaForCausalLM", {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu"}, "model.", False),
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM", {"position": "rotary", "norm": "layernorm", "mlp": "gelu"}, "gpt_neox.", True
+    ),
 }
 MODULES = [  # ours, and in each family those whose rows make it up, one after the other
-    ("token_embedding", "wte", "embed_tokens"),
-    ("position_embedding", "wpe", ""),
-    ("blocks.{}.attention_norm", "h.{}.ln_1", "layers.{}.input_layernorm"),
-    ("blocks.{}.attention.qkv", "h.{}.attn.c_attn", " ".join(f"layers.{{}}.self_attn.{part}_proj" for part in "qkv")),
-    ("blocks.{}.attention.proj", "h.{}.attn.c_proj", "layers.{}.self_attn.o_proj"),
-    ("blocks.{}.mlp_norm", "h.{}.ln_2", "layers.{}.post_attention_layernorm"),
-    ("blocks.{}.mlp.up", "h.{}.mlp.c_fc", "layers.{}.mlp.gate_proj layers.{}.mlp.up_proj"),
-    ("blocks.{}.mlp.down", "h.{}.mlp.c_proj", "layers.{}.mlp.down_proj"),
-    ("final_norm", "ln_f", "norm"),
+    ("token_embedding", "wte", "embed_tokens", "embed_in"),
+    ("position_embedding", "wpe", "", ""),
+    ("blocks.{}.attention_norm", "h.{}.ln_1", "layers.{}.input_layernorm", "layers.{}.input_layernorm"),
+    (
+        "blocks.{}.attention.qkv",
+        "h.{}.attn.c_attn",
+        "layers.{}.self_attn.q_proj layers.{}.self_attn.k_proj layers.{}.self_attn.v_proj",
+        "layers.{}.attention.query_key_value",
+    ),
+    ("blocks.{}.attention.proj", "h.{}.attn.c_proj", "layers.{}.self_attn.o_proj", "layers.{}.attention.dense"),
+    ("blocks.{}.mlp_norm", "h.{}.ln_2", *["layers.{}.post_attention_layernorm"] * 2),
+    (
+        "blocks.{}.mlp.up",
+        "h.{}.mlp.c_fc",
+        "layers.{}.mlp.gate_proj layers.{}.mlp.up_proj",
+        "layers.{}.mlp.dense_h_to_4h",
+    ),
+    ("blocks.{}.mlp.down", "h.{}.mlp.c_proj", "layers.{}.mlp.down_proj", "layers.{}.mlp.dense_4h_to_h"),
+    ("final_norm", "ln_f", "norm", "final_layer_norm"),
 ]
-PREFIX = {"gpt2": "transformer.", "llama": "model."}  # of all these names
 SETTINGS = [  # keys of our model section, and theirs
-    ("n_layer", "n_layer", "num_hidden_layers"),
-    ("n_head", "n_head", "num_attention_heads"),
-    ("n_kv_head", "", "num_key_value_heads"),
-    ("n_embd", "n_embd", "hidden_size"),
-    ("block_size", "n_positions", "max_position_embeddings"),
-    ("vocab_size", "vocab_size", "vocab_size"),
-    ("mlp_hidden", "n_inner", "intermediate_size"),
-    ("norm_eps", "layer_norm_epsilon", "rms_norm_eps"),
-    ("bias", "", "attention_bias"),
-    ("tie_embeddings", "tie_word_embeddings", "tie_word_embeddings"),
+    ("n_layer", "n_layer", "num_hidden_layers", "num_hidden_layers"),
+    ("n_head", "n_head", "num_attention_heads", "num_attention_heads"),
+    ("n_kv_head", "", "num_key_value_heads", ""),
+    ("n_embd", "n_embd", "hidden_size", "hidden_size"),
+    ("block_size", "n_positions", "max_position_embeddings", "max_position_embeddings"),
+    ("vocab_size", "vocab_size", "vocab_size", "vocab_size"),
+    ("mlp_hidden", "n_inner", "intermediate_size", "intermediate_size"),
+    ("norm_eps", "layer_norm_epsilon", "rms_norm_eps", "layer_norm_eps"),
+    ("bias", "", "attention_bias", ""),
+    ("tie_embeddings", "tie_word_embeddings", "tie_word_embeddings", "tie_word_embeddings"),
 ]
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # in old files; computed, not learned
+HEAD = "lm_head.weight"
+HEAD_IN_FILES = {"gpt_neox": "embed_out.weight"}  # its name in published files, which other libraries look for
+# in old files; computed, not learned
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
+
+
+def of_family(table, family):
+    """Pairs of our entry and this family's, where it has one."""
+    column = 1 + list(FAMILIES).index(family)
+    return [(row[0], row[column]) for row in table if row[column]]
 
 
 # -- the two forms of the weights ----------------------------------------------------------------
 
 
 def family_of(model: ModelConfig):
-    """`gpt2` or `llama`. Raises UserError, which names the keys, if the model is neither."""
-    family = "gpt2" if model.position == "learned" else "llama"
-    architecture, wanted = FAMILIES[family]
-    wrong = [(key, getattr(model, key), value) for key, value in wanted.items() if getattr(model, key) != value]
-    if family == "gpt2" and model.kv_heads != model.n_head:
-        wrong.append(("n_kv_head", model.n_kv_head, f"null or {model.n_head}"))
-    if wrong:
-        keys = "; ".join(f"model.{key}: found {found}, expected {value}" for key, found, value in wrong)
+    """`gpt2`, `llama` or `gpt_neox`. Raises UserError, which names the keys, if the model is none of them."""
+    wrong = {}  # family: [(key, found, expected)]
+    for family, entry in FAMILIES.items():
+        pairs = [(key, getattr(model, key), value) for key, value in entry.wanted.items()]
+        if "n_kv_head" not in dict(of_family(SETTINGS, family)):
+            pairs.append(("n_kv_head", model.kv_heads, model.n_head))
+        wrong[family] = [(key, found, value) for key, found, value in pairs if found != value]
+    nearest = min(FAMILIES, key=lambda family: len(wrong[family]))
+    if wrong[nearest]:
+        keys = "; ".join(f"model.{key}: found {found}, expected {value}" for key, found, value in wrong[nearest])
         raise UserError(
-            f"{keys}: with {model.position} positions transformers' {architecture} is the one to hold it, "
-            "and that computes nothing else"
+            f"{keys}: transformers' {FAMILIES[nearest].architecture} is the nearest to this model, "
+            "and it computes nothing else"
         )
-    return family
+    return nearest
+
+
+def same(weight):
+    return weight
+
+
+def rearrangements(ours, model: ModelConfig, family):
+    """How a weight or bias of ours becomes theirs, and back: two functions. Nothing is permuted for rotary
+    positions: in all of these channel i is paired with i + D/2."""
+    linear = ours.startswith("blocks") and "norm" not in ours
+    if family == "gpt2" and linear and ours.endswith("weight"):  # multiplies from the other side
+        return torch.t, torch.t
+    if family == "gpt_neox" and ".qkv." in ours:  # ours: all queries, all keys, all values; there: head by head
+        size = model.n_embd // model.n_head
+        outer = (3, model.n_head)
+
+        def swap(weight, first, second):
+            return weight.view(first, second, size, *weight.shape[1:]).transpose(0, 1).reshape(weight.shape)
+
+        return (lambda weight: swap(weight, *outer)), (lambda weight: swap(weight, *reversed(outer)))
+    return same, same
 
 
 def correspondence(model: ModelConfig):
-    """{name of our weight: (transformers' names of its parts, whether they are transposed: GPT-2 multiplies from
-    the other side)}, with the biases that GPT-2 has even where the model has none. Nothing is permuted for
-    rotary positions: both pair channel i with i + D/2."""
+    """{name of our weight: transformers' names of the parts that its rows are cut into}, with the biases that
+    some families have even where the model has none. A tied output layer is not listed."""
     family, names = family_of(model), {}
-    for pattern, gpt2, llama in MODULES:
-        theirs = (gpt2 if family == "gpt2" else llama).split()
-        norm, linear = pattern.endswith("norm"), pattern.startswith("blocks") and not pattern.endswith("norm")
-        has_bias = (linear or norm) if family == "gpt2" else (linear and model.bias)
-        for layer in range(model.n_layer if pattern.startswith("blocks") else bool(theirs)):
-            ours, parts = pattern.format(layer), [PREFIX[family] + name.format(layer) for name in theirs]
-            names[f"{ours}.weight"] = [f"{name}.weight" for name in parts], linear and family == "gpt2"
-            if has_bias:
-                names[f"{ours}.bias"] = [f"{name}.bias" for name in parts], False
+    prefix, always_biased = FAMILIES[family].prefix, FAMILIES[family].always_biased
+    for pattern, theirs in of_family(MODULES, family):
+        in_block, norm = pattern.startswith("blocks"), pattern.endswith("norm")
+        has_bias = (in_block or norm) if always_biased else (in_block and not norm and model.bias)
+        for layer in range(model.n_layer if in_block else 1):
+            parts = [prefix + name.format(layer) for name in theirs.split()]
+            for kind in ("weight", "bias") if has_bias else ("weight",):
+                names[f"{pattern.format(layer)}.{kind}"] = [f"{name}.{kind}" for name in parts]
     if not model.tie_embeddings:
-        names["head.weight"] = ["lm_head.weight"], False
+        names["head.weight"] = [HEAD]
     return names
 
 
-def to_transformers(model: ModelConfig, weights):
-    """Our whole weights by name -> transformers' by name, without a copy: views of ours, and zeros where
-    GPT-2 has biases and the model has none. A tied output layer is not listed."""
-    tensors = {}
+def to_transformers(model: ModelConfig, read):
+    """Yields pairs of transformers' name and tensor, made of what read(our name) gives, and zeros where a family
+    has biases and the model has none. Keeps nothing: of our weights one at a time is in memory."""
+    family = family_of(model)
     key_width = model.kv_heads * model.n_embd // model.n_head
-    for ours, (theirs, transposed) in correspondence(model).items():
+    for ours, theirs in correspondence(model).items():
         if ours.endswith(".bias") and not model.bias:
-            weight = weights[ours.removesuffix("bias") + "weight"]
+            weight = read(ours.removesuffix("bias") + "weight")
             weight = weight.new_zeros(len(weight))
         else:
-            weight = weights[ours]
+            weight = read(ours)
+        there, _ = rearrangements(ours, model, family)
         rows = [model.n_embd, key_width, key_width] if len(theirs) == 3 else len(weight) // len(theirs)
-        for name, part in zip(theirs, weight.split(rows), strict=True):
-            tensors[name] = part.t() if transposed else part
-    return tensors
+        yield from zip(theirs, there(weight).split(rows) if len(theirs) > 1 else [there(weight)], strict=True)
 
 
 def from_transformers(model: ModelConfig, read):
     """A function from the name of a weight of ours to the weight, made of what read(transformers' name) gives."""
-    names = correspondence(model)
+    family, names = family_of(model), correspondence(model)
 
     def make(ours):
-        theirs, transposed = names[ours]
-        weight = torch.cat([read(name) for name in theirs]) if len(theirs) > 1 else read(theirs[0])
-        return weight.t() if transposed else weight
+        parts = [read(name) for name in names[ours]]
+        _, back = rearrangements(ours, model, family)
+        return back(torch.cat(parts) if len(parts) > 1 else parts[0])
 
     return make
 
 
+@torch.no_grad()
+def build_transformers(model: ModelConfig, read):
+    """The model as transformers', in float32 in memory, of what read(our name) gives, one weight at a time."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        theirs = AutoModelForCausalLM.from_config(transformers_config(model))
+    theirs.tie_weights()
+    parameters = dict(theirs.named_parameters())
+    for name, tensor in to_transformers(model, read):
+        parameters.pop(name).copy_(tensor)
+    assert not parameters, f"without a value: {parameters.keys()}"
+    return theirs
+
+
 # -- the two forms of the settings ---------------------------------------------------------------
-
-
-def settings_of(family):
-    """Pairs of our key and theirs."""
-    pairs = [(ours, gpt2 if family == "gpt2" else llama) for ours, gpt2, llama in SETTINGS]
-    return [(ours, theirs) for ours, theirs in pairs if theirs]
 
 
 def explicit(model: ModelConfig):
@@ -139,14 +206,18 @@ def transformers_config(model: ModelConfig, dtype="float32", end_of_text=None):
     from transformers import AutoConfig
 
     family = family_of(model)
-    settings = {theirs: getattr(explicit(model), ours) for ours, theirs in settings_of(family)}
+    settings = {theirs: getattr(explicit(model), ours) for ours, theirs in of_family(SETTINGS, family)}
+    rope = {"rope_type": "default", "rope_theta": model.rotary_theta}
     if family == "gpt2":
         settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model.dropout)
-    else:  # has no dropout but in attention
-        rope = {"rope_type": "default", "rope_theta": model.rotary_theta}
+    elif family == "llama":  # has no dropout but in attention
         settings |= {"mlp_bias": model.bias, "rope_parameters": rope}
+    else:
+        settings |= dict.fromkeys(("hidden_dropout", "attention_dropout"), model.dropout)
+        settings |= {"hidden_act": "gelu_new", "use_parallel_residual": False}
+        settings |= {"rope_parameters": rope | {"partial_rotary_factor": 1.0}}
     settings |= {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    return AutoConfig.for_model(family, **settings, architectures=[FAMILIES[family][0]], dtype=dtype)
+    return AutoConfig.for_model(family, **settings, architectures=[FAMILIES[family].architecture], dtype=dtype)
 
 
 def published_model(folder):
@@ -161,19 +232,23 @@ def published_model(folder):
         raise UserError(f"{path}: model_type: found {family!r}, expected {' or '.join(FAMILIES)}")
     try:
         theirs = AutoConfig.for_model(**raw)  # fills in what is left out
-        theta = float(theirs.rope_parameters["rope_theta"]) if family == "llama" else None
+        theta = None if family == "gpt2" else float(theirs.rope_parameters["rope_theta"])
     except Exception as error:  # of many classes, some of them libraries' own
         raise UserError(f"{path}: not a configuration of {family}: {' '.join(str(error).split())}") from None
-    settings = {ours: getattr(theirs, name) for ours, name in settings_of(family)} | FAMILIES[family][1]
-    wanted = {"quantization_config": None}
+    settings = {ours: getattr(theirs, name) for ours, name in of_family(SETTINGS, family)} | FAMILIES[family].wanted
+    settings |= {"rotary_theta": theta} if theta is not None else {}
+    rope = {"rope_type": "default", "rope_theta": theta}
+    wanted, activation = {"quantization_config": None}, "activation_function" if family == "gpt2" else "hidden_act"
     if family == "gpt2":
         wanted |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-        if theirs.activation_function != "gelu_pytorch_tanh":  # another name of the same
-            wanted |= {"activation_function": "gelu_new"}
+    elif family == "llama":
+        wanted |= {"rope_parameters": rope, "mlp_bias": theirs.attention_bias}
+        wanted |= {"head_dim": theirs.hidden_size // theirs.num_attention_heads}
     else:
-        settings |= {"rotary_theta": theta}
-        wanted |= {"rope_parameters": {"rope_type": "default", "rope_theta": theta}, "hidden_act": "silu"}
-        wanted |= {"mlp_bias": theirs.attention_bias, "head_dim": theirs.hidden_size // theirs.num_attention_heads}
+        wanted |= {"use_parallel_residual": False, "attention_bias": True}
+        wanted |= {"rope_parameters": rope | {"partial_rotary_factor": 1.0}}
+    if getattr(theirs, activation) != "gelu_pytorch_tanh" or family == "llama":  # another name of gelu_new
+        wanted |= {activation: "silu" if family == "llama" else "gelu_new"}
     for name, expected in wanted.items():
         found = getattr(theirs, name, None)
         if found != expected:
@@ -198,12 +273,19 @@ def refuse_differences(source, model: ModelConfig, published: ModelConfig):
 # -- from there: the start of a run --------------------------------------------------------------
 
 
+def is_published(folder):
+    """Whether a folder is in transformers' format, as far as its config.json tells."""
+    raw = read_json(Path(folder) / "config.json") if (Path(folder) / "config.json").exists() else None
+    return isinstance(raw, dict) and "model_type" in raw
+
+
 def open_tensors(folder, family):
     """A folder in transformers' format -> {name: (open file, its path, the name there)}; no tensor is
     read yet. Raises UserError if a file is missing or broken."""
     from safetensors import SafetensorError, safe_open
 
     index, files, tensors = folder / "model.safetensors.index.json", ["model.safetensors"], {}
+    prefix = FAMILIES[family].prefix
     if index.exists():
         try:
             files = sorted(set(map(str, read_json(index)["weight_map"].values())))
@@ -221,8 +303,10 @@ def open_tensors(folder, family):
             raise UserError(f"{path}: {' '.join(str(error).split())}; copy the file again") from None
         for stored in file.keys():  # noqa: SIM118 (it is no dictionary)
             if not stored.endswith(BUFFERS):
-                whole = stored.startswith((PREFIX[family], "lm_head."))  # GPT-2 itself is published without
-                tensors[stored if whole else PREFIX[family] + stored] = file, path, stored
+                name = HEAD if stored == HEAD_IN_FILES.get(family) else stored
+                if not name.startswith((prefix, "lm_head.")):  # GPT-2 itself is published without
+                    name = prefix + name
+                tensors[name] = file, path, stored
     return tensors
 
 
@@ -233,10 +317,10 @@ def read(file, _, stored):
 def check_tensors(folder, model: ModelConfig, published: ModelConfig, tensors):
     """Every tensor there, of the right shape and type, and none besides. Raises UserError."""
     with torch.device("meta"):  # shapes without memory
-        expected = to_transformers(published, GPT(published).state_dict())
-    embedding, output = next(iter(expected)), "lm_head.weight"
-    if twice := published.tie_embeddings and output in tensors:  # as some files have it
-        expected[output] = expected[embedding]
+        expected = dict(to_transformers(published, GPT(published).state_dict().__getitem__))
+    embedding = next(iter(expected))
+    if twice := published.tie_embeddings and HEAD in tensors:  # as some files have it
+        expected[HEAD] = expected[embedding]
     for name, (file, path, stored) in tensors.items():
         if name not in expected:
             raise UserError(f"{path}: found {stored}, which a model of {folder}/config.json does not have")
@@ -247,10 +331,10 @@ def check_tensors(folder, model: ModelConfig, published: ModelConfig, tensors):
     if missing := [name for name in expected if name not in tensors]:
         raise UserError(f"{folder}: no tensor {missing[0]} in its safetensors, expected by its config.json")
     if twice:
-        one, two = (file.get_slice(stored) for file, _, stored in (tensors[output], tensors[embedding]))
+        one, two = (file.get_slice(stored) for file, _, stored in (tensors[HEAD], tensors[embedding]))
         rows = range(0, published.vocab_size, 4096)
         if not all(torch.equal(one[row : row + 4096], two[row : row + 4096]) for row in rows):
-            raise UserError(f"{folder}: tie_word_embeddings: found true, but {output} is not {embedding}")
+            raise UserError(f"{folder}: tie_word_embeddings: found true, but {HEAD} is not {embedding}")
     if published.bias and not model.bias:
         for file, path, stored in tensors.values():
             if stored.endswith(".bias") and file.get_tensor(stored).any():
@@ -275,27 +359,37 @@ def find_weights(source):
         ) from None
 
 
+def open_published(folder, model: ModelConfig | None = None):
+    """A folder in transformers' format -> (what it is in words, the ModelConfig that computes the same, a function
+    that gives what `copy_into` needs). model: the one that is to have its weights, if that is another. Reads
+    no weights yet, but has looked at all that could be wrong: raises UserError."""
+    folder = Path(folder)
+    published = published_model(folder)
+    family = family_of(published)
+    if model:
+        # no biases are biases of zero, which is for the tensors to say
+        like = dataclasses.replace(published, bias=model.bias) if FAMILIES[family].always_biased else published
+        refuse_differences(folder, model, like)
+    model, tensors = model or published, open_tensors(folder, family)
+    check_tensors(folder, model, published, tensors)
+    words = f"{folder} ({FAMILIES[family].architecture})"
+    return words, published, lambda: from_transformers(model, lambda name: read(*tensors[name]))
+
+
 def open_weights(source, model: ModelConfig):
     """What `train.init_from` names -> (what it is in words, a function that gives what `copy_into` needs).
     Reads no weights yet, but has looked at all that could be wrong: raises UserError."""
     folder = find_weights(source)
-    raw = read_json(folder / "config.json") if (folder / "config.json").exists() else None
-    if isinstance(raw, dict) and "model_type" in raw:
-        published = published_model(folder)
-        family = family_of(published)
-        # no biases are biases of zero, which is for the tensors to say
-        like = dataclasses.replace(published, bias=model.bias) if family == "gpt2" else published
-        refuse_differences(folder, model, like)
-        tensors = open_tensors(folder, family)
-        check_tensors(folder, model, published, tensors)
-        return f"{source} ({FAMILIES[family][0]})", lambda: from_transformers(model, lambda name: read(*tensors[name]))
+    if is_published(folder):
+        words, _, load = open_published(folder, model)
+        return words.replace(str(folder), source, 1), load
     found = checkpoint.find(folder, "best")
     if found is None:
         raise UserError(
             f"train.init_from: {source}: found neither a config.json of transformers' nor a checkpoint; expected one"
         )
     refuse_differences(found, model, saved_model(found))
-    return str(found), lambda: checkpoint.load_weights(found)[2].__getitem__
+    return str(found), lambda: checkpoint.open_weights(found)[2]
 
 
 @torch.no_grad()
@@ -336,26 +430,76 @@ def written_whole(folder, temporary):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_weights(folder, tensors, dtype):
-    """model.safetensors, or its parts and their index. Holds one part in `dtype` besides what it is given."""
+def write_weights(folder, model: ModelConfig, read, dtype):
+    """model.safetensors, or its parts and their index, of what read(our name) gives. Of the weights no more than
+    one part in `dtype` and one tensor are in memory."""
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.torch import save_file
 
+    in_files = {HEAD: HEAD_IN_FILES.get(family_of(model), HEAD)}
+    with torch.device("meta"):  # shapes without memory
+        weights = GPT(model).state_dict()
+    shapes = {in_files.get(name, name): tensor for name, tensor in to_transformers(model, weights.__getitem__)}
     split = split_state_dict_into_shards_factory(
-        tensors,
+        shapes,
         get_storage_size=lambda tensor: tensor.numel() * dtype.itemsize,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=MAX_SHARD,
     )
-    for file, names in split.filename_to_tensors.items():
-        part = {name: tensors[name].to(dtype).contiguous() for name in names}
-        for name, tensor in part.items():
-            if tensor.isinf().any() and not tensors[name].isinf().any():
-                raise UserError(f"--dtype: {name} holds numbers too large for {dtype}; choose bfloat16 or float32")
-        save_file(part, folder / file, metadata={"format": "pt"})
+    parts, missing = {}, {file: set(names) for file, names in split.filename_to_tensors.items()}
+    for name, tensor in to_transformers(model, read):
+        stored = in_files.get(name, name)
+        file = split.tensor_to_filename[stored]
+        if file not in parts:  # made at once, lest what is read in between leave holes in memory
+            parts[file] = {name: torch.empty(shapes[name].shape, dtype=dtype) for name in missing[file]}
+        parts[file][stored].copy_(tensor)
+        if parts[file][stored].isinf().any() and not tensor.isinf().any():
+            raise UserError(f"--dtype: {name} holds numbers too large for {dtype}; choose bfloat16 or float32")
+        missing[file].remove(stored)
+        if not missing[file]:
+            save_file(parts.pop(file), folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
+
+
+def export(found, folder, dtype="float32"):
+    """A checkpoint -> a folder in transformers' format, which must not be there yet, or be empty. Returns in
+    words what it is. Raises UserError."""
+    from transformers import GenerationConfig
+
+    from data.pipeline import tokenizer_of
+    from data.tokenizer import END_OF_TEXT, fingerprint, save_for_transformers
+    from eval import check_tokenizer
+    from model_card import write_model_card
+
+    folder = Path(folder).resolve()
+    temporary = folder.with_name(folder.name + ".tmp")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: already there, expected a new or an empty folder; choose another")
+    if temporary.exists():
+        raise UserError(f"{temporary}: left by an export that was killed, or one is under way; remove it")
+    family_of(saved_model(found))  # before the weights are looked at
+    state, config, read = checkpoint.open_weights(found)
+    data, tokenizer, end_of_text = sorted(config.data.weights)[0], None, None
+    if read_meta(data):
+        tokenizer = tokenizer_of(data)
+        check_tokenizer(state, data, fingerprint(tokenizer))
+        end_of_text = tokenizer._special_tokens[END_OF_TEXT]
+    theirs = transformers_config(config.model, dtype, end_of_text)
+    with written_whole(folder, temporary):
+        theirs.save_pretrained(temporary)
+        GenerationConfig.from_model_config(theirs).save_pretrained(temporary)
+        if tokenizer:
+            parts = tokenizer._mergeable_ranks, tokenizer._special_tokens, tokenizer._pat_str
+            more = {"bos_token": END_OF_TEXT, "model_max_length": config.model.block_size}
+            save_for_transformers(temporary, *parts, **more)
+        write_weights(temporary, config.model, read, getattr(torch, dtype))
+        write_model_card(temporary, found, state, config, dtype)
+    words = f"{theirs.architectures[0]}, {dtype}"
+    if tokenizer is None:
+        words += f"\nwithout tokenizer files: {data} has no meta.json, so the tokenizer is not known"
+    return words
 
 
 def main(arguments):
@@ -366,37 +510,7 @@ def main(arguments):
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     args = parser.parse_args(arguments)
     found = checkpoint.must_find(args.path, args.checkpoint)
-    folder = Path(args.folder).resolve()
-    temporary = folder.with_name(folder.name + ".tmp")
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder}: already there, expected a new or an empty folder; choose another")
-    if temporary.exists():
-        raise UserError(f"{temporary}: left by an export that was killed, or one is under way; remove it")
-    family_of(saved_model(found))  # before the weights are loaded
-    from transformers import GenerationConfig
-
-    from data.pipeline import tokenizer_of
-    from data.tokenizer import END_OF_TEXT, fingerprint, save_for_transformers
-    from eval import check_tokenizer
-
-    state, config, weights = checkpoint.load_weights(found)
-    data, tokenizer, end_of_text = sorted(config.data.weights)[0], None, None
-    if read_meta(data):
-        tokenizer = tokenizer_of(data)
-        check_tokenizer(state, data, fingerprint(tokenizer))
-        end_of_text = tokenizer._special_tokens[END_OF_TEXT]
-    theirs = transformers_config(config.model, args.dtype, end_of_text)
-    with written_whole(folder, temporary):
-        theirs.save_pretrained(temporary)
-        GenerationConfig.from_model_config(theirs).save_pretrained(temporary)
-        if tokenizer:
-            parts = tokenizer._mergeable_ranks, tokenizer._special_tokens, tokenizer._pat_str
-            more = {"bos_token": END_OF_TEXT, "model_max_length": config.model.block_size}
-            save_for_transformers(temporary, *parts, **more)
-        write_weights(temporary, to_transformers(config.model, weights), getattr(torch, args.dtype))
-    print(f"{found} -> {args.folder}: {theirs.architectures[0]}, {args.dtype}")
-    if tokenizer is None:
-        print(f"without tokenizer files: {data} has no meta.json, so the tokenizer is not known")
+    print(f"{found} -> {args.folder}: {export(found, args.folder, args.dtype)}")
 
 
 if __name__ == "__main__":

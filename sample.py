@@ -1,74 +1,220 @@
-"""Let a trained model write.
+"""Let a trained model write, to the terminal, token by token.
 
-python sample.py out/tiny --prompt "def main():" [--tokens 200] [--temperature 0.8] [--top_k 50]
+    python sample.py out/tiny --prompt "def main():" [--tokens 200] [--temperature 0.8] [--top_k 50] [--top_p 0.95]
+    python sample.py out/tiny --file prompts.txt      # a prompt a line; a whole file: --prompt "$(cat file)"
+    python sample.py out/tiny                         # asks for prompts, or reads them from a pipe, a line each
+    python sample.py hf/llama --prompt "Once"         # a folder in transformers' format, ours or published
+
+The model's text goes on behind the prompt; an empty prompt is the start of a document. Where the context is
+full, it goes on from the last half of it.
 """
 
 import argparse
-import itertools
 import sys
+from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import CausalLMOutput
 
-from config import UserError, run_command
+import export
+from config import UserError, read_json, run_command
 from data.pipeline import tokenizer_of
-from data.tokenizer import END_OF_TEXT, fingerprint
-from eval import check_tokenizer, load_model
+from data.tokenizer import END_OF_TEXT, huggingface_json, missing_characters
+from eval import Trained, load_model, open_trained
 
 
-@torch.no_grad()
-def generate(model, tokens, vocab_size, temperature, top_k, generator):
-    """Yield one token id below vocab_size after the other, sampled from the model's distribution;
-    temperature 0 takes the most likely. tokens: list of ids to start from, at least one."""
-    device = next(model.parameters()).device
-    tokens = torch.tensor([tokens], device=device)
-    while True:
-        logits = model(tokens[:, -model.config.block_size :])[0, -1, :vocab_size].float()
-        if temperature == 0:
-            next_token = logits.argmax().view(1)
-        else:
-            logits = logits / temperature
-            if top_k:
-                logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -torch.inf
-            next_token = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).to(device)
-        yield next_token.item()
-        tokens = torch.cat((tokens, next_token[None]), dim=1)
+class WithoutCache(PreTrainedModel, GenerationMixin):
+    """A model of ours that is none of transformers' families, as far as generating needs it to be one: it goes
+    through the whole context for every token."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, model):
+        super().__init__(PreTrainedConfig())
+        self.model, self.generation_config = model, GenerationConfig(use_cache=False)
+
+    def forward(self, input_ids, attention_mask=None, return_dict=True):
+        return CausalLMOutput(logits=self.model(input_ids))
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+        return {"input_ids": input_ids}  # all of them: nothing was kept of the last token's
+
+
+def load_writer(trained: Trained):
+    """The model in float32 as one that transformers' `generate` takes, on the fastest device here."""
+    try:
+        export.family_of(trained.model)
+    except UserError:
+        return WithoutCache(load_model(trained)).eval()
+    model = export.build_transformers(trained.model, trained.load())
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+class Terminal(BaseStreamer):
+    """Prints tokens as they come, in whole characters: one may span several tokens."""
+
+    def __init__(self, tokenizer, prompt):
+        self.tokenizer, self.tokens = tokenizer, list(prompt)
+        self.printed, self.prompt_follows = len(tokenizer.decode(self.tokens)), True
+
+    def put(self, value):
+        if self.prompt_follows:  # what `generate` hands over first
+            self.prompt_follows = False
+            return
+        self.tokens += value.tolist()
+        text = self.tokenizer.decode(self.tokens)  # all of it: what a token stands for depends on those before it
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self.write(text)
+
+    def end(self):
+        self.prompt_follows = True
+
+    def finish(self):
+        """Print what never became a character, and a line end."""
+        self.write(self.tokenizer.decode(self.tokens) + "\n")
+
+    def write(self, text):
+        sys.stdout.write(text[self.printed :])
+        sys.stdout.flush()
+        self.printed = len(text)
+
+
+def write(model, tokens, most, block_size, streamer, **settings):
+    """Generate up to `most` tokens behind `tokens`, a list of ids, at least one. Returns them, with the end of text
+    if that came first. The context never grows past block_size: where it is full, its last half stays.
+    settings: of transformers' `generate`."""
+    written, end = [], settings.get("eos_token_id")
+    while len(written) < most and (end is None or end not in written[-1:]):
+        context = (tokens + written)[-block_size:]
+        if written and len(context) == block_size:
+            context = context[-max(1, block_size // 2) :]
+        # the last token of a context at block_size is predicted, not read
+        room = min(most - len(written), block_size - len(context) + 1)
+        inputs = torch.tensor([context], device=model.device)
+        output = model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=room, streamer=streamer, **settings
+        )
+        written += output[0, len(context) :].tolist()
+    return written
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+def open_tokenizer(trained: Trained, data=None):
+    """(the model's tokenizer as the `tokenizers` library's, the id of the end of text or None, a function from a
+    text to the characters in it that no token stands for). data: a folder made with that tokenizer. Raises
+    UserError if it is not known or not the model's."""
+    folders = [data] if data else trained.data
+    if folders:
+        trained.check_tokenizer(folders[0])
+        encoding = tokenizer_of(folders[0])
+        parts = encoding._mergeable_ranks, encoding._special_tokens, encoding._pat_str
+        tokenizer, where = Tokenizer.from_str(huggingface_json(*parts)), folders[0]
+        end, missing = encoding._special_tokens.get(END_OF_TEXT), lambda text: missing_characters(encoding, text)
+    else:
+        where = trained.path / "tokenizer.json"
+        try:
+            tokenizer = Tokenizer.from_file(str(where))
+        except Exception as error:  # the library raises nothing more special
+            raise UserError(f"{where}: {error}; expected a tokenizer; or name data made with it: --data") from None
+        end, missing = read_json(trained.path / "config.json").get("eos_token_id"), lambda text: []
+        end = end if isinstance(end, int) else None
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= trained.model.vocab_size:
+        raise UserError(
+            f"{where}: found token ids up to {largest}, expected ids below the model's vocab_size "
+            f"{trained.model.vocab_size}; give its own tokenizer"
+        )
+    return tokenizer, end, missing
+
+
+def read_prompts(args):
+    """Yields the prompts, one after the other, as the command line says. Raises UserError."""
+    if args.prompt is not None:
+        yield args.prompt
+    elif args.file:
+        try:
+            lines = Path(args.file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise UserError(f"--file: {args.file}: {reason}; expected a file with a prompt a line") from None
+        if not any(line.strip() for line in lines):
+            raise UserError(f"--file: {args.file}: found no prompt, expected one a line; for none: --prompt ''")
+        yield from (line for line in lines if line.strip())
+    elif sys.stdin.isatty():
+        print("A prompt a line; Ctrl-D ends.", file=sys.stderr)
+        while True:
+            try:
+                yield input("> ")
+            except EOFError:
+                return
+    else:
+        line = None
+        for line in sys.stdin:
+            yield line.rstrip("\n")
+        if line is None:
+            raise UserError("stdin: found nothing, expected a prompt a line; or give --prompt or --file")
+
+
+def check_flags(args):
+    rules = [
+        ("temperature", 0 <= args.temperature < float("inf"), "0 or more"),
+        ("top_k", args.top_k >= 0, "0 (all) or more"),
+        ("top_p", 0 < args.top_p <= 1, "above 0, at most 1"),
+        ("tokens", args.tokens >= 1, "1 or more"),
+        ("samples", args.samples >= 1, "1 or more"),
+        ("seed", 0 <= args.seed < 2**63, "0 or more"),
+    ]
+    for name, good, expected in rules:
+        if not good:
+            raise UserError(f"--{name}: found {getattr(args, name)}, expected {expected}")
+    if args.prompt is not None and args.file:
+        raise UserError("--prompt and --file: found both, expected one of them")
 
 
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", help="a run's folder, as out/tiny, or a checkpoint in it")
+    parser.add_argument("path", help="a run's folder, as out/tiny, a checkpoint in it, or one in transformers' format")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
-    parser.add_argument("--prompt", default="", help="text to go on from; empty: the start of a document")
+    parser.add_argument("--data", help="folder of data made with the model's tokenizer; default: the run's own")
+    parser.add_argument("--prompt", help="text to go on from; empty: the start of a document")
+    parser.add_argument("--file", help="a file of prompts, one a line")
     parser.add_argument("--tokens", type=int, default=200, help="how many to write at most")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
     parser.add_argument("--top_k", type=int, default=50, help="choose among the k most likely; 0: among all")
-    parser.add_argument("--samples", type=int, default=1)
+    parser.add_argument("--top_p", type=float, default=1.0, help="among the most likely that together have this much")
+    parser.add_argument("--samples", type=int, default=1, help="of each prompt")
     parser.add_argument("--seed", type=int, default=1337)
     args = parser.parse_args(arguments)
-    if args.temperature < 0 or args.top_k < 0:
-        raise UserError("--temperature and --top_k: expected 0 or more")
-    model, config, _, state = load_model(args.path, args.checkpoint)
-    folder = sorted(config.data.weights)[0]
-    tokenizer = tokenizer_of(folder)
-    check_tokenizer(state, folder, fingerprint(tokenizer))
-    end_of_text = tokenizer._special_tokens[END_OF_TEXT]
-    generator = torch.Generator().manual_seed(args.seed)
-    for _ in range(args.samples):
-        prompt = [end_of_text, *tokenizer.encode_ordinary(args.prompt)]
-        sys.stdout.write(args.prompt)
-        written = b""  # a character may span tokens: print what is complete, and what is left at the end
-        tokens = generate(model, prompt, tokenizer.n_vocab, args.temperature, args.top_k, generator)
-        for token in itertools.islice(tokens, args.tokens):
-            if token == end_of_text:
-                break
-            written += tokenizer.decode_single_token_bytes(token)
-            try:
-                sys.stdout.write(written.decode())
-                written = b""
-            except UnicodeDecodeError:
-                continue
-            sys.stdout.flush()
-        print(written.decode(errors="replace"))
+    check_flags(args)
+    trained = open_trained(args.path, args.checkpoint)
+    model = load_writer(trained)
+    tokenizer, end, missing = open_tokenizer(trained, args.data)
+    block_size = trained.model.block_size
+    # embeddings are often made wider than the vocabulary: nobody could read those tokens
+    unknown = [token for token in range(trained.model.vocab_size) if tokenizer.id_to_token(token) is None]
+    settings = {"do_sample": args.temperature > 0, "eos_token_id": end, "pad_token_id": end}
+    settings |= {"suppress_tokens": unknown} if unknown else {}
+    if args.temperature > 0:
+        settings |= {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    for prompt in read_prompts(args):
+        if unwritable := missing(prompt):
+            raise UserError(f"prompt: found {unwritable[0]!r}, expected characters that the model's tokenizer has")
+        tokens = tokenizer.encode(prompt, add_special_tokens=False).ids or [end]
+        if tokens == [None]:
+            raise UserError("prompt: found none, and this tokenizer has no token for the start of a document; give one")
+        if len(tokens) > block_size:
+            print(f"the model sees the last {block_size} of the prompt's {len(tokens)} tokens", file=sys.stderr)
+        for number in range(args.samples):
+            torch.manual_seed(args.seed + number)
+            sys.stdout.write(prompt)
+            terminal = Terminal(tokenizer, tokens)
+            write(model, tokens, args.tokens, block_size, terminal, **settings)
+            terminal.finish()
 
 
 if __name__ == "__main__":

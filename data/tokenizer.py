@@ -153,6 +153,12 @@ def save_for_transformers(folder, ranks, special_tokens, pattern, **settings):
     write_json(folder / "tokenizer_config.json", config | settings)
 
 
+def byte_level_names(ranks):
+    """{token: how `tokenizers` writes its bytes}."""
+    alphabet = byte_level_alphabet()
+    return {token: "".join(alphabet[byte] for byte in token) for token in ranks}
+
+
 def huggingface_json(ranks, special_tokens, pattern):
     """The same tokenizer in the form of the `tokenizers` library.
 
@@ -161,8 +167,7 @@ def huggingface_json(ranks, special_tokens, pattern):
     listed, by rank: with the one pair per token that training found, most random strings differ."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    alphabet = byte_level_alphabet()
-    name = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
+    name = byte_level_names(ranks)
     merges = [
         (name[token[:cut]], name[token[cut:]])
         for token in sorted(ranks, key=ranks.get)

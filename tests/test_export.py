@@ -6,33 +6,35 @@ import math
 import random
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import tiktoken
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import checkpoint
 import export
-from config import ModelConfig, UserError
-from data import pipeline
+from config import ROOT, ModelConfig, UserError, load_config
 from data.mixture import Mixture
 from data.tokenizer import END_OF_TEXT, load_tokenizer, save_for_transformers
-from eval import load_model
+from eval import load_model, open_trained
 from metrics import read_metrics
 from model import GPT
-from sample import generate
 from tests.conftest import deepspeed_command, run
+from tests.trained_runs import FAMILIES, LLAMA, NEOX, write_data
+from tests.trained_runs import GPT2 as SMALL
 
-SMALL = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=270, init_std=0.1)
-LLAMA = dataclasses.replace(SMALL, norm="rmsnorm", position="rotary", mlp="swiglu", bias=False, n_kv_head=2)
 MODELS = [
     SMALL,
     dataclasses.replace(SMALL, tie_embeddings=False, mlp_hidden=37, norm_eps=1e-3),
     dataclasses.replace(SMALL, bias=False, n_kv_head=4, tie_embeddings=False),
+    NEOX,
+    dataclasses.replace(NEOX, tie_embeddings=True, bias=False, rotary_theta=500000.0, norm_eps=1e-3, mlp_hidden=37),
     LLAMA,
     dataclasses.replace(LLAMA, tie_embeddings=False, bias=True, rotary_theta=500000.0, norm_eps=1e-6),
     dataclasses.replace(LLAMA, n_kv_head=1, mlp_hidden=37, bias=True),
@@ -50,6 +52,15 @@ def randomised(model, seed=0):
     return model.eval()
 
 
+def to_transformers(config, model):
+    return dict(export.to_transformers(config, model.state_dict().__getitem__))
+
+
+def zero_biases(config):
+    """Whether transformers' model has biases that ours does not have."""
+    return not config.bias and export.FAMILIES[export.family_of(config)].always_biased
+
+
 def their_model(config):
     return AutoModelForCausalLM.from_config(export.transformers_config(config)).eval()
 
@@ -58,7 +69,7 @@ def make_folder(folder, config, shards="5GB"):
     """A random model of transformers' as it saves it; returns it."""
     torch.manual_seed(1)
     model = randomised(their_model(config))
-    if not config.bias and config.position == "learned":
+    if zero_biases(config):
         for name, parameter in model.named_parameters():
             parameter.data.mul_(not name.endswith("bias"))
     model.save_pretrained(folder, max_shard_size=shards)
@@ -72,7 +83,7 @@ def make_folder(folder, config, shards="5GB"):
 @pytest.mark.parametrize("config", MODELS)
 def test_logits_loss_and_gradients_are_those_of_transformers(config, seed):
     ours, theirs = randomised(GPT(config, seed), seed), their_model(config)
-    loaded = theirs.load_state_dict(export.to_transformers(config, ours.state_dict()), strict=False)
+    loaded = theirs.load_state_dict(to_transformers(config, ours), strict=False)
     assert loaded.unexpected_keys == [] and loaded.missing_keys == ["lm_head.weight"] * config.tie_embeddings
     theirs.tie_weights()
     tokens = torch.randint(config.vocab_size, (3, config.block_size), generator=torch.Generator().manual_seed(seed))
@@ -94,23 +105,22 @@ def test_logits_loss_and_gradients_are_those_of_transformers(config, seed):
 @pytest.mark.parametrize("config", MODELS)
 def test_weights_and_settings_come_back_bit_for_bit(config, tmp_path):
     ours = randomised(GPT(config))
-    tensors = export.to_transformers(config, ours.state_dict())
+    tensors = to_transformers(config, ours)
     read = export.from_transformers(config, tensors.get)
     for name, parameter in ours.named_parameters():
         assert torch.equal(read(name), parameter), name
     theirs = randomised(their_model(config)).state_dict()
-    if not config.bias and config.position == "learned":
+    if zero_biases(config):
         theirs = {name: tensor * (not name.endswith("bias")) for name, tensor in theirs.items()}
     read = export.from_transformers(config, theirs.get)
-    back = export.to_transformers(
-        config, {name: read(name) for name in ours.state_dict() if name in dict(ours.named_parameters())}
-    )
+    back = dict(export.to_transformers(config, read))
     assert back.keys() | {"lm_head.weight"} == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in back.items())
     export.transformers_config(config).save_pretrained(tmp_path)
     published = export.published_model(tmp_path)
-    gpt2_has_biases = dataclasses.replace(published, bias=config.bias) if config.position == "learned" else published
-    assert gpt2_has_biases == export.explicit(dataclasses.replace(config, init_std=0.02))
+    if zero_biases(config):
+        published = dataclasses.replace(published, bias=False)
+    assert published == export.explicit(dataclasses.replace(config, init_std=0.02))
 
 
 @pytest.mark.parametrize(
@@ -118,8 +128,9 @@ def test_weights_and_settings_come_back_bit_for_bit(config, tmp_path):
     [
         ({"norm": "rmsnorm"}, "model.norm: found rmsnorm, expected layernorm"),
         ({"mlp": "swiglu"}, "model.mlp: found swiglu, expected gelu"),
-        ({"n_kv_head": 2}, "model.n_kv_head: found 2, expected null or 4"),
-        ({"position": "rotary"}, "model.norm: found layernorm, expected rmsnorm; model.mlp: found gelu"),
+        ({"n_kv_head": 2}, "model.n_kv_head: found 2, expected 4: transformers' GPT2LMHeadModel is the nearest"),
+        ({"position": "rotary", "n_kv_head": 2}, "model.n_kv_head: found 2, expected 4: transformers' GPTNeoX"),
+        ({"position": "rotary", "mlp": "swiglu"}, "model.norm: found layernorm, expected rmsnorm: transformers' Llama"),
         ({"position": "rotary", "norm": "rmsnorm"}, "model.mlp: found gelu, expected swiglu"),
     ],
 )
@@ -129,6 +140,11 @@ def test_what_neither_can_express_is_refused(more, expected):
         with pytest.raises(UserError, match=r"^[^\n]+$") as error:
             refuse(config)
         assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.stem)
+def test_every_config_can_be_exported(path):
+    export.family_of(load_config([str(path)]).model)
 
 
 # -- tokenizers ----------------------------------------------------------------------------------
@@ -156,7 +172,7 @@ def of_pattern(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes", "cl100k_base", "o200k_base"])
-@pytest.mark.parametrize("config", [SMALL, LLAMA])
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 def test_auto_tokenizer_gives_our_ids(name, config, tmp_path, monkeypatch, request):
     if name != "bytes":
         request.getfixturevalue("shared")  # where GPT-2's vocabulary is
@@ -181,13 +197,10 @@ def test_auto_tokenizer_gives_our_ids(name, config, tmp_path, monkeypatch, reque
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """What start_from.py left, beside gpt2/ and llama/ of transformers' and the data: (folder, data)."""
+    """The folder in which start_from.py left its runs, beside gpt2/, llama/ and gpt_neox/ of transformers'."""
     folder = tmp_path_factory.mktemp("start_from")
-    generator = random.Random(3)
-    texts = ["".join(generator.choices("abc xyz\n", k=300)) for _ in range(60)]
-    flags = ["--out", str(folder / "data"), "--workers", "1", "--val_fraction", "0.2"]
-    pipeline.prepare(((str(i), t) for i, t in enumerate(texts)), "bytes", pipeline.options("", ".").parse_args(flags))
-    for name, config in (("gpt2", SMALL), ("llama", dataclasses.replace(LLAMA, tie_embeddings=False))):
+    write_data(folder / "data")
+    for name, config in (FAMILIES | {"llama": dataclasses.replace(LLAMA, tie_embeddings=False)}).items():
         make_folder(folder / name, config, shards="40KB")
         assert len(list((folder / name).glob("*.safetensors"))) > 1, "not sharded"
         (folder / f"{name}.json").write_text(json.dumps(dataclasses.asdict(config)))
@@ -196,6 +209,7 @@ def launched(tmp_path_factory):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert f"weights from {folder}/gpt2 (GPT2LMHeadModel)" in done.stdout
     assert f"weights from {folder}/llama (LlamaForCausalLM)" in done.stdout
+    assert f"weights from {folder}/gpt_neox (GPTNeoXForCausalLM)" in done.stdout
     return folder
 
 
@@ -207,14 +221,14 @@ def first_batch(folder, block_size=16):
 
 
 def test_every_stage_rank_and_precision_starts_from_the_published_weights(launched):
-    for family in ("gpt2", "llama"):
+    for family in FAMILIES:
         config = ModelConfig(**json.loads((launched / f"{family}.json").read_text()))
         read = export.from_transformers(
             config, AutoModelForCausalLM.from_pretrained(launched / family).state_dict().get
         )
         for rank in (0, 1):
             for setting, weights in torch.load(launched / f"weights_{rank}.pt").items():
-                if setting.startswith(family):
+                if setting.split()[0] == family:
                     assert len(weights) > 10
                     for name, weight in weights.items():
                         assert torch.equal(weight, read(name).to(weight.dtype)), f"{name}, {setting}, rank {rank}"
@@ -222,7 +236,7 @@ def test_every_stage_rank_and_precision_starts_from_the_published_weights(launch
 
 def test_the_first_loss_is_that_of_transformers(launched):
     """Also with a context shorter than the published one, which takes its first positions."""
-    for name in ("gpt2_0", "gpt2_3", "llama_0", "llama_3", "short"):
+    for name in ("gpt2_0", "gpt2_3", "llama_0", "llama_3", "gpt_neox_3", "short"):
         family, block_size = ("gpt2", 8) if name == "short" else (name[:-2], 16)
         model = AutoModelForCausalLM.from_pretrained(launched / family).eval()
         inputs, targets = first_batch(launched, block_size)
@@ -235,7 +249,7 @@ def test_the_first_loss_is_that_of_transformers(launched):
 def test_a_run_that_goes_on_and_one_that_starts_from_a_run(launched):
     lines = [line for line in read_metrics(launched / "llama_3") if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2]
-    model, *_ = load_model(launched / "llama_3", "best")
+    model = load_model(open_trained(launched / "llama_3"))
     inputs, targets = first_batch(launched)
     expected = model(inputs, targets).item()
     assert read_metrics(launched / "from_a_run")[0]["loss"] == pytest.approx(expected, rel=2e-6)
@@ -251,6 +265,7 @@ def published(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     make_folder(folder / "gpt2", SMALL, "40KB")
     make_folder(folder / "llama", LLAMA)
+    make_folder(folder / "gpt_neox", NEOX)
     return folder
 
 
@@ -278,7 +293,7 @@ def test_what_is_not_the_published_model_is_named_with_the_flags_that_mend_it(pu
 @pytest.mark.parametrize(
     ("family", "change", "expected"),
     [
-        ("gpt2", {"model_type": "mistral"}, "model_type: found 'mistral', expected gpt2 or llama"),
+        ("gpt2", {"model_type": "mistral"}, "model_type: found 'mistral', expected gpt2 or llama or gpt_neox"),
         ("gpt2", {"activation_function": "relu"}, "activation_function: found 'relu', expected 'gelu_new'"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights: found False, expected True"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: found True"),
@@ -289,6 +304,10 @@ def test_what_is_not_the_published_model_is_named_with_the_flags_that_mend_it(pu
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters: found {'type': 'linear'"),
         ("llama", {"rope_scaling": None, "rope_theta": "x"}, "config.json: not a configuration of llama"),
         ("llama", {"model_type": ["llama"]}, "model_type: found ['llama'], expected gpt2 or llama"),
+        ("gpt_neox", {"hidden_act": "gelu"}, "hidden_act: found 'gelu', expected 'gelu_new'"),
+        ("gpt_neox", {"use_parallel_residual": True}, "use_parallel_residual: found True, expected False"),
+        ("gpt_neox", {"attention_bias": False}, "attention_bias: found False, expected True"),
+        ("gpt_neox", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}, "rope_parameters: found"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config: found"),
     ],
 )
@@ -298,7 +317,7 @@ def test_models_that_compute_something_else_are_refused(published, tmp_path, fam
     if "rope_scaling" in change:
         content.pop("rope_parameters")
     (folder / "config.json").write_text(json.dumps(content | change))
-    message = refused(folder, SMALL if family == "gpt2" else LLAMA)
+    message = refused(folder, FAMILIES[family])
     assert f"{folder}/config.json" in message and expected in message
 
 
@@ -368,6 +387,17 @@ def test_a_model_without_biases_starts_from_biases_of_zero_alone(published, tmp_
     assert torch.allclose(ours(tokens), model(tokens).logits, atol=1e-5)
 
 
+def test_the_output_layer_of_gpt_neox_is_read_under_both_names(published, tmp_path):
+    tensors = load_file(published / "gpt_neox" / "model.safetensors")
+    stored = next(name for name in ("embed_out.weight", "lm_head.weight") if name in tensors)
+    for name in ("embed_out.weight", "lm_head.weight"):
+        folder = shutil.copytree(published / "gpt_neox", tmp_path / name)
+        save_file(
+            {name if key == stored else key: tensor for key, tensor in tensors.items()}, folder / "model.safetensors"
+        )
+        assert torch.equal(export.open_weights(str(folder), NEOX)[1]()("head.weight"), tensors[stored])
+
+
 def test_names_without_the_prefix_and_old_buffers_are_read(published, tmp_path):
     """As GPT-2 itself is published: no `transformer.` in front, causal masks among the tensors."""
     tensors = {}
@@ -396,24 +426,58 @@ def test_a_start_from_nowhere_ends_with_code_2_and_one_line(launched, tmp_path, 
 # -- there: the command --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_exported_folder_loads_generates_and_comes_back(launched, tmp_path, family, monkeypatch, capsys):
     monkeypatch.setattr(export, "MAX_SHARD", 40_000)
     export.main([str(launched / f"{family}_3"), str(tmp_path / "hf"), "--checkpoint", "latest"])
     assert capsys.readouterr().out.count("\n") == 1
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists() and not list(tmp_path.glob("*.tmp"))
-    ours, config, found, _ = load_model(launched / f"{family}_3", "latest")
+    source = open_trained(launched / f"{family}_3", "latest")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert theirs.dtype == torch.float32 and theirs.config.eos_token_id == tokenizer.eos_token_id == 256
     assert theirs.config.max_position_embeddings == tokenizer.model_max_length == 16
-    prompt = tokenizer.encode("abc")
-    assert prompt == load_tokenizer("bytes").encode_ordinary("abc")
-    written = theirs.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=-1)[0].tolist()
-    assert written[3:] == [token for token, _ in zip(generate(ours, prompt, 270, 0, 0, None), range(8), strict=False)]
-    _, load = export.open_weights(str(tmp_path / "hf"), config.model)
-    read, weights = load(), checkpoint.load_weights(found)[2]
-    assert all(torch.equal(read(name), weights[name]) for name, _ in ours.named_parameters())
+    assert tokenizer.encode("abc") == load_tokenizer("bytes").encode_ordinary("abc")
+    tokens, ours = torch.arange(16)[None], load_model(source)
+    assert torch.allclose(theirs(tokens).logits, ours(tokens), atol=1e-5)
+    assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == 256
+    _, load = export.open_weights(str(tmp_path / "hf"), source.model)
+    read, original = load(), source.load()
+    assert all(torch.equal(read(name), original(name)) for name, _ in ours.named_parameters())
+
+
+def test_the_model_card_states_the_facts_of_the_run(launched, tmp_path, capsys):
+    run = shutil.copytree(launched / "llama_3", tmp_path / "a_run")
+    (run / "loss.png").unlink()
+    export.main([str(run), str(tmp_path / "hf"), "--dtype", "bfloat16"])
+    card = ModelCard.load(tmp_path / "hf" / "README.md")
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+    measured = {line["step"]: line["val_loss"] for line in read_metrics(run) if "val_loss" in line}
+    step = checkpoint.read_state(checkpoint.find(run, "best"))["step"]
+    device = json.loads((run / "config.json").read_text())["versions"]["device"]
+    for fact in (
+        "# a_run",
+        f"{sum(p.numel() for p in GPT(dataclasses.replace(LLAMA, tie_embeddings=False)).parameters()):,} parameters",
+        "bfloat16",
+        f"| tokens seen | {step * 128:,} in {step} step",
+        f"| validation loss | {measured[step]:.4f} nats per token",
+        "| data | data |",
+        "| batch | 128 tokens, 8 sequences |",
+        "| precision | fp32 |",
+        f"| hardware | 2 x {device}, ZeRO stage 3 |",
+        f"torch {torch.__version__}, deepspeed",
+        "| n_kv_head | 2 |",
+        "![training and validation loss](loss.png)",
+    ):
+        assert fact in card.text, fact
+    assert (tmp_path / "hf" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n", "drawn anew from the metrics"
+    code = card.text.split("```python\n")[1].split("```")[0].replace("PATH", str(tmp_path / "hf"))
+    capsys.readouterr()
+    exec(code.replace("max_new_tokens=50", "max_new_tokens=5"), {})
+    assert capsys.readouterr().out.startswith("Once")
+    export.main([str(checkpoint.find(run, "best").rename(tmp_path / "alone")), str(tmp_path / "hf2")])
+    text = (tmp_path / "hf2" / "README.md").read_text()
+    assert "not measured at this step" in text and "loss.png" not in text
 
 
 def test_other_types_and_no_tokenizer(launched, tmp_path, monkeypatch, capsys):
@@ -432,9 +496,25 @@ def test_other_types_and_no_tokenizer(launched, tmp_path, monkeypatch, capsys):
     assert f"without tokenizer files: {launched}/data has no meta.json" in capsys.readouterr().out
     assert not (tmp_path / "without" / "tokenizer.json").exists()
     AutoModelForCausalLM.from_pretrained(tmp_path / "without")
-    large = {"token_embedding.weight": torch.full((4, 4), 1e5)}
-    with pytest.raises(UserError, match=r"--dtype: token_embedding.weight holds numbers too large for torch.float16"):
-        export.write_weights(tmp_path, large, torch.float16)
+    large = {name: 1e7 * tensor for name, tensor in GPT(SMALL).state_dict().items()}
+    with pytest.raises(UserError, match=r"--dtype: transformer.wte.weight holds numbers too large for torch.float16"):
+        export.write_weights(tmp_path, SMALL, large.__getitem__, torch.float16)
+
+
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+def test_of_the_weights_two_at_most_are_in_memory_beside_the_file_being_made(config, tmp_path, monkeypatch):
+    weights, alive, most = GPT(config).state_dict(), weakref.WeakSet(), 0
+
+    def read(name):
+        nonlocal most
+        alive.add(weight := weights[name].clone())
+        most = max(most, len(alive))
+        return weight
+
+    for size in ("5GB", 40_000):
+        monkeypatch.setattr(export, "MAX_SHARD", size)
+        export.write_weights(tmp_path, config, read, torch.float32)
+    assert most == 2, "the one that is read and the one before it"
 
 
 def test_nothing_is_overwritten(launched, tmp_path):

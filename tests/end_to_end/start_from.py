@@ -48,10 +48,12 @@ def main():
         for family in ("gpt2", "llama")
         for stage, precision in ((0, "fp32"), (1, "bf16"), (3, "fp32"), (3, "bf16"))
     }
+    weights["gpt_neox 3 bf16"] = starting_weights("gpt_neox", 3, "bf16")
     torch.save(weights, FOLDER / f"weights_{rank}.pt")
     for family in ("gpt2", "llama"):
         for stage in (0, 3):
             train.main(config_of(family, f"{family}_{stage}", stage, 1, FOLDER / family))
+    train.main(config_of("gpt_neox", "gpt_neox_3", 3, 1, FOLDER / "gpt_neox"))
     train.main(config_of("gpt2", "short", 3, 1, FOLDER / "gpt2", block_size=8))
     # going on: what it started from is not there any more
     train.main(config_of("llama", "llama_3", 3, 2, FOLDER / "gone"))

@@ -1,0 +1,72 @@
+"""Runs of random models, written as a run of two ranks leaves them but without training: for the tests of what is
+done with a trained model."""
+
+import json
+import random
+
+import torch
+
+import checkpoint
+from config import Config, DataConfig, ModelConfig
+from data import pipeline
+from data.mixture import Mixture
+from data.shards import write_json
+from model import GPT
+from pieces import write_tensors
+
+GPT2 = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=270, init_std=0.1)
+NEOX = ModelConfig(**vars(GPT2) | {"position": "rotary", "tie_embeddings": False})
+LLAMA = ModelConfig(
+    **vars(GPT2) | {"norm": "rmsnorm", "position": "rotary", "mlp": "swiglu", "bias": False, "n_kv_head": 2}
+)
+FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "gpt_neox": NEOX}
+OF_NO_FAMILY = ModelConfig(**vars(LLAMA) | {"position": "learned", "mlp": "gelu"})
+
+
+def write_data(folder, tokenizer="bytes"):
+    """Random text of a few letters in the form of a data set. Returns the folder as a string."""
+    generator = random.Random(3)
+    texts = ["".join(generator.choices("abc xyz\n", k=300)) for _ in range(60)]
+    flags = ["--out", str(folder), "--workers", "1", "--val_fraction", "0.2"]
+    documents = ((str(number), text) for number, text in enumerate(texts))
+    pipeline.prepare(documents, str(tokenizer), pipeline.options("", ".").parse_args(flags))
+    return str(folder)
+
+
+@torch.no_grad()
+def random_model(config, seed=1):
+    """A GPT whose norms and biases are not all ones and zeros, and which is sure enough of what it says."""
+    model = GPT(ModelConfig(**vars(config) | {"init_std": 0.2}), seed).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def write_run(run, config, data, step=5):
+    """Write a run's folder with one checkpoint of `random_model`, each parameter cut in two. Returns the model."""
+    model = random_model(config)
+    parameters = dict(model.named_parameters())
+    folder, name = run / "checkpoints", checkpoint.name_of(step)
+    (folder / f"{name}.tmp").mkdir(parents=True)
+    files = {}
+    for rank in (0, 1):
+        tensors = {}
+        for key, parameter in parameters.items():
+            cut, flat = parameter.numel() // 3, parameter.detach().flatten()
+            tensors[f"fp32/{key}/{rank * cut}"] = (flat[cut:] if rank else flat[:cut]).contiguous()
+        file = f"rank_{rank:05d}.safetensors"
+        files[file] = write_tensors(folder / f"{name}.tmp" / file, tensors)
+    everything = {"model": config, "data": DataConfig(data)}
+    state = {"step": step, "tokens": step * 1024, "optimizer_steps": step, "files": files, "loss_scaler": {}}
+    state |= {"config": Config(**everything).to_dict(), "world_size": 2, "stage": 3, "precision": "fp32"}
+    state |= {"parameters": {key: list(parameter.shape) for key, parameter in parameters.items()}}
+    state |= {"tied": {"head.weight": "token_embedding.weight"} if config.tie_embeddings else {}}
+    state |= {"data": Mixture(data, "train", config.block_size, config.vocab_size, 1).fingerprint()}
+    state |= {"versions": {"torch": torch.__version__, "git": "abc1234", "device": "cpu"}, "best_val_loss": 5.0}
+    checkpoint.commit(folder, name, state, best=True)
+    line = {"step": step, "tokens": step * 1024}
+    write_lines = [line | {"loss": 5.5}, line | {"val_loss": 5.0}]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in write_lines))
+    write_json(run / "config.json", state["config"])
+    return model
