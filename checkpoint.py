@@ -362,13 +362,6 @@ def open_weights(path):
     return state, config, read
 
 
-def load_weights(path):
-    """As `open_weights`, but with whole float32 weights by name, all of them in memory."""
-    state, config, read = open_weights(path)
-    weights = {name: read(name) for name in state["parameters"]}
-    return state, config, weights | {name: weights[same] for name, same in state["tied"].items()}
-
-
 # -- is it the same run? -------------------------------------------------------------------------
 
 

@@ -484,9 +484,9 @@ def test_other_types_and_no_tokenizer(launched, tmp_path, monkeypatch, capsys):
     source = launched / "gpt2_0"
     export.main([str(source), str(tmp_path / "half"), "--dtype", "bfloat16"])
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
-    weights = checkpoint.load_weights(checkpoint.find(source, "best"))[2]
+    read = checkpoint.open_weights(checkpoint.find(source, "best"))[2]
     assert theirs.dtype == torch.bfloat16
-    assert torch.equal(theirs.transformer.wte.weight, weights["token_embedding.weight"].bfloat16())
+    assert torch.equal(theirs.transformer.wte.weight, read("token_embedding.weight").bfloat16())
     (launched / "data" / "meta.json").rename(launched / "data" / "away")
     capsys.readouterr()
     try:

@@ -43,6 +43,12 @@ def random_model(config, seed=1):
     return model
 
 
+def write_file(path, tensors):
+    """A checkpoint's file of flat tensors, {name: tensor}. Returns its entry in state.json."""
+    sizes = {name: (tensor.dtype, len(tensor)) for name, tensor in tensors.items()}
+    return write_tensors(path, sizes, tensors.values())
+
+
 def write_run(run, config, data, step=5):
     """Write a run's folder with one checkpoint of `random_model`, each parameter cut in two. Returns the model."""
     model = random_model(config)
@@ -56,7 +62,7 @@ def write_run(run, config, data, step=5):
             cut, flat = parameter.numel() // 3, parameter.detach().flatten()
             tensors[f"fp32/{key}/{rank * cut}"] = (flat[cut:] if rank else flat[:cut]).contiguous()
         file = f"rank_{rank:05d}.safetensors"
-        files[file] = write_tensors(folder / f"{name}.tmp" / file, tensors)
+        files[file] = write_file(folder / f"{name}.tmp" / file, tensors)
     everything = {"model": config, "data": DataConfig(data)}
     state = {"step": step, "tokens": step * 1024, "optimizer_steps": step, "files": files, "loss_scaler": {}}
     state |= {"config": Config(**everything).to_dict(), "world_size": 2, "stage": 3, "precision": "fp32"}

@@ -12,8 +12,8 @@ import checkpoint
 import pieces
 import train
 from data.shards import TokenStream
+from eval import load_model, open_trained
 from metrics import read_metrics
-from model import GPT
 from tests.conftest import deepspeed_command, run
 from tests.end_to_end.parity_settings import MOVES, SETTINGS
 
@@ -152,9 +152,8 @@ def test_loading_and_saving_again_keeps_every_bit_and_the_settings_of_the_config
 
 @pytest.mark.parametrize("name", ["moved", "stage_3_2", "all_at_once_and_back"])
 def test_weights_put_together_in_one_process_are_those_that_were_trained(folder, small_data, name):
-    _, config, weights = checkpoint.load_weights(folder / name / "checkpoints" / "step_00000150")
-    model = GPT(config.model)
-    model.load_state_dict(weights)
-    stream = TokenStream(small_data, "val", config.model.block_size)
-    loss = train.evaluate(model, stream, config.train.eval_tokens, 4, torch.device("cpu"))
+    path = folder / name / "checkpoints" / "step_00000150"
+    trained, wanted = open_trained(path), checkpoint.read_state(path)["config"]["train"]["eval_tokens"]
+    stream = TokenStream(small_data, "val", trained.model.block_size)
+    loss = train.evaluate(load_model(trained), stream, wanted, 4, torch.device("cpu"))
     assert loss == pytest.approx(steps_and_evaluations(folder / name)[-1]["val_loss"], rel=1e-6)
