@@ -8,6 +8,7 @@ import secrets
 from pathlib import Path
 
 import torch
+from torch import distributed
 
 from config import ModelConfig
 
@@ -64,11 +65,21 @@ def recomputed_flops_per_token(config: ModelConfig, recompute_every):
     return blocks / config.n_layer * (2 * matrices + 4 * config.n_layer * config.n_embd * config.block_size)
 
 
-def peak_memory_bytes():
-    """Most memory this rank has held so far: allocated on its GPU, or resident where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_memory():
+    """Most bytes that any rank has held so far, as a step line has them: tensors on its GPU (resident memory
+    where there is none), what torch's allocator took from the GPU for them (null where there is none), and
+    resident memory of the process. Every rank must call this: it asks the others."""
+    on_gpu = torch.cuda.is_available()
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    allocated, reserved = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if on_gpu else (0, 0)
+    peaks = torch.tensor([allocated, reserved, resident], device="cuda" if on_gpu else "cpu")
+    distributed.all_reduce(peaks, op=distributed.ReduceOp.MAX)
+    allocated, reserved, resident = peaks.tolist()
+    return {
+        "peak_memory_bytes": allocated if on_gpu else resident,
+        "peak_reserved_bytes": reserved if on_gpu else None,
+        "peak_cpu_bytes": resident,
+    }
 
 
 def duration(seconds):

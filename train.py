@@ -264,8 +264,7 @@ def main(config, watch=None):
             say(f"step {step}: {fault}; samples {samples[0]} to {samples[1]} {steps.answer(step, train)}")
 
         if step % train.log_every == 0 or step == 1 or step == total_steps:
-            memory = torch.tensor(metrics.peak_memory_bytes(), device=device)
-            comm.all_reduce(memory, op=comm.ReduceOp.MAX)
+            memory = metrics.peak_memory()
             step_seconds = (time.perf_counter() - timed_from) / timed_steps
             tokens_per_second = train.global_batch_tokens / step_seconds
             tflops = tokens_per_second * flops / world_size / 1e12
@@ -281,8 +280,7 @@ def main(config, watch=None):
                 "tflops": tflops,
                 "mfu": tflops * 1e12 / peak if peak else None,
                 "hfu": tflops * 1e12 / peak * hardware_flops / flops if peak else None,
-                "peak_memory_bytes": memory.item(),
-            }
+            } | memory
             if rank == 0:
                 log.write(line)
             say(metrics.console_line(line, total_steps))
