@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -164,6 +165,9 @@ class TrainConfig:
         ["data.path", "train.seed", "train.global_batch_tokens"],
     )
     loggers: list[str] = key([], "where metrics go besides metrics.jsonl", ["tensorboard", "wandb"])
+    profile: str | None = key(
+        None, "steps that torch's profiler records on rank 0, into the run's folder: FIRST:LAST; null: none"
+    )
     verbose: bool = key(False, "show DeepSpeed's own log")
 
     def check(self):
@@ -176,6 +180,20 @@ class TrainConfig:
                 f"train.max_tokens: {self.max_tokens} is less than one step "
                 f"(train.global_batch_tokens {self.global_batch_tokens}); raise it to at least that"
             )
+        if self.profile is not None:
+            first, last = self.profile_steps or (0, 0)
+            steps = self.max_tokens // self.global_batch_tokens
+            if not 1 <= first <= last or (last > steps and not self.allow_changed):
+                raise UserError(
+                    f"train.profile: found {json.dumps(self.profile)}, expected the first and last step to record, "
+                    f"as 10:15, of 1 to {steps}"
+                )
+
+    @property
+    def profile_steps(self):
+        """First and last step to record, or None."""
+        numbers = re.fullmatch(r"(\d+):(\d+)", self.profile or "")
+        return tuple(map(int, numbers.groups())) if numbers else None
 
 
 @dataclass

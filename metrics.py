@@ -5,6 +5,8 @@ import math
 import re
 import resource
 import secrets
+import shutil
+import time
 from pathlib import Path
 
 import torch
@@ -27,6 +29,10 @@ PEAK_FLOPS = {
     r"GeForce RTX 4090$": 165e12,
     r"GeForce RTX 3090$": 71e12,
 }
+
+# Seconds that W&B may take to begin, which is how long a run without a network waits, and to end, where it would
+# wait for the network for ever. In between it never waits.
+WANDB_PATIENCE = {"init_timeout": 30, "finish_timeout": 60}
 
 
 def peak_flops(device_name):
@@ -65,6 +71,22 @@ def recomputed_flops_per_token(config: ModelConfig, recompute_every):
     return blocks / config.n_layer * (2 * matrices + 4 * config.n_layer * config.n_embd * config.block_size)
 
 
+def throughput(config, step_seconds, devices, device_name):
+    """What a step line says of speed. config: of the run; devices: how many took part. tflops: model FLOPs
+    of one device; mfu, hfu: its model and hardware FLOPs over its peak, None where that is unknown."""
+    tokens_per_second = config.train.global_batch_tokens / step_seconds
+    flops, peak = flops_per_token(config.model), peak_flops(device_name)
+    recomputed = recomputed_flops_per_token(config.model, int(config.train.activation_checkpointing))
+    per_device = tokens_per_second * flops / devices
+    mfu = per_device / peak if peak else None
+    return {
+        "tokens_per_second": tokens_per_second,
+        "tflops": per_device / 1e12,
+        "mfu": mfu,
+        "hfu": mfu * (flops + recomputed) / flops if peak else None,
+    }
+
+
 def peak_memory():
     """Most bytes that any rank has held so far, as a step line has them: tensors on its GPU (resident memory
     where there is none), what torch's allocator took from the GPU for them (null where there is none), and
@@ -80,6 +102,63 @@ def peak_memory():
         "peak_reserved_bytes": reserved if on_gpu else None,
         "peak_cpu_bytes": resident,
     }
+
+
+class Stopwatch:
+    """Where the time of a step goes, on this rank: averages over the steps since the last reading.
+
+    The end of each part is marked; what lies between two marks is the second one's. On a GPU, whose work the
+    host has only queued by then, a mark is an event in that queue, and the host never waits for it: so
+    `data_seconds` is how long the device stood waiting for data. The whole step is measured apart from
+    its parts, by the host's clock, so their sum shows what they miss."""
+
+    def __init__(self, device):
+        self.on_gpu = device.type == "cuda"
+        self.forget()
+
+    def forget(self):
+        self.parts = {"data": 0.0, "forward_backward": 0.0, "optimizer": 0.0}
+        self.marks, self.steps, self.seconds, self.running_since = [], 0, 0.0, None
+
+    def start_step(self):
+        self.running_since = self.running_since or time.perf_counter()
+        self.steps += 1
+        self.add_up()
+        self.mark(None)
+
+    def mark(self, part):
+        """What was done since the last mark was `part`, a key of self.parts; None: no part of a step."""
+        if self.on_gpu:
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        else:
+            moment = time.perf_counter()
+        self.marks.append((part, moment))
+
+    def add_up(self):
+        """Add up the parts whose ends the device has passed already."""
+        while len(self.marks) > 1 and (not self.on_gpu or self.marks[1][1].query()):
+            (_, start), (part, end) = self.marks[:2]
+            if part:
+                self.parts[part] += start.elapsed_time(end) / 1000 if self.on_gpu else end - start
+            del self.marks[0]
+
+    def pause(self):
+        """Wait for the device; what follows until the next step, as evaluating or saving, does not count."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        if self.running_since is not None:
+            self.seconds += time.perf_counter() - self.running_since
+        self.running_since = None
+
+    def read(self):
+        """{"step_seconds": ..., "data_seconds": ..., ...} of one step; forgets them, and pauses."""
+        self.pause()
+        self.add_up()
+        seconds = {"step": self.seconds} | self.parts
+        averages = {f"{name}_seconds": value / self.steps for name, value in seconds.items()}
+        self.forget()
+        return averages
 
 
 def duration(seconds):
@@ -100,6 +179,53 @@ def console_line(line, total_steps):
     )
 
 
+class Profiler:
+    """Records what this process does in some steps with torch's profiler: run/profile/ then holds a trace, to be
+    opened in ui.perfetto.dev or chrome://tracing, and a table of the ten operators that took the longest,
+    which is printed too. steps: first and last, or None for no profile. A run that is resumed between
+    them records the rest, one that is resumed behind them nothing."""
+
+    def __init__(self, run, steps):
+        self.folder, self.recording = Path(run) / "profile", None
+        self.first, self.last = steps or (0, -1)
+
+    def start_step(self, step):
+        if self.first <= step <= self.last and not self.recording:
+            self.first, self.recording = step, torch.profiler.profile()  # of the CPU, and of a GPU if there is one
+            self.recording.start()
+
+    def end_step(self, step, ending=False):
+        """Behind the last of the steps, or where the run ends before it, writes what was recorded."""
+        if not self.recording or (step < self.last and not ending):
+            return
+        self.recording.stop()
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / f"steps_{self.first}_to_{step}"
+        self.recording.export_chrome_trace(f"{path}.json.gz")
+        table = heaviest_operators(self.recording.key_averages(), step + 1 - self.first)
+        path.with_suffix(".txt").write_text(table + "\n")
+        print(f"profile of steps {self.first} to {step} of rank 0 in {path}.json.gz\n{table}", flush=True)
+        self.recording = None
+
+
+def heaviest_operators(operators, steps, rows=10):
+    """A table of the operators that took the longest by themselves, without those they call: on the GPU if
+    anything ran there, else on the CPU. operators: torch.profiler's key_averages."""
+    on_gpu = any(operator.self_device_time_total for operator in operators)
+    kind = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    # kernels have entries of their own, whose time is also that of the operator that started them
+    operators = [operator for operator in operators if operator.device_type == torch.autograd.DeviceType.CPU]
+    operators = sorted(operators, key=lambda operator: getattr(operator, kind), reverse=True)
+    total = sum(getattr(operator, kind) for operator in operators) or 1
+    device = "GPU" if on_gpu else "CPU"
+    lines = [f"{'operator':60} {'calls/step':>10} {device:>4} ms/step {'share':>6}"]
+    for operator in operators[:rows]:
+        own, calls = getattr(operator, kind), operator.count / steps  # own: microseconds
+        name = operator.key if len(operator.key) <= 60 else operator.key[:57] + "..."
+        lines.append(f"{name:60} {calls:>10.1f} {own / 1000 / steps:>12.3f} {own / total:>6.1%}")
+    return "\n".join(lines)
+
+
 def read_metrics(run):
     """The lines of a run's metrics.jsonl as dictionaries. A last line cut by a crash is left out."""
     path = Path(run) / "metrics.jsonl"
@@ -112,18 +238,23 @@ def read_metrics(run):
     return lines
 
 
+def numbers_of(line):
+    """What a logger is sent of a line of metrics.jsonl."""
+    return {key: value for key, value in line.items() if key != "step" and isinstance(value, int | float)}
+
+
 class MetricsLog:
     """Writes metrics.jsonl, one object a line, and sends the same numbers to TensorBoard and W&B if asked.
 
-    A resumed run first drops the lines behind its checkpoint, because it will write those steps again;
-    TensorBoard purges them too, and W&B goes on with the run of the same id. Neither can stop the run:
-    one that fails is named once and left out from then on."""
+    A resumed run first drops the lines behind its checkpoint, because it will write those steps again, and
+    goes on in the same TensorBoard folder and W&B run. Neither of the two can stop the run: one that
+    fails is named once and left out from then on."""
 
     def __init__(self, run, resumed_at, loggers=(), config=None):
         self.path = Path(run) / "metrics.jsonl"
-        kept = [line for line in read_metrics(run) if line["step"] <= resumed_at] if resumed_at else []
+        self.kept = [line for line in read_metrics(run) if line["step"] <= resumed_at] if resumed_at else []
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
         temporary.replace(self.path)
         self.loggers = {}  # name -> (send(numbers, step), close())
         for name in loggers:
@@ -134,18 +265,42 @@ class MetricsLog:
     def start_tensorboard(self, run, resumed_at, config):
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(run / "tensorboard", purge_step=resumed_at + 1)
+        writer = SummaryWriter(run / "tensorboard", purge_step=resumed_at + 1)  # readers drop what lies behind it
         return lambda numbers, step: [writer.add_scalar(*item, step) for item in numbers.items()], writer.close
 
     def start_wandb(self, run, resumed_at, config):
+        """W&B's server passes over steps that it has. Offline there is none: every start makes a folder, and of
+        several with the same id `wandb sync` leaves only the last one's steps. So each new one gets the
+        whole history, which is in metrics.jsonl, and the ones before it go."""
         import wandb
 
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+            raise ConnectionError("no API key; call `wandb login` first, or set WANDB_MODE=offline")
         id_file = run / "wandb_id"
-        if not resumed_at or not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
-        run_id = id_file.read_text()
-        session = wandb.init(project="minzero", name=run.name, id=run_id, resume="allow", dir=run, config=config)
-        return session.log, session.finish
+        last_id = id_file.read_text() if id_file.exists() else ""
+        run_id = last_id if resumed_at and last_id else secrets.token_hex(4)
+        id_file.write_text(run_id)
+        superseded = list((run / "wandb").glob(f"offline-run-*-{last_id}"))
+        session = wandb.init(
+            project="minzero",
+            name=run.name,
+            id=run_id,
+            resume="allow",
+            dir=run,
+            config=config,
+            settings=wandb.Settings(**WANDB_PATIENCE),
+        )
+
+        def send(numbers, step):
+            if step >= session.step:  # else the server has it, or it is the line of a save in the background
+                session.log(numbers, step=step)
+
+        if session.offline or superseded:
+            for line in sorted(self.kept, key=lambda line: line["step"]):
+                send(numbers_of(line), line["step"])
+        for folder in superseded:
+            shutil.rmtree(folder)
+        return send, session.finish
 
     def attempt(self, name, action, *arguments):
         """What the action returns, or None if it failed: then the logger is left out from now on."""
@@ -164,9 +319,8 @@ class MetricsLog:
         }
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
-        numbers = {key: value for key, value in line.items() if key != "step" and isinstance(value, int | float)}
         for name, (send, _) in list(self.loggers.items()):
-            self.attempt(name, send, numbers, line["step"])
+            self.attempt(name, send, numbers_of(line), line["step"])
 
     def close(self):
         for name, (_, close) in list(self.loggers.items()):

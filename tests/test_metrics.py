@@ -1,6 +1,12 @@
 import json
 import math
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+
+import metrics
 from config import ModelConfig
 from metrics import MetricsLog, console_line, count_parameters, duration, flops_per_token, peak_flops, read_metrics
 from plot import plot_loss, smooth
@@ -99,21 +105,142 @@ def test_tensorboard_holds_each_step_once_after_a_resume(tmp_path):
     assert "mfu" not in events.Tags()["scalars"], "null is no number"
 
 
-def test_wandb_runs_offline_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch):
+def wandb_rows(run):
+    """The history rows in all offline files of a run, as W&B writes them: protobuf records in LevelDB's log format
+    (https://github.com/google/leveldb/blob/main/doc/log_format.md), behind a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    rows = []
+    for path in sorted((run / "wandb").glob("offline-run-*/*.wandb")):
+        content, at, parts = path.read_bytes(), 7, b""
+        while at + 7 <= len(content):
+            if 32768 - at % 32768 < 7:  # the rest of a block, too short for a header
+                at += 32768 - at % 32768
+                continue
+            length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+            parts += content[at + 7 : at + 7 + length]
+            at += 7 + length
+            if kind in (1, 4):  # a whole record, or the last part of one
+                record = Record.FromString(parts)
+                if record.WhichOneof("record_type") == "history":
+                    items = record.history.item
+                    rows.append({"/".join([i.key, *i.nested_key]).strip("/"): json.loads(i.value_json) for i in items})
+                parts = b""
+    return rows
+
+
+def offline_wandb(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    for resumed_at in (0, 6):
+    forget_wandb_settings()
+
+
+def forget_wandb_settings():
+    """W&B reads the environment once in a process; a run is a process, a test is not."""
+    import wandb
+
+    wandb.teardown()
+
+
+def test_wandb_offline_holds_each_step_of_an_interrupted_run_once(tmp_path, monkeypatch):
+    """Interrupted at step 10, resumed at 6: the second folder of the same id holds everything and is the only one."""
+    offline_wandb(monkeypatch)
+    for resumed_at, last, loss in ((0, 10, 1.0), (6, 12, 2.0)):
+        time.sleep(1.1 if resumed_at else 0)  # a folder's name says the second in which it began
         log = MetricsLog(tmp_path, resumed_at, ["wandb"], {"train": {"lr": 1}})
-        assert "wandb" in log.loggers
-        log.write(LINE | {"step": resumed_at + 1})
+        for step in range(resumed_at + 1, last + 1):
+            log.write(LINE | {"step": step, "loss": loss})
+            if step % 3 == 0:
+                log.write({"step": step, "tokens": step * 100, "val_loss": loss})
+        log.write({"step": last - 2, "tokens": 0, "save_seconds": 1.0})  # of a save in the background
+        run_id = (tmp_path / "wandb_id").read_text()
+        assert [folder.name[-8:] for folder in (tmp_path / "wandb").glob("offline-run-*")] == [run_id]
         log.close()
-    run_id = (tmp_path / "wandb_id").read_text()
-    files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(files) >= 1 and all(file.name == f"run-{run_id}.wandb" for file in files)
+    rows = wandb_rows(tmp_path)
+    assert [(row["_step"], row["loss"]) for row in rows] == [(step, 1.0 if step <= 6 else 2.0) for step in range(1, 13)]
+    assert [row["_step"] for row in rows if "val_loss" in row] == [3, 6, 9, 12]
+    assert "mfu" not in rows[0] and rows[0]["peak_memory_bytes"] == 2**30
+
+
+def test_a_run_begun_anew_leaves_no_wandb_files_of_the_abandoned_one(tmp_path, monkeypatch):
+    offline_wandb(monkeypatch)
+    ids = set()
+    for wait in (0, 1.1):
+        time.sleep(wait)
+        log = MetricsLog(tmp_path, 0, ["wandb"])
+        log.write(LINE | {"step": 1})
+        log.close()
+        ids.add((tmp_path / "wandb_id").read_text())
+    assert len(ids) == 2 and [row["_step"] for row in wandb_rows(tmp_path)] == [1]
+
+
+def test_wandb_without_a_key_is_left_out_and_never_asks(tmp_path, monkeypatch, capsys):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where W&B looks for a key
+    forget_wandb_settings()
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1))
+    log = MetricsLog(tmp_path, 0, ["wandb"])
+    log.write(LINE)
+    assert not log.loggers and not asked
+    assert "no API key; call `wandb login` first, or set WANDB_MODE=offline; the run goes on" in capsys.readouterr().out
+
+
+class HalfAServer(BaseHTTPRequestHandler):
+    """As much of W&B's server as its client needs to begin a run."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        project = {"id": "1", "name": "minzero", "entity": {"id": "1", "name": "me"}}
+        bucket = {"id": "1", "name": "run", "displayName": "run", "config": "{}", "project": project}
+        data = {"upsertBucket": {"bucket": bucket, "inserted": True}, "model": None, "project": None}
+        data |= {"viewer": {"id": "1", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
+        answer = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_POST
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("dies", ["before the run", "during the run"])
+def test_a_network_that_fails_neither_stops_nor_holds_up_a_run(dies, tmp_path, monkeypatch, capsys):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), HalfAServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    forget_wandb_settings()
+    monkeypatch.setattr(metrics, "WANDB_PATIENCE", {"init_timeout": 3, "finish_timeout": 1})
+
+    def die():
+        server.shutdown()
+        server.server_close()
+
+    if dies == "before the run":
+        die()
+    log = MetricsLog(tmp_path, 0, ["wandb"])
+    assert ("wandb" in log.loggers) == (dies == "during the run")
+    if dies == "during the run":
+        die()
+    lines = [LINE | {"step": step} for step in range(1, 1001)]
+    for line in lines:
+        log.write(line)
+    log.close()
+    assert read_metrics(tmp_path) == lines
+    said = capsys.readouterr().out
+    assert ("wandb: CommError: " in said and "the run goes on without it" in said) == (dies == "before the run")
 
 
 def test_a_logger_that_fails_is_named_and_left_out(tmp_path, monkeypatch, capsys):
     import wandb
+
+    offline_wandb(monkeypatch)
 
     def fail(**_):
         raise ConnectionError("no route to host\nand more")
