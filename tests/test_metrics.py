@@ -110,6 +110,7 @@ def wandb_rows(run):
     (https://github.com/google/leveldb/blob/main/doc/log_format.md), behind a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
+    forget_wandb_settings()  # as the end of a process does, this waits until the files are written
     rows = []
     for path in sorted((run / "wandb").glob("offline-run-*/*.wandb")):
         content, at, parts = path.read_bytes(), 7, b""
