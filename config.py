@@ -318,7 +318,9 @@ def build(values, source):
                     raise UserError(f"{source}: deepspeed.{name} follows from {OURS[name]}; set that and remove this")
                 if name not in DEEPSPEED_KEYS:
                     raise UserError(f"{source}: unknown key deepspeed.{name}; {did_you_mean(name, DEEPSPEED_KEYS)}")
-                if name in ("bf16", "fp16", "zero_optimization") and not isinstance(content[name], dict):
+                if name in ("bf16", "comms_logger", "fp16", "zero_optimization") and not isinstance(
+                    content[name], dict
+                ):
                     raise UserError(
                         f"{source}: deepspeed.{name}: found {json.dumps(content[name])}, expected an object"
                     )

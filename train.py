@@ -313,6 +313,8 @@ def main(config, watch=None):
             say(f"stopped by {watch.reason or 'a signal to another rank'} behind step {step}; the same command goes on")
             break
 
+    if ds_config.get("comms_logger", {}).get("enabled"):
+        comm.log_summary()  # rank 0 prints; the others are asked
     if rank == 0:
         log.close()
     return val_loss

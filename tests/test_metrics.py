@@ -1,5 +1,4 @@
 import json
-import math
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,7 +8,6 @@ import pytest
 import metrics
 from config import ModelConfig
 from metrics import MetricsLog, console_line, count_parameters, duration, flops_per_token, peak_flops, read_metrics
-from plot import plot_loss, smooth
 
 
 def test_sizes_of_gpt2_are_the_published_ones():
@@ -65,25 +63,6 @@ def test_a_resumed_log_holds_each_step_once(tmp_path):
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert [line["loss"] for line in lines] == [1.0] * 6 + [2.0] * 6
     assert MetricsLog(tmp_path, 0) and read_metrics(tmp_path) == []
-
-
-def test_smoothing_is_unbiased_and_survives_nan():
-    assert smooth([3.0, 3.0, 3.0], 0.9) == [3.0, 3.0, 3.0] or math.isclose(smooth([3.0] * 3, 0.9)[2], 3.0)
-    values = smooth([1.0, math.nan, 1.0], 0.5)
-    assert all(math.isclose(value, 1.0) for value in values)
-
-
-def test_a_picture_is_drawn_from_any_number_of_points(tmp_path):
-    for number in (0, 1, 3, 300):
-        run = tmp_path / str(number)
-        run.mkdir()
-        log = MetricsLog(run, 0)
-        for step in range(1, number + 1):
-            log.write(LINE | {"step": step, "tokens": step * 100, "loss": math.nan if step == 2 else 5 / step})
-            if step % 100 == 0:
-                log.write({"step": step, "tokens": step * 100, "val_loss": 5 / step})
-        plot_loss([run], run / "loss.png")
-        assert (run / "loss.png").stat().st_size > 5000
 
 
 def test_tensorboard_holds_each_step_once_after_a_resume(tmp_path):
