@@ -15,11 +15,16 @@ import os
 import platform
 import socket
 import subprocess
+import sys
 import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
 
+from config import help_if_asked
+
+if __name__ == "__main__":
+    help_if_asked(sys.argv[1:])  # in front of the imports that take seconds
 import torch
 
 if not torch.cuda.is_available():
