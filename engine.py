@@ -7,7 +7,9 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed import comm
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig as ZeroConfig
+from pydantic import ValidationError
 
 import export
 from config import UserError, did_you_mean, offload_device, offloads_optimizer, zero_stage
@@ -45,6 +47,26 @@ def check_zero_section(section):
             raise UserError(
                 f"deepspeed.zero_optimization.{name}.device: nvme cannot be saved from; expected cpu or none"
             )
+
+
+def check_deepspeed(ds_config):
+    """Check a complete DeepSpeed configuration as DeepSpeed will when the engine is built, but with one line for
+    the user at the end. Raises UserError."""
+    check_zero_section(ds_config.get("zero_optimization", {}))
+    batch = {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    try:
+        DeepSpeedConfig(ds_config | batch)  # the true batch needs the true number of ranks
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        sections = [name for name, content in ds_config.items() if isinstance(content, dict) and where in content]
+        section = sections[0] if len(sections) == 1 else error.title
+        raise UserError(f"deepspeed.{section}.{where}: found {first['input']!r}: {first['msg']}") from None
+    except (ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:
+        raise UserError(
+            f"deepspeed: DeepSpeed refuses this section ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"its keys: {', '.join(ds_config)}"
+        ) from None
 
 
 def missing_apex():

@@ -48,7 +48,7 @@ from config import (
 from data import order
 from data.mixture import Mixture
 from data.shards import cannot_write, write_json
-from engine import build_engine, check_zero_section, choose_kernels, resolve_precision, why_not_compiled
+from engine import build_engine, check_deepspeed, choose_kernels, resolve_precision, why_not_compiled
 from model import IGNORE
 
 
@@ -158,7 +158,7 @@ def main(config, watch=None):
     accumulation = gradient_accumulation(config, world_size)
     precision = resolve_precision(train.precision, device)
     ds_config = deepspeed_config(config, world_size, precision, on_gpu=device.type == "cuda")
-    check_zero_section(ds_config.get("zero_optimization", {}))
+    check_deepspeed(ds_config)
     kernels, why_kernels = choose_kernels(train.kernels, device)
 
     # ---- model and optimizer, new or from a checkpoint

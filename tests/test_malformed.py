@@ -152,6 +152,9 @@ CONFIGS = [  # section, key, value or NO_VALUE, what the line names
     ("deepspeed", "zero_optimization", {"stage": 7}, "deepspeed.zero_optimization.stage"),
     ("deepspeed", "zero_optimization", {"stages": 3}, "did you mean stage?"),
     ("deepspeed", "bf16", {"enabled": True}, "train.precision"),
+    ("deepspeed", "comms_logger", {"enabld": True}, "deepspeed.comms_logger.enabld: found True"),
+    ("deepspeed", "comms_logger", {"prof_ops": 3}, "deepspeed.comms_logger.prof_ops: found 3"),
+    ("deepspeed", "aio", 3, "DeepSpeed refuses this section"),
     ("optimizer", NO_VALUE, {}, "unknown section 'optimizer'"),
     ("model", NO_VALUE, [], "section 'model' must be a JSON object"),
 ]

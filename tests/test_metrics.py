@@ -4,10 +4,20 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 
 import metrics
 from config import ModelConfig
-from metrics import MetricsLog, console_line, count_parameters, duration, flops_per_token, peak_flops, read_metrics
+from metrics import (
+    MetricsLog,
+    Stopwatch,
+    console_line,
+    count_parameters,
+    duration,
+    flops_per_token,
+    peak_flops,
+    read_metrics,
+)
 
 
 def test_sizes_of_gpt2_are_the_published_ones():
@@ -231,3 +241,45 @@ def test_a_logger_that_fails_is_named_and_left_out(tmp_path, monkeypatch, capsys
     log.close()
     assert read_metrics(tmp_path) == [LINE]
     assert capsys.readouterr().out == "wandb: ConnectionError: no route to host; the run goes on without it\n"
+
+
+def test_the_stopwatch_gives_each_part_its_time_and_pauses_to_none(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    clock = Stopwatch(torch.device("cpu"))
+    for _ in range(2):
+        for seconds, what in ((100, clock.start_step), (1, "data"), (4, "forward_backward"), (0, "optimizer")):
+            now[0] += seconds
+            what() if callable(what) else clock.mark(what)
+        for seconds, what in ((2, "data"), (6, "forward_backward"), (3, "optimizer")):
+            now[0] += seconds
+            clock.mark(what)
+        now[0] += 0.5  # belongs to the step, and to none of its parts
+        clock.pause()
+    seconds = clock.read()
+    assert seconds["step_seconds"] == 16.5
+    assert (seconds["data_seconds"], seconds["forward_backward_seconds"], seconds["optimizer_seconds"]) == (3, 10, 3)
+    clock.start_step()
+    now[0] += 7
+    clock.mark("data")
+    assert clock.read() == {"step_seconds": 7} | {f"{part}_seconds": 7 * (part == "data") for part in clock.parts}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_stopwatch_never_waits_for_a_gpu_in_a_step():
+    """The host queues seconds of products and goes on; what they took is found at the reading."""
+    device = torch.device("cuda")
+    matrix, clock = torch.randn(8192, 8192, device=device), Stopwatch(device)
+    (matrix @ matrix).sum().item()
+    began = time.perf_counter()
+    for _ in range(3):
+        clock.start_step()
+        clock.mark("data")
+        for _ in range(20):
+            matrix @ matrix
+        clock.mark("forward_backward")
+        clock.mark("optimizer")
+    queued = time.perf_counter() - began
+    seconds = clock.read()
+    assert 3 * seconds["forward_backward_seconds"] > 5 * queued
+    assert seconds["forward_backward_seconds"] == pytest.approx(seconds["step_seconds"], rel=0.1)
