@@ -32,7 +32,7 @@ PEAK_FLOPS = {
 
 # Seconds that W&B may take to begin, which is how long a run without a network waits, and to end, where it would
 # wait for the network for ever. In between it never waits.
-WANDB_PATIENCE = {"init_timeout": 30, "finish_timeout": 60}
+WANDB_PATIENCE = {"init_timeout": 20, "finish_timeout": 60}
 
 
 def peak_flops(device_name):
@@ -269,9 +269,9 @@ class MetricsLog:
         return lambda numbers, step: [writer.add_scalar(*item, step) for item in numbers.items()], writer.close
 
     def start_wandb(self, run, resumed_at, config):
-        """W&B's server passes over steps that it has. Offline there is none: every start makes a folder, and of
-        several with the same id `wandb sync` leaves only the last one's steps. So each new one gets the
-        whole history, which is in metrics.jsonl, and the ones before it go."""
+        """Online, W&B's client passes over steps that its server has. Offline every start makes a folder, and of
+        several with the same id `wandb sync` leaves only the last one's steps (wandb/wandb#3841). So each
+        new one gets the whole history, which is in metrics.jsonl, and the ones before it go."""
         import wandb
 
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
@@ -292,7 +292,7 @@ class MetricsLog:
         )
 
         def send(numbers, step):
-            if step >= session.step:  # else the server has it, or it is the line of a save in the background
+            if step >= session.step:  # the line of a save in the background may come behind later ones
                 session.log(numbers, step=step)
 
         if session.offline or superseded:
@@ -308,7 +308,7 @@ class MetricsLog:
             return action(*arguments)
         except Exception as error:
             self.loggers.pop(name, None)
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
             print(f"{name}: {reason}; the run goes on without it", flush=True)
             return None
 

@@ -178,14 +178,24 @@ def test_wandb_without_a_key_is_left_out_and_never_asks(tmp_path, monkeypatch, c
 
 
 class HalfAServer(BaseHTTPRequestHandler):
-    """As much of W&B's server as its client needs to begin a run."""
+    """As much of W&B's server as its client needs to begin a run, or to resume one that has `history`."""
+
+    history = []
 
     def do_POST(self):
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        project = {"id": "1", "name": "minzero", "entity": {"id": "1", "name": "me"}}
-        bucket = {"id": "1", "name": "run", "displayName": "run", "config": "{}", "project": project}
-        data = {"upsertBucket": {"bucket": bucket, "inserted": True}, "model": None, "project": None}
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path.endswith("file_stream"):
+            rows = json.loads(body).get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+            self.history.extend(json.loads(row)["_step"] for row in rows)
+        entity = {"id": "1", "name": "me"}
+        bucket = {"id": "1", "name": "run", "displayName": "run", "config": "{}", "eventsLineCount": 0}
+        bucket |= {"project": {"id": "1", "name": "minzero", "entity": entity}, "historyLineCount": len(self.history)}
+        bucket |= {"logLineCount": 0, "eventsTail": "[]", "summaryMetrics": "{}", "wandbConfig": '{"t": 1}'}
+        bucket["historyTail"] = json.dumps([json.dumps({"_step": step}) for step in self.history[-1:]])
+        model = {"id": "1", "name": "minzero", "entity": entity, "bucket": bucket} if self.history else None
+        data = {"upsertBucket": {"bucket": bucket, "inserted": not self.history}, "model": model, "project": None}
         data |= {"viewer": {"id": "1", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
+        data["createRunFiles"] = {"runID": "1", "uploadHeaders": [], "files": []}
         answer = json.dumps({"data": data}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(answer)))
@@ -198,14 +208,34 @@ class HalfAServer(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("dies", ["before the run", "during the run"])
-def test_a_network_that_fails_neither_stops_nor_holds_up_a_run(dies, tmp_path, monkeypatch, capsys):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), HalfAServer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+@pytest.fixture
+def server(monkeypatch):
+    """Half a W&B server on this machine, which W&B's client is told to use."""
+    started = ThreadingHTTPServer(("127.0.0.1", 0), HalfAServer)
+    threading.Thread(target=started.serve_forever, daemon=True).start()
+    monkeypatch.setattr(HalfAServer, "history", [])
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{started.server_port}")
     monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     forget_wandb_settings()
+    yield started
+    started.shutdown()
+    started.server_close()
+
+
+def test_wandb_online_gets_each_step_of_an_interrupted_run_once(server, tmp_path):
+    for resumed_at, last in ((0, 10), (6, 12)):
+        log = MetricsLog(tmp_path, resumed_at, ["wandb"])
+        for step in range(resumed_at + 1, last + 1):
+            log.write(LINE | {"step": step})
+        assert "wandb" in log.loggers
+        log.close()
+        forget_wandb_settings()
+    assert HalfAServer.history == list(range(1, 13))
+
+
+@pytest.mark.parametrize("dies", ["before the run", "during the run"])
+def test_a_network_that_fails_neither_stops_nor_holds_up_a_run(dies, server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "WANDB_PATIENCE", {"init_timeout": 3, "finish_timeout": 1})
 
     def die():
@@ -232,15 +262,17 @@ def test_a_logger_that_fails_is_named_and_left_out(tmp_path, monkeypatch, capsys
 
     offline_wandb(monkeypatch)
 
-    def fail(**_):
-        raise ConnectionError("no route to host\nand more")
+    for message, said in (("no route to host\nand more", ": no route to host"), ("", "")):
 
-    monkeypatch.setattr(wandb, "init", fail)
-    log = MetricsLog(tmp_path, 0, ["wandb"])
-    log.write(LINE)
-    log.close()
-    assert read_metrics(tmp_path) == [LINE]
-    assert capsys.readouterr().out == "wandb: ConnectionError: no route to host; the run goes on without it\n"
+        def fail(message=message, **_):
+            raise ConnectionError(message)
+
+        monkeypatch.setattr(wandb, "init", fail)
+        log = MetricsLog(tmp_path, 0, ["wandb"])
+        log.write(LINE)
+        log.close()
+        assert read_metrics(tmp_path) == [LINE]
+        assert capsys.readouterr().out == f"wandb: ConnectionError{said}; the run goes on without it\n"
 
 
 def test_the_stopwatch_gives_each_part_its_time_and_pauses_to_none(monkeypatch):
