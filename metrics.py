@@ -1,5 +1,6 @@
 """What a run measures, and where the numbers go: throughput, FLOPs, memory, console and metrics.jsonl."""
 
+import contextlib
 import json
 import math
 import re
@@ -181,9 +182,9 @@ def console_line(line, total_steps):
 
 class Profiler:
     """Records what this process does in some steps with torch's profiler: run/profile/ then holds a trace, to be
-    opened in ui.perfetto.dev or chrome://tracing, and a table of the ten operators that took the longest,
-    which is printed too. steps: first and last, or None for no profile. A run that is resumed between
-    them records the rest, one that is resumed behind them nothing."""
+    opened in ui.perfetto.dev or chrome://tracing, and a table of the ten operators that took the longest.
+    steps: first and last, or None for no profile. A run that is resumed between them records the rest,
+    one that is resumed behind them nothing."""
 
     def __init__(self, run, steps):
         self.folder, self.recording = Path(run) / "profile", None
@@ -195,17 +196,18 @@ class Profiler:
             self.recording.start()
 
     def end_step(self, step, ending=False):
-        """Behind the last of the steps, or where the run ends before it, writes what was recorded."""
+        """Behind the last of the steps, or where the run ends before it, writes what was recorded. Returns the
+        table and where it is, or None if there is nothing to write."""
         if not self.recording or (step < self.last and not ending):
-            return
+            return None
         self.recording.stop()
         self.folder.mkdir(exist_ok=True)
         path = self.folder / f"steps_{self.first}_to_{step}"
         self.recording.export_chrome_trace(f"{path}.json.gz")
         table = heaviest_operators(self.recording.key_averages(), step + 1 - self.first)
         path.with_suffix(".txt").write_text(table + "\n")
-        print(f"profile of steps {self.first} to {step} of rank 0 in {path}.json.gz\n{table}", flush=True)
         self.recording = None
+        return f"profile of steps {self.first} to {step} of rank 0 in {path}.json.gz\n{table}"
 
 
 def heaviest_operators(operators, steps, rows=10):
@@ -309,7 +311,8 @@ class MetricsLog:
         except Exception as error:
             self.loggers.pop(name, None)
             reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-            print(f"{name}: {reason}; the run goes on without it", flush=True)
+            with contextlib.suppress(OSError):  # of a lost terminal
+                print(f"{name}: {reason}; the run goes on without it", flush=True)
             return None
 
     def write(self, line):

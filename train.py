@@ -286,7 +286,8 @@ def main(config, watch=None):
         best_now = False
         if evaluate_now or save_now or have_written or step == profiler.last:
             clock.pause()  # none of these is part of a step
-        profiler.end_step(step, ending=last or stopping)
+        if profile := profiler.end_step(step, ending=last or stopping):
+            say(profile)
         if evaluate_now:
             began = time.perf_counter()
             val_loss = evaluate(engine, val_data, train.eval_tokens, train.micro_batch_size, device, rank, world_size)

@@ -1,4 +1,6 @@
+import gzip
 import json
+import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 import metrics
-from config import ModelConfig
+from config import ModelConfig, build
 from metrics import (
     MetricsLog,
     Stopwatch,
@@ -315,3 +317,37 @@ def test_the_stopwatch_never_waits_for_a_gpu_in_a_step():
     seconds = clock.read()
     assert 3 * seconds["forward_backward_seconds"] > 5 * queued
     assert seconds["forward_backward_seconds"] == pytest.approx(seconds["step_seconds"], rel=0.1)
+
+
+def test_utilisation_is_of_one_device_and_only_where_its_peak_is_known():
+    config = build({"train": {"activation_checkpointing": True}}, "x")
+    line = metrics.throughput(config, 2.0, 8, "NVIDIA H100 80GB HBM3")
+    assert line["tokens_per_second"] == config.train.global_batch_tokens / 2
+    per_device = flops_per_token(config.model) * line["tokens_per_second"] / 8
+    assert line["tflops"] == pytest.approx(per_device / 1e12) and line["mfu"] == pytest.approx(per_device / 989e12)
+    assert 1.2 < line["hfu"] / line["mfu"] < 1 + 1 / 3, "every block's forward pass again, but not the output layer's"
+    line = metrics.throughput(config, 2.0, 8, "AMD EPYC")
+    assert line["tflops"] == pytest.approx(per_device / 1e12) and line["mfu"] is line["hfu"] is None
+
+
+@pytest.mark.parametrize(
+    ("resumed_at", "ended_at", "expected"),
+    [(0, 9, "steps_3_to_5"), (3, 9, "steps_4_to_5"), (0, 4, "steps_3_to_4"), (5, 9, None), (0, 2, None)],
+)
+def test_a_profile_holds_those_of_its_steps_that_were_run(resumed_at, ended_at, expected, tmp_path):
+    profiler, said, matrix = metrics.Profiler(tmp_path, (3, 5)), [], torch.ones(8, 8)
+    for step in range(resumed_at + 1, ended_at + 1):
+        profiler.start_step(step)
+        matrix @ matrix
+        said.append(profiler.end_step(step, ending=step == ended_at))
+    said = [text for text in said if text]
+    if expected is None:
+        assert not said and not (tmp_path / "profile").exists()
+        return
+    first, last = int(expected[6]), int(expected[-1])
+    assert len(said) == 1 and said[0].startswith(f"profile of steps {first} to {last} of rank 0 in {tmp_path}/profile/")
+    assert {path.name for path in (tmp_path / "profile").iterdir()} == {f"{expected}.json.gz", f"{expected}.txt"}
+    with gzip.open(tmp_path / "profile" / f"{expected}.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    assert sum(event.get("name") == "aten::mm" for event in events) == last - first + 1
+    assert re.search(r"aten::mm +1\.0 +0\.\d+ +\d+\.\d%", said[0]), said[0]
