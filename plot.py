@@ -108,6 +108,11 @@ def thin(x, y, most=MOST_POINTS):
     return x[kept], y[kept]
 
 
+def legend_text(name):
+    """A run's name as matplotlib shows it unchanged: it hides what begins with _ and reads $ as mathematics."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def marker(x):
     """A line needs two points; few points are drawn as such."""
     return "." if len(x) < 5 else None
@@ -126,7 +131,7 @@ def draw_loss(axes, runs, x):
     towers above the smoothed curve and nearly all of the raw one is cut off, so that a spike hides nothing."""
     heights, kinds = [], {}
     for number, run in enumerate(runs):
-        color, label = f"C{number % 10}", run.name
+        color, label = f"C{number % 10}", legend_text(run.name)
         if "val_loss" in run.curves:
             place, loss = run.curves["val_loss"]
             finite = loss[np.isfinite(loss)]

@@ -31,6 +31,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for, so that DeepSpeed does not warn about it
 import deepspeed
 from deepspeed import comm
+from deepspeed.utils.logging import set_log_level_from_string
 
 import checkpoint
 import export
@@ -101,7 +102,7 @@ def find_place(verbose):
             port = str(free.getsockname()[1])
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    deepspeed.utils.logger.setLevel("INFO" if verbose else "ERROR")
+    set_log_level_from_string("info" if verbose else "error")
     if not verbose:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed calls old names
     if torch.cuda.is_available():

@@ -106,6 +106,16 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
     assert plot.names_of(["out/a", "out/b"]) == ["a", "b"]
 
 
+def test_every_name_that_a_folder_may_have_can_be_read_in_the_picture(tmp_path):
+    names = ["_hidden", r"a$\nonsense$", "2024"]
+    runs = [plot.read_run(make_run(tmp_path / name, 3)) for name in names]
+    figure = plot.draw_panels(runs, "tokens")
+    figure.savefig(tmp_path / "picture.png")
+    shown = [text.get_text().strip().replace(r"\$", "$") for text in figure.legends[0].get_texts()]
+    assert all(any(text.startswith(name) for text in shown) for name in names), shown
+    plt.close(figure)
+
+
 class Page(HTMLParser):
     """What a browser would fetch, and the texts of the table's cells."""
 

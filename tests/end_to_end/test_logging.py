@@ -100,6 +100,8 @@ def test_deepspeeds_communication_log_is_printed_on_demand(small_data, tmp_path)
     config = write_config(tmp_path, small_data)
     command = ["train.py", config, "--train.out_dir", tmp_path / "run", "--train.max_tokens", 3 * 512]
     command += ["--train.profile", "null", "--train.loggers", "[]", "--deepspeed.comms_logger.enabled", "true"]
+    command += ["--deepspeed.comms_logger.verbose", "true", "--train.verbose", "true"]
     done = run(deepspeed_command(*command, port=29652))
     assert done.returncode == 0, done.stderr
+    assert "comm op: all_reduce | time (ms): " in done.stdout, "DeepSpeed's own log"
     assert done.stdout.count("Comm. Op") == 1 and re.search(r"^all_reduce$", done.stdout, re.MULTILINE)
