@@ -268,12 +268,19 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(run / "tensorboard", purge_step=resumed_at + 1)  # readers drop what lies behind it
-        return lambda numbers, step: [writer.add_scalar(*item, step) for item in numbers.items()], writer.close
+
+        def send(numbers, step):
+            for key, number in numbers.items():
+                writer.add_scalar(key, number, step)
+            writer.flush()  # a run that is killed must not lose steps that its checkpoint covers
+
+        return send, writer.close
 
     def start_wandb(self, run, resumed_at, config):
-        """Online, W&B's client passes over steps that its server has. Offline every start makes a folder, and of
-        several with the same id `wandb sync` leaves only the last one's steps (wandb/wandb#3841). So each
-        new one gets the whole history, which is in metrics.jsonl, and the ones before it go."""
+        """A resumed run sends its whole history, which is in metrics.jsonl. Online, W&B's client passes over the
+        steps that the server has, and those that were lost with a killed run arrive. Offline every start
+        makes a folder, and of several with the same id `wandb sync` leaves only the last one's steps
+        (wandb/wandb#3841): the last one here holds all, and the ones before it go."""
         import wandb
 
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
@@ -297,9 +304,8 @@ class MetricsLog:
             if step >= session.step:  # the line of a save in the background may come behind later ones
                 session.log(numbers, step=step)
 
-        if session.offline or superseded:
-            for line in sorted(self.kept, key=lambda line: line["step"]):
-                send(numbers_of(line), line["step"])
+        for line in sorted(self.kept, key=lambda line: line["step"]):
+            send(numbers_of(line), line["step"])
         for folder in superseded:
             shutil.rmtree(folder)
         return send, session.finish

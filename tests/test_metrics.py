@@ -96,6 +96,19 @@ def test_tensorboard_holds_each_step_once_after_a_resume(tmp_path):
     assert "mfu" not in events.Tags()["scalars"], "null is no number"
 
 
+def test_tensorboard_has_what_a_run_wrote_before_it_was_killed(tmp_path):
+    """Nothing is closed here, as by kill -9: what a checkpoint covers must not wait in a buffer."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricsLog(tmp_path, 0, ["tensorboard"])
+    for step in (1, 2, 3):
+        log.write(LINE | {"step": step})
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        assert [event.step for event in events.Scalars("loss")] == list(range(1, step + 1))
+    log.close()
+
+
 def wandb_rows(run):
     """The history rows in all offline files of a run, as W&B writes them: protobuf records in LevelDB's log format
     (https://github.com/google/leveldb/blob/main/doc/log_format.md), behind a header of 7 bytes."""
@@ -226,14 +239,21 @@ def server(monkeypatch):
 
 
 def test_wandb_online_gets_each_step_of_an_interrupted_run_once(server, tmp_path):
-    for resumed_at, last in ((0, 10), (6, 12)):
-        log = MetricsLog(tmp_path, resumed_at, ["wandb"])
-        for step in range(resumed_at + 1, last + 1):
-            log.write(LINE | {"step": step})
-        assert "wandb" in log.loggers
-        log.close()
-        forget_wandb_settings()
-    assert HalfAServer.history == list(range(1, 13))
+    """Interrupted at step 10 and resumed at 6, where the server has more than the checkpoint, or less."""
+    for server_has in (10, 4):
+        run = tmp_path / str(server_has)
+        run.mkdir()
+        HalfAServer.history.clear()
+        for resumed_at, last in ((0, 10), (6, 12)):
+            log = MetricsLog(run, resumed_at, ["wandb"])
+            for step in range(resumed_at + 1, last + 1):
+                log.write(LINE | {"step": step})
+            assert "wandb" in log.loggers
+            log.close()
+            forget_wandb_settings()
+            if not resumed_at:
+                del HalfAServer.history[server_has:]
+        assert HalfAServer.history == list(range(1, 13))
 
 
 @pytest.mark.parametrize("dies", ["before the run", "during the run"])
