@@ -271,8 +271,8 @@ def did_you_mean(name, valid):
 def type_name(expected):
     """A key's type in words: int, float, list[str], str or null."""
     options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
-    names = {types.NoneType: "null"} | {kind: kind.__name__ for kind in (bool, int, float, str, dict)}
-    return " or ".join(names.get(option, str(option)) for option in options)
+    plain = {types.NoneType: "null", bool: "bool", int: "int", float: "float", str: "str", dict: "dict"}
+    return " or ".join(plain.get(option, str(option)) for option in options)  # list[str] is written like that
 
 
 def where_it_belongs(name, section=None):
@@ -368,12 +368,12 @@ def build(values, source):
 
 
 def nearest_file(path):
-    """A hint at the config file that is meant by the name of one that is not there."""
-    folders = {path.parent: path.parent.glob("*.json"), ROOT / "configs": (ROOT / "configs").glob("*.json")}
-    there = {file.stem: file for files in reversed(folders.values()) for file in sorted(files)}
+    """What to say of a config file that is not there: the nearest name of its folder and of configs/, or all."""
+    ours = ROOT / "configs"
+    there = {file.stem: file for folder in (ours, path.parent) for file in sorted(folder.glob("*.json"))}
     close = difflib.get_close_matches(path.stem, there, n=1, cutoff=0.5)
     if not close:
-        return f"; configs holds {', '.join(sorted(file.name for file in (ROOT / 'configs').glob('*.json')))}"
+        return f"; configs holds {', '.join(sorted(file.name for file in ours.glob('*.json')))}"
     file = there[close[0]]
     return f"; did you mean {os.path.relpath(file) if file.is_relative_to(Path.cwd()) else file}?"
 
