@@ -53,9 +53,10 @@ def check_deepspeed(ds_config):
     """Check a complete DeepSpeed configuration as DeepSpeed will when the engine is built, but with one line for
     the user at the end. Raises UserError."""
     check_zero_section(ds_config.get("zero_optimization", {}))
-    batch = {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    # DeepSpeed may not know the number of ranks yet, and would refuse a batch that does not fit to one rank
+    without_batch = {name: value for name, value in ds_config.items() if name != "train_batch_size"}
     try:
-        DeepSpeedConfig(ds_config | batch)  # the true batch needs the true number of ranks
+        DeepSpeedConfig(without_batch)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
