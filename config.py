@@ -10,8 +10,10 @@ import difflib
 import json
 import math
 import os
+import re
 import signal
 import sys
+import textwrap
 import time
 import types
 import typing
@@ -26,10 +28,10 @@ class UserError(Exception):
     expected, and the remedy. Commands print it and exit with code 2, without a traceback."""
 
 
-def key(default, meaning, choices=None, minimum=None):
+def key(default, meaning, choices=None, minimum=None, maximum=None):
     """A configuration key: its default, its meaning with the unit, and the values it may take."""
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**factory, metadata={"meaning": meaning, "choices": choices, "minimum": minimum})
+    return field(**factory, metadata={"meaning": meaning, "choices": choices, "minimum": minimum, "maximum": maximum})
 
 
 @dataclass
@@ -98,7 +100,7 @@ class DataConfig:
 
     def check(self):
         weights = self.weights
-        if not weights:
+        if not weights or "" in weights:
             raise UserError("data.path: found no folder, expected a folder or {folder: weight}")
         for folder, weight in weights.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
@@ -108,7 +110,7 @@ class DataConfig:
 @dataclass
 class TrainConfig:
     out_dir: str | None = key(None, "folder of the run; null: out/<name of the config file>")
-    seed: int = key(1337, "of the initial weights, the data order and dropout", minimum=0)
+    seed: int = key(1337, "of the initial weights, the data order and dropout", minimum=0, maximum=2**62)
     precision: str = key(
         "auto", "auto: bf16 on GPUs that have it, else fp16; fp32 on CPU", ["auto", "bf16", "fp16", "fp32"]
     )
@@ -117,7 +119,7 @@ class TrainConfig:
     max_tokens: int = key(10_000_000_000, "length of the run in tokens", minimum=1)
     warmup_tokens: int = key(0, "tokens over which the learning rate rises from zero", minimum=0)
     lr: float = key(6e-4, "peak learning rate", minimum=0)
-    min_lr_ratio: float = key(0.1, "last learning rate over the peak", minimum=0)
+    min_lr_ratio: float = key(0.1, "last learning rate over the peak", minimum=0, maximum=1)
     schedule: str = key("cosine", "fall of the learning rate after warm-up", ["cosine", "linear", "constant"])
     weight_decay: float = key(0.1, "AdamW's decay, on matrices only", minimum=0)
     betas: list[float] = key([0.9, 0.95], "AdamW's decay rates of its two moments")
@@ -157,25 +159,42 @@ class TrainConfig:
         minimum=0,
     )
     max_bad_steps: int = key(10, "bad steps in a row that end the run", minimum=1)
-    timeout_seconds: float = key(1500.0, "without progress after which a run that hangs is ended", minimum=1)
+    timeout_seconds: float = key(
+        1500.0, "without progress after which a run that hangs is ended", minimum=1, maximum=10**9
+    )
     allow_changed: list[str] = key(
         [],
         "keys in which a resumed run may differ from its checkpoint",
         ["data.path", "train.seed", "train.global_batch_tokens"],
     )
     loggers: list[str] = key([], "where metrics go besides metrics.jsonl", ["tensorboard", "wandb"])
+    profile: str | None = key(
+        None, "steps that torch's profiler records on rank 0, into the run's folder: FIRST:LAST; null: none"
+    )
     verbose: bool = key(False, "show DeepSpeed's own log")
 
     def check(self):
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"train.betas: found {self.betas}, expected two numbers from 0 up to, not including, 1")
-        if self.min_lr_ratio > 1:
-            raise UserError(f"train.min_lr_ratio: found {self.min_lr_ratio}, expected at most 1")
         if self.global_batch_tokens > self.max_tokens:
             raise UserError(
                 f"train.max_tokens: {self.max_tokens} is less than one step "
                 f"(train.global_batch_tokens {self.global_batch_tokens}); raise it to at least that"
             )
+        if self.profile is not None:
+            first, last = self.profile_steps or (0, 0)
+            steps = self.max_tokens // self.global_batch_tokens
+            if not 1 <= first <= last or (last > steps and not self.allow_changed):
+                raise UserError(
+                    f"train.profile: found {json.dumps(self.profile)}, expected the first and last step to record, "
+                    f"as 10:15, of 1 to {steps}"
+                )
+
+    @property
+    def profile_steps(self):
+        """First and last step to record, or None."""
+        numbers = re.fullmatch(r"(\d+):(\d+)", self.profile or "")
+        return tuple(map(int, numbers.groups())) if numbers else None
 
 
 @dataclass
@@ -247,13 +266,30 @@ def offloads_optimizer(deepspeed):
 
 def nearest_divisors(number, wanted):
     """The two divisors of `number` nearest to `wanted`, for error messages."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    divisors = sorted({*small, *(number // d for d in small)})
     return " and ".join(str(d) for d in sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:2]))
 
 
 def did_you_mean(name, valid):
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(valid))}"
+
+
+def type_name(expected):
+    """A key's type in words: int, float, list[str], str or null."""
+    options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
+    plain = {types.NoneType: "null", bool: "bool", int: "int", float: "float", str: "str", dict: "dict"}
+    return " or ".join(plain.get(option, str(option)) for option in options)  # list[str] is written like that
+
+
+def where_it_belongs(name, section=None):
+    """The remedy for a key that `section`, or the top of the file, does not know: another section's, or the
+    nearest name."""
+    for other, cls in SECTIONS.items():
+        if other != section and name in cls.__dataclass_fields__:
+            return f"{name} is a key of the section {other}"
+    return did_you_mean(name, SECTIONS[section].__dataclass_fields__ if section else [*SECTIONS, "deepspeed"])
 
 
 def convert(where, value, expected, meta):
@@ -278,15 +314,19 @@ def convert(where, value, expected, meta):
         if isinstance(option, type) and not isinstance(option, types.GenericAlias) and isinstance(value, option):
             break
     else:
-        names = " or ".join("null" if o is types.NoneType else getattr(o, "__name__", str(o)) for o in options)
-        raise UserError(f"{where}: found {json.dumps(value)}, expected {names} ({meta['meaning']})")
+        raise UserError(f"{where}: found {json.dumps(value)}, expected {type_name(expected)} ({meta['meaning']})")
     for chosen in value if isinstance(value, list) else [value]:
         if meta["choices"] and chosen not in meta["choices"]:
             names = ", ".join(str(choice).lower() for choice in meta["choices"])
             raise UserError(f"{where}: found {json.dumps(chosen)}, expected one of {names}")
-    # "not >=" also refuses NaN, which JSON as Python reads it can hold
-    if meta["minimum"] is not None and not value >= meta["minimum"]:
+    for number in value if isinstance(value, list) else [value]:
+        # JSON as Python reads it can hold NaN and Infinity
+        if isinstance(number, float) and not math.isfinite(number):
+            raise UserError(f"{where}: found {json.dumps(number)}, expected a finite number ({meta['meaning']})")
+    if meta["minimum"] is not None and value < meta["minimum"]:
         raise UserError(f"{where}: found {value}, expected at least {meta['minimum']} ({meta['meaning']})")
+    if meta["maximum"] is not None and value > meta["maximum"]:
+        raise UserError(f"{where}: found {value}, expected at most {meta['maximum']} ({meta['meaning']})")
     return value
 
 
@@ -299,7 +339,7 @@ def build(values, source):
         raise UserError(f"{source}: expected a JSON object with the sections model, data, train, deepspeed")
     for section, content in values.items():
         if section not in (*SECTIONS, "deepspeed"):
-            raise UserError(f"{source}: unknown section {section!r}; {did_you_mean(section, [*SECTIONS, 'deepspeed'])}")
+            raise UserError(f"{source}: unknown section {section!r}; {where_it_belongs(section)}")
         if not isinstance(content, dict):
             raise UserError(f"{source}: section {section!r} must be a JSON object, found {json.dumps(content)[:60]}")
         if section == "deepspeed":
@@ -308,7 +348,9 @@ def build(values, source):
                     raise UserError(f"{source}: deepspeed.{name} follows from {OURS[name]}; set that and remove this")
                 if name not in DEEPSPEED_KEYS:
                     raise UserError(f"{source}: unknown key deepspeed.{name}; {did_you_mean(name, DEEPSPEED_KEYS)}")
-                if name in ("bf16", "fp16", "zero_optimization") and not isinstance(content[name], dict):
+                if name in ("bf16", "comms_logger", "fp16", "zero_optimization") and not isinstance(
+                    content[name], dict
+                ):
                     raise UserError(
                         f"{source}: deepspeed.{name}: found {json.dumps(content[name])}, expected an object"
                     )
@@ -319,7 +361,7 @@ def build(values, source):
         fields = {f.name: f for f in dataclasses.fields(SECTIONS[section])}
         for name, value in content.items():
             if name not in fields:
-                raise UserError(f"{source}: unknown key {section}.{name}; {did_you_mean(name, fields)}")
+                raise UserError(f"{source}: unknown key {section}.{name}; {where_it_belongs(name, section)}")
             where = f"{source}: {section}.{name}"
             setattr(
                 getattr(config, section), name, convert(where, value, fields[name].type, dict(fields[name].metadata))
@@ -333,19 +375,38 @@ def build(values, source):
     return config
 
 
+def nearest_file(path):
+    """What to say of a config file that is not there: the nearest name of its folder and of configs/, or all."""
+    ours = ROOT / "configs"
+    there = {file.stem: file for folder in (ours, path.parent) for file in sorted(folder.glob("*.json"))}
+    close = difflib.get_close_matches(path.stem, there, n=1, cutoff=0.5)
+    if not close:
+        return f"; configs holds {', '.join(sorted(file.name for file in ours.glob('*.json')))}"
+    file = there[close[0]]
+    return f"; did you mean {os.path.relpath(file) if file.is_relative_to(Path.cwd()) else file}?"
+
+
 def read_json(path):
     """The content of a JSON file. Raises UserError that names the file, line and column."""
+
+    def without_repeats(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{path}: the key {json.dumps(twice)} stands twice in one object; remove one of them")
+        return found
+
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
     except FileNotFoundError:
-        folder = Path(path).parent
-        near = sorted(p.name for p in folder.glob("*.json")) if folder.is_dir() else []
-        hint = f"; {folder} holds {', '.join(near)}" if near else ""
-        raise UserError(f"{path}: no such file{hint}") from None
+        raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected a readable JSON file") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text; expected a JSON file") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply; expected JSON of a few levels") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; expected JSON") from None
 
@@ -371,6 +432,10 @@ def command_line_values(arguments):
         if argument.startswith("--local_rank"):  # the launcher's; RANK in the environment says it too
             continue
         if not argument.startswith("--"):
+            if argument.startswith("-") or re.match(r"(model|data|train|deepspeed)\.\w+=", argument):
+                raise UserError(
+                    f"{argument}: unknown flag; keys are written --section.key value, as in --train.lr 1e-4"
+                )
             rest.append(argument)
             continue
         name, given, raw = argument[2:].partition("=")
@@ -393,33 +458,59 @@ def command_line_values(arguments):
         target = values.setdefault(section, {})
         for part in path[:-1]:
             target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise UserError(
+                    f"--{name}: {part} was given the value {json.dumps(target)} before; give only one of them"
+                )
         target[path[-1]] = value
     return values, rest
 
 
 def help_text():
-    lines = ["usage: deepspeed [--num_gpus N] train.py [CONFIG.json] [--section.key value ...]", ""]
+    """Every key with its meaning, type, range and default, from the definitions above."""
+    lines = ["usage: deepspeed [--num_gpus N] train.py [CONFIG.json] [--section.key VALUE ...]", ""]
+    lines += [
+        "CONFIG.json is configs/1p5b.json if none is given. VALUE is written as in JSON: 1e-4, true, null, [0.9, 0.95]"
+    ]
     for section, cls in SECTIONS.items():
-        lines.append(f"{section}:")
+        lines += ["", f"{section}:"]
         for f in dataclasses.fields(cls):
             default = list(f.default_factory()) if f.default is dataclasses.MISSING else f.default
-            kind = getattr(f.type, "__name__", str(f.type)) if not isinstance(f.type, types.UnionType) else str(f.type)
-            choices = f" [{'|'.join(str(c).lower() for c in f.metadata['choices'])}]" if f.metadata["choices"] else ""
-            lines.append(f"  --{section}.{f.name:26s}{f.metadata['meaning']}{choices}")
-            lines.append(f"  {'':28s}{'':{len(section)}s} ({kind}, default {json.dumps(default)})")
-    lines += ["deepspeed:", "  --deepspeed.KEY[.KEY ...]     DeepSpeed's own keys, merged over ds_config.json"]
+            facts = [type_name(f.type)]
+            if f.metadata["choices"]:
+                several = "list of " if typing.get_origin(f.type) is list else ""
+                facts = [several + " | ".join(str(choice).lower() for choice in f.metadata["choices"])]
+            for word in ("minimum", "maximum"):
+                if f.metadata[word] is not None:
+                    facts.append(f"at {'least' if word == 'minimum' else 'most'} {f.metadata[word]}")
+            text = f"{f.metadata['meaning']} ({', '.join(facts)}; default {json.dumps(default)})"
+            name = f"  --{section}.{f.name}"
+            lines += textwrap.wrap(text, 118, initial_indent=f"{name:36} ", subsequent_indent=" " * 37)
+    lines += [
+        "",
+        "deepspeed:",
+        "  --deepspeed.KEY[.KEY ...]            DeepSpeed's own keys, merged over ds_config.json",
+    ]
     return "\n".join(lines)
+
+
+def help_if_asked(arguments):
+    """Print the keys and end, if --help is among the arguments. Of several ranks the first prints."""
+    if "--help" in arguments or "-h" in arguments:
+        if os.environ.get("RANK", "0") == "0":
+            print(help_text())
+        raise SystemExit(0)
 
 
 def load_config(arguments, default="configs/1p5b.json"):
     """Command-line arguments -> Config: the config file (or `default`) with the overrides over it."""
-    if "--help" in arguments or "-h" in arguments:
-        print(help_text())
-        raise SystemExit(0)
+    help_if_asked(arguments)
     overrides, rest = command_line_values(arguments)
     if len(rest) > 1:
         raise UserError(f"{rest[1]}: expected one config file, and {rest[0]} was already given")
     path = Path(rest[0]) if rest else ROOT / default
+    if not path.exists():
+        raise UserError(f"{path}: no such file{nearest_file(path)}")
     values = read_json(path)
     build(values, path)  # so that an error in the file names the file
     config = build(merge(values, overrides), "command line")

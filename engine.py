@@ -8,7 +8,9 @@ import deepspeed
 import torch
 from deepspeed import comm
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig as ZeroConfig
+from pydantic import ValidationError
 
 import export
 from config import UserError, did_you_mean, offload_device, offloads_optimizer, zero_stage
@@ -62,6 +64,27 @@ def check_nvme(key, section, folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(folder, error) from None
+
+
+def check_deepspeed(ds_config):
+    """Check a complete DeepSpeed configuration as DeepSpeed will when the engine is built, but with one line for
+    the user at the end. Raises UserError."""
+    check_zero_section(ds_config.get("zero_optimization", {}))
+    # DeepSpeed may not know the number of ranks yet, and would refuse a batch that does not fit to one rank
+    without_batch = {name: value for name, value in ds_config.items() if name != "train_batch_size"}
+    try:
+        DeepSpeedConfig(without_batch)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        sections = [name for name, content in ds_config.items() if isinstance(content, dict) and where in content]
+        section = sections[0] if len(sections) == 1 else error.title
+        raise UserError(f"deepspeed.{section}.{where}: found {first['input']!r}: {first['msg']}") from None
+    except (ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:
+        raise UserError(
+            f"deepspeed: DeepSpeed refuses this section ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"its keys: {', '.join(ds_config)}"
+        ) from None
 
 
 def missing_apex():

@@ -1,74 +1,113 @@
-"""What a run measures, and where the numbers go: throughput, FLOPs, memory, console and metrics.jsonl."""
+"""What a run measures, and where the numbers go: throughput, memory, the parts of a step, a profile; console,
+metrics.jsonl, TensorBoard and W&B."""
 
+import contextlib
 import json
 import math
-import re
 import resource
 import secrets
+import shutil
+import time
 from pathlib import Path
 
-from config import ModelConfig
+import torch
+from torch import distributed
 
-# Dense peak of the tensor cores in bf16 with float32 sums, without sparsity, in FLOP/s, from NVIDIA's data
-# sheets. A pattern is searched in the device's name, and the first that is found counts. A device that is
-# not here gets no MFU: a wrong peak is worse than none.
-PEAK_FLOPS = {
-    r"H100 PCIe": 756e12,
-    r"H[12]00 NVL": 835e12,
-    r"(GH200|H200|H100|H800)\b": 989e12,
-    r"B200\b": 2250e12,
-    r"A[18]00\b": 312e12,
-    r"L40S\b": 362e12,
-    r"L4\b": 121e12,
-    r"A10$": 125e12,
-    r"GeForce RTX 4090$": 165e12,
-    r"GeForce RTX 3090$": 71e12,
-}
+from flops import flops_per_token, peak_flops, recomputed_flops_per_token
+
+# Seconds that W&B may take to begin, which is how long a run without a network waits, and to end, where it would
+# wait for the network for ever. In between it never waits.
+WANDB_PATIENCE = {"init_timeout": 20, "finish_timeout": 60}
 
 
-def peak_flops(device_name):
-    """Peak bf16 FLOP/s of one device, or None for one that is not in the table."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}", device_name)), None)
+def throughput(config, step_seconds, devices, device_name):
+    """What a step line says of speed. config: of the run; devices: how many took part. tflops: model FLOPs
+    of one device; mfu, hfu: its model and hardware FLOPs over its peak, None where that is unknown."""
+    tokens_per_second = config.train.global_batch_tokens / step_seconds
+    flops, peak = flops_per_token(config.model), peak_flops(device_name)
+    recomputed = recomputed_flops_per_token(config.model, int(config.train.activation_checkpointing))
+    per_device = tokens_per_second * flops / devices
+    mfu = per_device / peak if peak else None
+    return {
+        "tokens_per_second": tokens_per_second,
+        "tflops": per_device / 1e12,
+        "mfu": mfu,
+        "hfu": mfu * (flops + recomputed) / flops if peak else None,
+    }
 
 
-def count_parameters(config: ModelConfig):
-    """Parameters of a GPT, from its configuration alone: (all, those that multiply activations)."""
-    c, kv = config.n_embd, config.kv_heads * (config.n_embd // config.n_head)
-    width, up = config.mlp_width, config.mlp_width * (2 if config.mlp == "swiglu" else 1)
-    matrices = c * (c + 2 * kv) + c * c + c * up + width * c
-    norm = c * (2 if config.norm == "layernorm" and config.bias else 1)
-    biases = (c + 2 * kv) + c + up + c if config.bias else 0
-    embeddings = config.vocab_size * c * (1 if config.tie_embeddings else 2)
-    if config.position == "learned":
-        embeddings += config.block_size * c
-    total = config.n_layer * (matrices + 2 * norm + biases) + norm + embeddings
-    return total, config.n_layer * matrices + config.vocab_size * c
+def peak_memory():
+    """Most bytes that any rank has held so far, as a step line has them: tensors on its GPU (resident memory
+    where there is none), what torch's allocator took from the GPU for them (null where there is none), and
+    resident memory of the process. Every rank must call this: it asks the others."""
+    on_gpu = torch.cuda.is_available()
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    allocated, reserved = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if on_gpu else (0, 0)
+    peaks = torch.tensor([allocated, reserved, resident], device="cuda" if on_gpu else "cpu")
+    distributed.all_reduce(peaks, op=distributed.ReduceOp.MAX)
+    allocated, reserved, resident = peaks.tolist()
+    return {
+        "peak_memory_bytes": allocated if on_gpu else resident,
+        "peak_reserved_bytes": reserved if on_gpu else None,
+        "peak_cpu_bytes": resident,
+    }
 
 
-def flops_per_token(config: ModelConfig):
-    """Model FLOPs per training token: 6 for each parameter that multiplies an activation (2 forward, 4
-    backward), and 12 n_layer n_embd block_size for attention's two products, causality not
-    discounted (PaLM: Chowdhery et al. 2022, arXiv 2204.02311, appendix B)."""
-    return 6 * count_parameters(config)[1] + 12 * config.n_layer * config.n_embd * config.block_size
+class Stopwatch:
+    """Where the time of a step goes, on this rank: averages over the steps since the last reading.
 
+    The end of each part is marked; what lies between two marks is the second one's. On a GPU, whose work the
+    host has only queued by then, a mark is an event in that queue, and the host never waits for it: so
+    `data_seconds` is how long the device stood waiting for data. The whole step is measured apart from
+    its parts, by the host's clock, so their sum shows what they miss."""
 
-def recomputed_flops_per_token(config: ModelConfig, recompute_every):
-    """FLOPs per training token that activation checkpointing adds: another forward pass of blocks 0, k, 2k,
-    ... Hardware FLOPs are model FLOPs and these (Korthikanti et al. 2022, arXiv 2205.05198, section 6.3)."""
-    if not recompute_every:
-        return 0
-    blocks = -(-config.n_layer // recompute_every)
-    matrices = count_parameters(config)[1] - config.vocab_size * config.n_embd
-    return blocks / config.n_layer * (2 * matrices + 4 * config.n_layer * config.n_embd * config.block_size)
+    def __init__(self, device):
+        self.on_gpu = device.type == "cuda"
+        self.forget()
 
+    def forget(self):
+        self.parts = {"data": 0.0, "forward_backward": 0.0, "optimizer": 0.0}
+        self.marks, self.steps, self.seconds, self.running_since = [], 0, 0.0, None
 
-def peak_memory_bytes():
-    """Most memory this rank has held so far: allocated on its GPU, or resident where there is none."""
-    import torch  # takes two seconds, which plan.py, with nothing but the arithmetic above, need not wait
+    def start_step(self):
+        self.running_since = self.running_since or time.perf_counter()
+        self.steps += 1
+        self.add_up()
+        self.mark(None)
 
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    def mark(self, part):
+        """What was done since the last mark was `part`, a key of self.parts; None: no part of a step."""
+        if self.on_gpu:
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        else:
+            moment = time.perf_counter()
+        self.marks.append((part, moment))
+
+    def add_up(self):
+        """Add up the parts whose ends the device has passed already."""
+        while len(self.marks) > 1 and (not self.on_gpu or self.marks[1][1].query()):
+            (_, start), (part, end) = self.marks[:2]
+            if part:
+                self.parts[part] += start.elapsed_time(end) / 1000 if self.on_gpu else end - start
+            del self.marks[0]
+
+    def pause(self):
+        """Wait for the device; what follows until the next step, as evaluating or saving, does not count."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        if self.running_since is not None:
+            self.seconds += time.perf_counter() - self.running_since
+        self.running_since = None
+
+    def read(self):
+        """{"step_seconds": ..., "data_seconds": ..., ...} of one step; forgets them, and pauses."""
+        self.pause()
+        self.add_up()
+        seconds = {"step": self.seconds} | self.parts
+        averages = {f"{name}_seconds": value / self.steps for name, value in seconds.items()}
+        self.forget()
+        return averages
 
 
 def duration(seconds):
@@ -89,6 +128,54 @@ def console_line(line, total_steps):
     )
 
 
+class Profiler:
+    """Records what this process does in some steps with torch's profiler: run/profile/ then holds a trace, to be
+    opened in ui.perfetto.dev or chrome://tracing, and a table of the ten operators that took the longest.
+    steps: first and last, or None for no profile. A run that is resumed between them records the rest,
+    one that is resumed behind them nothing."""
+
+    def __init__(self, run, steps):
+        self.folder, self.recording = Path(run) / "profile", None
+        self.first, self.last = steps or (0, -1)
+
+    def start_step(self, step):
+        if self.first <= step <= self.last and not self.recording:
+            self.first, self.recording = step, torch.profiler.profile()  # of the CPU, and of a GPU if there is one
+            self.recording.start()
+
+    def end_step(self, step, ending=False):
+        """Behind the last of the steps, or where the run ends before it, writes what was recorded. Returns the
+        table and where it is, or None if there is nothing to write."""
+        if not self.recording or (step < self.last and not ending):
+            return None
+        self.recording.stop()
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / f"steps_{self.first}_to_{step}"
+        self.recording.export_chrome_trace(f"{path}.json.gz")
+        table = heaviest_operators(self.recording.key_averages(), step + 1 - self.first)
+        path.with_suffix(".txt").write_text(table + "\n")
+        self.recording = None
+        return f"profile of steps {self.first} to {step} of rank 0 in {path}.json.gz\n{table}"
+
+
+def heaviest_operators(operators, steps, rows=10):
+    """A table of the operators that took the longest by themselves, without those they call: on the GPU if
+    anything ran there, else on the CPU. operators: torch.profiler's key_averages."""
+    on_gpu = any(operator.self_device_time_total for operator in operators)
+    kind = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    # kernels have entries of their own, whose time is also that of the operator that started them
+    operators = [operator for operator in operators if operator.device_type == torch.autograd.DeviceType.CPU]
+    operators = sorted(operators, key=lambda operator: getattr(operator, kind), reverse=True)
+    total = sum(getattr(operator, kind) for operator in operators) or 1
+    device = "GPU" if on_gpu else "CPU"
+    lines = [f"{'operator':60} {'calls/step':>10} {device:>4} ms/step {'share':>6}"]
+    for operator in operators[:rows]:
+        own, calls = getattr(operator, kind), operator.count / steps  # own: microseconds
+        name = operator.key if len(operator.key) <= 60 else operator.key[:57] + "..."
+        lines.append(f"{name:60} {calls:>10.1f} {own / 1000 / steps:>12.3f} {own / total:>6.1%}")
+    return "\n".join(lines)
+
+
 def read_metrics(run):
     """The lines of a run's metrics.jsonl as dictionaries. A last line cut by a crash is left out."""
     path = Path(run) / "metrics.jsonl"
@@ -101,18 +188,23 @@ def read_metrics(run):
     return lines
 
 
+def numbers_of(line):
+    """What a logger is sent of a line of metrics.jsonl."""
+    return {key: value for key, value in line.items() if key != "step" and isinstance(value, int | float)}
+
+
 class MetricsLog:
     """Writes metrics.jsonl, one object a line, and sends the same numbers to TensorBoard and W&B if asked.
 
-    A resumed run first drops the lines behind its checkpoint, because it will write those steps again;
-    TensorBoard purges them too, and W&B goes on with the run of the same id. Neither can stop the run:
-    one that fails is named once and left out from then on."""
+    A resumed run first drops the lines behind its checkpoint, because it will write those steps again, and
+    goes on in the same TensorBoard folder and W&B run. Neither of the two can stop the run: one that
+    fails is named once and left out from then on."""
 
     def __init__(self, run, resumed_at, loggers=(), config=None):
         self.path = Path(run) / "metrics.jsonl"
-        kept = [line for line in read_metrics(run) if line["step"] <= resumed_at] if resumed_at else []
+        self.kept = [line for line in read_metrics(run) if line["step"] <= resumed_at] if resumed_at else []
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
         temporary.replace(self.path)
         self.loggers = {}  # name -> (send(numbers, step), close())
         for name in loggers:
@@ -123,18 +215,48 @@ class MetricsLog:
     def start_tensorboard(self, run, resumed_at, config):
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(run / "tensorboard", purge_step=resumed_at + 1)
-        return lambda numbers, step: [writer.add_scalar(*item, step) for item in numbers.items()], writer.close
+        writer = SummaryWriter(run / "tensorboard", purge_step=resumed_at + 1)  # readers drop what lies behind it
+
+        def send(numbers, step):
+            for key, number in numbers.items():
+                writer.add_scalar(key, number, step)
+            writer.flush()  # a run that is killed must not lose steps that its checkpoint covers
+
+        return send, writer.close
 
     def start_wandb(self, run, resumed_at, config):
+        """A resumed run sends its whole history, which is in metrics.jsonl. Online, W&B's client passes over the
+        steps that the server has, and those that were lost with a killed run arrive. Offline every start
+        makes a folder, and of several with the same id `wandb sync` leaves only the last one's steps
+        (wandb/wandb#3841): the last one here holds all, and the ones before it go."""
         import wandb
 
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+            raise ConnectionError("no API key; call `wandb login` first, or set WANDB_MODE=offline")
         id_file = run / "wandb_id"
-        if not resumed_at or not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
-        run_id = id_file.read_text()
-        session = wandb.init(project="minzero", name=run.name, id=run_id, resume="allow", dir=run, config=config)
-        return session.log, session.finish
+        last_id = id_file.read_text() if id_file.exists() else ""
+        run_id = last_id if resumed_at and last_id else secrets.token_hex(4)
+        id_file.write_text(run_id)
+        superseded = list((run / "wandb").glob(f"offline-run-*-{last_id}"))
+        session = wandb.init(
+            project="minzero",
+            name=run.name,
+            id=run_id,
+            resume="allow",
+            dir=run,
+            config=config,
+            settings=wandb.Settings(**WANDB_PATIENCE),
+        )
+
+        def send(numbers, step):
+            if step >= session.step:  # the line of a save in the background may come behind later ones
+                session.log(numbers, step=step)
+
+        for line in sorted(self.kept, key=lambda line: line["step"]):
+            send(numbers_of(line), line["step"])
+        for folder in superseded:
+            shutil.rmtree(folder)
+        return send, session.finish
 
     def attempt(self, name, action, *arguments):
         """What the action returns, or None if it failed: then the logger is left out from now on."""
@@ -142,8 +264,9 @@ class MetricsLog:
             return action(*arguments)
         except Exception as error:
             self.loggers.pop(name, None)
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            print(f"{name}: {reason}; the run goes on without it", flush=True)
+            reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+            with contextlib.suppress(OSError):  # of a lost terminal
+                print(f"{name}: {reason}; the run goes on without it", flush=True)
             return None
 
     def write(self, line):
@@ -153,9 +276,8 @@ class MetricsLog:
         }
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
-        numbers = {key: value for key, value in line.items() if key != "step" and isinstance(value, int | float)}
         for name, (send, _) in list(self.loggers.items()):
-            self.attempt(name, send, numbers, line["step"])
+            self.attempt(name, send, numbers_of(line), line["step"])
 
     def close(self):
         for name, (_, close) in list(self.loggers.items()):

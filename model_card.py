@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 from config import Config
-from metrics import count_parameters, flops_per_token, read_metrics
+from flops import count_parameters, flops_per_token
+from metrics import read_metrics
 
 
 def table(heads, rows):

@@ -29,8 +29,8 @@ from config import (
     run_command,
     zero_stage,
 )
+from flops import PEAK_FLOPS, flops_per_token, peak_flops, recomputed_flops_per_token
 from memory import PARTS, Settings, simulate
-from metrics import PEAK_FLOPS, flops_per_token, peak_flops, recomputed_flops_per_token
 
 GiB = 2**30
 # How much of a GPU may be allocated: the rest is what the allocator cannot reuse, the CUDA context and NCCL. Of the

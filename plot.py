@@ -1,16 +1,88 @@
-"""Pictures of runs, from their metrics.jsonl alone: python plot.py out/a [out/b ...] [--out picture.png]"""
+"""Pictures of runs, from what they left behind: python plot.py out/a [out/b ...]
+
+python plot.py out/a out/b --x flops --out both.png --html both.html
+"""
 
 import argparse
+import base64
+import dataclasses
+import html
+import io
+import json
 import math
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from config import UserError, run_command
-from metrics import read_metrics
+from config import UserError, build, run_command
+from data.shards import cannot_write
+from flops import flops_per_token
+from metrics import duration, read_metrics
+
+MOST_POINTS = 2000  # of a curve: about as many as a panel has pixels
+X_LABELS = {"tokens": "tokens", "flops": "model FLOPs", "time": "hours of training"}
+PANELS = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second"}
+
+
+@dataclasses.dataclass
+class Run:
+    """What is drawn of a run. lines: of its metrics.jsonl; curves: {key: (x, y)}, null as NaN; bad: x of the bad
+    steps."""
+
+    folder: Path
+    name: str
+    lines: list
+    curves: dict
+    bad: np.ndarray
+
+
+def read_config(run):
+    """A run's config.json. Raises UserError."""
+    path = Path(run) / "config.json"
+    remedy = "expected the config.json that train.py writes"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}; {remedy}") from None
+    for section in ("model", "data", "train", "deepspeed"):
+        if not isinstance(config, dict) or not isinstance(config.get(section), dict):
+            raise UserError(f"{path}: no section {section}; {remedy}")
+    return config
+
+
+def read_run(run, x="tokens", name=None):
+    """The curves of a run against tokens, model FLOPs, or the time spent in steps (without evaluating and saving).
+    Raises UserError for FLOPs of a run without a readable config.json."""
+    scale = 1
+    if x == "flops":
+        path = Path(run) / "config.json"
+        scale = flops_per_token(build({"model": read_config(run)["model"]}, path).model)
+    lines, points, bad, seconds, last_step = read_metrics(run), {}, [], 0.0, 0
+    for line in lines:
+        if "step_seconds" in line:
+            seconds += (line["step_seconds"] or 0) * (line["step"] - last_step)
+            last_step = line["step"]
+        place = seconds / 3600 if x == "time" else line.get("tokens", 0) * scale
+        if "bad_step" in line:
+            bad.append(place)
+        for key in ("loss", "val_loss", *PANELS):
+            if key in line:
+                points.setdefault(key, []).append((place, math.nan if line[key] is None else line[key]))
+    curves = {key: tuple(np.array(pairs, dtype=float).T) for key, pairs in points.items()}
+    return Run(Path(run), name or Path(run).name, lines, curves, np.array(bad))
+
+
+def names_of(runs):
+    """Short names, as long as they tell the runs apart."""
+    names = [Path(run).name for run in runs]
+    names = names if len(set(names)) == len(names) else [str(run) for run in runs]
+    return [name if len(name) <= 40 else f"{name[:18]}...{name[-19:]}" for name in names]
 
 
 def smooth(values, weight):
@@ -23,44 +95,223 @@ def smooth(values, weight):
     return averages
 
 
-def plot_loss(runs, picture):
-    """Training loss (raw and smoothed) and validation loss against tokens, of one or several runs."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for number, run in enumerate(runs):
-        lines, color = read_metrics(run), f"C{number}"
-        train = [(line["tokens"], line["loss"]) for line in lines if line.get("loss") is not None]
-        val = [(line["tokens"], line["val_loss"]) for line in lines if line.get("val_loss") is not None]
-        name = Path(run).name
-        if train:
-            tokens, losses = zip(*train, strict=True)
-            axes.plot(tokens, losses, color=color, alpha=0.25, linewidth=0.8)
-            weight = min(0.95, 1 - 1 / max(1, len(train) / 40))
-            marker = "." if len(train) < 5 else None
-            axes.plot(tokens, smooth(losses, weight), color=color, label=f"{name}: train, smoothed", marker=marker)
-        if val:
-            tokens, losses = zip(*val, strict=True)
-            label = f"{name}: validation, last {losses[-1]:.3f}"
-            axes.plot(tokens, losses, color=color, linestyle="--", marker="o", markersize=4, label=label)
-    axes.set(xlabel="tokens", ylabel="cross-entropy (nats per token)", title=", ".join(Path(r).name for r in runs))
-    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
+def thin(x, y, most=MOST_POINTS):
+    """At most that many points that look the same: of each stretch the lowest and the highest, so that no spike is
+    lost."""
+    if len(x) <= most:
+        return x, y
+    kept = set()
+    for stretch in np.array_split(np.arange(len(x)), most // 2):
+        values = np.where(np.isfinite(y[stretch]), y[stretch], np.nan)
+        if not np.isnan(values).all():
+            kept |= {stretch[np.nanargmin(values)], stretch[np.nanargmax(values)]}
+    kept = sorted(kept)
+    return x[kept], y[kept]
+
+
+def legend_text(name):
+    """A run's name as matplotlib shows it unchanged: it hides what begins with _ and reads $ as mathematics."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
+def marker(x):
+    """A line needs two points; few points are drawn as such."""
+    return "." if len(x) < 5 else None
+
+
+def dress(axes, x, ylabel):
+    axes.set(xlabel=X_LABELS[x], ylabel=ylabel)
+    if x != "time":
+        axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
     axes.grid(alpha=0.3)
+
+
+def draw_loss(axes, runs, x):
+    """Training loss, raw (pale) and smoothed, validation loss (dashed), and a cross for each bad step. What
+    towers above the smoothed curve and nearly all of the raw one is cut off, so that a spike hides nothing."""
+    heights, kinds = [], {}
+    for number, run in enumerate(runs):
+        color, label = f"C{number % 10}", legend_text(run.name)
+        if "val_loss" in run.curves:
+            place, loss = run.curves["val_loss"]
+            finite = loss[np.isfinite(loss)]
+            label += f": validation {finite[-1]:.3f}" if len(finite) else ""
+            dots = {"marker": "o", "markersize": 4} if len(place) <= 50 else {}
+            axes.plot(*thin(place, loss), color=color, linestyle="--", **dots)
+            heights.append(finite)
+            kinds["validation"] = {"linestyle": "--"} | dots
+        if "loss" in run.curves:
+            place, loss = run.curves["loss"]
+            averages = np.array(smooth(loss, min(0.95, 1 - 1 / max(1, len(loss) / 40))))
+            axes.plot(*thin(place, loss), color=color, alpha=0.25, linewidth=0.8)
+            axes.plot(*thin(place, averages), color=color, label=label, marker=marker(place))
+            heights += [averages, np.nanpercentile(loss, [0, 99])] if np.isfinite(loss).any() else []
+            kinds |= {"training": {"alpha": 0.25}, "training, smoothed": {}}
+        if len(run.bad):
+            crosses = run.bad[:: -(-len(run.bad) // 200)]
+            bottom = np.full(len(crosses), 0.03)
+            axes.plot(crosses, bottom, "x", color=color, transform=axes.get_xaxis_transform())
+            kinds["bad step"] = {"marker": "x", "linestyle": ""}
+    for kind, look in sorted(kinds.items()):
+        axes.plot([], [], color="gray", label=kind, **look)
+    heights = np.concatenate(heights) if heights else np.array([])
+    heights = heights[np.isfinite(heights)]
+    if len(heights) and heights.max() > heights.min():
+        margin = 0.06 * (heights.max() - heights.min())
+        axes.set_ylim(heights.min() - 1.5 * margin, heights.max() + margin)
+    dress(axes, x, "cross-entropy (nats per token)")
+
+
+def draw_curve(axes, runs, x, key):
+    values = []
+    for number, run in enumerate(runs):
+        if key in run.curves:
+            place, value = run.curves[key]
+            axes.plot(*thin(place, value), color=f"C{number % 10}", linewidth=1, marker=marker(place))
+            values.append(value[np.isfinite(value)])
+    dress(axes, x, PANELS[key])
+    values = np.concatenate(values) if values else np.array([])
+    if key == "grad_norm" and len(values) and values.min() > 0 and values.max() > 20 * np.median(values):
+        axes.set_yscale("log")
+    elif key == "tokens_per_second":
+        axes.yaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
+        axes.set_ylim(bottom=0)
+    elif key == "lr":
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        axes.set_ylim(bottom=0)
+
+
+def save(figure, picture, **how):
+    try:
+        figure.savefig(picture, **how)
+    except OSError as error:
+        raise cannot_write(picture, error) from None
+    finally:
+        plt.close(figure)
+
+
+def plot_loss(runs, picture):
+    """The loss of one or several runs against tokens, as a picture of its own. runs: their folders."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    draw_loss(axes, [read_run(run, name=name) for run, name in zip(runs, names_of(runs), strict=True)], "tokens")
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
+    save(figure, picture, dpi=120)
+
+
+def draw_panels(runs, x):
+    """A figure with the loss, the learning rate, the gradient norm and the throughput of runs."""
+    figure, panels = plt.subplot_mosaic(
+        [["loss", key] for key in PANELS], figsize=(13, 7.5), width_ratios=[3, 2], layout="constrained"
+    )
+    draw_loss(panels["loss"], runs, x)
+    for key in PANELS:
+        draw_curve(panels[key], runs, x, key)
+    handles, labels = panels["loss"].get_legend_handles_labels()
+    if handles:
+        columns = max(1, 150 // (max(map(len, labels)) + 8))
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), columns))
+    return figure
+
+
+def facts(run):
+    """What a reader wants to know of a run beside its curves: {what: value as text}."""
+    config = read_config(run.folder)
+    steps = [line for line in run.lines if "step_seconds" in line]
+    evaluated = [line for line in run.lines if line.get("val_loss") is not None]
+    best = min(evaluated, key=lambda line: line["val_loss"], default=None)
+    found = {"folder": str(run.folder)}
+    if steps:
+        last, speeds = steps[-1], [line["tokens_per_second"] for line in steps]
+        seconds = np.dot([line["step_seconds"] for line in steps], np.diff([0] + [line["step"] for line in steps]))
+        found |= {
+            "steps": f"{last['step']:,}",
+            "tokens": f"{last['tokens']:,}",
+            "last training loss": "none" if last["loss"] is None else f"{last['loss']:.4f}",
+            "time in steps": duration(seconds),
+            "tokens per second (median)": f"{np.median(speeds):,.0f}",
+            "MFU (last)": "unknown" if last["mfu"] is None else f"{last['mfu']:.1%}",
+            "peak memory": f"{max(line['peak_memory_bytes'] for line in steps) / 2**30:.2f} GiB",
+            "bad steps": str(sum("bad_step" in line for line in run.lines)),
+        }
+    if best:
+        found["best validation loss"] = f"{best['val_loss']:.4f} at step {best['step']:,}"
+    ranks, versions = config.get("world_size", "?"), config.get("versions", {})
+    found["ran on"] = f"{ranks} x {versions.get('device')}, {config.get('precision')}, ZeRO-{config.get('stage')}"
+    found["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "device")
+    return found
+
+
+def settings(run):
+    """Every key of the run's config, one deep: {"train.lr": "0.001"}."""
+    config = read_config(run.folder)
+    sections = {name: config[name] for name in ("model", "data", "train", "deepspeed")}
+    return {f"{section}.{key}": json.dumps(v) for section, content in sections.items() for key, v in content.items()}
+
+
+def table(rows, names):
+    """HTML of a table with a column for each run. rows: a dictionary for each run."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    body = ""
+    for key in dict.fromkeys(key for row in rows for key in row):
+        cells = "".join(f"<td>{html.escape(row.get(key, ''))}</td>" for row in rows)
+        body += f"<tr><th>{html.escape(key)}</th>{cells}</tr>\n"
+    return f"<table>\n<tr><th></th>{head}</tr>\n{body}</table>"
+
+
+def write_page(runs, figure, path):
+    """One HTML file that needs nothing else: the picture, the facts of each run, and in what their configs differ."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="svg")
+    picture = base64.b64encode(picture.getvalue()).decode()
+    every = [settings(run) for run in runs]
+    different = [key for key in every[0] if any(row.get(key) != every[0][key] for row in every)]
+    shown = [{key: row.get(key, "") for key in (different if len(runs) > 1 else row)} for row in every]
+    names = [run.name for run in runs]
+    title = html.escape(", ".join(names))
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 15px/1.4 sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }}
+img {{ width: 100% }}
+table {{ border-collapse: collapse; margin: 1rem 0 }}
+th, td {{ border-bottom: 1px solid #ddd; padding: .25rem .75rem; text-align: left; overflow-wrap: anywhere }}
+</style></head><body>
+<h1>{title}</h1>
+<img alt="loss, learning rate, gradient norm and throughput" src="data:image/svg+xml;base64,{picture}">
+{table([facts(run) for run in runs], names)}
+<h2>{"Settings that differ" if len(runs) > 1 else "Settings"}</h2>
+{table(shown, names)}
+</body></html>
+"""
+    try:
+        Path(path).write_text(page)
+    except OSError as error:
+        raise cannot_write(path, error) from None
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders, as out/tiny")
-    parser.add_argument("--out", help="the picture; default: loss.png in the first run's folder")
+    parser.add_argument("--x", choices=X_LABELS, default="tokens", help="what the curves are drawn against")
+    parser.add_argument("--out", type=Path, help="the picture; default: metrics.png in the first run's folder")
+    parser.add_argument("--html", type=Path, help="also a page with the picture and a table of the runs' facts")
     args = parser.parse_args(arguments)
-    for run in args.runs:
-        if not read_metrics(run):
-            raise UserError(f"{run}: no metrics.jsonl with lines; expected the folder of a run, as out/tiny")
-    picture = args.out or Path(args.runs[0]) / "loss.png"
-    plot_loss(args.runs, picture)
-    print(picture)
+    names = names_of(args.runs)
+    runs = [read_run(folder, args.x, name) for folder, name in zip(args.runs, names, strict=True)]
+    for run in runs:
+        if not run.lines:
+            raise UserError(f"{run.folder}: no metrics.jsonl with lines; expected the folder of a run, as out/tiny")
+    picture = args.out or Path(args.runs[0]) / "metrics.png"
+    formats = plt.figure().canvas.get_supported_filetypes()
+    if picture.suffix[1:] not in formats:
+        raise UserError(f"--out: {picture}: expected a name that ends in one of .{', .'.join(sorted(formats))}")
+    figure = draw_panels(runs, args.x)
+    if args.html:
+        write_page(runs, figure, args.html)
+    save(figure, picture, dpi=120)
+    print(f"{picture}\n{args.html}" if args.html else picture)
 
 
 if __name__ == "__main__":

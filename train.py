@@ -15,17 +15,23 @@ import os
 import platform
 import socket
 import subprocess
+import sys
 import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
 
+from config import help_if_asked
+
+if __name__ == "__main__":
+    help_if_asked(sys.argv[1:])  # in front of the imports that take seconds
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for, so that DeepSpeed does not warn about it
 import deepspeed
 from deepspeed import comm
+from deepspeed.utils.logging import set_log_level_from_string
 
 import checkpoint
 import export
@@ -43,7 +49,8 @@ from config import (
 from data import order
 from data.mixture import Mixture
 from data.shards import cannot_write, write_json
-from engine import build_engine, check_zero_section, choose_kernels, resolve_precision, why_not_compiled
+from engine import build_engine, check_deepspeed, choose_kernels, resolve_precision, why_not_compiled
+from flops import count_parameters
 from model import IGNORE
 
 
@@ -96,7 +103,7 @@ def find_place(verbose):
             port = str(free.getsockname()[1])
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    deepspeed.utils.logger.setLevel("INFO" if verbose else "ERROR")
+    set_log_level_from_string("info" if verbose else "error")
     if not verbose:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed calls old names
     if torch.cuda.is_available():
@@ -153,7 +160,7 @@ def main(config, watch=None):
     accumulation = gradient_accumulation(config, world_size)
     precision = resolve_precision(train.precision, device)
     ds_config = deepspeed_config(config, world_size, precision, on_gpu=device.type == "cuda")
-    check_zero_section(ds_config.get("zero_optimization", {}))
+    check_deepspeed(ds_config)
     kernels, why_kernels = choose_kernels(train.kernels, device)
 
     # ---- model and optimizer, new or from a checkpoint
@@ -207,10 +214,7 @@ def main(config, watch=None):
     record = {"config": config.to_dict(), "versions": made_with, "data": train_data.fingerprint()}
     record |= {"world_size": world_size, "stage": stage, "precision": precision}
     record |= {"kernels": kernels, "compiled": not not_compiled}
-    parameters, _ = metrics.count_parameters(config.model)
-    flops = metrics.flops_per_token(config.model)
-    hardware_flops = flops + metrics.recomputed_flops_per_token(config.model, int(train.activation_checkpointing))
-    peak = metrics.peak_flops(made_with["device"]) if device.type == "cuda" else None
+    parameters, _ = count_parameters(config.model)
     if rank == 0:
         write_json(run / "config.json", config.to_dict() | {key: record[key] for key in record if key != "config"})
         log = metrics.MetricsLog(run, first_step, train.loggers, config.to_dict())
@@ -231,8 +235,11 @@ def main(config, watch=None):
             log.write(line | {"save_seconds": seconds, "stall_seconds": stalled})
 
     # ---- the loop: `step` is the number of optimizer steps done, which is all a run needs to go on
-    val_loss, timed_from, timed_steps, saved_at, save = None, time.perf_counter(), 0, time.monotonic(), None
+    val_loss, saved_at, save = None, time.monotonic(), None
+    clock, profiler = metrics.Stopwatch(device), metrics.Profiler(run, train.profile_steps if rank == 0 else None)
     for step in range(first_step + 1, total_steps + 1):
+        clock.start_step()
+        profiler.start_step(step)
         tokens_seen = tokens_before + step * train.global_batch_tokens
         lr = learning_rate(train, tokens_seen)
         for group in engine.optimizer.param_groups:
@@ -245,7 +252,9 @@ def main(config, watch=None):
             samples = order.sample_numbers(step - 1, micro_step, rank, world_size, train.micro_batch_size, accumulation)
             batch = train_data.batch(train_data.windows_of(samples + tokens_before // config.model.block_size))
             watch.beat()
-            micro_loss = engine(*to_device(batch, device))
+            inputs = to_device(batch, device)
+            clock.mark("data")
+            micro_loss = engine(*inputs)
             engine.backward(micro_loss)
             loss += micro_loss.detach() / accumulation
             if micro_step == accumulation - 1:  # before the step clips the gradients and drops them
@@ -259,8 +268,9 @@ def main(config, watch=None):
                 loss_sum, stopping, saving, have_written = known.tolist()
                 loss = loss_sum / world_size
                 steps.expect(loss, float(torch.nn.utils.get_total_norm(gradients)) if plain else None)
+            clock.mark("forward_backward")
             engine.step()
-        timed_steps += 1
+            clock.mark("optimizer")
         last_sample = tokens_seen // config.model.block_size - 1
         samples = (last_sample + 1 - train.global_batch_tokens // config.model.block_size, last_sample)
         if fault := steps.outcome(samples):
@@ -269,43 +279,33 @@ def main(config, watch=None):
             say(f"step {step}: {fault}; samples {samples[0]} to {samples[1]} {steps.answer(step, train)}")
 
         if step % train.log_every == 0 or step == 1 or step == total_steps:
-            memory = torch.tensor(metrics.peak_memory_bytes(), device=device)
-            comm.all_reduce(memory, op=comm.ReduceOp.MAX)
-            step_seconds = (time.perf_counter() - timed_from) / timed_steps
-            tokens_per_second = train.global_batch_tokens / step_seconds
-            tflops = tokens_per_second * flops / world_size / 1e12
-            line = {
-                "step": step,
-                "tokens": tokens_seen,
-                "loss": loss,
-                "lr": lr,
-                "grad_norm": steps.grad_norm,
-                "skipped": steps.skipped,
-                "tokens_per_second": tokens_per_second,
-                "step_seconds": step_seconds,
-                "tflops": tflops,
-                "mfu": tflops * 1e12 / peak if peak else None,
-                "hfu": tflops * 1e12 / peak * hardware_flops / flops if peak else None,
-                "peak_memory_bytes": memory.item(),
-            }
+            line = {"step": step, "tokens": tokens_seen, "loss": loss, "lr": lr}
+            line |= {"grad_norm": steps.grad_norm, "skipped": steps.skipped} | clock.read()
+            line |= metrics.throughput(config, line["step_seconds"], world_size, made_with["device"])
+            line |= metrics.peak_memory()
             if rank == 0:
                 log.write(line)
             say(metrics.console_line(line, total_steps))
-            timed_from, timed_steps = time.perf_counter(), 0
 
         last = step == total_steps
         evaluate_now = last or (train.eval_every and step % train.eval_every == 0)
         save_now = bool(last or stopping or saving or (train.save_every and step % train.save_every == 0))
         best_now = False
-        paused_at = time.perf_counter()
+        if evaluate_now or save_now or have_written or step == profiler.last:
+            clock.pause()  # none of these is part of a step
+        if profile := profiler.end_step(step, ending=last or stopping):
+            say(profile)
         if evaluate_now:
+            began = time.perf_counter()
             val_loss = evaluate(engine, val_data, train.eval_tokens, train.micro_batch_size, device, rank, world_size)
+            eval_seconds = time.perf_counter() - began
             # a NaN is never the best, and nothing is ever measured against one
             best_now = val_loss < (math.inf if best_val_loss is None else best_val_loss)
             best_val_loss = val_loss if best_now else best_val_loss
             say(f"step {step}: validation loss {val_loss:.4f}{', the best so far' if best_now else ''}")
             if rank == 0:
-                log.write({"step": step, "tokens": tokens_seen, "val_loss": val_loss})
+                line = {"step": step, "tokens": tokens_seen, "val_loss": val_loss}
+                log.write(line | {"eval_seconds": eval_seconds})
                 import plot  # matplotlib takes a second to import, and only rank 0 draws
 
                 plot.plot_loss([run], run / "loss.png")
@@ -322,11 +322,12 @@ def main(config, watch=None):
             if last or stopping or not train.save_in_background:
                 finish(save)
                 save = None
-        timed_from += time.perf_counter() - paused_at  # neither is part of a step
         if stopping and not last:
             say(f"stopped by {watch.reason or 'a signal to another rank'} behind step {step}; the same command goes on")
             break
 
+    if ds_config.get("comms_logger", {}).get("enabled"):
+        comm.log_summary()  # rank 0 prints; the others are asked
     if rank == 0:
         log.close()
     return val_loss

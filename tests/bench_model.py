@@ -25,11 +25,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import metrics
 import model
 import train
 from config import Config, ModelConfig, TrainConfig, deepspeed_config
 from engine import build_engine
+from flops import flops_per_token
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = {  # ours, sequences of a batch: GPT-2's smallest, and nanoGPT's model of Shakespeare's characters
@@ -128,7 +128,7 @@ def speed(args):
     print(f"{args.shape}, {batch} x {config.block_size} tokens, {args.threads} threads, torch {torch.__version__}")
     print(f"matrix products: fp32 {rates['fp32'] / 1e9:.0f} GFLOP/s, bf16 {rates['bf16'] / 1e9:.0f} GFLOP/s")
     print(f"{'':24s}{'passes':>10s}{'of products':>12s}{'step':>10s}{'of products':>12s}   tokens/s")
-    speeds, flops = {}, metrics.flops_per_token(config)
+    speeds, flops = {}, flops_per_token(config)
     for name, columns in times.items():
         speeds[name] = [tokens.numel() / statistics.median(column) for column in columns]
         shares = [found * flops / rates[name.split()[1]] for found in speeds[name]]

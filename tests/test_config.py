@@ -1,9 +1,12 @@
+import dataclasses
 import json
+import sys
 
 import pytest
 
 import config
 from config import UserError, build, command_line_values, deepspeed_config, gradient_accumulation, load_config
+from tests.conftest import run
 
 
 def write(path, content):
@@ -59,7 +62,27 @@ BAD = [
     ({"deepspeed": {"zero_optimization": None}}, "expected an object"),
     ({"deepspeed": {"zero_optimisation": {"stage": 1}}}, "did you mean zero_optimization?"),
     ({"deepspeed": {"gradient_cliping": 1}}, "unknown key deepspeed.gradient_cliping"),
+    ({"deepspeed": {"comms_logger": True}}, "comms_logger: found true, expected an object"),
+    ({"lr": 1}, "unknown section 'lr'; lr is a key of the section train"),
+    ({"train": {"n_layer": 2}}, "unknown key train.n_layer; n_layer is a key of the section model"),
+    ({"train": {"lr": float("inf")}}, "train.lr: found Infinity, expected a finite number"),
+    ({"train": {"betas": [0.9, float("nan")]}}, "found NaN, expected a finite number"),
+    ({"train": {"loggers": [1]}}, "found [1], expected list[str]"),
+    ({"train": {"seed": 2**63}}, "expected at most 4611686018427387904"),
+    ({"train": {"timeout_seconds": 1e30}}, "expected at most 1000000000"),
+    ({"train": {"min_lr_ratio": 1.5}}, "expected at most 1 (last learning rate over the peak)"),
+    ({"train": {"profile": "10"}}, 'found "10", expected the first and last step to record, as 10:15, of 1 to 19073'),
+    ({"train": {"profile": "15:10"}}, 'train.profile: found "15:10"'),
+    ({"train": {"profile": "0:3"}}, "train.profile"),
+    ({"train": {"profile": "3:19074"}}, "of 1 to 19073"),
+    ({"train": {"profile": 3}}, "found 3, expected str or null"),
+    ({"data": {"path": ""}}, "data.path: found no folder"),
+    # the divisors of so large a number cannot be tried one by one
+    ({"model": {"n_embd": 10**12, "n_head": 7}}, "nearest that do: 5 and 8"),
     ("{", "line 1, column 2"),
+    ('{"train": {\n  "lr": 1,\n}}', "line 3, column 1"),
+    ('{"train": {"lr": 1, "lr": 2}}', 'the key "lr" stands twice in one object'),
+    (100_000 * "[", "nested too deeply"),
 ]
 
 
@@ -81,7 +104,15 @@ def test_bad_config_gets_one_line_that_names_the_file(tmp_path, content, expecte
         (["--lr", "1"], "unknown flag"),
         (["--trian.lr", "1"], "unknown section"),
         (["--model.n_layer", "two"], 'found "two", expected int'),
-        (["nowhere.json"], "no such file"),
+        (["--train.lr", "1", "--train.lr.x", "2"], "lr was given the value 1 before"),
+        (["--train.betas.x", "2"], 'train.betas: found {"x": 2}, expected list[float]'),
+        (["--train.lr="], 'train.lr: found "", expected float'),
+        (["--train.profile", "10:2000"], "of 1 to 1367"),
+        (["nowhere.json"], "no such file; configs holds 10b.json, "),
+        (["tiny"], "tiny: no such file; did you mean configs/tiny.json?"),
+        (["configs/tinny.json"], "did you mean configs/tiny.json?"),
+        (["configs/tiny.json", "-train.lr", "1"], "-train.lr: unknown flag"),
+        (["configs/tiny.json", "train.lr=1"], "train.lr=1: unknown flag; keys are written --section.key value"),
         (["configs/tiny.json", "configs/tiny.json"], "was already given"),
     ],
 )
@@ -121,12 +152,26 @@ def test_bad_input_exits_with_2_and_one_line(capsys):
     assert capsys.readouterr().err.endswith("error: x.json: found 1, expected 2\n")
 
 
-def test_help_names_every_key(capsys):
+def test_help_says_all_of_every_key(capsys):
     with pytest.raises(SystemExit) as stop:
         load_config(["--help"])
     text = capsys.readouterr().out
-    assert stop.value.code == 0
-    assert all(name in text for name in ("--model.n_kv_head", "--train.min_lr_ratio", "--data.path", "default 0.1"))
+    assert stop.value.code == 0 and all(len(line) <= 120 for line in text.splitlines())
+    flat = " ".join(text.split())
+    for section, cls in config.SECTIONS.items():
+        for f in dataclasses.fields(cls):
+            assert f"--{section}.{f.name} {f.metadata['meaning']} (" in flat
+    assert "(float, at least 0, at most 1; default 0.1)" in flat and "(list[float]; default [0.9, 0.95])" in flat
+    assert "(list of tensorboard | wandb; default [])" in flat and "(int or null, at least 1; default null)" in flat
+
+
+def test_help_imports_neither_torch_nor_deepspeed():
+    code = "import runpy, sys; sys.argv = ['train.py', '--help']\n"
+    code += "try: runpy.run_path('train.py', run_name='__main__')\n"
+    code += "finally: assert not {'torch', 'deepspeed', 'numpy'} & set(sys.modules)"
+    done = run([sys.executable, "-c", code])
+    assert done.returncode == 0 and done.stdout.startswith("usage: deepspeed"), done.stderr
+    assert run([sys.executable, "train.py", "-h"], RANK="1").stdout == "", "of several ranks the first prints"
 
 
 def test_a_rank_that_is_alone_with_its_fault_says_so(capsys, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 
 import plan
 from config import ROOT, UserError, gradient_accumulation, load_config
-from metrics import count_parameters, flops_per_token, peak_flops
+from flops import count_parameters, flops_per_token, peak_flops
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
 

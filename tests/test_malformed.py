@@ -141,6 +141,11 @@ CONFIGS = [  # section, key, value or NO_VALUE, what the line names
     ("train", "bad_step", "ignore", "skip, stop, rollback"),
     ("train", "seed", -1, "train.seed"),
     ("train", "learning_rate", 1, "unknown key train.learning_rate"),
+    ("train", "lr", float("inf"), "train.lr: found Infinity, expected a finite number"),
+    ("train", "seed", 2**64, "train.seed: found 18446744073709551616, expected at most"),
+    ("train", "n_layer", 1, "n_layer is a key of the section model"),
+    ("train", "profile", "2", "train.profile"),
+    ("train", "profile", "1:2", "of 1 to 1"),
     ("deepspeed", "optimizer", {"type": "SGD"}, "deepspeed.optimizer follows from train.lr"),
     ("deepspeed", "gradient_clipping", 1.0, "deepspeed.gradient_clipping follows from train.grad_clip"),
     ("deepspeed", "zero_optimisation", {}, "did you mean zero_optimization?"),
@@ -150,6 +155,9 @@ CONFIGS = [  # section, key, value or NO_VALUE, what the line names
     ("deepspeed", "zero_optimization", {"stage": 2, "offload_optimizer": NVME}, "nvme at stage 2, expected stage 3"),
     ("deepspeed", "zero_optimization", {"stage": 3, "offload_param": NVME}, "offload_param.nvme_path: found none"),
     ("deepspeed", "bf16", {"enabled": True}, "train.precision"),
+    ("deepspeed", "comms_logger", {"enabld": True}, "deepspeed.comms_logger.enabld: found True"),
+    ("deepspeed", "comms_logger", {"prof_ops": 3}, "deepspeed.comms_logger.prof_ops: found 3"),
+    ("deepspeed", "aio", 3, "DeepSpeed refuses this section"),
     ("optimizer", NO_VALUE, {}, "unknown section 'optimizer'"),
     ("model", NO_VALUE, [], "section 'model' must be a JSON object"),
 ]
@@ -173,6 +181,8 @@ FILES = [  # the file's whole content, what the line names
     ("null", "broken.json"),
     ('{"model": {"n_layer": 2,}}', "broken.json"),
     ("model:\n  n_layer: 2\n", "broken.json"),
+    ('{"train": {"lr": 1, "lr": 2}}', "stands twice"),
+    (100_000 * "[", "nested too deeply"),
 ]
 
 
@@ -208,6 +218,9 @@ FLAGS = [
     (prepare.main, ["--input", "text.txt", "--val_fraction", "2", "--tokenizer", "bytes", "--out", "out"], "--val_f"),
     (train_tokenizer.main, ["--source", "text", "--input", "text.txt", "--vocab_size", "9000", "--out", "t"], "tokens"),
     (plot.main, ["nowhere"], "nowhere"),
+    (plot.main, ["run", "--out", "picture.xyz"], "--out: picture.xyz"),
+    (plot.main, ["run", "--x", "steps"], "invalid choice"),
+    (start_training, ["config.json", "--train.lr", "1", "--train.lr.x", "2"], "lr was given the value 1 before"),
 ]
 
 

@@ -1,9 +1,17 @@
+import gzip
 import json
-import math
+import re
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from config import ModelConfig
-from metrics import MetricsLog, console_line, count_parameters, duration, flops_per_token, peak_flops, read_metrics
-from plot import plot_loss, smooth
+import pytest
+import torch
+
+import metrics
+from config import ModelConfig, build
+from flops import count_parameters, flops_per_token, peak_flops
+from metrics import MetricsLog, Stopwatch, console_line, duration, read_metrics
 
 
 def test_sizes_of_gpt2_are_the_published_ones():
@@ -61,25 +69,6 @@ def test_a_resumed_log_holds_each_step_once(tmp_path):
     assert MetricsLog(tmp_path, 0) and read_metrics(tmp_path) == []
 
 
-def test_smoothing_is_unbiased_and_survives_nan():
-    assert smooth([3.0, 3.0, 3.0], 0.9) == [3.0, 3.0, 3.0] or math.isclose(smooth([3.0] * 3, 0.9)[2], 3.0)
-    values = smooth([1.0, math.nan, 1.0], 0.5)
-    assert all(math.isclose(value, 1.0) for value in values)
-
-
-def test_a_picture_is_drawn_from_any_number_of_points(tmp_path):
-    for number in (0, 1, 3, 300):
-        run = tmp_path / str(number)
-        run.mkdir()
-        log = MetricsLog(run, 0)
-        for step in range(1, number + 1):
-            log.write(LINE | {"step": step, "tokens": step * 100, "loss": math.nan if step == 2 else 5 / step})
-            if step % 100 == 0:
-                log.write({"step": step, "tokens": step * 100, "val_loss": 5 / step})
-        plot_loss([run], run / "loss.png")
-        assert (run / "loss.png").stat().st_size > 5000
-
-
 def test_tensorboard_holds_each_step_once_after_a_resume(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -99,28 +88,278 @@ def test_tensorboard_holds_each_step_once_after_a_resume(tmp_path):
     assert "mfu" not in events.Tags()["scalars"], "null is no number"
 
 
-def test_wandb_runs_offline_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch):
+def test_tensorboard_has_what_a_run_wrote_before_it_was_killed(tmp_path):
+    """Nothing is closed here, as by kill -9: what a checkpoint covers must not wait in a buffer."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricsLog(tmp_path, 0, ["tensorboard"])
+    for step in (1, 2, 3):
+        log.write(LINE | {"step": step})
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        assert [event.step for event in events.Scalars("loss")] == list(range(1, step + 1))
+    log.close()
+
+
+def wandb_rows(run):
+    """The history rows in all offline files of a run, as W&B writes them: protobuf records in LevelDB's log format
+    (https://github.com/google/leveldb/blob/main/doc/log_format.md), behind a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    forget_wandb_settings()  # as the end of a process does, this waits until the files are written
+    rows = []
+    for path in sorted((run / "wandb").glob("offline-run-*/*.wandb")):
+        content, at, parts = path.read_bytes(), 7, b""
+        while at + 7 <= len(content):
+            if 32768 - at % 32768 < 7:  # the rest of a block, too short for a header
+                at += 32768 - at % 32768
+                continue
+            length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+            parts += content[at + 7 : at + 7 + length]
+            at += 7 + length
+            if kind in (1, 4):  # a whole record, or the last part of one
+                record = Record.FromString(parts)
+                if record.WhichOneof("record_type") == "history":
+                    items = record.history.item
+                    rows.append({"/".join([i.key, *i.nested_key]).strip("/"): json.loads(i.value_json) for i in items})
+                parts = b""
+    return rows
+
+
+def offline_wandb(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    for resumed_at in (0, 6):
+    forget_wandb_settings()
+
+
+def forget_wandb_settings():
+    """W&B reads the environment once in a process; a run is a process, a test is not."""
+    import wandb
+
+    wandb.teardown()
+
+
+def test_wandb_offline_holds_each_step_of_an_interrupted_run_once(tmp_path, monkeypatch):
+    """Interrupted at step 10, resumed at 6: the second folder of the same id holds everything and is the only one."""
+    offline_wandb(monkeypatch)
+    for resumed_at, last, loss in ((0, 10, 1.0), (6, 12, 2.0)):
+        time.sleep(1.1 if resumed_at else 0)  # a folder's name says the second in which it began
         log = MetricsLog(tmp_path, resumed_at, ["wandb"], {"train": {"lr": 1}})
-        assert "wandb" in log.loggers
-        log.write(LINE | {"step": resumed_at + 1})
+        for step in range(resumed_at + 1, last + 1):
+            log.write(LINE | {"step": step, "loss": loss})
+            if step % 3 == 0:
+                log.write({"step": step, "tokens": step * 100, "val_loss": loss})
+        log.write({"step": last - 2, "tokens": 0, "save_seconds": 1.0})  # of a save in the background
+        run_id = (tmp_path / "wandb_id").read_text()
+        assert [folder.name[-8:] for folder in (tmp_path / "wandb").glob("offline-run-*")] == [run_id]
         log.close()
-    run_id = (tmp_path / "wandb_id").read_text()
-    files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(files) >= 1 and all(file.name == f"run-{run_id}.wandb" for file in files)
+    rows = wandb_rows(tmp_path)
+    assert [(row["_step"], row["loss"]) for row in rows] == [(step, 1.0 if step <= 6 else 2.0) for step in range(1, 13)]
+    assert [row["_step"] for row in rows if "val_loss" in row] == [3, 6, 9, 12]
+    assert "mfu" not in rows[0] and rows[0]["peak_memory_bytes"] == 2**30
+
+
+def test_a_run_begun_anew_leaves_no_wandb_files_of_the_abandoned_one(tmp_path, monkeypatch):
+    offline_wandb(monkeypatch)
+    ids = set()
+    for wait in (0, 1.1):
+        time.sleep(wait)
+        log = MetricsLog(tmp_path, 0, ["wandb"])
+        log.write(LINE | {"step": 1})
+        log.close()
+        ids.add((tmp_path / "wandb_id").read_text())
+    assert len(ids) == 2 and [row["_step"] for row in wandb_rows(tmp_path)] == [1]
+
+
+def test_wandb_without_a_key_is_left_out_and_never_asks(tmp_path, monkeypatch, capsys):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where W&B looks for a key
+    forget_wandb_settings()
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1))
+    log = MetricsLog(tmp_path, 0, ["wandb"])
+    log.write(LINE)
+    assert not log.loggers and not asked
+    assert "no API key; call `wandb login` first, or set WANDB_MODE=offline; the run goes on" in capsys.readouterr().out
+
+
+class HalfAServer(BaseHTTPRequestHandler):
+    """As much of W&B's server as its client needs to begin a run, or to resume one that has `history`."""
+
+    history = []
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path.endswith("file_stream"):
+            rows = json.loads(body).get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+            self.history.extend(json.loads(row)["_step"] for row in rows)
+        entity = {"id": "1", "name": "me"}
+        bucket = {"id": "1", "name": "run", "displayName": "run", "config": "{}", "eventsLineCount": 0}
+        bucket |= {"project": {"id": "1", "name": "minzero", "entity": entity}, "historyLineCount": len(self.history)}
+        bucket |= {"logLineCount": 0, "eventsTail": "[]", "summaryMetrics": "{}", "wandbConfig": '{"t": 1}'}
+        bucket["historyTail"] = json.dumps([json.dumps({"_step": step}) for step in self.history[-1:]])
+        model = {"id": "1", "name": "minzero", "entity": entity, "bucket": bucket} if self.history else None
+        data = {"upsertBucket": {"bucket": bucket, "inserted": not self.history}, "model": model, "project": None}
+        data |= {"viewer": {"id": "1", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
+        data["createRunFiles"] = {"runID": "1", "uploadHeaders": [], "files": []}
+        answer = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_POST
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Half a W&B server on this machine, which W&B's client is told to use."""
+    started = ThreadingHTTPServer(("127.0.0.1", 0), HalfAServer)
+    threading.Thread(target=started.serve_forever, daemon=True).start()
+    monkeypatch.setattr(HalfAServer, "history", [])
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{started.server_port}")
+    monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    forget_wandb_settings()
+    yield started
+    started.shutdown()
+    started.server_close()
+
+
+def test_wandb_online_gets_each_step_of_an_interrupted_run_once(server, tmp_path):
+    """Interrupted at step 10 and resumed at 6, where the server has more than the checkpoint, or less."""
+    for server_has in (10, 4):
+        run = tmp_path / str(server_has)
+        run.mkdir()
+        HalfAServer.history.clear()
+        for resumed_at, last in ((0, 10), (6, 12)):
+            log = MetricsLog(run, resumed_at, ["wandb"])
+            for step in range(resumed_at + 1, last + 1):
+                log.write(LINE | {"step": step})
+            assert "wandb" in log.loggers
+            log.close()
+            forget_wandb_settings()
+            if not resumed_at:
+                del HalfAServer.history[server_has:]
+        assert HalfAServer.history == list(range(1, 13))
+
+
+@pytest.mark.parametrize("dies", ["before the run", "during the run"])
+def test_a_network_that_fails_neither_stops_nor_holds_up_a_run(dies, server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "WANDB_PATIENCE", {"init_timeout": 3, "finish_timeout": 1})
+
+    def die():
+        server.shutdown()
+        server.server_close()
+
+    if dies == "before the run":
+        die()
+    log = MetricsLog(tmp_path, 0, ["wandb"])
+    assert ("wandb" in log.loggers) == (dies == "during the run")
+    if dies == "during the run":
+        die()
+    lines = [LINE | {"step": step} for step in range(1, 1001)]
+    for line in lines:
+        log.write(line)
+    log.close()
+    assert read_metrics(tmp_path) == lines
+    said = capsys.readouterr().out
+    assert ("wandb: CommError: " in said and "the run goes on without it" in said) == (dies == "before the run")
 
 
 def test_a_logger_that_fails_is_named_and_left_out(tmp_path, monkeypatch, capsys):
     import wandb
 
-    def fail(**_):
-        raise ConnectionError("no route to host\nand more")
+    offline_wandb(monkeypatch)
 
-    monkeypatch.setattr(wandb, "init", fail)
-    log = MetricsLog(tmp_path, 0, ["wandb"])
-    log.write(LINE)
-    log.close()
-    assert read_metrics(tmp_path) == [LINE]
-    assert capsys.readouterr().out == "wandb: ConnectionError: no route to host; the run goes on without it\n"
+    for message, said in (("no route to host\nand more", ": no route to host"), ("", "")):
+
+        def fail(message=message, **_):
+            raise ConnectionError(message)
+
+        monkeypatch.setattr(wandb, "init", fail)
+        log = MetricsLog(tmp_path, 0, ["wandb"])
+        log.write(LINE)
+        log.close()
+        assert read_metrics(tmp_path) == [LINE]
+        assert capsys.readouterr().out == f"wandb: ConnectionError{said}; the run goes on without it\n"
+
+
+def test_the_stopwatch_gives_each_part_its_time_and_pauses_to_none(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    clock = Stopwatch(torch.device("cpu"))
+    for _ in range(2):
+        for seconds, what in ((100, clock.start_step), (1, "data"), (4, "forward_backward"), (0, "optimizer")):
+            now[0] += seconds
+            what() if callable(what) else clock.mark(what)
+        for seconds, what in ((2, "data"), (6, "forward_backward"), (3, "optimizer")):
+            now[0] += seconds
+            clock.mark(what)
+        now[0] += 0.5  # belongs to the step, and to none of its parts
+        clock.pause()
+    seconds = clock.read()
+    assert seconds["step_seconds"] == 16.5
+    assert (seconds["data_seconds"], seconds["forward_backward_seconds"], seconds["optimizer_seconds"]) == (3, 10, 3)
+    clock.start_step()
+    now[0] += 7
+    clock.mark("data")
+    assert clock.read() == {"step_seconds": 7} | {f"{part}_seconds": 7 * (part == "data") for part in clock.parts}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_stopwatch_never_waits_for_a_gpu_in_a_step():
+    """The host queues seconds of products and goes on; what they took is found at the reading."""
+    device = torch.device("cuda")
+    matrix, clock = torch.randn(8192, 8192, device=device), Stopwatch(device)
+    (matrix @ matrix).sum().item()
+    began = time.perf_counter()
+    for _ in range(3):
+        clock.start_step()
+        clock.mark("data")
+        for _ in range(20):
+            matrix @ matrix
+        clock.mark("forward_backward")
+        clock.mark("optimizer")
+    queued = time.perf_counter() - began
+    seconds = clock.read()
+    assert 3 * seconds["forward_backward_seconds"] > 5 * queued
+    assert seconds["forward_backward_seconds"] == pytest.approx(seconds["step_seconds"], rel=0.1)
+
+
+def test_utilisation_is_of_one_device_and_only_where_its_peak_is_known():
+    config = build({"train": {"activation_checkpointing": True}}, "x")
+    line = metrics.throughput(config, 2.0, 8, "NVIDIA H100 80GB HBM3")
+    assert line["tokens_per_second"] == config.train.global_batch_tokens / 2
+    per_device = flops_per_token(config.model) * line["tokens_per_second"] / 8
+    assert line["tflops"] == pytest.approx(per_device / 1e12) and line["mfu"] == pytest.approx(per_device / 989e12)
+    assert 1.2 < line["hfu"] / line["mfu"] < 1 + 1 / 3, "every block's forward pass again, but not the output layer's"
+    line = metrics.throughput(config, 2.0, 8, "AMD EPYC")
+    assert line["tflops"] == pytest.approx(per_device / 1e12) and line["mfu"] is line["hfu"] is None
+
+
+@pytest.mark.parametrize(
+    ("resumed_at", "ended_at", "expected"),
+    [(0, 9, "steps_3_to_5"), (3, 9, "steps_4_to_5"), (0, 4, "steps_3_to_4"), (5, 9, None), (0, 2, None)],
+)
+def test_a_profile_holds_those_of_its_steps_that_were_run(resumed_at, ended_at, expected, tmp_path):
+    profiler, said, matrix = metrics.Profiler(tmp_path, (3, 5)), [], torch.ones(8, 8)
+    for step in range(resumed_at + 1, ended_at + 1):
+        profiler.start_step(step)
+        matrix @ matrix
+        said.append(profiler.end_step(step, ending=step == ended_at))
+    said = [text for text in said if text]
+    if expected is None:
+        assert not said and not (tmp_path / "profile").exists()
+        return
+    first, last = int(expected[6]), int(expected[-1])
+    assert len(said) == 1 and said[0].startswith(f"profile of steps {first} to {last} of rank 0 in {tmp_path}/profile/")
+    assert {path.name for path in (tmp_path / "profile").iterdir()} == {f"{expected}.json.gz", f"{expected}.txt"}
+    with gzip.open(tmp_path / "profile" / f"{expected}.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    assert sum(event.get("name") == "aten::mm" for event in events) == last - first + 1
+    assert re.search(r"aten::mm +1\.0 +0\.\d+ +\d+\.\d%", said[0]), said[0]

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from config import ROOT, ModelConfig, build, read_json
-from metrics import count_parameters, flops_per_token, recomputed_flops_per_token
+from flops import count_parameters, flops_per_token, recomputed_flops_per_token
 from model import GPT, IGNORE, LinearCrossEntropy, attention_backends, cross_entropy
 
 SMALL = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=50, init_std=0.1)
