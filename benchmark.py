@@ -206,13 +206,15 @@ def measure(config, row, gpus, steps, warmup, folder, on_gpu):
 
 
 def markdown(results, conditions):
-    """The table and its conditions, as Markdown."""
+    """The table and its conditions, as Markdown, without columns of which nothing is known, as MFU without a GPU."""
+    known = {key for result in results for key, value in result.items() if value is not None}
+    columns = {head: entry for head, entry in COLUMNS.items() if entry[0] in known | {"step_seconds"}}
     lines = [f"# {conditions['config']}: what each setting costs", ""]
-    lines += [f"| setting | {' | '.join(COLUMNS)} |", f"|---|{'--:|' * len(COLUMNS)}"]
+    lines += [f"| setting | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"]
     for result in results:
-        cells = [write(result[key]) if result.get(key) is not None else "-" for key, write in COLUMNS.values()]
+        cells = [write(result[key]) if result.get(key) is not None else "-" for key, write in columns.values()]
         if result["failed"]:
-            cells = [f"failed: {result['failed']}".replace("|", "\\|")] + [""] * (len(COLUMNS) - 1)
+            cells = [f"failed: {result['failed']}".replace("|", "\\|")] + [""] * (len(columns) - 1)
         lines.append(f"| {result['title']} | {' | '.join(cells)} |")
     lines += ["", *conditions["notes"], "", f"`{conditions['command']}`"]
     return "\n".join(lines) + "\n"
