@@ -1,4 +1,4 @@
-# make train: a fresh machine to a trained model. make test: the suite; make test-slow: what compiles for minutes.
+# make train: a fresh machine to a trained model. make test: the suite; make test-slow: what compiles or waits for long.
 # Each prepares what it needs.
 PYTHON ?= python3
 VENV := .venv

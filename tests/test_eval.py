@@ -88,7 +88,11 @@ def other_tokenizer(folder):
         (["llama", "--batch_size", "0"], "--batch_size: found 0, expected 1 or more"),
         (["data"], "no complete checkpoint"),
         (["hf_renumbered", "--data", "data"], "of which 2 of 256 tokens differ from"),
-        (["llama", "--tasks", "nothing_like_it"], "--tasks: 'nothing_like_it' is neither one of lm-eval's nor"),
+        pytest.param(
+            ["llama", "--tasks", "nothing_like_it"],
+            "--tasks: 'nothing_like_it' is neither one of lm-eval's nor",
+            marks=pytest.mark.slow,
+        ),
         (["llama", "--tasks", "x", "--task_path", "gone"], "--task_path: "),
     ],
 )

@@ -248,7 +248,7 @@ def test_wandb_online_gets_each_step_of_an_interrupted_run_once(server, tmp_path
         assert HalfAServer.history == list(range(1, 13))
 
 
-@pytest.mark.parametrize("dies", ["before the run", "during the run"])
+@pytest.mark.parametrize("dies", [pytest.param("before the run", marks=pytest.mark.slow), "during the run"])
 def test_a_network_that_fails_neither_stops_nor_holds_up_a_run(dies, server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "WANDB_PATIENCE", {"init_timeout": 3, "finish_timeout": 1})
 

@@ -39,7 +39,7 @@ def config_of(name, stage, offload="none", steps=20, **more):
 
 def config_of_moved(name, stage, offload="none"):
     """150 steps with a checkpoint every 50."""
-    settings = {"lr": 3e-3, "save_every": 50, "save_best": False}
+    settings = {"lr": 3e-3, "save_every": 50, "save_best": False, "micro_batch_size": 4}
     return config_of(name, stage, offload, steps=150, train=settings)
 
 

@@ -4,5 +4,5 @@ from tests import chaos
 
 
 def test_a_run_killed_with_9_goes_on_bit_for_bit(tmp_path, capfd):
-    chaos.main(tmp_path, kills=3, inside_a_save=1, steps=150, port=29651)
+    chaos.main(tmp_path, kills=2, inside_a_save=1, steps=80, port=29651)
     assert "each once; last checkpoint equal bit for bit" in capfd.readouterr().out

@@ -10,6 +10,8 @@ import time
 import psutil
 import pytest
 
+import eval as evaluation
+import sample
 from metrics import read_metrics
 from tests.conftest import ROOT, deepspeed_command, run
 
@@ -56,20 +58,24 @@ def test_the_console_is_quiet_but_for_the_run(tiny_run):
     assert "| loss " in done.stdout and "ETA" in done.stdout and "validation loss" in done.stdout
 
 
-def test_eval_and_sample_read_the_run(tiny_run):
+def test_eval_and_sample_read_the_run(tiny_run, monkeypatch, capsys):
     out, _ = tiny_run
-    done = run([sys.executable, "eval.py", out, "--gzip", "--json"])
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    monkeypatch.chdir(ROOT)
+
+    def said(main, *words):
+        main([str(out), *words])
+        return capsys.readouterr().out
+
+    result = json.loads(said(evaluation.main, "--gzip", "--json").splitlines()[-1])
     meta = json.loads((ROOT / "data/stdlib/meta.json").read_text())["splits"]["val"]
     assert result["tokens"] == meta["tokens"] - 1
     assert result["bits_per_byte"] == pytest.approx(
         result["val_loss"] * result["tokens"] / 0.6931471805599453 / meta["bytes"]
     )
     assert 1.5 < result["gzip_bits_per_byte"] < result["gzip_one_by_one_bits_per_byte"] < 3
-    texts = [run([sys.executable, "sample.py", out, "--prompt", "import ", "--tokens", "30"]) for _ in range(2)]
-    assert texts[0].returncode == 0 and texts[0].stdout.startswith("import ") and len(texts[0].stdout) > 20
-    assert texts[0].stdout == texts[1].stdout, "the seed decides"
+    texts = [said(sample.main, "--prompt", "import ", "--tokens", "30") for _ in range(2)]
+    assert texts[0].startswith("import ") and len(texts[0]) > 20
+    assert texts[0] == texts[1], "the seed decides"
 
 
 def test_a_finished_run_is_left_alone_and_never_refuses_it(tiny_run):

@@ -28,11 +28,11 @@ def wait_for_end(processes, seconds):
 
 @pytest.mark.parametrize(
     "asked",
-    ["SIGTERM to one rank", "SIGUSR1 to the group", "SIGTERM to deepspeed alone", "a STOP file", "save_every_seconds"],
+    ["SIGTERM to one rank", "SIGUSR1 to the group", "SIGTERM to deepspeed alone", "a STOP file"],
 )
 def test_a_run_asked_to_stop_saves_and_ends(asked, start, tmp_path):
     out = tmp_path / "run"
-    more = ["--train.save_every_seconds", 2] if asked == "save_every_seconds" else []
+    more = ["--train.save_every_seconds", 2] if asked == "a STOP file" else []
     process = start(deepspeed_command(*RUN, *more, "--train.out_dir", out, port=29641))
     wait_for_step(process, " 3/100" if not more else "saved ")
     ranks = ranks_of(process)
