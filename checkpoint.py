@@ -290,7 +290,9 @@ def where_to_start(config, data, known_faults=()):
     if resume == "never" and find(run):
         raise UserError(f"train.out_dir: {run} already holds a run; choose another, or drop --train.resume never")
     passed_over = []
-    if resume in ("auto", "never"):
+    # of another run: only the beginning, else the same command would begin there again and again
+    begins = resume not in ("auto", "never") and run.resolve() not in (Path(resume) / "state.json").resolve().parents
+    if resume in ("auto", "never") or (begins and find(run)):
         found, state, passed_over = newest_usable(run, known_faults)
     else:
         found = find(resume)

@@ -141,7 +141,11 @@ class TrainConfig:
     save_in_background: bool = key(False, "copy to the CPU's memory and write while training goes on")
     save_best: bool = key(True, "also save when the validation loss is the lowest so far")
     keep_checkpoints: int = key(2, "newest checkpoints kept, besides the best", minimum=1)
-    resume: str = key("auto", "auto: continue if the run folder holds a checkpoint; never; or a checkpoint's path")
+    resume: str = key(
+        "auto",
+        "auto: continue if the run folder holds a checkpoint; never; or the path of a checkpoint or a run, one outside "
+        "the run folder only while that holds none",
+    )
     init_from: str | None = key(
         None,
         "start from these weights: a folder in transformers' format, a name on the Hugging Face hub, or a run or "
@@ -292,37 +296,34 @@ def where_it_belongs(name, section=None):
     return did_you_mean(name, SECTIONS[section].__dataclass_fields__ if section else [*SECTIONS, "deepspeed"])
 
 
+def fits(value, option):
+    """Whether a JSON value is of this type. A whole float is an int, an int is a float, a boolean neither."""
+    if option in (int, float):
+        return type(value) is int or (type(value) is float and (option is float or value.is_integer()))
+    if typing.get_origin(option) is list:
+        return isinstance(value, list) and all(fits(one, typing.get_args(option)[0]) for one in value)
+    return isinstance(value, option)
+
+
 def convert(where, value, expected, meta):
     """Return `value` as the type `expected`, or raise UserError. Whole floats count as integers, so
     that lengths can be written 1e9."""
     options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
-    for option in options:
-        if option is types.NoneType and value is None:
-            return None
-        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            value = float(value)
-            break
-        if option is int and isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if option is int and isinstance(value, bool):
-            continue
-        if option == list[float] and isinstance(value, list) and all(type(v) in (int, float) for v in value):
-            value = [float(v) for v in value]
-            break
-        if option == list[str] and isinstance(value, list) and all(isinstance(v, str) for v in value):
-            break
-        if isinstance(option, type) and not isinstance(option, types.GenericAlias) and isinstance(value, option):
-            break
-    else:
+    option = next((option for option in options if fits(value, option)), None)
+    if option is None:
         raise UserError(f"{where}: found {json.dumps(value)}, expected {type_name(expected)} ({meta['meaning']})")
-    for chosen in value if isinstance(value, list) else [value]:
-        if meta["choices"] and chosen not in meta["choices"]:
+    if value is None:
+        return None
+    if option in (int, float):
+        value = option(value)
+    elif option == list[float]:
+        value = [float(one) for one in value]
+    for one in value if isinstance(value, list) else [value]:
+        if meta["choices"] and one not in meta["choices"]:
             names = ", ".join(str(choice).lower() for choice in meta["choices"])
-            raise UserError(f"{where}: found {json.dumps(chosen)}, expected one of {names}")
-    for number in value if isinstance(value, list) else [value]:
-        # JSON as Python reads it can hold NaN and Infinity
-        if isinstance(number, float) and not math.isfinite(number):
-            raise UserError(f"{where}: found {json.dumps(number)}, expected a finite number ({meta['meaning']})")
+            raise UserError(f"{where}: found {json.dumps(one)}, expected one of {names}")
+        if isinstance(one, float) and not math.isfinite(one):  # JSON as Python reads it can hold NaN and Infinity
+            raise UserError(f"{where}: found {json.dumps(one)}, expected a finite number ({meta['meaning']})")
     if meta["minimum"] is not None and value < meta["minimum"]:
         raise UserError(f"{where}: found {value}, expected at least {meta['minimum']} ({meta['meaning']})")
     if meta["maximum"] is not None and value > meta["maximum"]:
@@ -560,6 +561,7 @@ def deepspeed_config(config, world_size, precision, on_gpu):
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},
         "steps_per_print": sys.maxsize,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU twice a micro-batch
     }
     return merge(ours, config.deepspeed)
 

@@ -16,6 +16,9 @@ import export
 from config import UserError, did_you_mean, offload_device, offloads_optimizer, zero_stage
 from data.shards import cannot_write
 from model import GPT, Block
+from pieces import stage_0_masters
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_precision(precision, device):
@@ -70,6 +73,11 @@ def check_deepspeed(ds_config):
     """Check a complete DeepSpeed configuration as DeepSpeed will when the engine is built, but with one line for
     the user at the end. Raises UserError."""
     check_zero_section(ds_config.get("zero_optimization", {}))
+    if ds_config.get("fp16", {}).get("enabled") and zero_stage(ds_config) == 0:
+        raise UserError(
+            "deepspeed.zero_optimization.stage: found 0 with fp16, where DeepSpeed scales no loss; expected 1, 2 or 3, "
+            "or --train.precision bf16 or fp32"
+        )
     # DeepSpeed may not know the number of ranks yet, and would refuse a batch that does not fit to one rank
     without_batch = {name: value for name, value in ds_config.items() if name != "train_batch_size"}
     try:
@@ -82,7 +90,7 @@ def check_deepspeed(ds_config):
         raise UserError(f"deepspeed.{section}.{where}: found {first['input']!r}: {first['msg']}") from None
     except (ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:
         raise UserError(
-            f"deepspeed: DeepSpeed refuses this section ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"deepspeed: DeepSpeed refuses this section ({type(error).__name__}: {' '.join(str(error).split())}); "
             f"its keys: {', '.join(ds_config)}"
         ) from None
 
@@ -154,7 +162,7 @@ def step_piece_by_piece(optimizer):
     return optimizer
 
 
-def why_not_compiled(wanted, config, device, kernels):
+def why_not_compiled(wanted, config, device, kernels, precision="fp32"):
     """None if the model is to be compiled, else the reason: that it was not asked for, or how a small model
     of the same parts failed on this or another rank. Every rank must call this, and all get an answer of
     the same kind. Costs seconds, where a failure in the middle of a step would cost the run."""
@@ -164,12 +172,12 @@ def why_not_compiled(wanted, config, device, kernels):
     error = None
     try:
         with device:
-            model = GPT(dataclasses.replace(config, **small), kernels=kernels)
+            model = GPT(dataclasses.replace(config, **small), kernels=kernels).to(DTYPES[precision])
             model.compile()
             tokens = torch.zeros(2, 32, dtype=torch.long)
         model(tokens, tokens).backward()
     except Exception as failure:
-        error = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}"
+        error = f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}"
     torch.compiler.reset()  # or the true sizes would count as a change, and be compiled as variable ones
     failed = torch.tensor(float(error is not None), device=device)
     comm.all_reduce(failed, op=comm.ReduceOp.MAX)
@@ -191,7 +199,15 @@ def build_engine(config, ds_config, device, kernels="torch", compiled=False, loa
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
         model.compile()
     groups, optimizer = parameter_groups(model, train.weight_decay), None
-    if kernels == "apex" and not offloads_optimizer(ds_config):
-        optimizer, ds_config = apex_adam(groups, train), ds_config | {"optimizer": None}
+    # at stage 0 in 16 bits DeepSpeed wraps Apex's in another way, which pieces.py does not know
+    if kernels == "apex" and zero_stage(ds_config) and not offloads_optimizer(ds_config):
+        optimizer = apex_adam(groups, train)
+        ds_config = {name: section for name, section in ds_config.items() if name != "optimizer"}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=groups, config=ds_config)
+    if hasattr(engine.optimizer, "fp32_groups"):
+        # at stage 0 in 16 bits DeepSpeed has tried the optimizer: the step is counted and the weights have decayed
+        engine.basic_optimizer.state.clear()
+        masters = stage_0_masters(engine)
+        for parameter in engine.module.parameters():
+            masters[id(parameter)].data.copy_(parameter.data)
     return engine

@@ -27,8 +27,10 @@ WINDOW = 128  # good steps that a spike is measured against; half of them must b
 def end(reason, code, out_dir):
     """Say in one line why this rank ends, and leave without waiting for ranks that are gone, as the
     interpreter's own exit would."""
-    found = checkpoint.find(out_dir)
-    remedy = f"resume from {found}" if found else "no checkpoint was saved yet"
+    remedy = "no checkpoint was saved yet"
+    with contextlib.suppress(OSError, UserError):
+        if found := checkpoint.find(out_dir):
+            remedy = f"resume from {found}"
     with contextlib.suppress(OSError):  # the terminal may be gone too
         print(f"train.py: rank {os.environ.get('RANK', '0')} {reason}; {remedy}", file=sys.stderr, flush=True)
     os._exit(code)
@@ -83,8 +85,9 @@ class Watch:
     def meet(self):
         """From here on stop requests wait for the end of a step. Every rank must call this."""
         everyone = [None] * distributed.get_world_size()
-        distributed.all_gather_object(everyone, (socket.gethostname(), os.getpid()))
-        here = {rank: pid for rank, (host, pid) in enumerate(everyone) if host == socket.gethostname()}
+        machine = socket.gethostname(), Path("/proc/sys/kernel/random/boot_id").read_text()  # names may repeat
+        distributed.all_gather_object(everyone, (machine, os.getpid()))
+        here = {rank: pid for rank, (other, pid) in enumerate(everyone) if other == machine}
         self.store = distributed.distributed_c10d._get_default_store()
         self.last_beat = time.monotonic()
         with contextlib.suppress(psutil.NoSuchProcess):  # it will be missed soon enough
@@ -110,10 +113,10 @@ class Watch:
                 if number == signal.SIGINT or self.peers is None:
                     end(f"stopped by {name}", 130, self.out_dir)
                 self.reason = self.reason or name
-            if self.rank == 0 and (self.out_dir / "STOP").exists():
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # a network file system may answer the next time
+                if self.rank == 0 and (self.out_dir / "STOP").exists():
+                    self.reason = self.reason or f"{self.out_dir / 'STOP'}"
                     (self.out_dir / "STOP").unlink()
-                self.reason = self.reason or f"{self.out_dir / 'STOP'}"
             if any(is_gone(process) for process in self.launchers):
                 self.reason = self.reason or "the end of its launcher"
             if self.peers is None or self.finished:
@@ -213,7 +216,9 @@ class BadSteps:
         """What the config says to do about a bad step: passes over it, goes back to the weights of the last
         checkpoint and on with the samples behind it (going through those in between once more would end
         in the same weights), or raises UserError. Returns what was done, in words."""
-        found = checkpoint.find(train.out_dir)
+        found = [checkpoint.find(train.out_dir)]
+        distributed.broadcast_object_list(found)  # the same on all ranks, whatever their file systems have heard
+        found = found[0]
         if len(self.bad) >= (1 if train.bad_step == "stop" else train.max_bad_steps):
             samples = ", ".join(f"{first} to {last}" for first, last in self.bad)
             raise UserError(

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import math
+import shlex
 from dataclasses import dataclass
 
 from config import (
@@ -361,17 +362,18 @@ def deepest(config, planned):
     return low
 
 
-def command(arguments, config, gpus, nodes):
-    """The command line that runs this configuration."""
-    zero = config.deepspeed["zero_optimization"]
+def command(arguments, given, config, gpus, nodes):
+    """The command line that runs this configuration. arguments: what was given, and the configuration that it made."""
+    zero, before = config.deepspeed["zero_optimization"], given.deepspeed.get("zero_optimization", {})
     words = [f"--train.micro_batch_size {config.train.micro_batch_size}"]
     words.append(f"--train.activation_checkpointing {json.dumps(config.train.activation_checkpointing)}")
     words.append(f"--deepspeed.zero_optimization.stage {zero['stage']}")
     for name in ("offload_optimizer", "offload_param"):
-        if name in zero:
-            words.append(f"--deepspeed.zero_optimization.{name}.device cpu")
+        device = "cpu" if name in zero else "none"
+        if device != offload_device(before, name):
+            words.append(f"--deepspeed.zero_optimization.{name}.device {device}")
     launcher = f"deepspeed --num_gpus {gpus}" if nodes == 1 else f"deepspeed --hostfile hosts --num_nodes {nodes}"
-    return f"{launcher} train.py {' '.join([*arguments, *words])}"
+    return f"{launcher} train.py {shlex.join(arguments)} {' '.join(words)}"
 
 
 def report(found, config, options, notes):
@@ -549,8 +551,8 @@ def main(arguments):
                 f"--fit: nothing fits in {options.gpu_memory:g} GiB, not even stage 3 with all offload, recomputation "
                 f"and a micro-batch of 1; from there, {way_out(frugal, options.gpus, planned)[0]}"
             )
+        answer["command"] = command(rest, config, chosen, options.gpus, options.nodes)
         config = chosen
-        answer["command"] = command(rest, config, options.gpus, options.nodes)
     if options.max:
         depth = deepest(config, planned)
         if not depth:

@@ -87,7 +87,8 @@ def evaluate(model, stream, wanted_tokens, micro_batch_size, device, rank=0, wor
         tokens, targets = to_device(stream.batch(filled), device)
         targets[len(mine) :] = IGNORE
         count = len(mine) * stream.block_size
-        totals += torch.stack((model(tokens, targets).double() * count, totals.new_tensor(count)))
+        totals[0] += model(tokens, targets).double() * count
+        totals[1] += count
     model.train()
     if world_size > 1:
         comm.all_reduce(totals)
@@ -106,14 +107,15 @@ def find_place(verbose):
     set_log_level_from_string("info" if verbose else "error")
     if not verbose:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed calls old names
+    if "OMP_NUM_THREADS" not in os.environ:  # else every rank takes all cores, on a GPU machine for CPU Adam
+        share = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", 1)))
+        os.environ["OMP_NUM_THREADS"] = str(share)  # for what is compiled with an OpenMP of its own
+        torch.set_num_threads(share)
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        if "OMP_NUM_THREADS" not in os.environ:  # else every rank takes all cores
-            cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_SIZE", 1))))
         # DeepSpeed's shared-memory all-reduce is compiled for a minute at first use and needs a C++ compiler.
         # ZeRO-3 gathers and scatters, which it does not speed up: plain gloo is as fast here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -159,6 +161,8 @@ def main(config, watch=None):
     # ---- batch arithmetic: tokens a step = micro_batch_size x block_size x ranks x accumulation
     accumulation = gradient_accumulation(config, world_size)
     precision = resolve_precision(train.precision, device)
+    if precision == "fp32" and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as plan.py counts on
     ds_config = deepspeed_config(config, world_size, precision, on_gpu=device.type == "cuda")
     check_deepspeed(ds_config)
     kernels, why_kernels = choose_kernels(train.kernels, device)
@@ -181,6 +185,11 @@ def main(config, watch=None):
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         remedy = "if another run uses that port, choose one with deepspeed --master_port"
         raise UserError(f"ranks could not meet at {address} ({str(error).splitlines()[0]}); {remedy}") from None
+    everyone = [None] * world_size
+    torch.distributed.all_gather_object(everyone, str(resume_from))
+    if len(set(everyone)) > 1:
+        found = ", ".join(sorted(set(everyone)))
+        raise UserError(f"train.out_dir: {run}: ranks found different checkpoints ({found}); put it where all see it")
     known_faults = {}
     while resume_from and (fault := checkpoint.fault_of(resume_from, state)):
         known_faults[resume_from] = fault
@@ -192,7 +201,7 @@ def main(config, watch=None):
     if first_step >= total_steps:
         say(f"{run} is complete: {first_step} of {total_steps} steps; raise train.max_tokens to train it longer")
         return best_val_loss
-    not_compiled = why_not_compiled(train.compile, config.model, device, kernels)
+    not_compiled = why_not_compiled(train.compile, config.model, device, kernels, precision)
     engine = build_engine(config, ds_config, device, kernels, not not_compiled, load_weights)
     plain = stage == 0 and precision == "fp32"  # the one case in which DeepSpeed keeps no gradient norm
     torch.manual_seed(train.seed + 1 + rank)  # each rank drops other activations
@@ -247,7 +256,7 @@ def main(config, watch=None):
 
         # forward and backward: DeepSpeed averages the gradient over micro-batches and ranks, and steps
         # behind the last micro-batch
-        loss = torch.zeros((), device=device)
+        mean_loss = torch.zeros((), device=device)  # of this rank
         for micro_step in range(accumulation):
             samples = order.sample_numbers(step - 1, micro_step, rank, world_size, train.micro_batch_size, accumulation)
             batch = train_data.batch(train_data.windows_of(samples + tokens_before // config.model.block_size))
@@ -256,16 +265,16 @@ def main(config, watch=None):
             clock.mark("data")
             micro_loss = engine(*inputs)
             engine.backward(micro_loss)
-            loss += micro_loss.detach() / accumulation
+            mean_loss += micro_loss.detach() / accumulation
             if micro_step == accumulation - 1:  # before the step clips the gradients and drops them
                 gradients = [p.grad for p in engine.module.parameters()] if plain else None
                 # all ranks learn the mean loss, whether one was asked to stop, whether rank 0's clock says save,
                 # and how many have written the checkpoint that is on its way
                 old = rank == 0 and 0 < train.save_every_seconds < time.monotonic() - saved_at
-                flags = loss.new_tensor((watch.reason is not None, old, save is not None and save.written is not None))
-                known = torch.cat((loss.double().view(1), flags))
-                comm.all_reduce(known)
-                loss_sum, stopping, saving, have_written = known.tolist()
+                mine = watch.reason is not None, old, save is not None and save.written is not None
+                everyone = torch.cat((mean_loss.double().view(1), mean_loss.new_tensor(mine)))
+                comm.all_reduce(everyone)  # here the host waits for the GPU, once a step
+                loss_sum, stopping, saving, have_written = everyone.tolist()
                 loss = loss_sum / world_size
                 steps.expect(loss, float(torch.nn.utils.get_total_norm(gradients)) if plain else None)
             clock.mark("forward_backward")
@@ -306,9 +315,12 @@ def main(config, watch=None):
             if rank == 0:
                 line = {"step": step, "tokens": tokens_seen, "val_loss": val_loss}
                 log.write(line | {"eval_seconds": eval_seconds})
-                import plot  # matplotlib takes a second to import, and only rank 0 draws
+                try:
+                    import plot  # matplotlib takes a second to import, and only rank 0 draws
 
-                plot.plot_loss([run], run / "loss.png")
+                    plot.plot_loss([run], run / "loss.png")
+                except Exception as error:  # a picture must not cost the run
+                    say(f"{run / 'loss.png'} was not drawn: {type(error).__name__}: {error}")
         save_now |= best_now and train.save_best
         if save and (save_now or have_written == world_size):
             finish(save)
@@ -346,8 +358,10 @@ def command(arguments):
     except RuntimeError as error:  # torch's DistBackendError, which NCCL raises, is one as well
         if not any(word in str(error) for word in ("gloo", "Connection closed", "NCCL", "onnection reset")):
             raise
-        guard.end(f"lost contact with another rank ({str(error).splitlines()[0]})", 1, config.train.out_dir)
-    watch.finish()
+        reason = " ".join(str(error).split())[:400]
+        guard.end(f"lost contact with another rank ({reason})", 1, config.train.out_dir)
+    finally:
+        watch.finish()
     if comm.is_initialized():
         comm.barrier()  # gloo aborts at exit if a peer still talks
         comm.destroy_process_group()

@@ -113,3 +113,27 @@ def test_compilation_is_not_tried_where_it_is_not_asked_for():
     config = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=16)
     assert engine.why_not_compiled(False, config, CUDA, "torch") == "not asked for"
     assert "CPU" in engine.why_not_compiled("auto", config, CPU, "torch")
+
+
+def test_stage_0_in_16_bits_begins_with_the_weights_themselves(small_data, tmp_path):
+    """DeepSpeed tries the optimizer there, with gradients of zero, which decays its float32 copy and counts a step."""
+    script = f"""
+import torch, train
+from config import build, deepspeed_config
+from engine import build_engine
+from pieces import optimizer_steps, stage_0_masters
+import deepspeed
+device, _, world_size = train.find_place(False)
+deepspeed.init_distributed("gloo", verbose=False)
+model = {{"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 64}}
+settings = {{"micro_batch_size": 2, "global_batch_tokens": 64, "max_tokens": 64, "lr": 0.5, "weight_decay": 0.5}}
+zero = {{"zero_optimization": {{"stage": 0}}}}
+config = build({{"model": model, "data": {{"path": {str(small_data)!r}}}, "train": settings, "deepspeed": zero}}, "")
+engine = build_engine(config, deepspeed_config(config, world_size, "bf16", False), device)
+masters = stage_0_masters(engine)
+assert optimizer_steps(engine) == 0
+assert all(torch.equal(masters[id(p)].bfloat16(), p) for p in engine.module.parameters())
+assert masters[id(next(engine.module.parameters()))].dtype == torch.float32
+"""
+    done = run([sys.executable, "-c", script])
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -115,6 +115,8 @@ def test_a_run_goes_on_with_fewer_ranks_at_another_stage_and_with_a_larger_batch
     assert [line["step"] for line in found] == [steps[-1] + more for more in range(1, 6)]
     assert [line["tokens"] for line in found] == [steps[-1] * 2048 + more * 4096 for more in range(1, 6)]
     assert found[0]["loss"] < 7
+    done = run([*fewer, "--train.allow_changed", '["train.global_batch_tokens"]'])  # not from there once more
+    assert done.returncode == 0 and "is complete" in done.stdout, done.stdout
 
 
 def test_a_mistake_ends_all_ranks_with_one_line_and_code_2():
