@@ -195,7 +195,8 @@ def must_find(path, which):
     """As `find`, but raises UserError also where there is none."""
     found = find(path, which)
     if found is None:
-        raise UserError(f"{path}: no complete checkpoint; expected the folder of a run, as out/tiny, or a checkpoint")
+        what = "no complete checkpoint" if Path(path).exists() else "no such folder, so no complete checkpoint"
+        raise UserError(f"{path}: {what}; expected the folder of a run, as out/tiny, or a checkpoint")
     return found
 
 

@@ -272,7 +272,7 @@ def nearest_divisors(number, wanted):
     """The two divisors of `number` nearest to `wanted`, for error messages."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     divisors = sorted({*small, *(number // d for d in small)})
-    return " and ".join(str(d) for d in sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:2]))
+    return " or ".join(str(d) for d in sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:2]))
 
 
 def did_you_mean(name, valid):

@@ -458,6 +458,7 @@ def write_weights(folder, model: ModelConfig, read, dtype):
         missing[file].remove(stored)
         if not missing[file]:
             save_file(parts.pop(file), folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o644)  # else nobody but the owner may read it
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)

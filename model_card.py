@@ -45,7 +45,9 @@ def training_facts(state, config: Config, loss):
     rate = f"{train.schedule} from {train.lr:g} to {train.lr * train.min_lr_ratio:g}" + (
         f", {train.warmup_tokens:,} tokens of warm-up" if train.warmup_tokens else ""
     )
-    loss = "not measured at this step" if loss is None else f"{loss:.4f} nats per token"
+    loss = (
+        "not measured at this step" if loss is None else f"{loss:.4f} nats per token, over {train.eval_tokens:,} tokens"
+    )
     hardware = f"{state['world_size']} x {versions.get('device', 'unknown device')}, ZeRO stage {state['stage']}"
     software = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "deepspeed") if name in versions)
     return [
@@ -79,7 +81,7 @@ def write_model_card(folder, found, state, config: Config, dtype):
         loading += [
             'tokenizer = AutoTokenizer.from_pretrained("PATH")',
             'inputs = tokenizer("Once", return_tensors="pt")',
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=True)[0]))",
         ]
     parts = [
         f"---\n{front.to_yaml()}\n---",

@@ -210,6 +210,8 @@ def main(arguments):
         if len(tokens) > block_size:
             print(f"the model sees the last {block_size} of the prompt's {len(tokens)} tokens", file=sys.stderr)
         for number in range(args.samples):
+            if number:
+                print("-" * 40)
             torch.manual_seed(args.seed + number)
             sys.stdout.write(prompt)
             terminal = Terminal(tokenizer, tokens)

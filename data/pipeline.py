@@ -333,10 +333,14 @@ def prepare_alone(documents, tokenizer, encoding, args, side):
         meta["splits"][name] = {"tokens": split.tokens, "documents": split.documents, "bytes": split.bytes}
         meta["splits"][name]["shards"] = split.shards
         if not split.tokens:
-            print(f"warning: no document fell into the {name} split; change --val_fraction if you need it")
+            print(
+                f"warning: no document fell into the {name} split, as a hash of their names decides; if you need it, "
+                f"cut them into more and smaller ones, or choose another --val_fraction and remove {args.out}"
+            )
         print(f"{name}: {split.tokens:,} tokens, {split.documents:,} documents, {split.bytes:,} bytes of text")
     write_json(meta_file, meta)
     progress_file.unlink()
+    print(f"train on it with --data.path {args.out} --model.vocab_size {encoding.n_vocab}")
 
 
 def tokenizer_entry(tokenizer, encoding, out):

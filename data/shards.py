@@ -138,7 +138,10 @@ class TokenStream:
         if self.meta is None and (self.folder / "progress.json").exists():
             raise UserError(f"data.path: {folder} is only half prepared; run {command} again, it goes on from there")
         if not entries:
-            raise UserError(f"data.path: {folder} holds no {split} shards ({split}_000000.bin ...); run {command}")
+            remedy = f"run {command}"
+            if self.meta:
+                remedy = "no document fell into it when it was prepared; prepare more and smaller documents"
+            raise UserError(f"data.path: {folder} holds no {split} shards ({split}_000000.bin ...); {remedy}")
         self.paths = [self.folder / entry["file"] for entry in entries]
         layouts = [shard_layout(path) for path in self.paths]
         self.dtype, self.offsets, self.starts = layouts[0][0], [], [0]
