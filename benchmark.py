@@ -50,6 +50,7 @@ ROWS = {
 }
 SET_BY_ROWS = ("train.activation_checkpointing", "deepspeed.zero_optimization.stage")
 SET_BY_ROWS += ("deepspeed.zero_optimization.offload_optimizer", "deepspeed.zero_optimization.offload_param")
+OUT_OF_TIME = "not done in the time it was given"
 COLUMNS = {  # heading: (key of a row, how it is written)
     "step, s": ("step_seconds", "{:.3f}".format),
     "slowest, s": ("slowest_seconds", "{:.3f}".format),
@@ -177,7 +178,7 @@ def why_it_ended(log, code):
     """One line out of a run's log: what train.py says of bad input, a lack of memory, or the first exception. code: the
     process's exit code, None if it was ended because its time was over."""
     if code is None:
-        return "not done in the time it was given"
+        return OUT_OF_TIME
     for pattern in (
         r"^\w+\.py: (?:rank \d+: )?error: (.*)$",
         r"^.*?(\S*(?:OutOfMemoryError|out of memory|can't allocate memory).*)$",

@@ -31,6 +31,7 @@ from config import Config, ModelConfig, TrainConfig, deepspeed_config
 from engine import build_engine
 from flops import flops_per_token
 
+CPU = torch.device("cpu")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = {  # ours, sequences of a batch: GPT-2's smallest, and nanoGPT's model of Shakespeare's characters
     "gpt2-124m": (ModelConfig(vocab_size=50304), 1),
@@ -45,7 +46,7 @@ def now(device):
     return time.perf_counter()
 
 
-def product_rate(dtype, device=torch.device("cpu"), width=1024, products=4):
+def product_rate(dtype, device=CPU, width=1024, products=4):
     """FLOP/s of so many products of width x width matrices."""
     left, right = torch.randn(2, width, width, device=device).to(dtype)
     started = now(device)
@@ -54,7 +55,7 @@ def product_rate(dtype, device=torch.device("cpu"), width=1024, products=4):
     return products * 2 * width**3 / (now(device) - started)
 
 
-def load_nanogpt(path, config, device=torch.device("cpu")):
+def load_nanogpt(path, config, device=CPU):
     """nanoGPT's model of this shape, from the model.py of a copy of it. It prints what it counts: that is dropped."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     module = importlib.util.module_from_spec(spec)
@@ -77,7 +78,7 @@ def nanogpt_passes(run, micro_batches, precision):
     return total
 
 
-def nanogpt_optimizer(gpt, train, device=torch.device("cpu")):
+def nanogpt_optimizer(gpt, train, device=CPU):
     """nanoGPT's own AdamW, and its step: clipping, update, gradients dropped."""
     with contextlib.redirect_stdout(io.StringIO()):
         optimizer = gpt.configure_optimizers(train.weight_decay, train.lr, tuple(train.betas), device.type)
