@@ -211,6 +211,7 @@ def measure(config, gpus, steps, warmup, folder, on_gpu, **launching):
     seconds, last = [line["step_seconds"] for line in lines], lines[-1]
     mean = statistics.mean(seconds)
     result |= {"step_seconds": mean, "slowest_seconds": max(seconds), "all_step_seconds": seconds}
+    result["losses"] = [line["loss"] for line in lines]
     result |= {"tokens_per_second": config.train.global_batch_tokens / mean}
     for rate in ("tflops", "mfu"):
         result[rate] = last[rate] and last[rate] * last["step_seconds"] / mean
