@@ -44,7 +44,7 @@ import plan
 from config import ROOT, Config, UserError, build, gradient_accumulation, load_config, merge, run_command
 from data.mixture import Mixture
 from data.shards import write_atomically, write_json, write_shard
-from flops import flops_per_token
+from flops import flops_per_token, peak_flops
 from plan import FlagParser, with_choice
 
 ENDLESS = 10**9  # steps of a run that is ended from outside
@@ -241,19 +241,19 @@ def offload(bench):
             zero["offload_param"] = {"device": "cpu"} | (both or {})
         config = bench.config("10b", 4, accumulation, 3, {"n_layer": deepest}, zero, activation_checkpointing=True)
         environment = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-        title = f"{config.model.n_layer} layers, {title}"
+        title = f"{config.model.n_layer} layers, {accumulation} micro-batch{'es' * (accumulation > 1)}{title}"
         return Row(name, title, config, 3, 1, environment=environment, impossible=bench.why_not(config))
 
-    yield row("base", "4 micro-batches a step")
-    yield row("accumulation_1", "1 micro-batch a step", accumulation=1)
-    yield row("pin_memory", "4, pin_memory", both={"pin_memory": True})
-    yield row("accumulation_16", "16 micro-batches a step", accumulation=16)
+    yield row("base", "")
+    yield row("accumulation_1", "", accumulation=1)
+    yield row("pin_memory", ", pin_memory", both={"pin_memory": True})
+    yield row("accumulation_16", "", accumulation=16)
     cores = len(os.sched_getaffinity(0))
     for threads in sorted({max(1, cores // 4), max(1, cores // 2)}):
-        yield row(f"threads_{threads}", f"4, OMP_NUM_THREADS {threads} of {cores} cores", threads=threads)
-    yield row("optimizer_alone", "4, parameters on the GPU", parameters=False)
+        yield row(f"threads_{threads}", f", OMP_NUM_THREADS {threads} of {cores} cores", threads=threads)
+    yield row("optimizer_alone", ", parameters on the GPU", parameters=False)
     for ratio in (0.5, 0.8):
-        yield row(f"ratio_{ratio}", f"4, ratio {ratio} of the optimizer on CPU", optimizer={"ratio": ratio})
+        yield row(f"ratio_{ratio}", f", ratio {ratio} of the optimizer on CPU", optimizer={"ratio": ratio})
 
 
 def planner(bench):
@@ -295,7 +295,9 @@ def convergence(bench):
         configs[stage] = config
     more = {"steps": steps, "warmup": 0}
     yield Row("stage3", "ZeRO-3", configs[3], **more)
-    yield nanogpt_row(bench, "nanogpt", "nanoGPT's step", "nanogpt_losses", configs[3], steps=steps)
+    yield nanogpt_row(
+        bench, "nanogpt", "nanoGPT's step, with GELU's tanh form", "nanogpt_losses", configs[3], steps=steps
+    )
     no_masters = " (in bf16 DeepSpeed keeps no float32 weights there)" if bench.precision == "bf16" else ""
     yield Row("stage0", f"ZeRO-0{no_masters}", configs[0], **more)
     yield Row("stage1", "ZeRO-1", configs[1], **more)
@@ -323,6 +325,7 @@ def measure_row(bench, row, seconds, folder):
         row.config.data.path = data_for(bench)
         result |= {"micro_batch_size": row.config.train.micro_batch_size, "n_layer": row.config.model.n_layer}
         result |= {"flops_per_token": flops_per_token(row.config.model)}
+        result |= {"global_batch_tokens": row.config.train.global_batch_tokens}
     if row.function:
         return result | in_a_process(bench, row, seconds, folder)
     steps, warmup = (min(row.steps, 2), min(row.warmup, 1)) if bench.tiny and row.warmup else (row.steps, row.warmup)
@@ -385,9 +388,10 @@ def products(config, width, number):
     return {"flops_per_second": statistics.median(rates[1:])}  # the first warms up
 
 
-def nanogpt_step(config, path, precision, compiled=False):
-    """nanoGPT's model with our initial weights, and its step over the batches that train.py would take. Returns
-    a function: number of the step -> its mean loss, on the device."""
+def nanogpt_step(config, path, precision, compiled=False, tanh_gelu=False):
+    """nanoGPT's model with our initial weights, and its step over the batches that train.py would take. tanh_gelu:
+    GPT-2's tanh form of GELU in place of the exact one, so that it computes what ours does. Returns a function:
+    number of the step -> its mean loss, on the device."""
     import torch
 
     import model
@@ -400,8 +404,8 @@ def nanogpt_step(config, path, precision, compiled=False):
     gpt = load_nanogpt(path, shape, device)
     with device:
         copy_weights(model.GPT(shape, config.train.seed), gpt)
-    for block in gpt.transformer.h:
-        block.mlp.gelu = torch.nn.GELU(approximate="tanh")  # GPT-2's, which ours computes
+    for block in gpt.transformer.h if tanh_gelu else ():
+        block.mlp.gelu = torch.nn.GELU(approximate="tanh")
     optimizer, update = nanogpt_optimizer(gpt, config.train, device)
     run = torch.compile(gpt) if compiled else gpt
     data = Mixture(config.data.path, "train", shape.block_size, shape.vocab_size, config.train.seed)
@@ -449,7 +453,7 @@ def nanogpt_speed(config, path, precision, compiled, steps, warmup):
         step(number)
         seconds.append(now(device) - began)
     mean, name = statistics.mean(seconds[warmup:]), "cpu"
-    result = {"step_seconds": mean, "slowest_seconds": max(seconds[warmup:]), "precision": precision}
+    result = {"step_seconds": mean, "slowest_seconds": max(seconds[warmup:]), "all_step_seconds": seconds[warmup:]}
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
         result |= {"allocated_bytes": torch.cuda.max_memory_allocated()}
@@ -459,7 +463,7 @@ def nanogpt_speed(config, path, precision, compiled, steps, warmup):
 
 
 def nanogpt_losses(config, path, precision, steps):
-    step = nanogpt_step(config, path, precision)
+    step = nanogpt_step(config, path, precision, tanh_gelu=True)
     return {"losses": [step(number).item() for number in range(1, steps + 1)]}
 
 
@@ -655,8 +659,11 @@ SPEED = {
     "of products": ("of_products", "{:.1%}".format),
 }
 SPEED |= {head: benchmark.COLUMNS[head] for head in ("step, s", "slowest, s", "allocated", "reserved", "predicted")}
+SPEED["tokens a step"] = ("global_batch_tokens", "{:,}".format)
+SPEED["mean of steps"] = ("all_step_seconds", lambda seconds: str(len(seconds)))
 MEMORY = {head: benchmark.COLUMNS[head] for head in ("allocated", "reserved", "CPU memory", "predicted", "error")}
 STEP = {head: benchmark.COLUMNS[head] for head in ("tokens/s", "step, s")}
+STEP |= {head: SPEED[head] for head in ("micro-batch", "tokens a step", "mean of steps")}
 COLUMNS = {
     "speed": SPEED,
     "kernels": {
@@ -730,7 +737,8 @@ def write_report(bench, folder, calls):
         versions = ", ".join(f"{name} {text}" for name, text in call["versions"].items())
         rate = call.get("product_flops")
         rate = f"; bf16 products of large matrices: {rate / 1e12:.4g} TFLOP/s" if rate else ""
-        lines += [f"Call {number}: {call['device']}; {call['began']}; {versions}{rate}", "", f"`{call['command']}`", ""]
+        lines += [f"Call {number}: {call['device']}; {call['began']}; {versions}; data: {call['data']}{rate}"]
+        lines += ["", f"`{call['command']}`", ""]
 
     def rate(result):
         return calls[result["call"] - 1].get("product_flops")
@@ -746,6 +754,11 @@ def write_report(bench, folder, calls):
         errors = [abs(result["error"]) for result in results.values() if result.get("error") is not None]
         if part == "planner" and errors:
             lines += [f"Median error, without its sign: {statistics.median(errors):.1%} of {len(errors)} rows.", ""]
+        runs = {f"{row['precision']}, kernels {row['kernels']}" for row in results.values() if row.get("kernels")}
+        if runs:
+            lines += [f"Runs of train.py: {'; '.join(sorted(runs))}.", ""]
+        if part == "speed" and (peak := peak_flops(calls[-1]["device"])):
+            lines += [f"MFU is of {peak / 1e12:g} TFLOP/s, the data sheet's dense bf16; products: see the call.", ""]
         if part == "planner" and results and not bench.gpus:
             lines += ["There is no error without a GPU: resident memory is no measure of tensors.", ""]
         for result in results.values():
@@ -871,9 +884,13 @@ def main(arguments):
     versions = {"python": platform.python_version()} | {name: version(name) for name in ("torch", "deepspeed")}
     versions["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "none"
     call = {"command": f"python benchmarks/gpu.py {shlex.join(arguments)}", "device": device, "versions": versions}
-    results["calls"].append(call | {"began": datetime.now().isoformat(" ", "minutes")})
+    call |= {
+        "data": str(options.data or "tokens that follow a rule"),
+        "began": datetime.now().isoformat(" ", "minutes"),
+    }
+    results["calls"].append(call)
 
-    def keep(key, result):
+    def keep(key=None, result=None):
         if key:
             bench.rows[key] = result | {"call": len(results["calls"])}
         write_json(options.out / "results.json", results)
@@ -891,7 +908,7 @@ def main(arguments):
             now = time.monotonic()
             until = now + (ends - now) / (len(options.parts) - number)
             measure_part(bench, part, options, until, keep)
-    keep(None, None)
+    keep()
     print((options.out / "report.md").read_text())
 
 
@@ -901,4 +918,8 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["--call"]:
         run_command(lambda arguments: answer_call(*arguments[1:]))
     else:
-        run_command(main)
+        try:
+            run_command(main)
+        except KeyboardInterrupt:
+            print("interrupted: what was measured is in --out; the same command goes on", file=sys.stderr)
+            raise SystemExit(130) from None
