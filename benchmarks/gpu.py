@@ -50,6 +50,7 @@ from plan import FlagParser, with_choice
 ENDLESS = 10**9  # steps of a run that is ended from outside
 LEAST_SECONDS = 15  # what no measurement is shorter than: with less time left, none is begun
 PUBLISHED = {"1p7b": "5.1 GiB", "10b": "26 GiB"}  # "for 1 GPU": README of SeanNaren/minGPT, its models at block 128
+EXTENSIONS = Path(tempfile.gettempdir()) / f"minzero_extensions_{os.getuid()}"  # what DeepSpeed compiles
 VOCABULARY = 50304  # nanoGPT's: GPT-2's 50,257 ids, up to a multiple of 64
 
 
@@ -316,8 +317,17 @@ PARTS = {
 # ---- measuring
 
 
+def unlock_extensions():
+    """Have what DeepSpeed compiles at first use kept in a folder of this command, and remove the locks there: a process
+    that is ended while it compiles leaves its lock behind, and every later one would wait for it for ever."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(EXTENSIONS)
+    for lock in EXTENSIONS.rglob("lock"):
+        lock.unlink()
+
+
 def measure_row(bench, row, seconds, folder):
     """The result of one row, within these seconds, as a dictionary; `failed` is why there is none."""
+    unlock_extensions()
     result = {"title": row.title} | row.facts
     if row.impossible:
         return result | {"failed": row.impossible}

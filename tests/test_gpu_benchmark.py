@@ -96,6 +96,17 @@ def test_a_process_is_ended_when_its_time_is_over(tmp_path):
     assert code is None and benchmark.why_it_ended("", code) == benchmark.OUT_OF_TIME
 
 
+def test_locks_of_ended_compilations_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "elsewhere")
+    monkeypatch.setattr(gpu, "EXTENSIONS", tmp_path)
+    (tmp_path / "cpu_adam").mkdir()
+    for name in ("lock", "cpu_adam.o"):
+        (tmp_path / "cpu_adam" / name).write_text("")
+    impossible = gpu.measure_row(H100, gpu.Row("name", "title", impossible="no"), 1, tmp_path / "run")
+    assert impossible == {"title": "title", "failed": "no"}
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["cpu_adam.o"] and not list(tmp_path.rglob("lock"))
+
+
 @pytest.mark.parametrize("part", gpu.PARTS)
 def test_every_row_on_an_h100_is_a_setting_that_train_takes(part, tmp_path):
     bench = gpu.Bench(**vars(H100) | {"nanogpt": tmp_path / "model.py"})
