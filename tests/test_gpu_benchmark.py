@@ -82,6 +82,7 @@ def test_ratios():
 def test_compiled_norm():
     found = gpu.compare_norms(None, "layernorm", "compiled", 64, 32)
     assert found["largest_difference"] < 1e-5 and found["rival_ms"] > 0
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0  # it was compiled indeed
 
 
 def test_what_is_cut_off_is_measured_by_a_later_call():
