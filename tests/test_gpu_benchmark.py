@@ -181,6 +181,18 @@ def test_switches_change_what_they_say(switch):
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.slow
+def test_a_switch_under_the_launcher_trains_the_same_model(tmp_path):
+    """Ways to compute the same: the losses of the steps are those of train.py as it is."""
+    bench, losses = gpu.Bench(gpus=0, gpu_bytes=2**40, cpu_bytes=2**40, tiny=True, temporary=tmp_path), []
+    for switch in (None, "whole_loss", "torch_attention"):
+        row = gpu.Row("row", "title", bench.config("gpt2-124m", 2, 1, 2), switch=switch)
+        result = gpu.measure_row(bench, row, 100, tmp_path / f"run_{switch}")
+        assert result["failed"] is None and len(result["losses"]) == 2
+        losses.append(result["losses"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6) and losses[2] == losses[0]
+
+
 @pytest.mark.parametrize(
     "flags, word",
     [
