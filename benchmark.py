@@ -13,6 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import os
 import re
 import shlex
@@ -49,6 +50,7 @@ ROWS = {
 }
 SET_BY_ROWS = ("train.activation_checkpointing", "deepspeed.zero_optimization.stage")
 SET_BY_ROWS += ("deepspeed.zero_optimization.offload_optimizer", "deepspeed.zero_optimization.offload_param")
+OUT_OF_TIME = "not done in the time it was given"
 COLUMNS = {  # heading: (key of a row, how it is written)
     "step, s": ("step_seconds", "{:.3f}".format),
     "slowest, s": ("slowest_seconds", "{:.3f}".format),
@@ -106,11 +108,16 @@ def find_data(config, temporary):
     return f"data {config.data.path}"
 
 
-def configure(config, row, folder):
-    """The configuration of one row: nothing is evaluated or saved, every step is logged, and the run goes on until
-    it is ended."""
+def configure(config, row):
+    """The configuration of one row."""
     _, stage, offload, recompute = ROWS[row]
-    config = with_choice(config, stage, offload, recompute, config.train.micro_batch_size)
+    return with_choice(config, stage, offload, recompute, config.train.micro_batch_size)
+
+
+def as_measured(config, folder):
+    """A copy of the configuration for a run in this folder of which nothing but speed and memory is wanted: nothing is
+    evaluated or saved, every step is logged, and the run goes on until it is ended."""
+    config = copy.deepcopy(config)
     train = config.train
     train.out_dir, train.resume, train.init_from, train.loggers = str(folder), "never", None, []
     train.log_every, train.eval_every, train.save_every, train.save_every_seconds = 1, 0, 0, 0
@@ -118,9 +125,33 @@ def configure(config, row, folder):
     return config
 
 
-def launch(config, gpus, wanted, folder, on_gpu):
+def run_until(finished, command, log_path, seconds=math.inf, environment=None):
+    """Run a command in a process group of its own until finished() is true, it ends by itself, or its seconds are
+    over; then end the whole group. Returns its exit code, or None if the time was over."""
+    deadline, out_of_time = time.monotonic() + seconds, False
+    with open(log_path, "w") as log:
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | (environment or {}),
+            start_new_session=True,  # so that it can be ended with all its ranks
+        )
+        try:
+            while process.poll() is None and not finished() and not out_of_time:
+                time.sleep(0.2)
+                out_of_time = time.monotonic() > deadline
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+    return None if out_of_time else code
+
+
+def launch(config, gpus, wanted, folder, on_gpu, program=("train.py",), seconds=math.inf, environment=None):
     """Run train.py until `wanted` steps are logged. Returns their lines of metrics.jsonl and None, or what there is of
-    them and why the run ended early."""
+    them and why the run ended early. program: what takes train.py's place, a path in the repository and its
+    arguments; environment: more variables."""
     folder.mkdir()
     write_json(folder / "benchmark.json", config.to_dict())
     with socket.socket() as free:
@@ -128,23 +159,13 @@ def launch(config, gpus, wanted, folder, on_gpu):
         port = free.getsockname()[1]
     beside = Path(sys.executable).with_name("deepspeed")  # of this environment, active or not
     launcher = [str(beside) if beside.exists() else shutil.which("deepspeed") or "deepspeed", "-q"]
-    launcher += ["--num_gpus", str(gpus), "--master_port", str(port), str(ROOT / "train.py")]
-    environment = os.environ | ({} if on_gpu else {"DS_ACCELERATOR": "cpu"})
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(
-            [*launcher, str(folder / "benchmark.json")],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # so that it can be ended with all its ranks
-        )
-        try:
-            while process.poll() is None and len(steps_of(folder)) < wanted:
-                time.sleep(0.2)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
+    launcher += ["--num_gpus", str(gpus), "--master_port", str(port), str(ROOT / program[0]), *program[1:]]
+    environment = (environment or {}) | ({} if on_gpu else {"DS_ACCELERATOR": "cpu"})
+
+    def finished():
+        return len(steps_of(folder)) >= wanted
+
+    code = run_until(finished, [*launcher, folder / "benchmark.json"], folder / "log", seconds, environment)
     lines = steps_of(folder)
     return lines[:wanted], None if len(lines) >= wanted else why_it_ended((folder / "log").read_text(), code)
 
@@ -154,9 +175,12 @@ def steps_of(folder):
 
 
 def why_it_ended(log, code):
-    """One line out of a run's log: what train.py says of bad input, a lack of memory, or the first exception."""
+    """One line out of a run's log: what train.py says of bad input, a lack of memory, or the first exception. code: the
+    process's exit code, None if it was ended because its time was over."""
+    if code is None:
+        return OUT_OF_TIME
     for pattern in (
-        r"^train\.py: (?:rank \d+: )?error: (.*)$",
+        r"^\w+\.py: (?:rank \d+: )?error: (.*)$",
         r"^.*?(\S*(?:OutOfMemoryError|out of memory|can't allocate memory).*)$",
         r"^(?:\[rank\d+\]: ?)?(\w[\w.]*(?:Error|Exception)\b.*)$",
     ):
@@ -175,18 +199,19 @@ def predicted_bytes(config, gpus, made):
     return max(total for total, _ in simulate(settings)[0].peaks.values())
 
 
-def measure(config, row, gpus, steps, warmup, folder, on_gpu):
-    """One row of the table, as a dictionary: times in seconds, sizes in bytes and of the rank that has most. `failed`
-    is why there are no numbers."""
-    config = configure(config, row, folder)
-    lines, failed = launch(config, gpus, warmup + steps, folder, on_gpu)
-    result = {"row": row, "title": ROWS[row][0], "failed": failed}
+def measure(config, gpus, steps, warmup, folder, on_gpu, **launching):
+    """What a configuration costs, as a dictionary: times in seconds, sizes in bytes and of the rank that has most.
+    `failed` is why there are no numbers. launching: more arguments of launch."""
+    config = as_measured(config, folder)
+    lines, failed = launch(config, gpus, warmup + steps, folder, on_gpu, **launching)
+    result = {"failed": failed}
     if failed:
         return result
     made, lines = json.loads((folder / "config.json").read_text()), lines[warmup:]
     seconds, last = [line["step_seconds"] for line in lines], lines[-1]
     mean = statistics.mean(seconds)
     result |= {"step_seconds": mean, "slowest_seconds": max(seconds), "all_step_seconds": seconds}
+    result["losses"] = [line["loss"] for line in lines]
     result |= {"tokens_per_second": config.train.global_batch_tokens / mean}
     for rate in ("tflops", "mfu"):
         result[rate] = last[rate] and last[rate] * last["step_seconds"] / mean
@@ -205,17 +230,23 @@ def measure(config, row, gpus, steps, warmup, folder, on_gpu):
     return result
 
 
-def markdown(results, conditions):
-    """The table and its conditions, as Markdown, without columns of which nothing is known, as MFU without a GPU."""
+def table(results, columns=COLUMNS):
+    """Lines of a Markdown table of these rows, without columns of which nothing is known, as MFU without a GPU.
+    columns: as COLUMNS; the first is always there."""
     known = {key for result in results for key, value in result.items() if value is not None}
-    columns = {head: entry for head, entry in COLUMNS.items() if entry[0] in known | {"step_seconds"}}
-    lines = [f"# {conditions['config']}: what each setting costs", ""]
-    lines += [f"| setting | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"]
+    columns = {head: entry for place, (head, entry) in enumerate(columns.items()) if entry[0] in known or not place}
+    lines = [f"| setting | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"]
     for result in results:
         cells = [write(result[key]) if result.get(key) is not None else "-" for key, write in columns.values()]
         if result["failed"]:
             cells = [f"failed: {result['failed']}".replace("|", "\\|")] + [""] * (len(columns) - 1)
         lines.append(f"| {result['title']} | {' | '.join(cells)} |")
+    return lines
+
+
+def markdown(results, conditions):
+    """The table and its conditions, as Markdown."""
+    lines = [f"# {conditions['config']}: what each setting costs", "", *table(results)]
     lines += ["", *conditions["notes"], "", f"`{conditions['command']}`"]
     return "\n".join(lines) + "\n"
 
@@ -337,7 +368,9 @@ def main(arguments):
             print(f"{ROWS[row][0]} ...", file=sys.stderr, flush=True)
             folder, on_gpu = Path(temporary) / row, bool(options.gpus_found)
             try:
-                results.append(measure(planned, row, gpus, options.steps, options.warmup, folder, on_gpu))
+                config_of_row = configure(planned, row)
+                measured = measure(config_of_row, gpus, options.steps, options.warmup, folder, on_gpu)
+                results.append({"row": row, "title": ROWS[row][0]} | measured)
             except KeyboardInterrupt:
                 interrupted = True
                 break

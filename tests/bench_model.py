@@ -31,6 +31,7 @@ from config import Config, ModelConfig, TrainConfig, deepspeed_config
 from engine import build_engine
 from flops import flops_per_token
 
+CPU = torch.device("cpu")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = {  # ours, sequences of a batch: GPT-2's smallest, and nanoGPT's model of Shakespeare's characters
     "gpt2-124m": (ModelConfig(vocab_size=50304), 1),
@@ -38,38 +39,70 @@ SHAPES = {  # ours, sequences of a batch: GPT-2's smallest, and nanoGPT's model 
 }
 
 
-def product_rate(dtype):
-    """FLOP/s of four products of 1024 x 1024 matrices."""
-    left, right = torch.randn(2, 1024, 1024).to(dtype)
-    started = time.perf_counter()
-    for _ in range(4):
+def now(device):
+    """Seconds, when the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def product_rate(dtype, device=CPU, width=1024, products=4):
+    """FLOP/s of so many products of width x width matrices."""
+    left, right = torch.randn(2, width, width, device=device).to(dtype)
+    started = now(device)
+    for _ in range(products):
         left @ right
-    return 4 * 2 * 1024**3 / (time.perf_counter() - started)
+    return products * 2 * width**3 / (now(device) - started)
 
 
-def nanogpt(path, config, tokens, precision, compiled):
-    """(forward and backward pass, whole step) of nanoGPT."""
+def load_nanogpt(path, config, device=CPU):
+    """nanoGPT's model of this shape, from the model.py of a copy of it. It prints what it counts: that is dropped."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules["nanogpt_model"] = module
     spec.loader.exec_module(module)
     names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
     with contextlib.redirect_stdout(io.StringIO()):
-        gpt = module.GPT(module.GPTConfig(**{name: getattr(config, name) for name in names}))
-        optimizer = gpt.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
+        return module.GPT(module.GPTConfig(**{name: getattr(config, name) for name in names})).to(device)
+
+
+def nanogpt_passes(run, micro_batches, precision):
+    """Forward and backward pass of nanoGPT over the micro-batches of one step, pairs of inputs and targets, as its
+    train.py does them. run: its model, or that compiled. Returns the mean loss, on its device."""
+    total = 0
+    for tokens, targets in micro_batches:
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = run(tokens, targets)[1] / len(micro_batches)
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def nanogpt_optimizer(gpt, train, device=CPU):
+    """nanoGPT's own AdamW, and its step: clipping, update, gradients dropped."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        optimizer = gpt.configure_optimizers(train.weight_decay, train.lr, tuple(train.betas), device.type)
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(gpt.parameters(), train.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return optimizer, update
+
+
+def nanogpt(path, config, tokens, precision, compiled):
+    """(forward and backward pass, whole step) of nanoGPT."""
+    gpt = load_nanogpt(path, config)
+    _, update = nanogpt_optimizer(gpt, TrainConfig())
     run = torch.compile(gpt) if compiled else gpt
 
     def passes():
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = run(tokens, tokens)[1]
-        loss.backward()
-        return loss.item()
+        return nanogpt_passes(run, [(tokens, tokens)], precision).item()
 
     def step():
         passes()
-        torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update()
 
     def alone():
         passes()
