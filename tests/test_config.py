@@ -137,7 +137,7 @@ def test_batch_arithmetic_is_exact_or_refused_with_what_would_divide():
     with pytest.raises(UserError, match=r"set train.global_batch_tokens to 3072 or 6144$"):
         loaded.train.micro_batch_size = 8
         gradient_accumulation(loaded, 3)
-    with pytest.raises(UserError, match=r"to 3584 or 5376, or train.micro_batch_size to 8 and 16"):
+    with pytest.raises(UserError, match=r"to 3584 or 5376, or train.micro_batch_size to 8 or 16"):
         loaded.train.micro_batch_size = 14
         gradient_accumulation(loaded, 1)
 

@@ -119,7 +119,8 @@ def test_the_seed_decides_and_no_token_is_written_that_nobody_can_read(trained, 
     text = sampled(capsys, *flags)
     assert text == sampled(capsys, *flags) != sampled(capsys, *flags, "--seed", 7)
     both = sampled(capsys, *flags, "--samples", 2)
-    assert both == text + sampled(capsys, *flags, "--seed", 1338), "each sample has a seed of its own"
+    second = sampled(capsys, *flags, "--seed", 1338)
+    assert both == text + "-" * 40 + "\n" + second, "each sample has a seed of its own"
     model, recorder = sample.load_writer(open_trained(trained / "gpt2")), Recorder()
     unknown = [token for token in range(270) if bytes_tokenizer.id_to_token(token) is None]
     assert unknown == list(range(257, 270))

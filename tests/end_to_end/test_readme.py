@@ -28,6 +28,9 @@ ELSEWHERE = {  # command: what runs it, or why nothing can
     "python benchmark.py configs/1p7b.json": "test_benchmark, with a smaller model",
     "python benchmark.py configs/1p7b.json --gpus 8": "the same",
     "python benchmark.py configs/1p7b.json --rows zero3 checkpointing --train.micro_batch_size 4": "the same",
+    "python benchmarks/gpu.py --out out/gpu --nanogpt nanoGPT/model.py --data data/openwebtext": "needs a GPU",
+    "python benchmarks/gpu.py --out out/gpu --nanogpt nanoGPT/model.py --parts speed planner --minutes 20": "the same",
+    "python benchmarks/gpu.py --out out/tiny_gpu --tiny --first 2": "test_gpu_benchmark, a row or two",
     "deepspeed --num_gpus 8 train.py configs/gpt2-124m.json --train.init_from openai-community/gpt2": "needs a network",
     "deepspeed --num_gpus 8 train.py configs/mine.json --train.init_from hf/llama": "test_export, with a small Llama",
 }
