@@ -301,8 +301,7 @@ def convergence(bench):
     yield nanogpt_row(
         bench, "nanogpt", "nanoGPT's step, with GELU's tanh form", "nanogpt_losses", configs[3], steps=steps
     )
-    no_masters = " (in bf16 DeepSpeed keeps no float32 weights there)" if bench.precision == "bf16" else ""
-    yield Row("stage0", f"ZeRO-0{no_masters}", configs[0], **more)
+    yield Row("stage0", "ZeRO-0", configs[0], **more)
     yield Row("stage1", "ZeRO-1", configs[1], **more)
 
 
