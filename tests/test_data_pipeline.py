@@ -276,7 +276,8 @@ def test_kill_at_twenty_random_moments(quick):
         child = in_a_child(lambda folder=folder: prepare(numbered(), folder))
         time.sleep(GENERATOR.uniform(0, duration))
         os.kill(child, signal.SIGKILL)
-        killed += ended_by(child) == -signal.SIGKILL
+        in_time = ended_by(child) == -signal.SIGKILL
+        killed, duration = killed + in_time, duration * (1 if in_time else 0.9)  # measured on a busier machine
         folder.mkdir(exist_ok=True)
         assert_rerun_gives(folder, expected)
         if killed == 20:
