@@ -32,7 +32,7 @@ import numpy as np
 
 from config import ROOT, UserError, gradient_accumulation, load_config, run_command
 from data.mixture import Mixture
-from data.shards import token_dtype, write_atomically, write_json, write_shard
+from data.shards import make_folder, token_dtype, write_atomically, write_json, write_shard
 from memory import simulate
 from metrics import read_metrics
 from plan import FlagParser, settings_of, with_choice
@@ -193,9 +193,7 @@ def why_it_ended(log, code):
 
 def predicted_bytes(config, gpus, made):
     """Peak of the tensors on one device, for what the run in fact used: `made` is its config.json."""
-    settings = settings_of(config, gpus)
-    compiled = settings.stage == 3 and made["compiled"]
-    settings = dataclasses.replace(settings, precision=made["precision"], leaf_blocks=compiled)
+    settings = dataclasses.replace(settings_of(config, gpus), precision=made["precision"], compiled=made["compiled"])
     return max(total for total, _ in simulate(settings)[0].peaks.values())
 
 
@@ -318,7 +316,9 @@ def describe(config, gpus, device, data, options, results):
 
 def read_options(arguments):
     """benchmark.py's own flags, and what is left: the config file and its overrides."""
-    parser = FlagParser("benchmark.py CONFIG [--gpus N] [--steps N] [--rows NAME ...] [--section.key value ...]")
+    parser = FlagParser(
+        "benchmark.py CONFIG [--gpus N] [--steps N] [--rows NAME ...] [--section.key value ...]", __doc__
+    )
     parser.add_argument("--gpus", type=int)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
@@ -340,9 +340,6 @@ def read_options(arguments):
 
 
 def main(arguments):
-    if {"--help", "-h"} & set(arguments):
-        print(__doc__)
-        return
     options, rest = read_options(arguments)
     config = load_config(rest)
     device, options.gpus_found = this_device()
@@ -351,10 +348,7 @@ def main(arguments):
         raise UserError(f"--gpus: found {gpus}, but this machine has {options.gpus_found}")
     gradient_accumulation(config, gpus)
     given = next((argument for argument in rest if argument.endswith(".json")), "configs/1p5b.json")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {options.out}: {error.strerror}; choose a folder that can be written") from None
+    make_folder("--out", options.out)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     results, interrupted = [], False
     conditions = {"config": given, "gpus": gpus, "gpus_found": options.gpus_found, "device": device}

@@ -341,7 +341,7 @@ def load(engine, path, state, seed):
         return
     with safe_open(own, "pt") as file:
         torch.set_rng_state(file.get_tensor("random/cpu/0"))
-        if torch.cuda.is_available() and "random/cuda/0" in file.keys():  # noqa: SIM118
+        if torch.cuda.is_available() and "random/cuda/0" in set(file.keys()):
             torch.cuda.set_rng_state(file.get_tensor("random/cuda/0"))
 
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 import export
 from config import UserError, did_you_mean, offload_device, offloads_optimizer, zero_stage
-from data.shards import cannot_write
+from data.shards import make_folder
 from model import GPT, Block
 from pieces import stage_0_masters
 
@@ -63,10 +63,7 @@ def check_nvme(key, section, folder):
             f"{key}.device: nvme needs a C++ compiler and libaio's headers (packages g++ and libaio-dev, or "
             "libaio-devel); install them, or set it to cpu"
         )
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(folder, error) from None
+    make_folder(f"{key}.nvme_path", folder)
 
 
 def check_deepspeed(ds_config):

@@ -301,7 +301,7 @@ def open_tensors(folder, family):
             file = safe_open(path, "pt")
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: {' '.join(str(error).split())}; copy the file again") from None
-        for stored in file.keys():  # noqa: SIM118 (it is no dictionary)
+        for stored in sorted(file.keys()):
             if not stored.endswith(BUFFERS):
                 name = HEAD if stored == HEAD_IN_FILES.get(family) else stored
                 if not name.startswith((prefix, "lm_head.")):  # GPT-2 itself is published without

@@ -14,7 +14,7 @@ import math
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from config import ModelConfig, tokens_at_a_time
+from config import ModelConfig, tokens_at_a_time, width_of_logits
 
 PARTS = ("parameters", "gradients", "optimizer", "gathered", "buckets", "activations", "logits", "overhead")
 PHASES = ("forward", "loss", "backward", "reduction", "step")
@@ -42,7 +42,9 @@ class Settings:
     max_reuse_distance: int = 1_000_000_000
     sub_group_size: int = 1_000_000_000
     accumulation_bytes: int | None = None  # of a gradient in accumulation; None: as wide as the weights
-    leaf_blocks: bool = False  # engine.py, compiled: a block's weights are gathered, and its gradients given, at once
+    compiled: bool = (
+        False  # the loss keeps no probabilities; stage 3: a block's weights come, and gradients go, at once
+    )
     master_bytes: int = 4
     moment_bytes: int = 8  # both of Adam's
     # Only for measurements of other models:
@@ -184,11 +186,12 @@ class Trace:
 
     def block(self, number):
         s, inside = self.settings, []
+        leaf = s.compiled and s.stage == 3  # engine.py: one module for DeepSpeed
         for part in (self.attention(), self.mlp()):
             inside += [self.norm("norm"), part, Module("sum", kept=self.stream, hooked=False)]
         recomputed = bool(s.recompute_every) and number % s.recompute_every == 0
-        block = Module(f"block {number}", inside=inside, recomputed=recomputed, output=self.stream, leaf=s.leaf_blocks)
-        if s.leaf_blocks:
+        block = Module(f"block {number}", inside=inside, recomputed=recomputed, output=self.stream, leaf=leaf)
+        if leaf:
             for call in calls_of(block)[1:]:
                 call.hooked = False
         return block
@@ -248,14 +251,19 @@ class Trace:
     def chunked_head(self, weight):
         """model.py's Head: a chunk of logits at a time, and gradients at once."""
         s = self.settings
-        chunk = min(tokens_at_a_time(s.model.vocab_size), s.tokens)
-        several, product = s.tokens > chunk, weight.size * s.half
-        copied = 0 if s.half == 4 else 4 if s.on_cpu else s.half
-        at_once = chunk * s.model.vocab_size * (4 + s.half + copied)
-        kept = self.narrow + (2 if several and s.half < 4 else 1) * product
-        # a single chunk's logits are gone when the weight's gradient, which is kept, is made of theirs
-        most = max(at_once, product) if several else max(at_once - product, chunk * s.model.vocab_size * s.half)
-        return Module("head", [weight], kept=kept, forward=self.stream + most, part="logits", own=True)
+        chunk = min(tokens_at_a_time(s.model.vocab_size, not s.on_cpu), s.tokens)
+        width = width_of_logits(s.model.vocab_size, not s.on_cpu)
+        logits, product = chunk * width * s.half, width * self.width * s.half  # a part of the weight's gradient
+        probabilities = 0 if s.compiled else chunk * width * (8 if s.on_cpu and s.half < 4 else 4)
+        if s.tokens > chunk:  # products are added up in float32
+            sums = 2 if s.half < 4 else 1
+            kept, most = sums * product, logits + max(probabilities, sums * product)
+        else:  # the probabilities are gone when the only product is made, which is kept
+            kept, most = product, logits + max(probabilities - product, 0)
+        padded = product if width > s.model.vocab_size else 0
+        return Module(
+            "head", [weight], kept=self.narrow + kept, forward=self.stream + padded + most, part="logits", own=True
+        )
 
     def head_and_loss(self, weight):
         """All logits at once, and a loss of its own."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from config import ModelConfig, tokens_at_a_time
+from config import ModelConfig, tokens_at_a_time, width_of_logits
 
 IGNORE = -1  # a target that does not count
 
@@ -126,17 +126,25 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-def cross_entropy(logits, targets, with_gradient=True):
-    """logits (N, V), targets (N,) -> (sum of the cross-entropies in nats over the targets that are not
-    IGNORE, its gradient softmax(logits) - onehot(target) in the logits' type). All sums in float32."""
+def cross_entropy(logits, targets, vocab_size, with_gradient=True):
+    """logits (N, >= V), targets (N,) -> sum of the cross-entropies in nats over the targets that are not IGNORE.
+    Columns from V = vocab_size on do not count. All sums in float32.
+
+    with_gradient: `logits` becomes the gradient, softmax(logits) - onehot(target), of all rows."""
     counts, targets = (targets != IGNORE)[:, None], targets.clamp(min=0)[:, None]
+    if logits.shape[1] > vocab_size:
+        logits[:, vocab_size:] = -math.inf
     log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32)
     loss = -(log_probabilities.gather(1, targets) * counts).sum()
     if not with_gradient:
-        return loss, None
-    # rows that do not count get theirs zeroed where they are narrower: in LinearCrossEntropy
-    gradient = log_probabilities.exp_().scatter_add_(1, targets, torch.full_like(loss, -1.0).expand(targets.shape))
-    return loss, gradient.to(logits.dtype)
+        return loss
+    if torch.compiler.is_compiling():  # the compiler makes one pass of a comparison, and several of a scatter
+        target = torch.arange(logits.shape[1], device=logits.device) == targets
+        gradient = log_probabilities.exp() - target.float()
+    else:
+        gradient = log_probabilities.exp_().scatter_add_(1, targets, torch.full_like(loss, -1.0).expand(targets.shape))
+    logits.copy_(gradient)
+    return loss
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -144,26 +152,30 @@ class LinearCrossEntropy(torch.autograd.Function):
     exist at a time, where all of them in float32 would often be the largest tensor of the run.
 
     apply(x (N, C), weight (V, C), targets (N,), chunk, with_gradient, cross_entropy) -> sum of the
-    cross-entropies in nats over the targets that are not IGNORE, float32.
+    cross-entropies in nats over the targets that are not IGNORE, float32. cross_entropy: as the function above.
     The gradient of a chunk's logits is at hand when its loss is, so it is turned into those of x and
     weight at once, and nothing is computed twice (the idea of Liger Kernel's fused linear cross-entropy:
     Hsu et al. 2024, arXiv 2410.10989, section 3.2)."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, chunk, with_gradient, cross_entropy):
-        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        total, vocab_size = torch.zeros((), dtype=torch.float32, device=x.device), len(weight)
+        if padding := width_of_logits(vocab_size, x.is_cuda) - vocab_size:
+            weight = F.pad(weight, (0, 0, 0, padding))
+        all_logits = x.new_empty(min(chunk, len(x)), len(weight))
         grad_x, grad_weight = torch.empty_like(x) if with_gradient else None, None
         for first in range(0, len(x), chunk):
             rows = slice(first, first + chunk)
-            loss, grad = cross_entropy(x[rows] @ weight.t(), targets[rows], with_gradient)
-            total += loss
+            logits = torch.mm(x[rows], weight.t(), out=all_logits[: len(x) - first])
+            total += cross_entropy(logits, targets[rows], vocab_size, with_gradient)
             if with_gradient:
-                counts = (targets[rows] != IGNORE)[:, None]
-                torch.mm(grad, weight, out=grad_x[rows]).mul_(counts)
-                product = grad.t() @ (x[rows] * counts)
-                grad_weight = product if grad_weight is None else grad_weight.float().add_(product)
+                grad, counts = logits, (targets[rows] != IGNORE)[:, None]
+                torch.mm(grad, weight, out=grad_x[rows]).mul_(counts)  # rows that do not count
+                counted = x[rows] * counts
+                # all but the first in float32; without a name, the product is gone before the next is made
+                grad_weight = grad.t() @ counted if first == 0 else grad_weight.float().add_(grad.t() @ counted)
         if with_gradient:
-            ctx.save_for_backward(grad_x, grad_weight)
+            ctx.save_for_backward(grad_x, grad_weight[:vocab_size])
             ctx.weight_dtype = weight.dtype
         return total
 
@@ -184,7 +196,7 @@ class Head(nn.Linear):
     def forward(self, x, targets=None):
         if targets is None:
             return super().forward(x)
-        chunk = tokens_at_a_time(self.out_features)
+        chunk = tokens_at_a_time(self.out_features, x.is_cuda)
         x, targets = x.flatten(0, 1), targets.flatten()
         return LinearCrossEntropy.apply(x, self.weight, targets, chunk, torch.is_grad_enabled(), self.cross_entropy)
 

@@ -178,7 +178,8 @@ def own_tensors(engine):
 
 def only_on_nvme(engine):
     """Whether there may be no room in memory for all that `own_tensors` gives."""
-    return any(nvme_swapper(engine, piece.flat) for piece in own_layout(engine))
+    swapper = getattr(engine.optimizer, "optimizer_swapper", None)
+    return bool(swapper and swapper.swap_params_info)
 
 
 # -- in files --------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ def saved_pieces(path, state):
             file = safe_open(Path(path) / name, "pt")
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}/{name}: {error}; the checkpoint is damaged, use an older one") from None
-        for key in file.keys():  # noqa: SIM118, for it is no dictionary
+        for key in sorted(file.keys()):
             kind, parameter, start = key.split("/")
             piece = file.get_slice(key)
             found[kind, parameter].append((int(start), piece.get_shape()[0], piece))

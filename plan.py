@@ -91,7 +91,7 @@ def settings_of(config, gpus):
         offload_optimizer=offloads_optimizer(config.deepspeed),
         offload_param=offload_device(zero, "offload_param") != "none",
         overlap_comm=stage == 3 if overlap is None else overlap,
-        leaf_blocks=stage == 3 and train.compile is not False,
+        compiled=train.compile is not False,
         accumulation_bytes={"fp32": 4, "bf16": 2, "fp16": 2}.get(accumulated),
         **{ours: elements(key, zero[key]) for key, ours in ZERO_KEYS.items() if key in zero},
     )
@@ -480,11 +480,15 @@ def remarks(config, gpus):
 
 
 class FlagParser(argparse.ArgumentParser):
-    """A command's own flags, beside overrides of the config, which it leaves alone."""
+    """A command's own flags, beside overrides of the config, which it leaves alone. expected: what a fault is
+    answered with; about: what --help prints."""
 
-    def __init__(self, expected):
-        super().__init__(allow_abbrev=False, add_help=False)
-        self.expected = expected
+    def __init__(self, expected, about):
+        super().__init__(allow_abbrev=False)
+        self.expected, self.about = expected, about
+
+    def format_help(self):
+        return self.about
 
     def error(self, message):
         raise UserError(f"{message}; expected: {self.expected}")
@@ -492,8 +496,7 @@ class FlagParser(argparse.ArgumentParser):
 
 def read_options(arguments):
     """plan.py's own flags, and what is left: the config file and its overrides."""
-
-    parser = FlagParser("plan.py CONFIG --gpus N --gpu_memory GB [--section.key value ...]")
+    parser = FlagParser("plan.py CONFIG --gpus N --gpu_memory GB [--section.key value ...]", __doc__)
     parser.add_argument("--gpus", type=int, required=True)
     parser.add_argument("--gpu_memory", type=float, required=True)
     parser.add_argument("--gpu", default="h100")
@@ -525,9 +528,6 @@ def read_options(arguments):
 
 
 def main(arguments):
-    if {"--help", "-h"} & set(arguments):
-        print(__doc__)
-        return
     options, rest = read_options(arguments)
     config = load_config(rest)
 

@@ -18,7 +18,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from config import UserError, build, run_command
+from config import UserError, build, read_json, run_command
 from data.shards import cannot_write
 from flops import flops_per_token
 from metrics import duration, read_metrics
@@ -42,14 +42,11 @@ class Run:
 
 def read_config(run):
     """A run's config.json. Raises UserError."""
-    path = Path(run) / "config.json"
-    remedy = "expected the config.json that train.py writes"
+    path, remedy = Path(run) / "config.json", "expected the config.json that train.py writes"
     try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {remedy}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}; {remedy}") from None
+        config = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; {remedy}") from None
     for section in ("model", "data", "train", "deepspeed"):
         if not isinstance(config, dict) or not isinstance(config.get(section), dict):
             raise UserError(f"{path}: no section {section}; {remedy}")

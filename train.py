@@ -13,8 +13,6 @@ import json
 import math
 import os
 import platform
-import socket
-import subprocess
 import sys
 import time
 import warnings
@@ -38,9 +36,9 @@ import export
 import guard
 import metrics
 from config import (
-    ROOT,
     UserError,
     deepspeed_config,
+    git_commit,
     gradient_accumulation,
     load_config,
     run_command,
@@ -48,7 +46,7 @@ from config import (
 )
 from data import order
 from data.mixture import Mixture
-from data.shards import cannot_write, write_json
+from data.shards import cannot_write, make_folder, write_json
 from engine import build_engine, check_deepspeed, choose_kernels, resolve_precision, why_not_compiled
 from flops import count_parameters
 from model import IGNORE
@@ -99,11 +97,8 @@ def find_place(verbose):
     """(device, rank, number of ranks) of this process, from what the launcher put into the environment; a
     process started as `python train.py` is a group of one. Starts no communication yet."""
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = str(free.getsockname()[1])
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # 0: whichever is free
     set_log_level_from_string("info" if verbose else "error")
     if not verbose:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed calls old names
@@ -124,17 +119,12 @@ def find_place(verbose):
 
 def versions():
     """What made this run, for its config.json."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # a container without git
-        commit = None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "deepspeed": deepspeed.__version__,
-        "git": commit,
+        "git": git_commit(),
         "device": device,
     }
 
@@ -173,10 +163,7 @@ def main(config, watch=None):
     weights, load_weights = None, None
     if train.init_from and not resume_from:
         weights, load_weights = export.open_weights(train.init_from, config.model)
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"train.out_dir: {run}: {error.strerror}; choose a folder that can be written") from None
+    make_folder("train.out_dir", run)
     patience = timedelta(seconds=max(1800, 2 * train.timeout_seconds))  # `watch` knows first, and which rank hangs
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:

@@ -27,7 +27,6 @@ import platform
 import shlex
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -41,9 +40,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import benchmark
 import plan
-from config import ROOT, Config, UserError, build, gradient_accumulation, load_config, merge, run_command
+from config import ROOT, Config, UserError, build, git_commit, gradient_accumulation, load_config, merge, run_command
 from data.mixture import Mixture
-from data.shards import write_atomically, write_json, write_shard
+from data.shards import make_folder, write_atomically, write_json, write_shard
 from flops import flops_per_token, peak_flops
 from plan import FlagParser, with_choice
 
@@ -796,7 +795,8 @@ def memory_of_this_machine():
 
 
 def read_options(arguments):
-    parser = FlagParser("benchmarks/gpu.py --out FOLDER [--nanogpt FILE] [--data FOLDER] [--parts NAME ...] [--tiny]")
+    expected = "benchmarks/gpu.py --out FOLDER [--nanogpt FILE] [--data FOLDER] [--parts NAME ...] [--tiny]"
+    parser = FlagParser(expected, __doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--nanogpt", type=Path)
     parser.add_argument("--data", type=Path)
@@ -871,9 +871,6 @@ def measure_part(bench, part, options, until, keep):
 
 
 def main(arguments):
-    if {"--help", "-h"} & set(arguments):
-        print(__doc__)
-        return
     ends = time.monotonic()
     options = read_options(arguments)
     ends += 60 * options.minutes
@@ -888,13 +885,9 @@ def main(arguments):
     results = earlier_results(options.out, device, options.tiny)
     bench = Bench(gpus, gpu_bytes, cpu_bytes, options.tiny, options.nanogpt, options.data)
     bench.rows = results["rows"]
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {options.out}: {error.strerror}; choose a folder that can be written") from None
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    make_folder("--out", options.out)
     versions = {"python": platform.python_version()} | {name: version(name) for name in ("torch", "deepspeed")}
-    versions["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "none"
+    versions["git"] = git_commit() or "none"
     call = {"command": f"python benchmarks/gpu.py {shlex.join(arguments)}", "device": device, "versions": versions}
     call |= {
         "data": str(options.data or "tokens that follow a rule"),

@@ -46,6 +46,14 @@ def write_atomically(path, *chunks):
         raise cannot_write(path, error) from None
 
 
+def make_folder(key, path):
+    """Make a folder, if it is not there, that this key of the configuration or flag names. Raises UserError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key}: {path}: {error.strerror}; choose a folder that can be written") from None
+
+
 def cannot_write(path, error):
     return UserError(f"{path}: could not be written ({error.strerror}); mend that and run the same command again")
 

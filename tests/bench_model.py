@@ -205,7 +205,7 @@ def memory(args):
                 x.grad = weight.grad = None
 
         def chunked(x=x, weight=weight, targets=targets):
-            chunk, gradients = model.tokens_at_a_time(ids), x.requires_grad
+            chunk, gradients = model.tokens_at_a_time(ids, False), x.requires_grad
             loss = model.LinearCrossEntropy.apply(x, weight, targets, chunk, gradients, model.cross_entropy)
             if gradients:
                 loss.backward()

@@ -15,6 +15,7 @@ from deepspeed import comm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+import config as sizes
 import plan
 import train
 from config import build, deepspeed_config
@@ -81,9 +82,10 @@ def held_by(engine, stage):
     return {part: bytes_of(tensors, known) for part, tensors in parts.items()}
 
 
-def measured_and_predicted(zero, batch, precision, shape):
+def measured_and_predicted(zero, batch, precision, shape, loss_tokens=2**20):
     """Of the third step of this setting, on this rank, [measured, predicted] bytes: of each part that is held behind
-    the backward pass, and at the peak."""
+    the backward pass, and at the peak. loss_tokens: how many tokens' logits the loss may hold on a CPU."""
+    sizes.LOGITS_AT_A_TIME = 4 * loss_tokens * SHAPE["vocab_size"]
     device, rank, ranks = train.find_place(False)
     batch = {"global_batch_tokens": 64 * batch["micro_batch_size"] * ranks} | batch | {"compile": False}
     sections = {"model": SHAPE | shape, "train": batch, "deepspeed": {"zero_optimization": zero}}
@@ -108,7 +110,7 @@ def measured_and_predicted(zero, batch, precision, shape):
     predicted = {part: memory.held[part] for part in held}
     peak = max(total for total, _ in memory.peaks.values())
     return {
-        "setting": {"zero": zero, "train": batch, "precision": precision, "model": shape},
+        "setting": {"zero": zero, "train": batch, "precision": precision, "model": shape, "loss": loss_tokens},
         "held": {part: [held[part], predicted[part]] for part in held},
         "peak": [live.most, peak],
     }
@@ -141,7 +143,8 @@ def main(folder):
         shape = {"tie_embeddings": draw.choice([True, False]), "position": draw.choice(["learned", "rotary"])}
         shape |= {"mlp": draw.choice(["gelu", "swiglu"]), "n_kv_head": draw.choice([None, 2])}
         shape["bias"] = draw.choice([True, False])
-        found.append(measured_and_predicted(zero, batch, draw.choice(["fp32", "bf16"]), shape))
+        precision, loss_tokens = draw.choice(["fp32", "bf16"]), draw.choice([16, 2**20])
+        found.append(measured_and_predicted(zero, batch, precision, shape, loss_tokens))
     Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
     comm.barrier()
     comm.destroy_process_group()

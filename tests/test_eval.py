@@ -16,18 +16,12 @@ from config import UserError
 from data.shards import TokenStream
 from data.tokenizer import END_OF_TEXT, PATTERN, byte_ranks, save_tokenizer
 from tests.conftest import deepspeed_command, run
-from tests.trained_runs import FAMILIES, LLAMA, write_data, write_run
+from tests.trained_runs import FAMILIES, LLAMA, write_data, write_run, write_runs
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with data/, and for each family a run and the same model exported, as llama/ and hf_llama/."""
-    folder = tmp_path_factory.mktemp("trained")
-    data = write_data(folder / "data")
-    for family, config in FAMILIES.items():
-        write_run(folder / family, config, data)
-        export.main([str(folder / family), str(folder / f"hf_{family}")])
-    return folder
+    return write_runs(tmp_path_factory.mktemp("trained"), FAMILIES)
 
 
 def evaluated(capsys, *arguments):

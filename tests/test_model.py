@@ -89,7 +89,19 @@ def test_loss_is_the_mean_cross_entropy_of_the_targets_that_count():
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 48, 1000])
-def test_the_chunked_loss_is_cross_entropy_with_its_gradients(chunk):
+@pytest.mark.parametrize("width", [50, 64])
+def test_the_chunked_loss_is_cross_entropy_with_its_gradients(chunk, width, monkeypatch):
+    compare_losses(cross_entropy, chunk, width, monkeypatch)
+
+
+@pytest.mark.parametrize("width", [50, 64])
+def test_the_compiled_loss_is_the_same(width, monkeypatch):
+    compare_losses(torch.compile(cross_entropy), 32, width, monkeypatch)
+
+
+def compare_losses(function, chunk, width, monkeypatch):
+    """LinearCrossEntropy by this function with torch's loss. width: of the logits of 50 ids, 64 as on a GPU."""
+    monkeypatch.setattr("model.width_of_logits", lambda vocab_size, on_gpu: width)
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(48, 16, generator=generator), torch.randn(50, 16, generator=generator)
     targets = torch.randint(50, (48,), generator=generator)
@@ -98,7 +110,9 @@ def test_the_chunked_loss_is_cross_entropy_with_its_gradients(chunk):
     for chunked in (False, True):
         inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
         if chunked:
-            loss = LinearCrossEntropy.apply(*inputs, targets, chunk, True, cross_entropy)
+            loss = LinearCrossEntropy.apply(*inputs, targets, chunk, True, function)
+            without_gradients = LinearCrossEntropy.apply(x, weight, targets, chunk, False, function)
+            assert without_gradients == loss
         else:
             loss = F.cross_entropy(F.linear(*inputs), targets, ignore_index=IGNORE, reduction="sum")
         (3 * loss).backward()
@@ -134,7 +148,7 @@ def test_no_step_holds_all_logits_at_once(monkeypatch):
 
     config = dataclasses.replace(SMALL, vocab_size=4000, n_embd=8)
     model, tokens = GPT(config), random_tokens(config, batch=8)  # 128 tokens x 4000 ids
-    monkeypatch.setattr("config.LOGITS_AT_A_TIME", 16 * 4000)
+    monkeypatch.setattr("config.LOGITS_AT_A_TIME", 4 * 16 * 4000)
     with Largest() as largest:
         model(tokens, tokens).backward()
         with torch.no_grad():

@@ -14,7 +14,7 @@ import sample
 from config import UserError
 from data.tokenizer import huggingface_json, load_tokenizer
 from eval import load_model, open_trained
-from tests.trained_runs import FAMILIES, OF_NO_FAMILY, write_data, write_run
+from tests.trained_runs import FAMILIES, OF_NO_FAMILY, write_data, write_run, write_runs
 
 # a random model whose output layer is its embedding mostly repeats the last token
 UNTIED = {name: dataclasses.replace(config, tie_embeddings=False) for name, config in FAMILIES.items()}
@@ -23,14 +23,7 @@ MODELS = UNTIED | {"none": dataclasses.replace(OF_NO_FAMILY, tie_embeddings=Fals
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with data/, a run of each of MODELS, and hf_<family>/ of those that can be exported."""
-    folder = tmp_path_factory.mktemp("trained")
-    data = write_data(folder / "data")
-    for name, config in MODELS.items():
-        write_run(folder / name, config, data)
-        if name in FAMILIES:
-            export.main([str(folder / name), str(folder / f"hf_{name}")])
-    return folder
+    return write_runs(tmp_path_factory.mktemp("trained"), MODELS)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import random
 import torch
 
 import checkpoint
+import export
 from config import Config, DataConfig, ModelConfig
 from data import pipeline
 from data.mixture import Mixture
@@ -76,3 +77,13 @@ def write_run(run, config, data, step=5):
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in write_lines))
     write_json(run / "config.json", state["config"])
     return model
+
+
+def write_runs(folder, configs):
+    """data/, a run <name>/ of each of these {name: config}, and hf_<name>/ of those that transformers has as well."""
+    data = write_data(folder / "data")
+    for name, config in configs.items():
+        write_run(folder / name, config, data)
+        if name in FAMILIES:
+            export.main([str(folder / name), str(folder / f"hf_{name}")])
+    return folder

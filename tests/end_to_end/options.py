@@ -101,7 +101,7 @@ def losses(stage, architecture, settings, adam=None, replaced=()):
 def main():
     _, rank, _ = train.find_place(False)
     deepspeed.init_distributed("gloo", verbose=False)
-    few_logits = [(config, "LOGITS_AT_A_TIME", 48 * IDS)]
+    few_logits = [(config, "LOGITS_AT_A_TIME", 4 * 32 * IDS)]
     unfused = {"fused": False, "foreach": False}
     found = {}
     for name, architecture in (("gpt2", {}), ("llama", LLAMA)):
