@@ -447,7 +447,7 @@ class Sharded(Engine):
         self.stale = []
         if s.stale_bucket:
             self.stale = [self.memory.allocate("buckets", int(s.reduce_bucket_size * s.bucket_factor) * s.bytes)]
-        self.waiting = []
+        self.waiting = {}
         # {weight: elements of it in the slice} of the rank whose slices touch the most: whole tensors are kept of
         # those that a slice begins or ends in
         touched = self.slices()
@@ -472,9 +472,12 @@ class Sharded(Engine):
         if not self.buffers:  # the first gradient makes room for all
             size = int(s.reduce_bucket_size * s.bucket_factor) * s.bytes
             self.buffers = [self.memory.allocate("buckets", size) for _ in range(2 if s.overlap_comm else 1)]
-        if s.stage == 1 and not s.overlap_comm:  # reduced at the boundary, all at once
-            self.waiting.append((weight, gradient))
-        else:
+        if s.stage == 1:  # summed up over the micro-batches, and reduced with the last one
+            if weight in self.waiting:
+                self.memory.free(gradient)
+            gradient = self.waiting.setdefault(weight, gradient)
+        if s.stage == 2 or (s.overlap_comm and self.last):  # else behind the backward pass, all at once
+            self.waiting.pop(weight, None)
             self.put(weight, gradient)
 
     def put(self, weight, gradient):
@@ -503,11 +506,12 @@ class Sharded(Engine):
         self.bucket, self.elements, memory.phase = [], 0, before
 
     def end_backward(self):
-        if self.last:
+        if self.settings.stage == 1 and not self.last:
+            return  # the buckets stay as well
+        if self.waiting:
             order = {weight: number for number, weight in enumerate(itertools.chain(*self.groups))}
-            for weight, gradient in sorted(self.waiting, key=lambda pair: order[pair[0]]):
-                self.put(weight, gradient)
-            self.waiting = []
+            for weight in sorted(self.waiting, key=order.get):
+                self.put(weight, self.waiting.pop(weight))
         self.reduce()
         for buffer in self.buffers:
             self.memory.free(buffer)

@@ -127,7 +127,7 @@ def main(folder):
     for _ in range(10):
         zero = {
             "stage": draw.choice([1, 2, 3, 3]),
-            "overlap_comm": False,
+            "overlap_comm": draw.choice([False, True]),
             "reduce_bucket_size": draw.choice([5_000, 30_000, 200_000]),
             "stage3_prefetch_bucket_size": draw.choice([0, 10_000, 60_000]),
             "stage3_param_persistence_threshold": draw.choice([0, 300, 5_000]),
