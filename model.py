@@ -49,6 +49,7 @@ def rotate(x, angles):
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
 
 
+@torch.compiler.assume_constant_result  # the compiler shall call it, not read it
 def attention_backends(device):
     """The implementations of scaled_dot_product_attention in the order to try them, where torch's own order
     is not the fastest, else None. One that cannot take the inputs is passed over.

@@ -170,8 +170,15 @@ def speed(bench):
         ("deepspeed_adam", "DeepSpeed's FusedAdam"),
         ("torch_attention", "attention in torch's own order"),
         ("whole_loss", "all logits at once"),
+        ("large_chunks", "four times as many logits at a time"),
+        ("small_chunks", "a quarter as many logits at a time"),
+        ("whole_model", "one graph for the whole model"),
+        ("tuned", "inductor's coordinate descent tuning"),
     ):
         yield Row(switch, f"ZeRO-2, compiled, {title}", two(kernels="torch"), switch=switch)
+    published = two(kernels="torch", model={"vocab_size": 50257})
+    yield Row("ids_50257", f"ZeRO-2, compiled, 50,257 ids, computed as {VOCABULARY:,}", published)
+    yield Row("unpadded", "ZeRO-2, compiled, 50,257 ids, computed as they are", published, switch="unpadded")
     yield Row("apex", "ZeRO-2, compiled, Apex's norms and FusedAdam", two(kernels="apex"))
     overlapping = two(kernels="torch", zero={"overlap_comm": True})
     yield Row("overlap_comm", "ZeRO-2, compiled, overlap_comm", overlapping)
@@ -647,7 +654,55 @@ def whole_loss():
     model.Head.forward = forward
 
 
-SWITCHES = {function.__name__: function for function in (deepspeed_adam, torch_attention, whole_loss)}
+def large_chunks():
+    import config
+
+    config.LOGITS_AT_A_TIME *= 4
+
+
+def small_chunks():
+    import config
+
+    config.LOGITS_AT_A_TIME //= 4
+
+
+def unpadded():
+    import model
+
+    model.width_of_logits = lambda vocab_size, on_gpu: vocab_size
+
+
+def whole_model():
+    """One graph for everything, the chunks of the loss one behind the other; for stages 0 to 2."""
+    import torch
+
+    import model
+
+    def compile_all(gpt):
+        gpt.forward = torch.compile(gpt.forward)
+
+    model.GPT.compile = compile_all
+
+
+def tuned():
+    from torch._inductor import config
+
+    config.coordinate_descent_tuning = True
+
+
+SWITCHES = {
+    function.__name__: function
+    for function in (
+        deepspeed_adam,
+        torch_attention,
+        whole_loss,
+        large_chunks,
+        small_chunks,
+        unpadded,
+        whole_model,
+        tuned,
+    )
+}
 
 
 def train_with_switch(arguments):

@@ -160,7 +160,16 @@ def test_weights_copied_into_nanogpts_names():
 
 
 @pytest.mark.parametrize(
-    "switch", [pytest.param("whole_loss", marks=pytest.mark.slow), "torch_attention", "deepspeed_adam"]
+    "switch",
+    [
+        pytest.param("whole_loss", marks=pytest.mark.slow),
+        "torch_attention",
+        "deepspeed_adam",
+        "large_chunks",
+        "small_chunks",
+        "unpadded",
+        "tuned",
+    ],
 )
 def test_switches_change_what_they_say(switch):
     """In a process of its own, because a switch changes modules."""
@@ -175,6 +184,14 @@ def test_switches_change_what_they_say(switch):
         "deepspeed_adam": "gpu.SWITCHES[name](); import train; c = gpu.Bench(1, 1, 1).config('gpt2-124m', 1);"
         "p = train.deepspeed_config(c, 1, 'bf16', on_gpu=True)['optimizer']['params'];"
         "assert p['lr'] == c.train.lr and not {'torch_adam', 'fused'} & p.keys()",
+        "large_chunks": "import config; n = config.tokens_at_a_time(50304, True); gpu.SWITCHES[name]();"
+        "assert config.tokens_at_a_time(50304, True) == 4 * n",
+        "small_chunks": "import config; n = config.tokens_at_a_time(50304, True); gpu.SWITCHES[name]();"
+        "assert 4 * config.tokens_at_a_time(50304, True) == n",
+        "unpadded": "assert model.width_of_logits(50257, True) == gpu.VOCABULARY; gpu.SWITCHES[name]();"
+        "assert model.width_of_logits(50257, True) == 50257",
+        "tuned": "import torch._inductor.config as c; assert not c.coordinate_descent_tuning; gpu.SWITCHES[name]();"
+        "assert c.coordinate_descent_tuning",
     }[switch]
     code = f"import torch, model; from config import ModelConfig; from benchmarks import gpu; name = {switch!r}; {test}"
     ended = run([sys.executable, "-c", code])
@@ -185,12 +202,15 @@ def test_switches_change_what_they_say(switch):
 def test_a_switch_under_the_launcher_trains_the_same_model(tmp_path):
     """Ways to compute the same: the losses of the steps are those of train.py as it is."""
     bench, losses = gpu.Bench(gpus=0, gpu_bytes=2**40, cpu_bytes=2**40, tiny=True, temporary=tmp_path), []
-    for switch in (None, "whole_loss", "torch_attention"):
-        row = gpu.Row("row", "title", bench.config("gpt2-124m", 2, 1, 2), switch=switch)
+    for switch in (None, "whole_loss", "torch_attention", "whole_model"):
+        config = bench.config("gpt2-124m", 2, 1, 2, compile=True if switch == "whole_model" else "auto")
+        row = gpu.Row("row", "title", config, switch=switch)
         result = gpu.measure_row(bench, row, 100, tmp_path / f"run_{switch}")
         assert result["failed"] is None and len(result["losses"]) == 2
         losses.append(result["losses"])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6) and losses[2] == losses[0]
+    assert losses[2] == losses[0]
+    for other in (losses[1], losses[3]):
+        assert other == pytest.approx(losses[0], rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from config import ROOT, ModelConfig, build, read_json
 from flops import count_parameters, flops_per_token, recomputed_flops_per_token
-from model import GPT, IGNORE, LinearCrossEntropy, attention_backends, cross_entropy
+from model import GPT, IGNORE, LinearCrossEntropy, attention_backends, cross_entropy, rotary_angles
 
 SMALL = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=50, init_std=0.1)
 LLAMA = dataclasses.replace(SMALL, norm="rmsnorm", position="rotary", mlp="swiglu", bias=False, n_kv_head=2)
@@ -179,7 +179,7 @@ def test_residual_projections_start_smaller_and_biases_at_zero():
 
 def test_rotary_attention_depends_on_distances_only():
     """Shifting every position by the same amount leaves the scores of attention as they were."""
-    from model import rotary_angles, rotate
+    from model import rotate
 
     q, k = torch.randn(2, 1, 1, 12, 8, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
     cos, sin = rotary_angles(20, 8, 10000.0, "cpu")
@@ -262,10 +262,14 @@ def test_attention_prefers_cudnn_on_hopper_alone(monkeypatch):
 
 
 def test_a_preference_for_attention_is_a_preference_only(monkeypatch):
-    """What this device has not is passed over, and the values are the same."""
+    """What this device has not is passed over, the values are the same, and a block stays one graph."""
     model, tokens = GPT(LLAMA).eval(), random_tokens(LLAMA)
     expected = model(tokens)
+    x, angles = torch.randn(2, 16, LLAMA.n_embd), rotary_angles(16, LLAMA.n_embd // LLAMA.n_head, 1e4, "cpu")
+    block = model.blocks[0](x, angles)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     hopper = attention_backends(torch.device("cuda"))
     monkeypatch.setattr("model.attention_backends", lambda device: hopper)
     assert torch.allclose(model(tokens), expected, atol=1e-6)
+    compiled = torch.compile(model.blocks[0].forward, fullgraph=True)
+    assert torch.allclose(compiled(x, angles), block, atol=1e-6)
