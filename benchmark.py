@@ -35,7 +35,7 @@ from data.mixture import Mixture
 from data.shards import make_folder, token_dtype, write_atomically, write_json, write_shard
 from memory import simulate
 from metrics import read_metrics
-from plan import FlagParser, settings_of, with_choice
+from plan import FlagParser, in_units, settings_of, with_choice
 
 # name on the command line: (title, stage, what is kept in CPU memory, whether all blocks are recomputed)
 ROWS = {
@@ -57,17 +57,12 @@ COLUMNS = {  # heading: (key of a row, how it is written)
     "tokens/s": ("tokens_per_second", "{:,.0f}".format),
     "TFLOP/s a rank": ("tflops", "{:.3g}".format),
     "MFU": ("mfu", "{:.1%}".format),
-    "allocated": ("allocated_bytes", lambda size: in_units(size)),
-    "reserved": ("reserved_bytes", lambda size: in_units(size)),
-    "CPU memory": ("cpu_bytes", lambda size: in_units(size)),
-    "predicted": ("predicted_bytes", lambda size: in_units(size)),
+    "allocated": ("allocated_bytes", in_units),
+    "reserved": ("reserved_bytes", in_units),
+    "CPU memory": ("cpu_bytes", in_units),
+    "predicted": ("predicted_bytes", in_units),
     "error": ("error", "{:+.1%}".format),
 }
-
-
-def in_units(size):
-    """Bytes -> "1.23 GiB" or "45.6 MiB"."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def this_device():

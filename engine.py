@@ -75,6 +75,12 @@ def check_deepspeed(ds_config):
             "deepspeed.zero_optimization.stage: found 0 with fp16, where DeepSpeed scales no loss; expected 1, 2 or 3, "
             "or --train.precision bf16 or fp32"
         )
+    ratio = (ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("ratio", 1)
+    if ratio != 1 and "torch_adam" in ds_config["optimizer"]["params"]:
+        raise UserError(
+            f"deepspeed.zero_optimization.offload_optimizer.ratio: found {ratio}, expected 1 where there is no GPU to "
+            "keep the rest"
+        )
     # DeepSpeed may not know the number of ranks yet, and would refuse a batch that does not fit to one rank
     without_batch = {name: value for name, value in ds_config.items() if name != "train_batch_size"}
     try:

@@ -1,6 +1,7 @@
 """What watches over a run: requests to stop, ranks that die or hang, and numbers that must not reach the weights."""
 
 import contextlib
+import functools
 import math
 import os
 import select
@@ -18,7 +19,7 @@ from torch import distributed
 
 import checkpoint
 from config import UserError
-from pieces import forget_powers
+from pieces import forget_powers, optimizers
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 WINDOW = 128  # good steps that a spike is measured against; half of them must be there
@@ -162,8 +163,8 @@ class BadSteps:
         self.seen = {name: deque(state[name], WINDOW) for name in ("loss", "gradient norm")}
         self.skipped, self.bad = state["skipped"], state["bad"]  # bad: first and last sample of each in a row
         self.loss = self.grad_norm = self.fault = self.judged = None
-        self.update = engine.basic_optimizer.step
-        engine.basic_optimizer.step = self.update_if_good
+        for optimizer in optimizers(engine):
+            optimizer.step = functools.partial(self.update_if_good, optimizer, optimizer.step)
 
     def state(self):
         return {name: list(seen) for name, seen in self.seen.items()} | {"skipped": self.skipped, "bad": self.bad}
@@ -172,13 +173,13 @@ class BadSteps:
         """In front of DeepSpeed's step: its loss, over all ranks, and where DeepSpeed finds none, its norm."""
         self.loss, self.grad_norm, self.judged = loss, grad_norm, False
 
-    def update_if_good(self):
-        """In place of the optimizer's `step`, which ZeRO calls once for each group of parameters."""
+    def update_if_good(self, optimizer, update):
+        """In place of an optimizer's `step`, which ZeRO calls once for each group of parameters."""
         if not self.judged:
             self.judge()
         if self.fault is None:
-            forget_powers(self.engine.basic_optimizer)
-            self.update()
+            forget_powers(optimizer)
+            update()
 
     def judge(self):
         """All ranks judge the same numbers, so they agree without another word."""

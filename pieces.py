@@ -34,12 +34,30 @@ def stage_0_masters(engine):
     return {id(parameter): master for parameter, master in pairs}
 
 
+def optimizers(engine):
+    """The engine's optimizers: in partial offload (offload_optimizer.ratio below 1) the CPU's, and one that DeepSpeed
+    makes for the tensors that stay on the GPU, and never tells of another learning rate."""
+    on_gpu = getattr(engine.optimizer, "backup_optimizer", None)
+    return [engine.basic_optimizer] + ([on_gpu] if on_gpu else [])
+
+
+def optimizer_of(engine, flat):
+    """The one of `optimizers` that updates this tensor."""
+    on_cpu, *on_gpu = optimizers(engine)
+    if not on_gpu:
+        return on_cpu
+    zero = engine.optimizer
+    number = next(number for number, one in enumerate(zero.fp32_partitioned_groups_flat) if one is flat)
+    return on_cpu if zero.subgroup_to_device[number] == "cpu" else on_gpu[0]
+
+
 def adam_state(optimizer, flat):
     """Adam's state of one tensor, made if the first step has not made it yet; `step` is each tensor's own."""
     state = optimizer.state[flat]
     if not state:
         torch_adam = isinstance(optimizer, torch.optim.AdamW)  # DeepSpeed's counts in a plain number
-        state["step"] = torch.zeros((), device=flat.device) if torch_adam else 0
+        device = flat.device if optimizer.defaults.get("fused") else "cpu"
+        state["step"] = torch.zeros((), device=device) if torch_adam else 0
         state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(flat, requires_grad=False) for _ in range(2))
     return state
 
@@ -95,7 +113,7 @@ def in_memory(engine, flat, changed):
     have been written to. Gives Adam's state."""
     swapper = nvme_swapper(engine, flat)
     if swapper is None:
-        yield adam_state(engine.basic_optimizer, flat)
+        yield adam_state(optimizer_of(engine, flat), flat)
         return
     swapper.swap_in_optimizer_state(flat, async_parameter=None)
     new = not engine.basic_optimizer.state[flat]
@@ -122,7 +140,7 @@ def pieces_in_memory(engine, layout, changed=False):
 
 def optimizer_steps(engine):
     """How many steps the optimizer has made, which each of its tensors counts by itself."""
-    states = (engine.basic_optimizer.state[piece.flat] for piece in own_layout(engine))
+    states = (optimizer_of(engine, piece.flat).state[piece.flat] for piece in own_layout(engine))
     steps = {int(state["step"]) if state else 0 for state in states}
     assert len(steps) == 1, f"the parts of the optimizer disagree on the number of steps: {steps}"
     return steps.pop()

@@ -59,6 +59,11 @@ OTHER_ZERO_KEYS = {"stage", "overlap_comm", "offload_optimizer", "offload_param"
 WITHOUT_EFFECT = {"allgather_bucket_size", "allgather_partitions", "round_robin_gradients", "load_from_fp32_weights"}
 
 
+def in_units(size):
+    """Bytes -> "1,234.56 GiB" or "45.6 MiB"."""
+    return f"{size / GiB:,.2f} GiB" if size >= GiB else f"{size / 2**20:.1f} MiB"
+
+
 @dataclass
 class Assumptions:
     """What the speed rests on. None of it is measured here; every one can be given on the command line."""
@@ -340,7 +345,7 @@ def in_flags(change):
 
 
 def in_short(found):
-    return f"{found['gpu_bytes'] / GiB:.2f} GiB, {found['tokens_per_second']:,.0f} tokens/s"
+    return f"{in_units(found['gpu_bytes'])}, {found['tokens_per_second']:,.0f} tokens/s"
 
 
 def deepest(config, planned):
@@ -389,18 +394,18 @@ def report(found, config, options, notes):
         f"memory of one GPU at its peak, in the {found['peak_phase']} phase:",
     ]
     for part, size in found["gpu_parts"].items():
-        lines.append(f"  {part:12s} {size / GiB:9.2f} GiB  {'#' * round(40 * size / found['gpu_bytes'])}")
+        lines.append(f"  {part:12s} {in_units(size):>13s}  {'#' * round(40 * size / found['gpu_bytes'])}")
     runner_up, (low, high) = found["runner_up"], found["cpu_bytes_range"]
     lines += [
-        f"  {'allocated':12s} {found['gpu_bytes'] / GiB:9.2f} GiB  (runner-up: {runner_up['phase']}, "
-        f"{runner_up['gpu_bytes'] / GiB:.2f} GiB)",
+        f"  {'allocated':12s} {in_units(found['gpu_bytes']):>13s}  (runner-up: {runner_up['phase']}, "
+        f"{in_units(runner_up['gpu_bytes'])})",
         f"{'fits' if found['fits'] else 'DOES NOT FIT'}: {found['gpu_fraction']:.0%} of {options.gpu_memory:g} GiB"
         f"{', tight' if found['fits'] and found['gpu_fraction'] > COMFORTABLE else ''} (at most {USABLE:.0%} can be "
         "allocated beside fragments, the CUDA context and NCCL)",
         "",
-        f"CPU memory of a node: {low / GiB:,.1f} to {high / GiB:,.1f} GiB (pinned blocks may be rounded up to powers "
-        "of two), and each rank's Python and libraries",
-        f"a checkpoint on disk: {found['checkpoint_bytes'] / GiB:,.1f} GiB",
+        f"CPU memory of a node: {in_units(low)} to {in_units(high)} (pinned blocks may be rounded up to powers of "
+        "two), and each rank's Python and libraries",
+        f"a checkpoint on disk: {in_units(found['checkpoint_bytes'])}",
     ]
     if found["tokens_per_second"]:
         cost = f", {found['cost']:,.0f} $ at {options.price:g} $ a GPU and hour" if found["cost"] else ""

@@ -9,6 +9,7 @@ Read it from top to bottom: learning rate, evaluation, set-up, loop. `train.py -
 
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
@@ -50,6 +51,7 @@ from data.shards import cannot_write, make_folder, write_json
 from engine import build_engine, check_deepspeed, choose_kernels, resolve_precision, why_not_compiled
 from flops import count_parameters
 from model import IGNORE
+from pieces import optimizers
 
 
 def learning_rate(train, tokens):
@@ -238,7 +240,7 @@ def main(config, watch=None):
         profiler.start_step(step)
         tokens_seen = tokens_before + step * train.global_batch_tokens
         lr = learning_rate(train, tokens_seen)
-        for group in engine.optimizer.param_groups:
+        for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers(engine)):
             group["lr"] = lr
 
         # forward and backward: DeepSpeed averages the gradient over micro-batches and ranks, and steps

@@ -115,7 +115,7 @@ class Bench:
             ("CPU", found["cpu_bytes_range"][0], self.cpu_bytes),
         ):
             if needed > there:
-                needed, there = benchmark.in_units(needed), benchmark.in_units(there)
+                needed, there = plan.in_units(needed), plan.in_units(there)
                 return f"not started: plan.py says {needed} of {what} memory at the least, and there are {there}"
         return None
 

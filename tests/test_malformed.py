@@ -26,6 +26,7 @@ MODEL = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size"
 TRAIN = {"micro_batch_size": 2, "global_batch_tokens": 64, "max_tokens": 64, "eval_tokens": 64, "save_every": 1}
 ZERO = {"zero_optimization": {"stage": 1}}
 NVME = {"device": "nvme"}
+HALF = {"device": "cpu", "ratio": 0.5}
 NO_VALUE = object()
 
 
@@ -154,6 +155,7 @@ CONFIGS = [  # section, key, value or NO_VALUE, what the line names
     ("deepspeed", "zero_optimization", {"stages": 3}, "did you mean stage?"),
     ("deepspeed", "zero_optimization", {"stage": 2, "offload_optimizer": NVME}, "nvme at stage 2, expected stage 3"),
     ("deepspeed", "zero_optimization", {"stage": 3, "offload_param": NVME}, "offload_param.nvme_path: found none"),
+    ("deepspeed", "zero_optimization", {"stage": 3, "offload_optimizer": HALF}, "ratio: found 0.5, expected 1 where"),
     ("deepspeed", "bf16", {"enabled": True}, "train.precision"),
     ("deepspeed", "comms_logger", {"enabld": True}, "deepspeed.comms_logger.enabld: found True"),
     ("deepspeed", "comms_logger", {"prof_ops": 3}, "deepspeed.comms_logger.prof_ops: found 3"),
