@@ -16,7 +16,7 @@ import export
 import plot
 import sample
 import train
-from config import load_config, run_command
+from config import ROOT, load_config, run_command
 from data import train_tokenizer
 from data.shards import write_json
 from data.text import prepare
@@ -42,7 +42,7 @@ def made(small_data, tmp_path_factory):
     settings = {"model": MODEL, "data": {"path": "data"}, "train": TRAIN, "deepspeed": ZERO}
     write_json(folder / "config.json", settings)
     (folder / "text.txt").write_text("some text\n" * 100)
-    command = [sys.executable, train.ROOT / "train.py", folder / "config.json"]
+    command = [sys.executable, ROOT / "train.py", folder / "config.json"]
     done = run([*command, "--train.out_dir", folder / "run", "--data.path", folder / "data"])
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
