@@ -172,6 +172,10 @@ class Trace:
         """Bytes of a dropout's mask over the stream, one an element."""
         return self.settings.tokens * self.width if self.settings.model.dropout else 0
 
+    def own_gradient(self):
+        """Bytes of the gradient of what is added to the stream: the stream's own, unless something lies between."""
+        return self.narrow if self.amp or self.settings.model.dropout else 0
+
     def linear(self, name, fan_in, fan_out, **sizes):
         weights = [Weight(fan_in * fan_out)] + ([Weight(fan_out, False)] if self.settings.model.bias else [])
         return Module(name, weights, **sizes)
@@ -210,7 +214,8 @@ class Trace:
             wide = 2 * s.tokens * width * 4  # of the queries, in float32, before and after
             inside.append(Module("rotate", kept=turned, forward=wide, backward=turned, hooked=False))
         inside += [self.flash(kv)] if s.attention == "flash" else self.plain_scores()
-        inside.append(self.linear("proj", width, width, forward=narrow, kept=self.dropped(), backward=2 * narrow))
+        sizes = {"forward": narrow, "kept": self.dropped(), "backward": narrow + self.own_gradient()}
+        inside.append(self.linear("proj", width, width, **sizes))
         return Module("attention", inside=inside)
 
     def flash(self, kv):
@@ -244,7 +249,7 @@ class Trace:
         inside = [
             self.linear("up", width, fan_out, kept=kept, forward=up - kept, backward=up + narrow),
             Module("activate", kept=up, backward=hidden + up, hooked=False),
-            self.linear("down", inner, width, forward=narrow, kept=dropped, backward=hidden + narrow),
+            self.linear("down", inner, width, forward=narrow, kept=dropped, backward=hidden + self.own_gradient()),
         ]
         return Module("mlp", inside=inside)
 
