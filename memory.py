@@ -33,6 +33,7 @@ class Settings:
     recompute_every: int = 0  # k: blocks 0, k, 2k, ... are recomputed in the backward pass; 0: none
     inputs_on_cpu: bool = False  # the inputs of recomputed blocks wait in CPU memory
     offload_optimizer: bool = False
+    offload_ratio: float = 1.0  # stage 3: which part of the optimizer goes to CPU memory, counted in sub-groups
     offload_param: bool = False
     overlap_comm: bool = False
     reduce_bucket_size: int = 500_000_000
@@ -556,6 +557,9 @@ class Gathered(Engine):
             # needs none, and these are never equal
             memory.allocate("optimizer", shards * (s.moment_bytes + s.master_bytes))
             memory.allocate("gradients", shards * (s.accumulation_bytes or s.bytes))
+        elif on_gpu := self.optimizer_on_gpu():
+            memory.allocate("optimizer", on_gpu * (s.moment_bytes + s.master_bytes))
+            memory.allocate("gradients", on_gpu * 4)
         elif not s.coalesced:  # 2021: two buffers for a gradient on its way to the CPU
             memory.allocate("buckets", 2 * max(self.shard(weight) for weight in self.weights) * s.bytes)
         for _ in range(1 if s.coalesced or not s.overlap_comm else 2):
@@ -741,6 +745,8 @@ class Gathered(Engine):
     def step(self):
         s, memory = self.settings, self.memory
         if s.offload_optimizer:
+            if self.optimizer_on_gpu():  # torch's AdamW holds a root of one moment
+                memory.touch("optimizer", next(self.sub_groups()) * 4)
             return
         memory.touch("overhead", 8 * max(self.shard(weight) for weight in self.weights))
         if s.world_size > 1 or s.offload_param:  # persistent weights too go back to slices
@@ -750,6 +756,11 @@ class Gathered(Engine):
             if (s.accumulation_bytes or s.bytes) != s.master_bytes:
                 memory.touch("gradients", size * s.master_bytes)
             memory.free(flat)
+
+    def optimizer_on_gpu(self):
+        """Elements of this rank's slices whose optimizer stays on the GPU though the rest is offloaded."""
+        sizes = list(self.sub_groups())
+        return sum(sizes[: int((1 - self.settings.offload_ratio) * len(sizes))])
 
     def sub_groups(self):
         """Sizes of the pieces in which the optimizer steps: whole parameters until sub_group_size is reached."""

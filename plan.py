@@ -31,7 +31,7 @@ from config import (
     zero_stage,
 )
 from flops import PEAK_FLOPS, flops_per_token, peak_flops, recomputed_flops_per_token
-from memory import PARTS, Settings, simulate
+from memory import PARTS, Gathered, Settings, simulate
 
 GiB = 2**30
 # How much of a GPU may be allocated: the rest is what the allocator cannot reuse, the CUDA context and NCCL. Of the
@@ -82,7 +82,10 @@ def settings_of(config, gpus):
     if stage not in (0, 1, 2, 3):
         raise UserError(f"deepspeed.zero_optimization.stage: found {json.dumps(stage)}, expected 0, 1, 2 or 3")
     precision = "bf16" if train.precision == "auto" else train.precision
-    overlap = zero.get("overlap_comm")
+    overlap, ratio = zero.get("overlap_comm"), (zero.get("offload_optimizer") or {}).get("ratio", 1.0)
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+        key = "deepspeed.zero_optimization.offload_optimizer.ratio"
+        raise UserError(f"{key}: found {json.dumps(ratio)}, expected a number from 0 to 1")
     accumulated = config.deepspeed.get("data_types", {}).get("grad_accum_dtype")
     return Settings(
         model=config.model,
@@ -94,6 +97,7 @@ def settings_of(config, gpus):
         recompute_every=int(train.activation_checkpointing),
         inputs_on_cpu=train.checkpoints_on_cpu,
         offload_optimizer=offloads_optimizer(config.deepspeed),
+        offload_ratio=ratio if stage == 3 else 1.0,
         offload_param=offload_device(zero, "offload_param") != "none",
         overlap_comm=stage == 3 if overlap is None else overlap,
         compiled=train.compile is not False,
@@ -128,8 +132,9 @@ def cpu_memory(settings, parameters, ranks):
     s, shard = settings, parameters / settings.world_size
     pageable, pinned = 0, 0
     if s.offload_optimizer:
-        pageable += (s.master_bytes + s.moment_bytes) * shard
-        pinned += 4 * shard + s.bytes * shard  # float32 gradients; 16-bit ones (stage 3) or weights (1, 2)
+        offloaded = shard - Gathered(s).optimizer_on_gpu() if s.offload_ratio < 1 else shard
+        pageable += (s.master_bytes + s.moment_bytes) * offloaded
+        pinned += 4 * offloaded + s.bytes * shard  # float32 gradients; 16-bit ones (stage 3) or weights (1, 2)
     if s.offload_param:
         pinned += 2 * s.bytes * shard  # the flat weights, and zero.Init's pieces, which stay in the host cache
     pinned += inputs_on_cpu(s)
@@ -157,7 +162,7 @@ def seconds_per_step(settings, parameters, flops, tokens, peak, nodes, assumptio
     if s.offload_param:
         offload += (2 + bool(s.recompute_every)) * s.gradient_accumulation_steps * shard * s.bytes / a.pcie
     if s.offload_optimizer:  # gradients down, weights up; Adam reads 16 and writes 14 bytes a parameter
-        offload += (4 + s.bytes) * shard / a.pcie + 30 * parameters / nodes / a.cpu
+        offload += s.offload_ratio * ((4 + s.bytes) * shard / a.pcie + 30 * parameters / nodes / a.cpu)
     return max(compute, communication) + offload
 
 

@@ -3,6 +3,7 @@
 `python tests/test_plan.py FOLDER` prints the error of every row of FOLDER/published_memory.json, beside those of
 DeepSpeed's own estimator and of EleutherAI's calculator."""
 
+import itertools
 import json
 import math
 import statistics
@@ -228,7 +229,7 @@ def test_peak_is_that_of_the_real_engine(real_engines):
     errors = [found["peak"][1] / found["peak"][0] - 1 for found in real_engines]
     for error, found in zip(errors, real_engines, strict=True):
         print(f"{error:+.2%} {found['setting']}")
-    assert max(map(abs, errors)) <= 0.06 and statistics.median(map(abs, errors)) <= 0.01
+    assert max(map(abs, errors)) <= 0.08 and statistics.median(map(abs, errors)) <= 0.005
 
 
 def planned(name, gpus, **zero):
@@ -251,6 +252,23 @@ def test_more_gpus_and_offload_never_need_more(name, stage):
         if stage:
             offloaded = planned(name, gpus, stage=stage, offload_optimizer={"device": "cpu"})
             assert offloaded["gpu_bytes"] <= before and offloaded["cpu_bytes"] > 0
+
+
+def test_partial_offload_moves_the_optimizer_by_sub_groups():
+    """1.5B parameters in sub-groups of 100 million: 16 of matrices and one of vectors."""
+    found = {}
+    for ratio in (0, 0.25, 0.5, 1):
+        offload = {"offload_optimizer": {"device": "cpu", "ratio": ratio}, "sub_group_size": 100_000_000}
+        found[ratio] = planned("1p5b.json", 1, stage=3, **offload)
+    whole = planned("1p5b.json", 1, stage=3)
+    assert found[0]["gpu_parts"]["optimizer"] == whole["gpu_parts"]["optimizer"] == 12 * whole["parameters"]
+    assert found[1]["gpu_parts"]["optimizer"] == 0 and whole["cpu_bytes"] == 0
+    parts = [found[ratio]["gpu_parts"]["optimizer"] / whole["gpu_parts"]["optimizer"] for ratio in (0.25, 0.5)]
+    assert parts == pytest.approx([12 / 16, 8 / 16], rel=0.1)
+    for smaller, larger in itertools.pairwise(found):
+        assert found[smaller]["gpu_bytes"] > found[larger]["gpu_bytes"]
+        assert found[smaller]["cpu_bytes"] < found[larger]["cpu_bytes"]
+        assert found[smaller]["tokens_per_second"] > found[larger]["tokens_per_second"]
 
 
 def test_no_torch_is_loaded():
