@@ -128,9 +128,10 @@ def window_losses(model, stream, batch_size=16, rank=0, ranks=1):
     starts, kept = list(range(0, stream.tokens - 1, block)), []
     losses = torch.zeros(len(starts), dtype=torch.float64, device=device)
 
-    def keep(logits, targets, _):
-        kept.append(F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="none"))
-        return kept[-1].sum(), None
+    def keep(logits, targets, vocab_size, _):
+        logits = logits[:, :vocab_size].float()
+        kept.append(F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none"))
+        return kept[-1].sum()
 
     getattr(model, "module", model).head.cross_entropy = keep  # sees the logits of some tokens at a time
     for first in range(0, len(starts), batch_size * ranks):
