@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
+IGNORE = -1  # a target that does not count
 
 
 def git_commit():

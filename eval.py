@@ -119,14 +119,15 @@ def load_sharded(trained: Trained, device):
 
 @torch.no_grad()
 def window_losses(model, stream, batch_size=16, rank=0, ranks=1):
-    """The summed cross-entropy in nats of each window of a split, (windows,) float64 on the CPU. The windows lie one
-    behind the other and the last one is cut, so that every token but the first is predicted once.
+    """The summed cross-entropy in nats of each window of a split, (windows,) float64 on the CPU, and the number of
+    targets that count. The windows lie one behind the other and the last one is cut, so that every token but the
+    first is predicted once.
 
     A window's sum is its own, in float64: neither the batch nor the number of ranks that share the windows
     changes more than the rounding of the model's float32. Every rank must call this, and all get all."""
     device, block = torch.device("cuda" if torch.cuda.is_available() else "cpu"), stream.block_size
     starts, kept = list(range(0, stream.tokens - 1, block)), []
-    losses = torch.zeros(len(starts), dtype=torch.float64, device=device)
+    losses = torch.zeros(len(starts) + 1, dtype=torch.float64, device=device)  # the last is the number of targets
 
     def keep(logits, targets, vocab_size, _):
         logits = logits[:, :vocab_size].float()
@@ -137,18 +138,20 @@ def window_losses(model, stream, batch_size=16, rank=0, ranks=1):
     for first in range(0, len(starts), batch_size * ranks):
         mine = starts[first + rank * batch_size :][:batch_size]
         # a rank without windows goes along all the same: under ZeRO-3 the others need its part of the model
-        rows = torch.full((max(1, len(mine)), block + 1), IGNORE)
-        for row, start in zip(rows, mine, strict=False):
-            tokens = stream.read(start, min(block + 1, stream.tokens - start))
-            row[: len(tokens)] = torch.from_numpy(tokens)
-        inputs, targets = rows[:, :-1].clamp(min=0).to(device), rows[:, 1:].contiguous().to(device)
+        inputs = torch.zeros(max(1, len(mine)), block, dtype=torch.long)
+        targets = torch.full_like(inputs, IGNORE)
+        for number, start in enumerate(mine):
+            example = stream.example(start, min(block, stream.tokens - 1 - start))
+            for row, part in zip((inputs[number], targets[number]), example, strict=True):
+                row[: len(part)] = torch.from_numpy(part)
         kept.clear()
-        model(inputs, targets)
+        model(inputs.to(device), targets.to(device))
+        losses[-1] += (targets != IGNORE).sum()
         sums = torch.cat(kept).double().view(targets.shape).sum(dim=1)
         losses[first + rank * batch_size :][: len(mine)] = sums[: len(mine)]
     if ranks > 1:
         distributed.all_reduce(losses)
-    return losses.cpu()
+    return losses[:-1].cpu(), int(losses[-1])
 
 
 def gzip_bits_per_byte(stream, tokenizer):
@@ -173,8 +176,9 @@ def evaluate(model, streams, batch_size=16, rank=0, ranks=1):
     """{"val_loss": nats per token, "perplexity", "bits_per_byte": None where the bytes are not known, "tokens"}
     over all of these validation splits."""
     # fsum rounds once, so that no order of the windows matters
-    nats = math.fsum(loss for stream in streams for loss in window_losses(model, stream, batch_size, rank, ranks))
-    tokens = sum(stream.tokens - 1 for stream in streams)
+    measured = [window_losses(model, stream, batch_size, rank, ranks) for stream in streams]
+    nats = math.fsum(loss for losses, _ in measured for loss in losses)
+    tokens = sum(targets for _, targets in measured)
     known = all(stream.meta for stream in streams)  # only meta.json tells the bytes behind the tokens
     size = sum(stream.meta["splits"]["val"]["bytes"] for stream in streams) if known else None
     return {
@@ -281,7 +285,7 @@ def main(arguments):
     if rank:
         return
     report(trained, streams, result)
-    if args.gzip and streams:
+    if args.gzip and streams and not streams[-1].loss_mask:
         joined, one_by_one = gzip_bits_per_byte(streams[-1], tokenizer_of(folders[-1]))
         result |= {"gzip_bits_per_byte": joined, "gzip_one_by_one_bits_per_byte": one_by_one}
         print(f"gzip -9 on the same text: {joined:.4f} bits per byte joined, {one_by_one:.4f} file by file")
@@ -304,7 +308,8 @@ def is_not_finite(value):
 
 def report(trained: Trained, streams, result):
     for stream in streams:
-        print(f"{trained.words}: {stream.tokens - 1:,} tokens of {stream.folder}")
+        answers = ", of which the assistant's words count" if stream.loss_mask else ""
+        print(f"{trained.words}: {stream.tokens - 1:,} tokens of {stream.folder}{answers}")
     if streams:
         print(f"validation loss {result['val_loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}")
         if result["bits_per_byte"] is None:

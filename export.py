@@ -469,6 +469,7 @@ def export(found, folder, dtype="float32"):
     words what it is. Raises UserError."""
     from transformers import GenerationConfig
 
+    from data.conversations import CHAT_TEMPLATE
     from data.pipeline import tokenizer_of
     from data.tokenizer import END_OF_TEXT, fingerprint, save_for_transformers
     from eval import check_tokenizer
@@ -494,6 +495,7 @@ def export(found, folder, dtype="float32"):
         if tokenizer:
             parts = tokenizer._mergeable_ranks, tokenizer._special_tokens, tokenizer._pat_str
             more = {"bos_token": END_OF_TEXT, "model_max_length": config.model.block_size}
+            more |= {"chat_template": CHAT_TEMPLATE} if read_meta(data).get("loss_mask") else {}
             save_for_transformers(temporary, *parts, **more)
         write_weights(temporary, config.model, read, getattr(torch, dtype))
         write_model_card(temporary, found, state, config, dtype)

@@ -16,9 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from config import ModelConfig, tokens_at_a_time, width_of_logits
-
-IGNORE = -1  # a target that does not count
+from config import IGNORE, ModelConfig, tokens_at_a_time, width_of_logits
 
 
 def make_norm(config: ModelConfig, kernels="torch"):

@@ -4,6 +4,7 @@
     python sample.py out/tiny --file prompts.txt      # a prompt a line; a whole file: --prompt "$(cat file)"
     python sample.py out/tiny                         # asks for prompts, or reads them from a pipe, a line each
     python sample.py hf/llama --prompt "Once"         # a folder in transformers' format, ours or published
+    python sample.py out/chat --chat                  # after fine-tuning on conversations: questions and answers
 
 The model's text goes on behind the prompt; an empty prompt is the start of a document. Where the context is
 full, it goes on from the last half of it.
@@ -21,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import export
 from config import UserError, read_json, run_command
+from data.conversations import question
 from data.pipeline import tokenizer_of
 from data.tokenizer import END_OF_TEXT, huggingface_json, missing_characters
 from eval import Trained, load_model, open_trained
@@ -183,6 +185,7 @@ def main(arguments):
     parser.add_argument("--data", help="folder of data made with the model's tokenizer; default: the run's own")
     parser.add_argument("--prompt", help="text to go on from; empty: the start of a document")
     parser.add_argument("--file", help="a file of prompts, one a line")
+    parser.add_argument("--chat", action="store_true", help="each prompt is what a user says; the assistant answers")
     parser.add_argument("--tokens", type=int, default=200, help="how many to write at most")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
     parser.add_argument("--top_k", type=int, default=50, help="choose among the k most likely; 0: among all")
@@ -204,16 +207,19 @@ def main(arguments):
     for prompt in read_prompts(args):
         if unwritable := missing(prompt):
             raise UserError(f"prompt: found {unwritable[0]!r}, expected characters that the model's tokenizer has")
-        tokens = tokenizer.encode(prompt, add_special_tokens=False).ids or [end]
-        if tokens == [None]:
-            raise UserError("prompt: found none, and this tokenizer has no token for the start of a document; give one")
+        text = question(prompt) if args.chat else prompt
+        tokens = tokenizer.encode(text, add_special_tokens=False).ids
+        tokens = [end, *tokens] if args.chat or not tokens else tokens  # as a conversation or a document begins
+        if tokens[0] is None:
+            what = "--chat" if args.chat else "an empty prompt"
+            raise UserError(f"prompt: {what} needs a token for the start of a document, which this tokenizer has not")
         if len(tokens) > block_size:
             print(f"the model sees the last {block_size} of the prompt's {len(tokens)} tokens", file=sys.stderr)
         for number in range(args.samples):
             if number:
                 print("-" * 40)
             torch.manual_seed(args.seed + number)
-            sys.stdout.write(prompt)
+            sys.stdout.write("" if args.chat else prompt)
             terminal = Terminal(tokenizer, tokens)
             write(model, tokens, args.tokens, block_size, terminal, **settings)
             terminal.finish()

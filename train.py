@@ -45,7 +45,6 @@ from config import (
     run_command,
     zero_stage,
 )
-from data import order
 from data.mixture import Mixture
 from data.shards import cannot_write, make_folder, write_json
 from engine import build_engine, check_deepspeed, choose_kernels, resolve_precision, why_not_compiled
@@ -73,6 +72,15 @@ def to_device(arrays, device):
     return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
 
+def equal_weights(batches, world_size, device):
+    """By what to multiply the mean losses of this rank's micro-batches of a step so that each target that counts, of
+    all micro-batches and ranks, counts the same. batches: pairs of inputs and targets. Every rank must call this."""
+    counts = torch.tensor([(targets != IGNORE).sum() for _, targets in batches], dtype=torch.float64, device=device)
+    total = counts.sum()
+    comm.all_reduce(total)
+    return (counts * len(batches) * world_size / total.clamp(min=1)).tolist()
+
+
 @torch.no_grad()
 def evaluate(model, stream, wanted_tokens, micro_batch_size, device, rank=0, world_size=1):
     """Mean cross-entropy in nats per token, over validation windows that are the same at every call and on
@@ -86,7 +94,7 @@ def evaluate(model, stream, wanted_tokens, micro_batch_size, device, rank=0, wor
         filled = list(mine) + [windows[0]] * (micro_batch_size - len(mine))
         tokens, targets = to_device(stream.batch(filled), device)
         targets[len(mine) :] = IGNORE
-        count = len(mine) * stream.block_size
+        count = (targets != IGNORE).sum()
         totals[0] += model(tokens, targets).double() * count
         totals[1] += count
     model.train()
@@ -246,13 +254,17 @@ def main(config, watch=None):
         # forward and backward: DeepSpeed averages the gradient over micro-batches and ranks, and steps
         # behind the last micro-batch
         mean_loss = torch.zeros((), device=device)  # of this rank
-        for micro_step in range(accumulation):
-            samples = order.sample_numbers(step - 1, micro_step, rank, world_size, train.micro_batch_size, accumulation)
-            batch = train_data.batch(train_data.windows_of(samples + tokens_before // config.model.block_size))
+        places = (step - 1, rank, world_size, train.micro_batch_size, accumulation)
+        batches = train_data.batches(*places, tokens_before // config.model.block_size)  # read when it is their turn
+        weights = [1.0] * accumulation
+        if train_data.loss_mask:
+            batches = list(batches)
+            weights = equal_weights(batches, world_size, device)
+        for micro_step, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
             watch.beat()
             inputs = to_device(batch, device)
             clock.mark("data")
-            micro_loss = engine(*inputs)
+            micro_loss = engine(*inputs) * weight
             engine.backward(micro_loss)
             mean_loss += micro_loss.detach() / accumulation
             if micro_step == accumulation - 1:  # before the step clips the gradients and drops them

@@ -413,7 +413,6 @@ def nanogpt_step(config, path, precision, compiled=False, tanh_gelu=False):
 
     import model
     import train
-    from data import order
     from tests.bench_model import load_nanogpt, nanogpt_optimizer, nanogpt_passes
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as its train.py
@@ -431,10 +430,7 @@ def nanogpt_step(config, path, precision, compiled=False, tanh_gelu=False):
     def step(number):
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(config.train, number * config.train.global_batch_tokens)
-        batches = (
-            data.batch(data.windows_of(order.sample_numbers(number - 1, micro_step, 0, 1, size, accumulation)))
-            for micro_step in range(accumulation)
-        )
+        batches = data.batches(number - 1, 0, 1, size, accumulation)
         loss = nanogpt_passes(run, [train.to_device(batch, device) for batch in batches], precision)
         update()
         return loss

@@ -9,7 +9,7 @@ A single folder is a mixture of one, so nothing else in the code tells them apar
 import numpy as np
 
 from config import UserError, data_weights
-from data.order import Schedule, windows_of
+from data.order import Schedule, sample_numbers, windows_of
 from data.shards import TokenStream
 
 
@@ -27,6 +27,7 @@ class Mixture:
         self.schedule = Schedule([weights[folder] for folder in self.folders])
         self.first_windows = np.cumsum([0] + [stream.windows for stream in self.streams])
         self.windows = int(self.first_windows[-1])
+        self.loss_mask = any(stream.loss_mask for stream in self.streams)
         known = {}
         for folder, stream in zip(self.folders, self.streams, strict=True):
             stream.check_vocabulary(vocab_size)
@@ -46,6 +47,13 @@ class Mixture:
             order = windows_of(draws[mine], self.streams[number].windows, self.seed + (number << 32))
             windows[mine] = order + self.first_windows[number]
         return windows
+
+    def batches(self, step, rank, world_size, micro_batch_size, accumulation, first_sample=0):
+        """Yields the micro-batches that one rank takes in one optimizer step, as `batch` gives them. first_sample: what
+        the run's samples are counted from."""
+        for micro_step in range(accumulation):
+            samples = sample_numbers(step, micro_step, rank, world_size, micro_batch_size, accumulation)
+            yield self.batch(self.windows_of(samples + first_sample))
 
     def batch(self, windows):
         """Window numbers (k,) -> inputs and targets, both (k, block_size) int64."""

@@ -34,8 +34,10 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError, read_json
+from data.conversations import LEARNED
 from data.shards import (
     HEADER_BYTES,
+    NO_LOSS,
     cannot_write,
     checksum,
     read_meta,
@@ -84,9 +86,9 @@ def split_of(key, val_fraction):
 # -- in the workers ------------------------------------------------------------------------------
 
 
-def start_worker(tokenizer):
-    global encoding
-    encoding = faster(load_tokenizer(tokenizer))
+def start_worker(tokenizer, loss_mask):
+    global encoding, with_loss_mask
+    encoding, with_loss_mask = faster(load_tokenizer(tokenizer)), loss_mask
     parent = multiprocessing.parent_process()
     if parent is not None:
         # a worker whose parent was killed would wait for work for ever
@@ -97,28 +99,45 @@ def encode(batch):
     """[(split, key, text)] -> {split: (tokens, number of documents, bytes of text)}."""
     end_of_text, parts, counts = np.array([encoding._special_tokens[END_OF_TEXT]], dtype=np.uint32), {}, {}
     for split, key, text in batch:
-        ascii = text.isascii()  # then as many bytes as characters
-        try:
-            if not ascii:  # JSON can hold half a surrogate pair, which is no text
-                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            # as encode_ordinary, but without a Python integer for each token, which costs a tenth of the time
-            tokens = encoding.encode_to_numpy(text, disallowed_special=())
-        except BaseException as error:  # tiktoken's panics are no Exceptions
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            unknown = "".join(missing_characters(encoding, text)[:20])
-            reason = f"no token for {unknown!r}" if unknown else f"{type(error).__name__}: {error}"
-            raise UserError(f"{key}: could not be tokenized ({reason}); choose another --tokenizer") from None
-        parts.setdefault(split, []).extend((end_of_text, tokens))
-        documents, size = counts.get(split, (0, 0))
-        counts[split] = documents + 1, size + (len(text) if ascii else len(text.encode()))
+        arrays, documents, size = parts.setdefault(split, []), *counts.get(split, (0, 0))
+        if with_loss_mask:
+            arrays.append(end_of_text | NO_LOSS)
+            for number, piece in enumerate(text.split(LEARNED)):
+                tokens, length = encode_text(key, piece)
+                if number % 2:  # what the loss is of, its end too
+                    arrays += tokens, end_of_text
+                    size += length
+                else:
+                    arrays.append(tokens | NO_LOSS)
+        else:
+            tokens, length = encode_text(key, text)
+            arrays += end_of_text, tokens
+            size += length
+        counts[split] = documents + 1, size
     result = {}
     for split, arrays in parts.items():
         tokens = np.concatenate(arrays)
-        if tokens.max() >= encoding.n_vocab:
-            raise UserError(f"--tokenizer: {encoding.name} gave id {tokens.max()}, expected below {encoding.n_vocab}")
-        result[split] = tokens.astype(token_dtype(encoding.n_vocab)), *counts[split]
+        largest = (tokens & ~NO_LOSS).max() if with_loss_mask else tokens.max()
+        if largest >= encoding.n_vocab:
+            raise UserError(f"--tokenizer: {encoding.name} gave id {largest}, expected below {encoding.n_vocab}")
+        result[split] = tokens.astype(token_dtype(encoding.n_vocab, with_loss_mask)), *counts[split]
     return result
+
+
+def encode_text(key, text):
+    """The tokens of a text, (n,) uint32, and its length in bytes. Raises UserError."""
+    ascii = text.isascii()  # then as many bytes as characters
+    try:
+        if not ascii:  # JSON can hold half a surrogate pair, which is no text
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        # as encode_ordinary, but without a Python integer for each token, which costs a tenth of the time
+        return encoding.encode_to_numpy(text, disallowed_special=()), len(text) if ascii else len(text.encode())
+    except BaseException as error:  # tiktoken's panics are no Exceptions
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        unknown = "".join(missing_characters(encoding, text)[:20])
+        reason = f"no token for {unknown!r}" if unknown else f"{type(error).__name__}: {error}"
+        raise UserError(f"{key}: could not be tokenized ({reason}); choose another --tokenizer") from None
 
 
 # -- in the parent -------------------------------------------------------------------------------
@@ -137,14 +156,14 @@ def batches(documents, characters, side):
         yield batch
 
 
-def encoded(batches, tokenizer, workers):
+def encoded(batches, tokenizer, workers, loss_mask):
     """Yield what `encode` makes of each batch, in order. At most 4 batches a worker are under way."""
     if workers == 1:
-        start_worker(tokenizer)
+        start_worker(tokenizer, loss_mask)
         yield from map(encode, batches)
         return
     # spawn: the parent may hold threads (datasets, tokenizers) that do not survive a fork
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (tokenizer,))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (tokenizer, loss_mask))
     try:
         pending = deque()
         for batch in batches:
@@ -253,24 +272,26 @@ def alone_in(folder):
         os.close(handle)
 
 
-def prepare(documents, tokenizer, args, side=None):
+def prepare(documents, tokenizer, args, side=None, loss_mask=False):
     """Tokenize `documents`, an iterable of (key, text) pairs, into shards and meta.json in args.out.
 
-    args: what `options` parses. side: key -> "train" or "val"; default: `split_of`. Raises UserError on
-    bad input; what is finished stays and is not made again."""
+    args: what `options` parses. side: key -> "train" or "val"; default: `split_of`. loss_mask: the texts have marks
+    (data/conversations.py), and the loss is of what stands between them alone. Raises UserError on bad input; what
+    is finished stays and is not made again."""
     check_options(args)
     encoding = load_tokenizer(str(tokenizer))
     if END_OF_TEXT not in encoding._special_tokens:
         raise UserError(f"--tokenizer: {encoding.name} has no {END_OF_TEXT} token; choose one that has, as gpt2")
     try:
         with alone_in(args.out):
-            prepare_alone(documents, tokenizer, encoding, args, side or (lambda key: split_of(key, args.val_fraction)))
+            side = side or (lambda key: split_of(key, args.val_fraction))
+            prepare_alone(documents, tokenizer, encoding, args, side, loss_mask)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on behind the last finished shard")
         raise SystemExit(130) from None
 
 
-def prepare_alone(documents, tokenizer, encoding, args, side):
+def prepare_alone(documents, tokenizer, encoding, args, side, loss_mask):
     settings = {"tokenizer": fingerprint(encoding), "source": getattr(documents, "description", str(args.input))}
     settings |= {name: getattr(args, name) for name in ("val_fraction", "shard_tokens", "limit", "column")}
     meta_file, progress_file, progress = args.out / "meta.json", args.out / "progress.json", {}
@@ -287,7 +308,7 @@ def prepare_alone(documents, tokenizer, encoding, args, side):
         progress_file.unlink(missing_ok=True)  # killed between the last two steps
         print(f"{args.out} is already prepared with these settings; remove {meta_file} to make it again")
         return
-    dtype = token_dtype(encoding.n_vocab)
+    dtype = token_dtype(encoding.n_vocab, loss_mask)
     splits = {name: Split(args.out, name, dtype, progress.get(name, {})) for name in ("train", "val")}
 
     def save(*finished):
@@ -309,7 +330,7 @@ def prepare_alone(documents, tokenizer, encoding, args, side):
     groups = batches(todo, min(BATCH, args.shard_tokens), side)
     tokens = sum(split.tokens for split in splits.values())
     bar = tqdm(initial=tokens, unit=" tokens", unit_scale=True, desc=str(args.out), mininterval=0.5)
-    with bar, contextlib.closing(encoded(groups, str(tokenizer), args.workers)) as results:
+    with bar, contextlib.closing(encoded(groups, str(tokenizer), args.workers, loss_mask)) as results:
         for result in results:
             for name, (new, *counts) in result.items():
                 splits[name].add(new, *counts)
@@ -326,6 +347,7 @@ def prepare_alone(documents, tokenizer, encoding, args, side):
         "tokenizer": tokenizer_entry(tokenizer, encoding, args.out),
         "vocab_size": encoding.n_vocab,
         "end_of_text": encoding._special_tokens[END_OF_TEXT],
+        "loss_mask": loss_mask,
         "settings": settings,
         "splits": {},
     }

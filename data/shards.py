@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, read_json
+from config import IGNORE, UserError, read_json
 from data.order import validation_windows
 
 HEADER_BYTES = 256 * 4
@@ -22,9 +22,12 @@ FORMATS = {np.dtype("<u2"): (20240520, 1), np.dtype("<u4"): (20240801, 7)}  # dt
 OPEN_FILES = 128  # a data set has thousands of shards, and a process may often hold only 1,024 files
 
 
-def token_dtype(vocab_size):
-    """The smallest of the two token types that holds every id of the vocabulary."""
-    return np.dtype("<u2") if vocab_size <= 65536 else np.dtype("<u4")
+NO_LOSS = np.uint32(1 << 31)  # set in a token that is read but no target, where meta.json says loss_mask
+
+
+def token_dtype(vocab_size, loss_mask=False):
+    """The smallest of the two token types that holds every id of the vocabulary, and NO_LOSS if there is a mask."""
+    return np.dtype("<u2") if vocab_size <= 65536 and not loss_mask else np.dtype("<u4")
 
 
 # -- writing -------------------------------------------------------------------------------------
@@ -136,6 +139,7 @@ class TokenStream:
             script = self.folder / "prepare.py"
             raise UserError(f"data.path: no folder {folder}; expected token shards: make them with python {script}")
         self.meta = read_meta(self.folder)
+        self.loss_mask = bool(self.meta and self.meta.get("loss_mask"))
         entries = self.meta["splits"].get(split, {"shards": []})["shards"] if self.meta else None
         if entries is None:
             found = sorted(p.name for p in self.folder.glob("*.bin"))
@@ -191,14 +195,30 @@ class TokenStream:
         """Tokens [start, start + length) -> (length,) int64."""
         out = np.empty(length, dtype=self.dtype)
         self.fill(start, out)
-        return out.astype(np.int64)
+        return self.ids(out)
+
+    def example(self, start, length):
+        """Inputs and targets, both (length,) int64, from the token `start` on."""
+        out = np.empty(length + 1, dtype=self.dtype)
+        self.fill(start, out)
+        return self.inputs_and_targets(out)
+
+    def ids(self, tokens):
+        return (tokens & ~NO_LOSS if self.loss_mask else tokens).astype(np.int64)
 
     def batch(self, windows):
         """Window numbers -> inputs and targets, both (len(windows), block_size) int64."""
         rows = np.empty((len(windows), self.block_size + 1), dtype=self.dtype)
         for row, window in zip(rows, windows, strict=True):
             self.fill(int(window) * self.block_size, row)
-        return rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
+        return self.inputs_and_targets(rows)
+
+    def inputs_and_targets(self, tokens):
+        """Stored tokens (..., n + 1) -> inputs and targets (..., n) int64; a target that is none is IGNORE."""
+        inputs, targets = self.ids(tokens[..., :-1]), self.ids(tokens[..., 1:])
+        if self.loss_mask:
+            targets[tokens[..., 1:] >= NO_LOSS] = IGNORE
+        return inputs, targets
 
     def validation_windows(self, wanted):
         """`wanted` windows spread evenly over the stream, or all of them: the same at every evaluation."""

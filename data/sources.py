@@ -17,11 +17,12 @@ from config import UserError
 TEXT_PIECE = 1 << 24  # characters of a text file that make one document; more would not fit bounded memory
 
 
-def open_source(args, name, config=None, **how):
-    """The local files of --input, or else data set `name` of the Hugging Face hub, whose columns are the
-    same. how: further arguments of datasets.load_dataset. Raises UserError if it cannot be had."""
+def open_source(args, name, config=None, kind=str, **how):
+    """The local files of --input, or else data set `name` of the Hugging Face hub, whose columns are the same. kind: of
+    the column's values, str or list. how: further arguments of datasets.load_dataset. Raises UserError if it cannot
+    be had."""
     if args.input:
-        return Files(args.input, args.column)
+        return Files(args.input, args.column, kind)
     try:
         from datasets import load_dataset
         from huggingface_hub.utils import logging
@@ -34,7 +35,7 @@ def open_source(args, name, config=None, **how):
             f"{name}: could not be loaded from the Hugging Face hub ({one_line(error)}); without a network, give a "
             "local copy: --input 'folder/*.parquet' (or .jsonl, .jsonl.gz, .jsonl.zst)"
         ) from None
-    return Hub(dataset, args.column, " ".join(filter(None, (name, config))))
+    return Hub(dataset, args.column, " ".join(filter(None, (name, config))), kind)
 
 
 def one_text(args, address):
@@ -55,8 +56,8 @@ def one_line(error):
 class Hub:
     """The documents of a datasets.Dataset or IterableDataset (streaming)."""
 
-    def __init__(self, dataset, column="text", description="dataset"):
-        self.dataset, self.column, self.description = dataset, column, description
+    def __init__(self, dataset, column="text", description="dataset", kind=str):
+        self.dataset, self.column, self.description, self.kind = dataset, column, description, kind
         self.rows = len(dataset) if hasattr(dataset, "__len__") else None
         self.row = 0
 
@@ -81,8 +82,8 @@ class Hub:
             for batch in dataset.select_columns(self.column).iter(batch_size=256):
                 for text in batch[self.column]:
                     self.row += 1
-                    if not isinstance(text, str):
-                        raise no_text(f"{self.description} row {self.row}", self.column, text)
+                    if not isinstance(text, self.kind):
+                        raise no_text(f"{self.description} row {self.row}", self.column, text, self.kind)
                     yield f"row {self.row}", text
         except (UserError, GeneratorExit):
             raise
@@ -93,9 +94,12 @@ class Hub:
             ) from None
 
 
-def no_text(where, column, found):
+def no_text(where, column, found, kind):
     found = "nothing" if found is None else type(found).__name__
-    return UserError(f"{where}: no text: found {found}, expected a string under {column!r}; mend it or set --column")
+    missing, expected = ("text", "a string") if kind is str else ("conversation", "a list of messages")
+    return UserError(
+        f"{where}: no {missing}: found {found}, expected {expected} under {column!r}; mend it or set --column"
+    )
 
 
 def no_columns(where, column, found):
@@ -105,10 +109,11 @@ def no_columns(where, column, found):
 class Files:
     """The documents of local files: each row of .jsonl, .jsonl.gz, .jsonl.zst and .parquet, each .txt file.
 
-    patterns: files, folders and globs. Raises UserError if nothing matches."""
+    patterns: files, folders and globs. kind: of the column's values, str or list. Raises UserError if nothing
+    matches."""
 
-    def __init__(self, patterns, column="text"):
-        self.column, paths = column, set()
+    def __init__(self, patterns, column="text", kind=str):
+        self.column, self.kind, paths = column, kind, set()
         for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
             if os.path.isdir(pattern):
                 found = [p for p in Path(pattern).rglob("*") if p.name.endswith(tuple(READERS)) and p.is_file()]
@@ -138,8 +143,8 @@ class Files:
             try:
                 for row, text, position in reader(path, self.column):
                     self.bytes_read = before + position
-                    if not isinstance(text, str):
-                        raise no_text(f"{path} row {row}", self.column, text)
+                    if not isinstance(text, self.kind):
+                        raise no_text(f"{path} row {row}", self.column, text, self.kind)
                     yield f"{name} row {row}", text
             except (OSError, ValueError) as error:  # pyarrow's and json's errors are ValueErrors or OSErrors
                 raise UserError(

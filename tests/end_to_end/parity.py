@@ -17,7 +17,7 @@ from deepspeed import comm
 import checkpoint
 import train
 from config import build, deepspeed_config
-from data import order
+from data import mixture
 from tests.end_to_end.parity_settings import MOVES, SETTINGS
 
 DATA, FOLDER, PART = sys.argv[-3], Path(sys.argv[-2]), sys.argv[-1]
@@ -32,9 +32,8 @@ def config_of(name, stage, offload="none", steps=20, **more):
     zero = {"stage": stage, "stage3_param_persistence_threshold": 100, "reduce_bucket_size": 4096}
     zero |= {"stage3_prefetch_bucket_size": 4096, "offload_optimizer": {"device": offload}}
     model = MODEL | more.pop("model", {})
-    return build(
-        {"model": model, "data": {"path": DATA}, "train": settings, "deepspeed": {"zero_optimization": zero}}, ""
-    )
+    data = {"path": more.pop("data", DATA)}
+    return build({"model": model, "data": data, "train": settings, "deepspeed": {"zero_optimization": zero}}, "")
 
 
 def config_of_moved(name, stage, offload="none"):
@@ -82,18 +81,18 @@ def go_on_from(name, step, new):
 
 
 def keep_record_of_samples(name):
-    """Have order.sample_numbers write down, for rank 0's log, what this rank was given."""
-    numbers, seen = order.sample_numbers, []
+    """Have sample_numbers write down, for rank 0's log, what this rank was given."""
+    numbers, seen = mixture.sample_numbers, []
 
     def and_record(step, *rest):
         samples = numbers(step, *rest)
         seen.extend((step, int(sample)) for sample in samples)
         return samples
 
-    order.sample_numbers = and_record
+    mixture.sample_numbers = and_record
 
     def finish():
-        order.sample_numbers = numbers
+        mixture.sample_numbers = numbers
         everyone = [None] * comm.get_world_size()
         torch.distributed.all_gather_object(everyone, seen)
         if comm.get_rank() == 0:
@@ -113,6 +112,8 @@ def parity_of_stages(world_size, rank):
             train.main(config_of(path, stage, offload, train={"precision": precision}))
             if path == name:
                 go_on_from(name, 10, f"resumed_{name}")
+    conversations = {"data": str(FOLDER / "conversations"), "model": {"vocab_size": 257}}
+    train.main(config_of(f"conversations_ranks{world_size}", 3, **conversations))
     # with dropout, and saving in the background, from a step that is no round number
     for kind in ("dropout", "background"):
         name = f"{kind}_ranks{world_size}"

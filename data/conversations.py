@@ -1,0 +1,59 @@
+"""Conversations as text, for supervised fine-tuning: the model reads all of it and learns the assistant's words alone.
+
+### User:
+What is the capital of Nepal?
+
+### Assistant:
+Kathmandu.<|endoftext|>
+"""
+
+from config import UserError
+from data.tokenizer import END_OF_TEXT
+
+HEADINGS = {"system": "### System:\n", "user": "### User:\n", "assistant": "### Assistant:\n"}
+# ASCII's record separator: what stands between the first and the second, the third and the fourth ... is learned
+LEARNED = "\x1e"
+# the same for transformers' tokenizers (Jinja)
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}"
+    f"{HEADINGS['assistant']}{{{{ message.content }}}}{END_OF_TEXT}"
+    "{% else %}{{ '### ' + message.role.title() + ':\n' + message.content + '\n\n' }}{% endif %}{% endfor %}"
+    f"{{% if add_generation_prompt %}}{HEADINGS['assistant']}{{% endif %}}"
+)
+
+
+def question(text):
+    """What the model is given to answer a user's text, behind an end of text."""
+    return f"{HEADINGS['user']}{text}\n\n{HEADINGS['assistant']}"
+
+
+def with_marks(key, messages):
+    """A list of {"role": system, user or assistant, "content": text} as one text, with LEARNED around each answer of
+    the assistant. Raises UserError, which names the conversation by its key."""
+    text = ""
+    for number, message in enumerate(messages, 1):
+        role, content = (message.get(name) if isinstance(message, dict) else None for name in ("role", "content"))
+        if role not in HEADINGS or not isinstance(content, str):
+            raise UserError(
+                f"{key}: message {number}: found {str(message)[:80]}, expected a role ({', '.join(HEADINGS)}) and a "
+                "text as content"
+            )
+        content = content.replace(LEARNED, "")
+        text += HEADINGS[role] + (f"{LEARNED}{content}{LEARNED}" if role == "assistant" else f"{content}\n\n")
+    if LEARNED not in text:
+        raise UserError(f"{key}: found no message of the assistant, expected at least one; remove this conversation")
+    return text
+
+
+class Conversations:
+    """A source of conversations as a source of texts with marks."""
+
+    def __init__(self, source):
+        self.source, self.description = source, f"conversations: {source.description}"
+
+    @property
+    def fraction(self):
+        return self.source.fraction
+
+    def __iter__(self):
+        return ((key, with_marks(key, messages)) for key, messages in self.source)
