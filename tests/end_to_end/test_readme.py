@@ -36,6 +36,15 @@ ELSEWHERE = {  # command: what runs it, or why nothing can
     "deepspeed --num_gpus 8 train.py configs/gpt2-124m.json --train.init_from openai-community/gpt2": "needs a network",
     "deepspeed --num_gpus 8 train.py configs/mine.json --train.init_from hf/llama": "test_export, with a small Llama",
 }
+ELSEWHERE |= dict.fromkeys(
+    (
+        "deepspeed --num_gpus 2 train.py configs/tiny.json --train.init_from out/tiny --data.path data/talks "
+        "--train.lr 1e-3 --train.max_tokens 300000 --train.out_dir out/talks",
+        "deepspeed --num_gpus 2 train.py configs/lillm-39m.json --train.init_from out/lillm-39m --data.path data/chat "
+        "--train.out_dir out/lillm-chat",
+    ),
+    "test_parity trains on conversations, test_export starts from weights",
+)
 SHORT = {  # over what a command of train.py says
     "train": {"max_tokens": 16 * 128, "global_batch_tokens": 128, "micro_batch_size": 2, "warmup_tokens": 0},
     "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_kv_head": "null", "block_size": 16, "vocab_size": 270},
@@ -73,13 +82,22 @@ def place(tmp_path_factory):
     """A folder as README's reader has it: runs, data, books, prompts."""
     folder = tmp_path_factory.mktemp("readme")
     data = write_data(folder / "data/books")
-    for name, config in {"tiny": GPT2, "other": LLAMA, "mine": GPT2, "gpt2-124m": GPT2, "70b": GPT2}.items():
+    for name, config in {
+        "tiny": GPT2,
+        "other": LLAMA,
+        "mine": GPT2,
+        "gpt2-124m": GPT2,
+        "70b": GPT2,
+        "talks": GPT2,
+    }.items():
         write_run(folder / "out" / name, config, data, step=10000)
     (folder / "books").mkdir()
     text = "".join(f"Some words of a book, and {number} more of them.\n" for number in range(500))
     (folder / "books" / "one.txt").write_text(text)
     lines = [json.dumps({"text": text[start : start + 200], "title": str(start)}) for start in range(0, 20000, 200)]
     (folder / "books.jsonl").write_text("\n".join(lines))
+    talk = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well."}]
+    (folder / "talks.jsonl").write_text(json.dumps({"messages": talk, "conversation": talk}) + "\n")
     (folder / "prompts.txt").write_text("ab\nxyz\n")
     (folder / "configs").symlink_to(ROOT / "configs")
     return folder
@@ -95,6 +113,9 @@ def shortened(script, words):
         return [*words, *shlex.split(LOCAL.replace("--workers 1 ", "")), "--vocab_size", "300"]
     if script == "data/text/prepare.py":
         return [*words, "--workers", "1", "--tokenizer", "bytes", "--out", "prepared/text"]
+    if script == "data/chat/prepare.py":
+        name = f"prepared/{len(words)}_chat"
+        return [*words, "--input", "talks.jsonl", "--workers", "1", "--tokenizer", "bytes", "--out", name]
     if script.startswith("data/"):
         tokenizer = [] if "--tokenizer" in words else ["--tokenizer", "bytes"]
         return [*words, *shlex.split(LOCAL), *tokenizer, "--out", f"prepared/{len(words)}_{script.split('/')[1]}"]
