@@ -255,10 +255,10 @@ LOGITS_AT_A_TIME = 2**28
 
 
 def tokens_at_a_time(vocab_size, on_gpu):
-    """How many tokens' logits the loss shall hold: a power of two, so that all chunks are of one size. Here, because
-    plan.py knows it without loading torch."""
+    """How many tokens' logits the loss shall hold: a power of two, so that chunks are mostly of one size, and few
+    enough for sums over them in fp16. Here, because plan.py knows it without loading torch."""
     logits = LOGITS_AT_A_TIME if on_gpu else LOGITS_AT_A_TIME // 4
-    return 1 << max(0, (logits // vocab_size).bit_length() - 1)
+    return min(4096, 1 << max(0, (logits // vocab_size).bit_length() - 1))
 
 
 def width_of_logits(vocab_size, on_gpu):
@@ -277,10 +277,23 @@ def zero_stage(deepspeed):
     return deepspeed.get("zero_optimization", {}).get("stage", 0)
 
 
+def offload_section(zero, what):
+    """`offload_optimizer` or `offload_param` of DeepSpeed's zero_optimization section. Raises UserError."""
+    section = zero.get(what) or {}
+    if not isinstance(section, dict):
+        key = f"deepspeed.zero_optimization.{what}"
+        raise UserError(f'{key}: found {json.dumps(section)}, expected an object, as {{"device": "cpu"}}')
+    return section
+
+
 def offload_device(zero, what):
-    """Where DeepSpeed's zero_optimization section keeps `offload_optimizer` or `offload_param`: none (on the GPU),
-    cpu or nvme."""
-    return (zero.get(what) or {}).get("device", "none")
+    """Where `offload_optimizer` or `offload_param` is kept: none (on the GPU), cpu or nvme."""
+    return offload_section(zero, what).get("device", "none")
+
+
+def offload_ratio(zero):
+    """Which part of an offloaded optimizer leaves the GPU."""
+    return offload_section(zero, "offload_optimizer").get("ratio", 1.0)
 
 
 def offloads_optimizer(deepspeed):

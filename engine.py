@@ -13,7 +13,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig as ZeroConfig
 from pydantic import ValidationError
 
 import export
-from config import UserError, did_you_mean, offload_device, offloads_optimizer, zero_stage
+from config import UserError, did_you_mean, offload_device, offload_ratio, offloads_optimizer, zero_stage
 from data.shards import make_folder
 from model import GPT, Block
 from pieces import stage_0_masters
@@ -37,16 +37,23 @@ def resolve_precision(precision, device):
 
 def check_zero_section(section):
     """Check deepspeed.zero_optimization as DeepSpeed will, but with one line for the user at the end."""
+    ratio, device = offload_ratio(section), offload_device(section, "offload_optimizer")
+    if ratio != 1 and (section.get("stage") != 3 or device != "cpu"):
+        raise UserError(
+            f"deepspeed.zero_optimization.offload_optimizer.ratio: found {ratio!r} with stage {section.get('stage')} "
+            f"and device {device}, expected 1, or stage 3 and device cpu"
+        )
     try:
         ZeroConfig(**section)
     except ValueError as error:  # pydantic's ValidationError is one
         first = error.errors()[0]
-        name, names = str(first["loc"][0]), [field.alias or key for key, field in ZeroConfig.model_fields.items()]
+        name, names = (
+            str((*first["loc"], "")[0]),
+            [field.alias or key for key, field in ZeroConfig.model_fields.items()],
+        )
         remedy = "" if name in names else f"; {did_you_mean(name, names)}"
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"deepspeed.zero_optimization.{where}: found {first['input']!r}: {first['msg']}{remedy}"
-        ) from None
+        where = ".".join(["deepspeed.zero_optimization", *map(str, first["loc"])])
+        raise UserError(f"{where}: found {first['input']!r}: {first['msg']}{remedy}") from None
     for name in ("offload_optimizer", "offload_param"):
         if offload_device(section, name) == "nvme":
             check_nvme(f"deepspeed.zero_optimization.{name}", section, section[name].get("nvme_path"))
@@ -75,7 +82,7 @@ def check_deepspeed(ds_config):
             "deepspeed.zero_optimization.stage: found 0 with fp16, where DeepSpeed scales no loss; expected 1, 2 or 3, "
             "or --train.precision bf16 or fp32"
         )
-    ratio = (ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("ratio", 1)
+    ratio = offload_ratio(ds_config.get("zero_optimization", {}))
     if ratio != 1 and "torch_adam" in ds_config["optimizer"]["params"]:
         raise UserError(
             f"deepspeed.zero_optimization.offload_optimizer.ratio: found {ratio}, expected 1 where there is no GPU to "

@@ -43,9 +43,7 @@ class Settings:
     max_reuse_distance: int = 1_000_000_000
     sub_group_size: int = 1_000_000_000
     accumulation_bytes: int | None = None  # of a gradient in accumulation; None: as wide as the weights
-    compiled: bool = (
-        False  # the loss keeps no probabilities; stage 3: a block's weights come, and gradients go, at once
-    )
+    compiled: bool = False  # the loss keeps no probabilities; stage 3: blocks are gathered and reduced whole
     master_bytes: int = 4
     moment_bytes: int = 8  # both of Adam's
     # Only for measurements of other models:
@@ -57,7 +55,7 @@ class Settings:
     score_bytes: int | None = None  # kept for each entry of plain attention, if not what the rest implies
     relu: bool = False  # the MLP keeps only its activation, not also that one's input
     # Only for measurements of other versions and backends:
-    on_cpu: bool = False  # gloo's reduce_scatter copies its input, and log_softmax 16-bit logits into float32
+    on_cpu: bool = False  # gloo's reduce_scatter copies its input, and log_softmax fp16 logits into float32
     rank: int | None = None  # whose memory; None: the rank that holds most
     one_group: bool = False  # all parameters in one group of the optimizer; ours are decayed or spared
     bucket_factor: float = 1.0  # 2021: ZeRO-2's buckets had room for 4.5 times their size
@@ -260,7 +258,8 @@ class Trace:
         chunk = min(tokens_at_a_time(s.model.vocab_size, not s.on_cpu), s.tokens)
         width = width_of_logits(s.model.vocab_size, not s.on_cpu)
         logits, product = chunk * width * s.half, width * self.width * s.half  # a part of the weight's gradient
-        probabilities = 0 if s.compiled else chunk * width * (8 if s.on_cpu and s.half < 4 else 4)
+        copied = s.half < 4 and (s.on_cpu or s.precision == "bf16")  # by log_softmax, into float32; not fp16 on a GPU
+        probabilities = 0 if s.compiled else chunk * width * (8 if copied else 4)
         if s.tokens > chunk:  # products are added up in float32
             sums = 2 if s.half < 4 else 1
             kept, most = sums * product, logits + max(probabilities, sums * product)
@@ -557,7 +556,7 @@ class Gathered(Engine):
             # needs none, and these are never equal
             memory.allocate("optimizer", shards * (s.moment_bytes + s.master_bytes))
             memory.allocate("gradients", shards * (s.accumulation_bytes or s.bytes))
-        elif on_gpu := self.optimizer_on_gpu():
+        elif on_gpu := sum(self.sub_groups_on_gpu()):
             memory.allocate("optimizer", on_gpu * (s.moment_bytes + s.master_bytes))
             memory.allocate("gradients", on_gpu * 4)
         elif not s.coalesced:  # 2021: two buffers for a gradient on its way to the CPU
@@ -745,8 +744,8 @@ class Gathered(Engine):
     def step(self):
         s, memory = self.settings, self.memory
         if s.offload_optimizer:
-            if self.optimizer_on_gpu():  # torch's AdamW holds a root of one moment
-                memory.touch("optimizer", next(self.sub_groups()) * 4)
+            # torch's AdamW, which updates what stays on the GPU, holds a root of one moment
+            memory.touch("optimizer", max(self.sub_groups_on_gpu(), default=0) * 4)
             return
         memory.touch("overhead", 8 * max(self.shard(weight) for weight in self.weights))
         if s.world_size > 1 or s.offload_param:  # persistent weights too go back to slices
@@ -757,10 +756,10 @@ class Gathered(Engine):
                 memory.touch("gradients", size * s.master_bytes)
             memory.free(flat)
 
-    def optimizer_on_gpu(self):
-        """Elements of this rank's slices whose optimizer stays on the GPU though the rest is offloaded."""
+    def sub_groups_on_gpu(self):
+        """Sizes of those sub-groups whose optimizer stays on the GPU though the rest is offloaded."""
         sizes = list(self.sub_groups())
-        return sum(sizes[: int((1 - self.settings.offload_ratio) * len(sizes))])
+        return sizes[: int((1 - self.settings.offload_ratio) * len(sizes))]
 
     def sub_groups(self):
         """Sizes of the pieces in which the optimizer steps: whole parameters until sub_group_size is reached."""

@@ -36,19 +36,15 @@ def stage_0_masters(engine):
 
 def optimizers(engine):
     """The engine's optimizers: in partial offload (offload_optimizer.ratio below 1) the CPU's, and one that DeepSpeed
-    makes for the tensors that stay on the GPU, and never tells of another learning rate."""
+    makes for the tensors that stay on the GPU, and does not tell of another learning rate."""
     on_gpu = getattr(engine.optimizer, "backup_optimizer", None)
     return [engine.basic_optimizer] + ([on_gpu] if on_gpu else [])
 
 
-def optimizer_of(engine, flat):
-    """The one of `optimizers` that updates this tensor."""
+def optimizer_of(engine, group):
+    """The one of `optimizers` that updates this group of parameters, by its number (stage 3: sub-group)."""
     on_cpu, *on_gpu = optimizers(engine)
-    if not on_gpu:
-        return on_cpu
-    zero = engine.optimizer
-    number = next(number for number, one in enumerate(zero.fp32_partitioned_groups_flat) if one is flat)
-    return on_cpu if zero.subgroup_to_device[number] == "cpu" else on_gpu[0]
+    return on_gpu[0] if on_gpu and engine.optimizer.subgroup_to_device[group] != "cpu" else on_cpu
 
 
 def adam_state(optimizer, flat):
@@ -64,13 +60,14 @@ def adam_state(optimizer, flat):
 
 class Piece(NamedTuple):
     """Elements [start, start + length) of a parameter, which are [offset, offset + length) of a tensor that this
-    rank's optimizer updates."""
+    rank's optimizer updates, that of the group of this number."""
 
     parameter: str
     start: int
     length: int
     flat: torch.Tensor
     offset: int
+    group: int
 
 
 def own_layout(engine):
@@ -97,8 +94,8 @@ def own_layout(engine):
             offset, elements = mapping.hp_fragment_address.start, parameter.numel()
         length = min(length, elements - start)
         if length > 0:
-            found.append((group, Piece(name, start, length, flat, offset)))
-    return [piece for _, piece in sorted(found, key=lambda pair: pair[0])]
+            found.append(Piece(name, start, length, flat, offset, group))
+    return sorted(found, key=lambda piece: piece.group)
 
 
 def nvme_swapper(engine, flat):
@@ -108,12 +105,12 @@ def nvme_swapper(engine, flat):
 
 
 @contextlib.contextmanager
-def in_memory(engine, flat, changed):
-    """Inside, a tensor of the optimizer and its moments are in memory, wherever they are kept. changed: they will
-    have been written to. Gives Adam's state."""
+def in_memory(engine, flat, group, changed):
+    """Inside, a tensor of the optimizer, that of a group, and its moments are in memory, wherever they are kept.
+    changed: they will have been written to. Gives Adam's state."""
     swapper = nvme_swapper(engine, flat)
     if swapper is None:
-        yield adam_state(optimizer_of(engine, flat), flat)
+        yield adam_state(optimizer_of(engine, group), flat)
         return
     swapper.swap_in_optimizer_state(flat, async_parameter=None)
     new = not engine.basic_optimizer.state[flat]
@@ -131,7 +128,7 @@ def pieces_in_memory(engine, layout, changed=False):
     for _, pieces in groupby(layout, key=lambda piece: id(piece.flat)):
         pieces = list(pieces)
         flat = pieces[0].flat
-        with in_memory(engine, flat, changed) as state:
+        with in_memory(engine, flat, pieces[0].group, changed) as state:
             whole = {"fp32": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
             for piece in pieces:
                 part = slice(piece.offset, piece.offset + piece.length)
@@ -140,7 +137,7 @@ def pieces_in_memory(engine, layout, changed=False):
 
 def optimizer_steps(engine):
     """How many steps the optimizer has made, which each of its tensors counts by itself."""
-    states = (optimizer_of(engine, piece.flat).state[piece.flat] for piece in own_layout(engine))
+    states = (optimizer_of(engine, piece.group).state[piece.flat] for piece in own_layout(engine))
     steps = {int(state["step"]) if state else 0 for state in states}
     assert len(steps) == 1, f"the parts of the optimizer disagree on the number of steps: {steps}"
     return steps.pop()
@@ -152,7 +149,7 @@ def refresh_weights(engine):
     if stage == 3:
         zero.checkpoint_event_prologue()
         for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
-            with in_memory(engine, flat, changed=False):
+            with in_memory(engine, flat, group, changed=False):
                 zero._reassign_or_swap_out_partitioned_parameters(group)
         zero.checkpoint_event_epilogue()  # small parameters are kept whole on every rank
     elif stage:

@@ -26,6 +26,7 @@ from config import (
     load_config,
     merge,
     offload_device,
+    offload_ratio,
     offloads_optimizer,
     run_command,
     zero_stage,
@@ -82,7 +83,7 @@ def settings_of(config, gpus):
     if stage not in (0, 1, 2, 3):
         raise UserError(f"deepspeed.zero_optimization.stage: found {json.dumps(stage)}, expected 0, 1, 2 or 3")
     precision = "bf16" if train.precision == "auto" else train.precision
-    overlap, ratio = zero.get("overlap_comm"), (zero.get("offload_optimizer") or {}).get("ratio", 1.0)
+    overlap, ratio = zero.get("overlap_comm"), offload_ratio(zero)
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
         key = "deepspeed.zero_optimization.offload_optimizer.ratio"
         raise UserError(f"{key}: found {json.dumps(ratio)}, expected a number from 0 to 1")
@@ -97,7 +98,7 @@ def settings_of(config, gpus):
         recompute_every=int(train.activation_checkpointing),
         inputs_on_cpu=train.checkpoints_on_cpu,
         offload_optimizer=offloads_optimizer(config.deepspeed),
-        offload_ratio=ratio if stage == 3 else 1.0,
+        offload_ratio=ratio,
         offload_param=offload_device(zero, "offload_param") != "none",
         overlap_comm=stage == 3 if overlap is None else overlap,
         compiled=train.compile is not False,
@@ -126,13 +127,19 @@ def inputs_on_cpu(settings):
     return -(-s.model.n_layer // s.recompute_every) * s.tokens * s.model.n_embd * s.bytes
 
 
+def offloaded_elements(settings, parameters):
+    """How many parameters' optimizer one rank keeps in CPU memory, if it offloads any."""
+    on_gpu = sum(Gathered(settings).sub_groups_on_gpu()) if settings.stage == 3 and settings.offload_ratio < 1 else 0
+    return parameters / settings.world_size - on_gpu
+
+
 def cpu_memory(settings, parameters, ranks):
     """(lowest, highest) bytes of CPU memory of a node with this many ranks, for tensors; each rank's Python, torch
     and CUDA libraries come on top. PyTorch rounds each pinned block up to a power of two: up to twice the bytes."""
     s, shard = settings, parameters / settings.world_size
     pageable, pinned = 0, 0
     if s.offload_optimizer:
-        offloaded = shard - Gathered(s).optimizer_on_gpu() if s.offload_ratio < 1 else shard
+        offloaded = offloaded_elements(s, parameters)
         pageable += (s.master_bytes + s.moment_bytes) * offloaded
         pinned += 4 * offloaded + s.bytes * shard  # float32 gradients; 16-bit ones (stage 3) or weights (1, 2)
     if s.offload_param:
@@ -162,7 +169,8 @@ def seconds_per_step(settings, parameters, flops, tokens, peak, nodes, assumptio
     if s.offload_param:
         offload += (2 + bool(s.recompute_every)) * s.gradient_accumulation_steps * shard * s.bytes / a.pcie
     if s.offload_optimizer:  # gradients down, weights up; Adam reads 16 and writes 14 bytes a parameter
-        offload += s.offload_ratio * ((4 + s.bytes) * shard / a.pcie + 30 * parameters / nodes / a.cpu)
+        offloaded = offloaded_elements(s, parameters)
+        offload += (4 + s.bytes) * offloaded / a.pcie + 30 * offloaded * s.world_size / nodes / a.cpu
     return max(compute, communication) + offload
 
 

@@ -168,6 +168,7 @@ def test_weights_copied_into_nanogpts_names():
         "large_chunks",
         "small_chunks",
         "unpadded",
+        "whole_model",
         "tuned",
     ],
 )
@@ -184,12 +185,13 @@ def test_switches_change_what_they_say(switch):
         "deepspeed_adam": "gpu.SWITCHES[name](); import train; c = gpu.Bench(1, 1, 1).config('gpt2-124m', 1);"
         "p = train.deepspeed_config(c, 1, 'bf16', on_gpu=True)['optimizer']['params'];"
         "assert p['lr'] == c.train.lr and not {'torch_adam', 'fused'} & p.keys()",
-        "large_chunks": "import config; n = config.tokens_at_a_time(50304, True); gpu.SWITCHES[name]();"
-        "assert config.tokens_at_a_time(50304, True) == 4 * n",
-        "small_chunks": "import config; n = config.tokens_at_a_time(50304, True); gpu.SWITCHES[name]();"
-        "assert 4 * config.tokens_at_a_time(50304, True) == n",
+        "large_chunks": "assert model.tokens_at_a_time(gpu.VOCABULARY, True) == 4096; gpu.SWITCHES[name]();"
+        "assert model.tokens_at_a_time(gpu.VOCABULARY, True) == 16384",
+        "small_chunks": "gpu.SWITCHES[name](); assert model.tokens_at_a_time(gpu.VOCABULARY, True) == 1024",
         "unpadded": "assert model.width_of_logits(50257, True) == gpu.VOCABULARY; gpu.SWITCHES[name]();"
         "assert model.width_of_logits(50257, True) == 50257",
+        "whole_model": "g = model.GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8)); gpu.SWITCHES[name](); g.compile();"
+        "assert 'forward' in vars(g) and 'forward' not in vars(g.blocks[0]) and 'cross_entropy' not in vars(g.head)",
         "tuned": "import torch._inductor.config as c; assert not c.coordinate_descent_tuning; gpu.SWITCHES[name]();"
         "assert c.coordinate_descent_tuning",
     }[switch]
