@@ -267,6 +267,10 @@ def main(arguments):
         raise UserError(f"--tasks: found {ranks} ranks, expected one process: python eval.py {args.path} --tasks ...")
     manager = open_tasks(names, args.task_path) if names else None
     streams = open_streams(trained, folders)
+    if args.gzip and streams and streams[-1].loss_mask:
+        raise UserError(
+            f"--gzip: {streams[-1].folder} holds conversations, of which a part counts; expected plain text"
+        )
     result = dict.fromkeys(("val_loss", "perplexity", "bits_per_byte", "tokens"))
     rank = 0
     if streams:
@@ -285,7 +289,7 @@ def main(arguments):
     if rank:
         return
     report(trained, streams, result)
-    if args.gzip and streams and not streams[-1].loss_mask:
+    if args.gzip and streams:
         joined, one_by_one = gzip_bits_per_byte(streams[-1], tokenizer_of(folders[-1]))
         result |= {"gzip_bits_per_byte": joined, "gzip_one_by_one_bits_per_byte": one_by_one}
         print(f"gzip -9 on the same text: {joined:.4f} bits per byte joined, {one_by_one:.4f} file by file")

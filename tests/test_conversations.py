@@ -147,6 +147,8 @@ def test_evaluation_counts_the_answers_alone(data, tmp_path, capsys):
     assert found["val_loss"] == pytest.approx(sum(losses) / sum(counts), rel=1e-6)
     whole = slice(0, stream.windows)  # what train.py takes
     during = train.evaluate(model, Mixture(str(data), "val", 16, 270, 1), 10**6, 3, torch.device("cpu"))
+    with pytest.raises(UserError, match="--gzip"):
+        eval.main([str(tmp_path / "run"), "--gzip"])
     assert during == pytest.approx(sum(losses[whole]) / sum(counts[whole]), rel=1e-6)
 
 
