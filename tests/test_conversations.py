@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 
+import datasets
 import numpy as np
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
@@ -19,7 +22,7 @@ from data import pipeline
 from data.conversations import LEARNED, Conversations, question, with_marks
 from data.mixture import Mixture
 from data.shards import TokenStream
-from data.sources import Files
+from data.sources import Files, Hub
 from data.tokenizer import load_tokenizer
 from eval import open_trained
 from model import GPT
@@ -90,6 +93,18 @@ def test_the_number_of_workers_changes_nothing(data, tmp_path):
     pipeline.prepare(documents, "bytes", pipeline.options("", ".").parse_args(flags), loss_mask=True)
     for name in ("train_000000.bin", "val_000000.bin"):
         assert (again / name).read_bytes() == (data / name).read_bytes()
+
+
+def test_parquet_and_the_hub_give_the_same_conversations(tmp_path):
+    rows = [{"messages": TALK}, {"messages": TALK[1:3]}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "talks.parquet")
+    expected = [with_marks("", row["messages"]) for row in rows]
+    for source in (
+        Files([str(tmp_path / "talks.parquet")], "messages", list),
+        Hub(datasets.Dataset.from_list(rows), "messages", "hub", list),
+        Hub(datasets.Dataset.from_list(rows).to_iterable_dataset(), "messages", "hub", list),
+    ):
+        assert [text for _, text in Conversations(source)] == expected
 
 
 def test_a_mixture_of_text_and_conversations(data, tmp_path):
