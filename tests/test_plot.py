@@ -165,7 +165,7 @@ def test_the_page_needs_nothing_else_and_says_what_differs(tmp_path, capsys):
         (["run", "--out", "no/such/folder.png"], "no/such/folder.png: could not be written (No such file"),
         (["run", "--html", "no/page.html"], "no/page.html: could not be written (No such file or directory)"),
         (["bare", "--x", "flops"], "bare/config.json: no such file; expected the config.json that train.py writes"),
-        (["broken", "--x", "flops"], "broken/config.json: line 1, column 1: Expecting value; expected JSON; expected the config.json"),
+        (["broken", "--x", "flops"], "broken/config.json: line 1, column 1: Expecting value; expected JSON; expected"),
         (["strange", "--html", "page.html"], "strange/config.json: no section model; expected the config.json"),
     ],
 )
