@@ -83,7 +83,7 @@ def held_by(engine, stage):
 
 
 def measured_and_predicted(zero, batch, precision, shape, loss_tokens=2**20):
-    """Of the third to eighth step of this setting, on this rank, [measured, predicted] bytes: of each part that is held
+    """Of the third to sixth step of this setting, on this rank, [measured, predicted] bytes: of each part that is held
     behind the backward pass, and at the peak. loss_tokens: how many tokens' logits the loss may hold on a CPU."""
     sizes.LOGITS_AT_A_TIME = 4 * loss_tokens * SHAPE["vocab_size"]
     device, rank, ranks = train.find_place(False)
@@ -96,7 +96,7 @@ def measured_and_predicted(zero, batch, precision, shape, loss_tokens=2**20):
     with LiveBytes() as live:
         engine = build_engine(config, deepspeed_config(config, ranks, precision, False), device)
         peaks = []
-        for _ in range(8):
+        for _ in range(6):
             gc.collect()
             live.most = live.total
             for _ in range(settings.gradient_accumulation_steps):

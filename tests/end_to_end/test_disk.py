@@ -44,7 +44,7 @@ def test_a_full_disk_ends_both_ranks_with_one_line_and_the_run_goes_on_when_ther
         subprocess.run(["umount", "-l", disk], check=True)
 
 
-@pytest.mark.parametrize("limit", [1 << 20, 300])
+@pytest.mark.parametrize("limit", [1 << 20, pytest.param(300, marks=pytest.mark.slow)])
 def test_files_that_may_not_grow_end_the_run_with_one_line(tmp_path, limit):
     """A megabyte is too little for a checkpoint, 300 bytes for metrics.jsonl."""
     out = tmp_path / "run"

@@ -122,7 +122,13 @@ def shortened(script, words):
     return words
 
 
-@pytest.mark.parametrize("command", commands())
+def takes_long(command):
+    return "train.py" in command and command not in ELSEWHERE
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(c, marks=pytest.mark.slow) if takes_long(c) else c for c in commands()]
+)
 def test_a_command_of_readme(command, place, monkeypatch):
     if command in ELSEWHERE:
         pytest.skip(ELSEWHERE[command])

@@ -30,7 +30,7 @@ def wait_for_end(processes, seconds):
     "asked",
     [
         "SIGTERM to one rank",
-        "SIGTERM to the group",
+        pytest.param("SIGTERM to the group", marks=pytest.mark.slow),
         "SIGTERM to deepspeed alone",
         "a STOP file",
         pytest.param("SIGUSR1 to the group", marks=pytest.mark.slow),
