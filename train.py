@@ -9,7 +9,6 @@ Read it from top to bottom: learning rate, evaluation, set-up, loop. `train.py -
 
 import contextlib
 import errno
-import itertools
 import json
 import math
 import os
@@ -248,8 +247,9 @@ def main(config, watch=None):
         profiler.start_step(step)
         tokens_seen = tokens_before + step * train.global_batch_tokens
         lr = learning_rate(train, tokens_seen)
-        for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers(engine)):
-            group["lr"] = lr
+        for optimizer in optimizers(engine):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
         # forward and backward: DeepSpeed averages the gradient over micro-batches and ranks, and steps
         # behind the last micro-batch
