@@ -26,7 +26,7 @@ import torch
 from safetensors import safe_open
 from torch import distributed
 
-from config import ModelConfig, UserError, build, read_json
+from config import Config, ModelConfig, UserError, build, flat, read_json
 from data.mixture import check_same_data
 from data.shards import cannot_write, write_atomically, write_json
 from pieces import (
@@ -58,13 +58,14 @@ class Saving:
 
     state: what state.json records besides what is found here, `step` among it. best: also mark this
     checkpoint as the best. keep: how many of the newest stay on the disk. background: take a copy in the
-    CPU's memory, so that the run can go on while a thread writes; else it is written when this returns."""
+    CPU's memory, so that the run can go on while a thread writes; else it is written when this returns.
+    progress: called for each tensor that is written."""
 
-    def __init__(self, engine, folder, state, best, keep, background=False):
+    def __init__(self, engine, folder, state, best, keep, background=False, progress=lambda: None):
         self.began, self.folder, self.name = time.perf_counter(), Path(folder), name_of(state["step"])
         self.state, self.best, self.keep = state | description(engine), best, keep
         self.file, self.written, fault = f"rank_{distributed.get_rank():05d}.safetensors", None, None
-        self.temporary = self.folder / f"{self.name}.tmp"
+        self.progress, self.temporary = progress, self.folder / f"{self.name}.tmp"
         if distributed.get_rank() == 0:
             try:
                 for left_over in self.folder.glob("step_*.tmp"):  # of a save that was killed
@@ -85,6 +86,7 @@ class Saving:
 
     def write(self, sizes, tensors, fault):
         try:
+            tensors = (self.progress() or tensor for tensor in tensors)
             self.written = fault or write_tensors(self.temporary / self.file, sizes, tensors)
         except OSError as error:
             self.written = str(cannot_write(self.temporary / self.file, error))
@@ -316,13 +318,14 @@ def where_to_start(config, data, known_faults=()):
 
 
 @torch.no_grad()
-def load(engine, path, state, seed):
+def load(engine, path, state, seed, progress=lambda: None):
     """Restore weights, optimizer, loss scale and random state of a checkpoint into `engine`: bit for bit, and
     on another number of ranks all but the random state, which then begins anew from (seed, step, rank).
     The learning rate, betas, epsilon and decay of each parameter group stay those of this run's config.
-    state: of `read_state`. Raises UserError."""
+    state: of `read_state`. progress: called for each piece. Raises UserError."""
     saved = saved_pieces(path, state)
     for piece, parts, adam in pieces_in_memory(engine, own_layout(engine), changed=True):
+        progress()
         counted = state["optimizer_steps"]  # torch's Adam keeps it in a tensor, DeepSpeed's in a number
         adam["step"] = torch.full_like(adam["step"], counted) if torch.is_tensor(adam["step"]) else counted
         for kind, part in parts.items():
@@ -384,6 +387,29 @@ def check_same_run(path, state, config):
         if not any(name.startswith("model.") for name in different):
             remedy += ", or name them in train.allow_changed"
         raise UserError(f"{path}: was saved with other settings: {'; '.join(different)}; {remedy}")
+
+
+def changed_settings(saved, now):
+    """{key: (value in the checkpoint, value now)} of all keys of a run's config that differ, but for those that only
+    say where the run lies and how it is resumed. saved, now: `Config.to_dict()`; keys that are younger than the
+    checkpoint had their default."""
+    defaults = Config().to_dict()
+    changed = {}
+    for section in now:
+        was = saved.get(section, {})
+        if section != "deepspeed":
+            was = defaults[section] | was
+        before, after = flat(was, f"{section}."), flat(now[section], f"{section}.")
+        for name in dict.fromkeys([*before, *after]):
+            values = before.get(name), after.get(name)
+            if values[0] != values[1] and name not in ("train.out_dir", "train.resume", "train.allow_changed"):
+                changed[name] = values
+    return changed
+
+
+def saved_train_config(state):
+    """The TrainConfig that a checkpoint was saved with."""
+    return build({"train": state["config"]["train"]}, "state.json").train
 
 
 def setting(world_size, stage, precision):

@@ -455,6 +455,17 @@ def merge(base, over):
     return merged
 
 
+def flat(values, prefix=""):
+    """{"train": {"lr": 1}} -> {"train.lr": 1}, for nested dictionaries."""
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
 def command_line_values(arguments):
     """`--train.lr 1e-4 --model.bias=false` -> {"train": {"lr": 1e-4}, "model": {"bias": False}}.
 

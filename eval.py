@@ -275,12 +275,9 @@ def main(arguments):
     rank = 0
     if streams:
         if ranks > 1:
-            from train import find_place  # it alone needs DeepSpeed
+            import dist  # it alone needs DeepSpeed
 
-            device, rank, _ = find_place(verbose=False)
-            import deepspeed
-
-            deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+            device, rank, _ = dist.start_process_group()
             model = load_sharded(trained, device)
         else:
             model = load_model(trained)

@@ -25,13 +25,16 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 WINDOW = 128  # good steps that a spike is measured against; half of them must be there
 
 
-def end(reason, code, out_dir):
-    """Say in one line why this rank ends, and leave without waiting for ranks that are gone, as the
-    interpreter's own exit would."""
+def end(reason, code, out_dir, folder=None):
+    """Say in one line why this rank ends, also in the status of the run's folder, and leave without waiting for ranks
+    that are gone, as the interpreter's own exit would."""
     remedy = "no checkpoint was saved yet"
     with contextlib.suppress(OSError, UserError):
         if found := checkpoint.find(out_dir):
             remedy = f"resume from {found}"
+    if folder:
+        with contextlib.suppress(OSError, UserError):
+            folder.report("stopped" if code == 130 else "failed", reason=reason)
     with contextlib.suppress(OSError):  # the terminal may be gone too
         print(f"train.py: rank {os.environ.get('RANK', '0')} {reason}; {remedy}", file=sys.stderr, flush=True)
     os._exit(code)
@@ -58,18 +61,23 @@ def launchers():
 
 
 class Watch:
-    """Notices, in a thread of its own, what asks this run to stop: SIGTERM, SIGUSR1, SIGHUP, a file STOP in the
-    run's folder, or that the launcher has gone. `reason` then says what, and the loop saves and ends when
-    all ranks know. Ctrl-C ends at once.
+    """Notices, in a thread of its own, what asks this run to stop: Ctrl-C, SIGTERM, SIGUSR1, SIGHUP, a file STOP in the
+    run's folder, or that the launcher has gone. `reason` then says what, and the loop saves and ends when all ranks
+    know. A second Ctrl-C, and any signal before the loop has begun, ends the run at once.
 
     A thread, woken by a pipe, because a rank that waits in NCCL or gloo for another never comes back to
     Python's signal handlers. So it also ends this rank where the loop no longer can: the launcher sends
-    SIGTERM as well when a rank has died, and a rank that hangs is named after `timeout` seconds."""
+    SIGTERM as well when a rank has died, and a rank that hangs is named after `timeout` seconds without progress of
+    any rank. What counts as progress calls `beat`: a micro-batch, a batch of an evaluation, a tensor that is saved or
+    loaded."""
 
     def __init__(self, out_dir, timeout):
         self.out_dir, self.timeout, self.reason = Path(out_dir), timeout, None
         self.rank = int(os.environ.get("RANK", 0))
+        self.folder = None  # the RunFolder, once there is one
         self.peers, self.beats, self.last_beat, self.finished = None, 0, time.monotonic(), False
+        self.beats_of_all, self.last_look = None, 0.0
+        self.loop_has_begun, self.first_ctrl_c = False, None
 
     def start(self):
         self.launchers = launchers()
@@ -84,18 +92,24 @@ class Watch:
         return self
 
     def meet(self):
-        """From here on stop requests wait for the end of a step. Every rank must call this."""
+        """From here on a rank that makes no progress is noticed. Every rank must call this."""
         everyone = [None] * distributed.get_world_size()
         machine = socket.gethostname(), Path("/proc/sys/kernel/random/boot_id").read_text()  # names may repeat
         distributed.all_gather_object(everyone, (machine, os.getpid()))
         here = {rank: pid for rank, (other, pid) in enumerate(everyone) if other == machine}
         self.store = distributed.distributed_c10d._get_default_store()
+        self.store.set(f"beat/{self.rank}", str(self.beats))
         self.last_beat = time.monotonic()
         with contextlib.suppress(psutil.NoSuchProcess):  # it will be missed soon enough
             self.peers = {rank: psutil.Process(pid) for rank, pid in here.items()}
 
+    def begin_loop(self):
+        """From here on stop requests wait for the end of a step."""
+        self.beat()
+        self.loop_has_begun = True
+
     def beat(self):
-        """The loop moves on: called in front of what waits for other ranks."""
+        """This rank makes progress."""
         self.beats, self.last_beat = self.beats + 1, time.monotonic()
 
     def finish(self):
@@ -110,10 +124,7 @@ class Watch:
         while not self.finished:
             ready, _, _ = select.select([self.reader], [], [], 0.5)
             for number in filter(None, os.read(self.reader, 64) if ready else b""):
-                name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-                if number == signal.SIGINT or self.peers is None:
-                    end(f"stopped by {name}", 130, self.out_dir)
-                self.reason = self.reason or name
+                self.receive(number)
             with contextlib.suppress(OSError):  # a network file system may answer the next time
                 if self.rank == 0 and (self.out_dir / "STOP").exists():
                     self.reason = self.reason or f"{self.out_dir / 'STOP'}"
@@ -124,12 +135,31 @@ class Watch:
                 continue
             dead = [rank for rank, process in self.peers.items() if is_gone(process)]
             if self.reason and dead and not self.finished:
-                end(f"stopped by {self.reason}: rank {dead[0]} is gone", 1, self.out_dir)
+                end(f"stopped by {self.reason}: rank {dead[0]} is gone", 1, self.out_dir, self.folder)
             if self.beats > told:
                 told = self.beats
                 self.ask_store(lambda: self.store.set(f"beat/{self.rank}", str(self.beats)))
-            if time.monotonic() - self.last_beat > self.timeout:
-                end(f"waited {self.timeout} s: {self.who_is_behind()}", 1, self.out_dir)
+            waited = time.monotonic() - self.last_beat
+            if waited > self.timeout / 2:
+                self.look_at_others()
+                waited = time.monotonic() - self.last_beat
+            if waited > self.timeout:
+                end(f"waited {self.timeout} s: {self.who_is_behind()}", 1, self.out_dir, self.folder)
+
+    def receive(self, number):
+        """A signal: a request to stop, or where the loop cannot answer it, the end of this rank."""
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        if not self.loop_has_begun:
+            end(f"stopped by {name}", 130, self.out_dir, self.folder)
+        if number == signal.SIGINT:
+            # a terminal and a launcher may both pass on the same Ctrl-C
+            if self.first_ctrl_c and time.monotonic() - self.first_ctrl_c > 1:
+                end("stopped by a second Ctrl-C", 130, self.out_dir, self.folder)
+            if self.first_ctrl_c is None and self.rank == 0:
+                with contextlib.suppress(OSError):
+                    print("Ctrl-C: saving and ending after this step; once more ends at once", flush=True)
+            self.first_ctrl_c = self.first_ctrl_c or time.monotonic()
+        self.reason = self.reason or name
 
     def ask_store(self, action):
         """What the ranks' common store, which rank 0 keeps, answers within 5 seconds, or None."""
@@ -139,9 +169,23 @@ class Watch:
         asking.join(5)
         return answers[0] if answers else None
 
-    def who_is_behind(self):
+    def all_beats(self):
+        """How often each rank has called `beat`, or None if rank 0 does not answer."""
         keys = [f"beat/{rank}" for rank in range(distributed.get_world_size())]
-        beats = self.ask_store(lambda: [int(value) for value in self.store.multi_get(keys)])
+        return self.ask_store(lambda: [int(value) for value in self.store.multi_get(keys)])
+
+    def look_at_others(self):
+        """Progress of another rank, which this one may be waiting for, counts as its own."""
+        if time.monotonic() - self.last_look < min(self.timeout / 10, 60):
+            return
+        self.last_look = time.monotonic()
+        beats = self.all_beats()
+        if self.beats_of_all is not None and beats is not None and beats != self.beats_of_all:
+            self.last_beat = time.monotonic()
+        self.beats_of_all = beats
+
+    def who_is_behind(self):
+        beats = self.all_beats()
         if beats is None:
             return "rank 0 does not answer"
         behind = [rank for rank, count in enumerate(beats) if count == min(beats)]

@@ -11,11 +11,8 @@ import contextlib
 import errno
 import json
 import math
-import os
-import platform
 import sys
 import time
-import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,32 +21,31 @@ from config import help_if_asked
 if __name__ == "__main__":
     help_if_asked(sys.argv[1:])  # in front of the imports that take seconds
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for, so that DeepSpeed does not warn about it
-import deepspeed
-from deepspeed import comm
-from deepspeed.utils.logging import set_log_level_from_string
+from torch import distributed
 
 import checkpoint
+import dist
 import export
 import guard
 import metrics
 from config import (
+    TrainConfig,
     UserError,
     deepspeed_config,
-    git_commit,
     gradient_accumulation,
     load_config,
     run_command,
     zero_stage,
 )
 from data.mixture import Mixture
-from data.shards import cannot_write, make_folder, write_json
+from data.shards import cannot_write, write_json
 from engine import build_engine, check_deepspeed, choose_kernels, resolve_precision, why_not_compiled
 from flops import count_parameters
 from model import IGNORE
 from pieces import optimizers
+from run_folder import RunFolder
+
+SHAPES_THE_RATE = [f"train.{name}" for name in ("lr", "min_lr_ratio", "schedule", "warmup_tokens", "max_tokens")]
 
 
 def learning_rate(train, tokens):
@@ -76,19 +72,20 @@ def equal_weights(batches, world_size, device):
     all micro-batches and ranks, counts the same. batches: pairs of inputs and targets. Every rank must call this."""
     counts = torch.tensor([(targets != IGNORE).sum() for _, targets in batches], dtype=torch.float64, device=device)
     total = counts.sum()
-    comm.all_reduce(total)
+    distributed.all_reduce(total)
     return (counts * len(batches) * world_size / total.clamp(min=1)).tolist()
 
 
 @torch.no_grad()
-def evaluate(model, stream, wanted_tokens, micro_batch_size, device, rank=0, world_size=1):
+def evaluate(model, stream, wanted_tokens, micro_batch_size, device, rank=0, world_size=1, progress=lambda: None):
     """Mean cross-entropy in nats per token, over validation windows that are the same at every call and on
-    any number of ranks. Every rank makes equally many forward passes, so none waits for ever: what a rank
-    has too few of is filled with windows that do not count."""
+    any number of ranks. All ranks run the same number of forward passes (ZeRO-3's gathers are collective): a rank
+    with too few windows is padded with windows that do not count. progress: called before each forward pass."""
     windows = stream.validation_windows(wanted_tokens // stream.block_size)
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, number of targets
     model.eval()
     for first in range(0, len(windows), micro_batch_size * world_size):
+        progress()
         mine = windows[first + rank * micro_batch_size :][:micro_batch_size]
         filled = list(mine) + [windows[0]] * (micro_batch_size - len(mine))
         tokens, targets = to_device(stream.batch(filled), device)
@@ -98,98 +95,95 @@ def evaluate(model, stream, wanted_tokens, micro_batch_size, device, rank=0, wor
         totals[1] += count
     model.train()
     if world_size > 1:
-        comm.all_reduce(totals)
+        distributed.all_reduce(totals)
     return (totals[0] / totals[1]).item()
 
 
-def find_place(verbose):
-    """(device, rank, number of ranks) of this process, from what the launcher put into the environment; a
-    process started as `python train.py` is a group of one. Starts no communication yet."""
-    if "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # 0: whichever is free
-    set_log_level_from_string("info" if verbose else "error")
-    if not verbose:
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed calls old names
-    if "OMP_NUM_THREADS" not in os.environ:  # else every rank takes all cores, on a GPU machine for CPU Adam
-        share = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", 1)))
-        os.environ["OMP_NUM_THREADS"] = str(share)  # for what is compiled with an OpenMP of its own
-        torch.set_num_threads(share)
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        # DeepSpeed's shared-memory all-reduce is compiled for a minute at first use and needs a C++ compiler.
-        # ZeRO-3 gathers and scatters, which it does not speed up: plain gloo is as fast here.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return device, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def changed_settings(state, config, tokens_before):
+    """What a resumed run does otherwise than its checkpoint, in one line, or None. state: the checkpoint's;
+    tokens_before: see `train_in`."""
+    changed = checkpoint.changed_settings(state["config"], config.to_dict())
+    if not changed:
+        return None
+    text = "; ".join(f"{name} {json.dumps(was)} -> {json.dumps(now)}" for name, (was, now) in changed.items())
+    line = f"changed since the checkpoint: {text}"
+    if any(name in changed for name in SHAPES_THE_RATE):
+        train, step = config.train, state["step"]
+        tokens = tokens_before + (step + 1) * train.global_batch_tokens
+        before = learning_rate(checkpoint.saved_train_config(state), state["tokens"])
+        line += f"; the learning rate goes from {before:.2e} at step {step} to {learning_rate(train, tokens):.2e} at "
+        line += f"step {step + 1} and to {learning_rate(train, train.max_tokens):.2e} at the end"
+    return line
 
 
-def versions():
-    """What made this run, for its config.json."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "git": git_commit(),
-        "device": device,
-    }
+def patience(train):
+    """How long a rank waits for the others: the watch notices a hang first, and names the rank."""
+    return timedelta(seconds=max(1800, 2 * train.timeout_seconds))
 
 
 def main(config, watch=None):
     """Train as `config` says, from the beginning or from the run's newest checkpoint. Returns the last
-    validation loss. Raises UserError for what the user can mend, before anything is started or written.
+    validation loss. Raises UserError for what the user can fix, before anything is written.
     watch: notices requests to stop."""
     train = config.train
     watch = watch or guard.Watch(train.out_dir, train.timeout_seconds)
-    device, rank, world_size = find_place(train.verbose)
+    device, rank, world_size = dist.start_process_group(train.verbose, patience(train))
+    with RunFolder(train.out_dir, rank) as folder:
+        watch.folder = folder
+        return train_in(folder, config, watch, device, rank, world_size)
+
+
+def train_in(folder, config, watch, device, rank, world_size):
+    """`main` for one rank of a process group. folder: the run's RunFolder, which nobody holds yet."""
+    train = config.train
 
     def say(line):
-        if rank == 0:
+        if rank == 0 and line:
             with contextlib.suppress(OSError):  # a lost terminal must not cost the run
                 print(line, flush=True)
 
-    # ---- data: batch(windows) gives inputs and targets, both (micro_batch_size, block_size)
-    train_data, val_data = (
-        Mixture(config.data.path, split, config.model.block_size, config.model.vocab_size, train.seed)
-        for split in ("train", "val")
-    )
+    # ---- the folder, if it is there: no other run may be writing the checkpoints that this one looks for
+    run = Path(train.out_dir)
+    with dist.all_or_none():
+        say(folder.hold() if rank == 0 and run.is_dir() else None)
 
-    # ---- batch arithmetic: tokens a step = micro_batch_size x block_size x ranks x accumulation
-    accumulation = gradient_accumulation(config, world_size)
-    precision = resolve_precision(train.precision, device)
-    if precision == "fp32" and device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as plan.py counts on
-    ds_config = deepspeed_config(config, world_size, precision, on_gpu=device.type == "cuda")
-    check_deepspeed(ds_config)
-    kernels, why_kernels = choose_kernels(train.kernels, device)
+    with dist.all_or_none():
+        # ---- data: batch(windows) gives inputs and targets, both (micro_batch_size, block_size)
+        train_data, val_data = (
+            Mixture(config.data.path, split, config.model.block_size, config.model.vocab_size, train.seed)
+            for split in ("train", "val")
+        )
 
-    # ---- model and optimizer, new or from a checkpoint
-    run, stage = Path(train.out_dir), zero_stage(ds_config)
-    resume_from, state = checkpoint.where_to_start(config, train_data)
-    weights, load_weights = None, None
-    if train.init_from and not resume_from:
-        weights, load_weights = export.open_weights(train.init_from, config.model)
-    make_folder("train.out_dir", run)
-    patience = timedelta(seconds=max(1800, 2 * train.timeout_seconds))  # `watch` knows first, and which rank hangs
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    try:
-        deepspeed.init_distributed(backend, timeout=patience, verbose=train.verbose)
-    except torch.distributed.DistNetworkError as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        remedy = "if another run uses that port, choose one with deepspeed --master_port"
-        raise UserError(f"ranks could not meet at {address} ({str(error).splitlines()[0]}); {remedy}") from None
-    everyone = [None] * world_size
-    torch.distributed.all_gather_object(everyone, str(resume_from))
-    if len(set(everyone)) > 1:
-        found = ", ".join(sorted(set(everyone)))
-        raise UserError(f"train.out_dir: {run}: ranks found different checkpoints ({found}); put it where all see it")
+        # ---- batch arithmetic: tokens a step = micro_batch_size x block_size x ranks x accumulation
+        accumulation = gradient_accumulation(config, world_size)
+        precision = resolve_precision(train.precision, device)
+        if precision == "fp32" and device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32, as plan.py counts on
+        ds_config = deepspeed_config(config, world_size, precision, on_gpu=device.type == "cuda")
+        check_deepspeed(ds_config)
+        kernels, why_kernels = choose_kernels(train.kernels, device)
+
+        # ---- weights, new or from a checkpoint
+        stage = zero_stage(ds_config)
+        resume_from, state = checkpoint.where_to_start(config, train_data)
+        weights, load_weights = None, None
+        if train.init_from and not resume_from:
+            weights, load_weights = export.open_weights(train.init_from, config.model)
+
+    # ---- what all ranks must have in common
+    made_with = dist.versions()
+    facts = config.to_dict() | {"precision": precision, "kernels": kernels, "checkpoint": str(resume_from)}
+    facts |= {"versions": {name: made_with[name] for name in ("python", "torch", "deepspeed")}}
+    facts |= {"code": dist.code_digests(), "tokens": train_data.content_digests() | val_data.content_digests()}
+    dist.refuse_different_ranks(facts)
+    for its_turn in (rank == 0, rank != 0):  # rank 0 makes the folder and locks it, the others share the lock
+        with dist.all_or_none():
+            say(folder.hold() if its_turn else None)
     known_faults = {}
     while resume_from and (fault := checkpoint.fault_of(resume_from, state)):
         known_faults[resume_from] = fault
-        resume_from, state = checkpoint.where_to_start(config, train_data, known_faults)
+        with dist.all_or_none():
+            resume_from, state = checkpoint.where_to_start(config, train_data, known_faults)
     first_step, best_val_loss = state["step"], state["best_val_loss"]
     # other than zero only where train.global_batch_tokens was changed on the way
     tokens_before = state["tokens"] - first_step * train.global_batch_tokens
@@ -201,21 +195,21 @@ def main(config, watch=None):
     engine = build_engine(config, ds_config, device, kernels, not not_compiled, load_weights)
     plain = stage == 0 and precision == "fp32"  # the one case in which DeepSpeed keeps no gradient norm
     torch.manual_seed(train.seed + 1 + rank)  # each rank drops other activations
+    watch.meet()
     if resume_from:
-        checkpoint.load(engine, resume_from, state, train.seed)
+        checkpoint.load(engine, resume_from, state, train.seed, watch.beat)
         was = checkpoint.setting(state["world_size"], state["stage"], state["precision"])
         now = checkpoint.setting(world_size, stage, precision)
         say(
             f"continuing from {resume_from}: step {first_step}, {state['tokens']:,} tokens"
             + (f"; saved on {was}, now {now}" if was != now else "")
         )
+        say(changed_settings(state, config, tokens_before))
     elif weights:
         say(f"weights from {weights}")
     steps = guard.BadSteps(engine, train.spike_zscore, state.get("bad_steps"))
-    watch.meet()
 
     # ---- what is logged, and what a checkpoint records
-    made_with = versions()
     record = {"config": config.to_dict(), "versions": made_with, "data": train_data.fingerprint()}
     record |= {"world_size": world_size, "stage": stage, "precision": precision}
     record |= {"kernels": kernels, "compiled": not not_compiled}
@@ -223,6 +217,7 @@ def main(config, watch=None):
     if rank == 0:
         write_json(run / "config.json", config.to_dict() | {key: record[key] for key in record if key != "config"})
         log = metrics.MetricsLog(run, first_step, train.loggers, config.to_dict())
+    folder.report("running", first_step)
     for section, content in config.to_dict().items():
         say(f"{section}: {json.dumps(content)}")
     say(f"kernels: {kernels} ({why_kernels}); compiled: {f'no ({not_compiled})' if not_compiled else 'yes'}")
@@ -242,6 +237,7 @@ def main(config, watch=None):
     # ---- the loop: `step` is the number of optimizer steps done, which is all a run needs to go on
     val_loss, saved_at, save = None, time.monotonic(), None
     clock, profiler = metrics.Stopwatch(device), metrics.Profiler(run, train.profile_steps if rank == 0 else None)
+    watch.begin_loop()
     for step in range(first_step + 1, total_steps + 1):
         clock.start_step()
         profiler.start_step(step)
@@ -274,7 +270,7 @@ def main(config, watch=None):
                 old = rank == 0 and 0 < train.save_every_seconds < time.monotonic() - saved_at
                 mine = watch.reason is not None, old, save is not None and save.written is not None
                 everyone = torch.cat((mean_loss.double().view(1), mean_loss.new_tensor(mine)))
-                comm.all_reduce(everyone)  # here the host waits for the GPU, once a step
+                distributed.all_reduce(everyone)  # here the host waits for the GPU, once a step
                 loss_sum, stopping, saving, have_written = everyone.tolist()
                 loss = loss_sum / world_size
                 steps.expect(loss, float(torch.nn.utils.get_total_norm(gradients)) if plain else None)
@@ -293,6 +289,7 @@ def main(config, watch=None):
             line |= {"grad_norm": steps.grad_norm, "skipped": steps.skipped} | clock.read()
             line |= metrics.throughput(config, line["step_seconds"], world_size, made_with["device"])
             line |= metrics.peak_memory()
+            folder.report("running", step)
             if rank == 0:
                 log.write(line)
             say(metrics.console_line(line, total_steps))
@@ -307,12 +304,14 @@ def main(config, watch=None):
             say(profile)
         if evaluate_now:
             began = time.perf_counter()
-            val_loss = evaluate(engine, val_data, train.eval_tokens, train.micro_batch_size, device, rank, world_size)
+            sizes = (train.eval_tokens, train.micro_batch_size)
+            val_loss = evaluate(engine, val_data, *sizes, device, rank, world_size, watch.beat)
             eval_seconds = time.perf_counter() - began
             # a NaN is never the best, and nothing is ever measured against one
             best_now = val_loss < (math.inf if best_val_loss is None else best_val_loss)
             best_val_loss = val_loss if best_now else best_val_loss
             say(f"step {step}: validation loss {val_loss:.4f}{', the best so far' if best_now else ''}")
+            folder.report("running", step)
             if rank == 0:
                 line = {"step": step, "tokens": tokens_seen, "val_loss": val_loss}
                 log.write(line | {"eval_seconds": eval_seconds})
@@ -327,20 +326,25 @@ def main(config, watch=None):
             finish(save)
             save = None
         if save_now:
-            watch.beat()
+            with dist.all_or_none():
+                folder.check_is_there()
             state = record | {"step": step, "tokens": tokens_seen, "best_val_loss": best_val_loss}
             state["bad_steps"] = steps.state()
             place, keep, saved_at = run / "checkpoints", train.keep_checkpoints, time.monotonic()
-            save = checkpoint.Saving(engine, place, state, best_now, keep, train.save_in_background)
+            save = checkpoint.Saving(engine, place, state, best_now, keep, train.save_in_background, watch.beat)
             if last or stopping or not train.save_in_background:
                 finish(save)
                 save = None
         if stopping and not last:
-            say(f"stopped by {watch.reason or 'a signal to another rank'} behind step {step}; the same command goes on")
+            reason = watch.reason or "a signal to another rank"
+            folder.report("stopped", step, reason)
+            say(f"stopped by {reason} after step {step}; the same command continues")
             break
+    else:
+        folder.report("complete", total_steps)
 
     if ds_config.get("comms_logger", {}).get("enabled"):
-        comm.log_summary()  # rank 0 prints; the others are asked
+        dist.comm.log_summary()  # rank 0 prints; the others are asked
     if rank == 0:
         log.close()
     return val_loss
@@ -348,24 +352,31 @@ def main(config, watch=None):
 
 def command(arguments):
     """main from the command line."""
-    config = load_config(arguments)
-    watch = guard.Watch(config.train.out_dir, config.train.timeout_seconds).start()
+    config, fault = None, None
     try:
+        config = load_config(arguments)
+    except UserError as error:
+        fault = error  # perhaps of this node's file alone: the other ranks are told
+    train = config.train if config else TrainConfig(out_dir=".")
+    watch = guard.Watch(train.out_dir, train.timeout_seconds).start()
+    try:
+        dist.start_process_group(train.verbose, patience(train))
+        with dist.all_or_none():
+            if fault:
+                raise fault
         main(config, watch)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise
-        raise cannot_write(error.filename or config.train.out_dir, error) from None
+        raise cannot_write(error.filename or train.out_dir, error) from None
     except RuntimeError as error:  # torch's DistBackendError, which NCCL raises, is one as well
         if not any(word in str(error) for word in ("gloo", "Connection closed", "NCCL", "onnection reset")):
             raise
         reason = " ".join(str(error).split())[:400]
-        guard.end(f"lost contact with another rank ({reason})", 1, config.train.out_dir)
+        guard.end(f"lost contact with another rank ({reason})", 1, train.out_dir, watch.folder)
     finally:
         watch.finish()
-    if comm.is_initialized():
-        comm.barrier()  # gloo aborts at exit if a peer still talks
-        comm.destroy_process_group()
+    dist.stop_process_group()
 
 
 if __name__ == "__main__":

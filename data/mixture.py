@@ -6,11 +6,15 @@
 A single folder is a mixture of one, so nothing else in the code tells them apart.
 """
 
+import hashlib
+
 import numpy as np
 
 from config import UserError, data_weights
 from data.order import Schedule, sample_numbers, windows_of
 from data.shards import TokenStream
+
+DIGEST_BLOCK = 4096  # tokens read at a time for a digest of the content
 
 
 class Mixture:
@@ -77,9 +81,30 @@ class Mixture:
         parts = zip(self.streams, shares, self.first_windows, strict=False)
         return np.concatenate([s.validation_windows(int(n)) + first for s, n, first in parts if n])
 
+    def content_digests(self, tokens=1 << 20):
+        """{split of a folder: digest of its tokens}, by which ranks notice that they read other data: of all tokens of
+        a small data set, and of as many as this, spread evenly, of a large one."""
+        share = max(DIGEST_BLOCK, tokens // len(self.streams))
+        return {
+            f"{folder}/{stream.split}": content_digest(stream, share)
+            for folder, stream in zip(self.folders, self.streams, strict=True)
+        }
+
     def fingerprint(self):
         """{folder: what a checkpoint records of it}; see TokenStream.fingerprint."""
         return {folder: stream.fingerprint() for folder, stream in zip(self.folders, self.streams, strict=True)}
+
+
+def content_digest(stream, tokens):
+    """A digest of a TokenStream's length and of about that many of its tokens, in blocks spread evenly over it."""
+    blocks = min(-(-stream.tokens // DIGEST_BLOCK), max(1, tokens // DIGEST_BLOCK))
+    length = min(DIGEST_BLOCK, stream.tokens)
+    digest = hashlib.sha256(str(stream.tokens).encode())
+    block = np.empty(length, dtype=stream.dtype)
+    for start in np.linspace(0, stream.tokens - length, blocks).astype(np.int64).tolist():
+        stream.fill(start, block)
+        digest.update(block.tobytes())
+    return digest.hexdigest()[:12]
 
 
 def check_same_data(recorded, data, where):

@@ -25,8 +25,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import dist
 import model
-import train
 from config import Config, ModelConfig, TrainConfig, deepspeed_config
 from engine import build_engine
 from flops import flops_per_token
@@ -138,8 +138,7 @@ def ours(config, tokens, precision, compiled):
 def speed(args):
     config, batch = SHAPES[args.shape]
     tokens = torch.randint(config.vocab_size, (batch, config.block_size), generator=torch.Generator().manual_seed(0))
-    train.find_place(False)
-    train.deepspeed.init_distributed("gloo", verbose=False)
+    dist.start_process_group()
     torch.set_num_threads(args.threads)
     rows = {}
     for precision in TYPES:

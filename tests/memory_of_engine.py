@@ -9,15 +9,14 @@ import sys
 import weakref
 from pathlib import Path
 
-import deepspeed
 import torch
 from deepspeed import comm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import config as sizes
+import dist
 import plan
-import train
 from config import build, deepspeed_config
 from engine import build_engine
 from memory import simulate
@@ -86,7 +85,7 @@ def measured_and_predicted(zero, batch, precision, shape, loss_tokens=2**20):
     """Of the third to sixth step of this setting, on this rank, [measured, predicted] bytes: of each part that is held
     behind the backward pass, and at the peak. loss_tokens: how many tokens' logits the loss may hold on a CPU."""
     sizes.LOGITS_AT_A_TIME = 4 * loss_tokens * SHAPE["vocab_size"]
-    device, rank, ranks = train.find_place(False)
+    device, rank, ranks = dist.find_place()
     batch = {"global_batch_tokens": 64 * batch["micro_batch_size"] * ranks} | batch | {"compile": False}
     sections = {"model": SHAPE | shape, "train": batch, "deepspeed": {"zero_optimization": zero}}
     config = build(sections, "")
@@ -121,8 +120,7 @@ def measured_and_predicted(zero, batch, precision, shape, loss_tokens=2**20):
 
 
 def main(folder):
-    _, rank, _ = train.find_place(False)
-    deepspeed.init_distributed("gloo", verbose=False)
+    _, rank, _ = dist.start_process_group()
     found = []
     for stage, precision in itertools.product(range(4), ("fp32", "bf16")):
         zero = {"stage": stage, "stage3_param_persistence_threshold": 300, "reduce_bucket_size": 30_000}

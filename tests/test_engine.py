@@ -118,13 +118,11 @@ def test_compilation_is_not_tried_where_it_is_not_asked_for():
 def test_stage_0_in_16_bits_begins_with_the_weights_themselves(small_data, tmp_path):
     """DeepSpeed tries the optimizer there, with gradients of zero, which decays its float32 copy and counts a step."""
     script = f"""
-import torch, train
+import torch, dist
 from config import build, deepspeed_config
 from engine import build_engine
 from pieces import optimizer_steps, stage_0_masters
-import deepspeed
-device, _, world_size = train.find_place(False)
-deepspeed.init_distributed("gloo", verbose=False)
+device, _, world_size = dist.start_process_group()
 model = {{"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 64}}
 settings = {{"micro_batch_size": 2, "global_batch_tokens": 64, "max_tokens": 64, "lr": 0.5, "weight_decay": 0.5}}
 zero = {{"zero_optimization": {{"stage": 0}}}}

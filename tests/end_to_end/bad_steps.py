@@ -8,10 +8,10 @@ import math
 import sys
 from pathlib import Path
 
-import deepspeed
 import numpy as np
 from deepspeed import comm
 
+import dist
 import train
 from config import UserError
 from data.mixture import Mixture
@@ -87,8 +87,7 @@ def refused(config):
 
 
 def main():
-    train.find_place(False)
-    deepspeed.init_distributed("gloo", verbose=False)
+    dist.start_process_group()
     said = {}
     for stage in (0, 1, 2, 3):
         for precision in ("fp32", "bf16"):

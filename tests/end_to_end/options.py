@@ -9,15 +9,14 @@ import math
 import sys
 from pathlib import Path
 
-import deepspeed
 import torch
 from deepspeed import comm
 from torch import nn
 from torch.nn import functional as F
 
 import config
+import dist
 import model
-import train
 from config import build, deepspeed_config
 from engine import build_engine, why_not_compiled
 
@@ -60,7 +59,7 @@ PLAIN += [(model.Head, "forward", plain_head)]
 
 def losses(stage, architecture, settings, adam=None, replaced=()):
     """50 losses, each the mean over both ranks, with (object, name, value) replaced meanwhile."""
-    device, rank, world_size = train.find_place(False)
+    device, rank, world_size = dist.find_place()
     shape = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": BLOCK, "vocab_size": IDS, "init_std": 0.05}
     zero = {"stage": stage, "stage3_param_persistence_threshold": 100, "reduce_bucket_size": 4096}
     zero |= {"stage3_prefetch_bucket_size": 4096}
@@ -99,8 +98,7 @@ def losses(stage, architecture, settings, adam=None, replaced=()):
 
 
 def main():
-    _, rank, _ = train.find_place(False)
-    deepspeed.init_distributed("gloo", verbose=False)
+    _, rank, _ = dist.start_process_group()
     few_logits = [(config, "LOGITS_AT_A_TIME", 4 * 32 * IDS)]
     unfused = {"fused": False, "foreach": False}
     found = {}

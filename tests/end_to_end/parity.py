@@ -15,6 +15,7 @@ import torch
 from deepspeed import comm
 
 import checkpoint
+import dist
 import train
 from config import build, deepspeed_config
 from data import mixture
@@ -43,7 +44,7 @@ def config_of_moved(name, stage, offload="none"):
 
 
 def engine_of(stage, precision="fp32", offload="none", **more):
-    device, _, world_size = train.find_place(False)
+    device, _, world_size = dist.find_place()
     config = config_of("unused", stage, offload, **more)
     return train.build_engine(config, deepspeed_config(config, world_size, precision, False), device)
 
@@ -125,8 +126,7 @@ def parity_of_stages(world_size, rank):
 
 
 def main():
-    _, rank, world_size = train.find_place(False)
-    deepspeed.init_distributed("gloo", verbose=False)
+    _, rank, world_size = dist.start_process_group()
     if PART == "first":
         train.main(config_of_moved("moved", 3))
     if PART != "third":

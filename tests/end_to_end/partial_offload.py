@@ -4,8 +4,7 @@ checkpoints. On a CPU, DeepSpeed is told that some of its tensors are on a GPU, 
     partial_offload.py DATA FOLDER
 """
 
-import deepspeed
-
+import dist
 import guard
 import train
 from config import offload_ratio
@@ -35,8 +34,7 @@ def main():
         config, world_size, precision, True
     )
     train.build_engine = build_engine_in_parts
-    train.find_place(False)
-    deepspeed.init_distributed("gloo", verbose=False)
+    dist.start_process_group()
     run("whole", 12, 1.0)
     run("part", 12, 0.5, save_every=5)
     parity.go_on_from("part", 5, "part_resumed")

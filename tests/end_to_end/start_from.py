@@ -12,6 +12,7 @@ import deepspeed
 import torch
 from deepspeed import comm
 
+import dist
 import export
 import train
 from config import build, deepspeed_config
@@ -32,7 +33,7 @@ def config_of(family, name, stage, steps, source, **more):
 
 def starting_weights(family, stage, precision):
     """Every parameter, whole, right after the engine was made."""
-    device, _, world_size = train.find_place(False)
+    device, _, world_size = dist.find_place()
     config = config_of(family, "unused", stage, 1, FOLDER / family)
     _, load = export.open_weights(config.train.init_from, config.model)
     engine = build_engine(config, deepspeed_config(config, world_size, precision, False), device, load_weights=load)
@@ -41,8 +42,7 @@ def starting_weights(family, stage, precision):
 
 
 def main():
-    _, rank, _ = train.find_place(False)
-    deepspeed.init_distributed("gloo", verbose=False)
+    _, rank, _ = dist.start_process_group()
     weights = {
         f"{family} {stage} {precision}": starting_weights(family, stage, precision)
         for family in ("gpt2", "llama")

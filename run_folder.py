@@ -1,0 +1,141 @@
+"""A run's folder: held by one run at a time, with a status that everyone can read.
+
+    out/<run>/lock          locked by every rank of the run that holds the folder; its text names the holder
+    out/<run>/status.json   state, step, reason, host, process, since
+
+The lock is the system's (flock): it is given up when the last process of the run ends, however it ends, and it holds
+across machines wherever the file system passes locks on (NFS 4, Lustre mounted with flock, GPFS, CephFS). The status
+is for people and tools; nothing reads it to decide anything. A status of `running` whose lock is free was killed.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from config import UserError
+from data.shards import make_folder, write_atomically
+
+PATIENCE = 5.0  # seconds that the last ranks of a run that was killed may need to notice it
+STATUS_SECONDS = 2.0  # a step's number in status.json is at most that old, besides the time between two log lines
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # file systems that cannot lock
+
+
+def lock_within(file, seconds):
+    """Lock a file for this process alone. Raises BlockingIOError if another process holds it all that time, and OSError
+    if its file system has no locks."""
+    began = time.monotonic()
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() - began > seconds:
+                raise
+            time.sleep(0.1)
+
+
+def now():
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class RunFolder:
+    """The folder of a run. Use it as a context: whatever ends the block ends the hold on the folder, and a block that
+    ends by an error leaves the status `failed`. Only rank 0 writes the lock's text and the status."""
+
+    def __init__(self, path, rank):
+        self.path, self.rank = Path(path), rank
+        self.lock = None  # the open file, as long as this run holds the folder
+        self.holder = {"host": socket.gethostname(), "process": os.getpid(), "since": now()}
+        self.status = {"state": None, "step": None, "reason": None}
+        self.written_at = -STATUS_SECONDS
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is not None and self.lock and self.rank == 0:
+            with contextlib.suppress(Exception):  # the error itself matters more
+                self.report("failed", reason=" ".join(str(error).split()) or kind.__name__)
+        self.release()
+
+    def hold(self):
+        """Make the folder if it is not there, and lock it for this run. Rank 0 calls this first, the other ranks after
+        it has returned there: they share the lock, so that it stays as long as any of them lives.
+
+        Returns a warning where the file system has no locks, else None. Raises UserError if another run holds the
+        folder, or if it cannot be written."""
+        if self.lock:
+            return None
+        make_folder("train.out_dir", self.path)
+        path = self.path / "lock"
+        try:
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "r+")
+        except OSError as error:
+            raise UserError(f"train.out_dir: {path}: {error.strerror}; choose a folder that can be written") from None
+        try:
+            if self.rank == 0:
+                lock_within(file, PATIENCE)
+                file.truncate(0)
+                file.write(json.dumps(self.holder))
+                file.flush()
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = described(file.read(1000))
+            file.close()
+            raise UserError(
+                f"train.out_dir: {self.path} is held by another run{holder}; wait for its end, stop it with "
+                f"`touch {self.path}/STOP`, or choose another --train.out_dir"
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                file.close()
+                raise UserError(f"train.out_dir: {path}: {error.strerror}; choose another folder") from None
+            self.lock = file
+            return f"{self.path}: its file system has no locks ({error.strerror}); let no second run write into it"
+        self.lock = file
+        return None
+
+    def report(self, state, step=None, reason=None):
+        """Write status.json: running, complete, stopped or failed, at which step and why. `running` is written at
+        most every STATUS_SECONDS. Raises UserError if the folder is gone or cannot be written."""
+        moved_on = state != self.status["state"] or time.monotonic() - self.written_at > STATUS_SECONDS
+        self.status = {"state": state, "step": self.status["step"] if step is None else step, "reason": reason}
+        if self.rank != 0 or not self.lock or not moved_on:
+            return
+        self.check_is_there()
+        content = self.status | self.holder | {"written": now()}
+        write_atomically(self.path / "status.json", (json.dumps(content, indent=2) + "\n").encode())
+        self.written_at = time.monotonic()
+
+    def check_is_there(self):
+        """Raise UserError if the folder that this run holds was deleted or renamed: it would be made again, with half
+        a run in it, while another run could take the name."""
+        try:
+            same = os.path.samestat(os.stat(self.path / "lock"), os.fstat(self.lock.fileno()))
+        except OSError:
+            same = False
+        if not same:
+            raise UserError(
+                f"train.out_dir: {self.path} is gone: it was deleted or renamed during the run; if it was renamed, "
+                "resume with its new name as --train.out_dir"
+            )
+
+    def release(self):
+        """Let another run have the folder."""
+        if self.lock:
+            self.lock.close()
+        self.lock = None
+
+
+def described(holder):
+    """The text of a lock file in words; it may be empty or damaged."""
+    try:
+        found = json.loads(holder)
+        return f" (process {found['process']} on {found['host']}, since {found['since']})"
+    except (ValueError, KeyError, TypeError):
+        return ""
