@@ -39,6 +39,10 @@ class UserError(Exception):
     expected, and the remedy. Commands print it and exit with code 2, without a traceback."""
 
 
+class SharedError(UserError):
+    """A UserError that all ranks raise together: rank 0 says it, and the others end without a word."""
+
+
 def key(default, meaning, choices=None, minimum=None, maximum=None):
     """A configuration key: its default, its meaning with the unit, and the values it may take."""
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
@@ -615,13 +619,14 @@ def run_command(function, arguments=None):
 
     Mostly every rank finds the same fault, and one line is enough: the others leave the word to rank 0,
     whose exit makes the launcher end them. A rank that nobody ends is alone with its fault and says so."""
-    rank = int(os.environ.get("RANK", 0))
     try:
         function(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
+        rank = int(os.environ.get("RANK", 0))
         if rank:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(10)
+            time.sleep(2 if isinstance(error, SharedError) else 10)
         where = f"rank {rank}: " if rank else ""
-        print(f"{Path(sys.argv[0]).name}: {where}error: {error}", file=sys.stderr, flush=True)
+        if not rank or not isinstance(error, SharedError):
+            print(f"{Path(sys.argv[0]).name}: {where}error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import distributed
 
-from config import ROOT, UserError, flat, git_commit
+from config import ROOT, SharedError, UserError, flat, git_commit
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for, so that DeepSpeed does not warn about it
@@ -281,8 +281,8 @@ def gather(value):
 
 @contextlib.contextmanager
 def all_or_none():
-    """For a block that every rank runs: a UserError of one rank is raised on all, so that none waits for a rank that
-    has ended. It names the rank and its machine, unless all ranks found the same."""
+    """For a block that every rank runs: a UserError of one rank is raised on all (as SharedError), so that none waits
+    for a rank that has ended. It names the rank and its machine, unless all ranks found the same."""
     fault = None
     try:
         yield
@@ -294,7 +294,7 @@ def all_or_none():
         return
     fault, host = faults[first]
     same = all(found and found[0] == fault for found in faults)
-    raise UserError(fault if same else f"rank {first} on {host}: {fault}") from None
+    raise SharedError(fault if same else f"rank {first} on {host}: {fault}") from None
 
 
 def differences(mine, first):
@@ -324,7 +324,7 @@ def refuse_different_ranks(facts):
         rank = different[0]
         more = f" (and {len(different) - 1} more ranks)" if len(different) > 1 else ""
         where, found = everyone[rank]
-        raise UserError(
+        raise SharedError(
             f"rank {rank} on {where}{more} differs from rank 0 on {everyone[0][0]}: {'; '.join(found)}; start all "
             "ranks with the same command, config file, data, code and versions"
         )

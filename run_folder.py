@@ -103,11 +103,13 @@ class RunFolder:
     def report(self, state, step=None, reason=None):
         """Write status.json: running, complete, stopped or failed, at which step and why. `running` is written at
         most every STATUS_SECONDS. Raises UserError if the folder is gone or cannot be written."""
-        moved_on = state != self.status["state"] or time.monotonic() - self.written_at > STATUS_SECONDS
-        self.status = {"state": state, "step": self.status["step"] if step is None else step, "reason": reason}
-        if self.rank != 0 or not self.lock or not moved_on:
+        if self.rank != 0 or not self.lock:
             return
         self.check_is_there()
+        is_new = state != self.status["state"] or time.monotonic() - self.written_at > STATUS_SECONDS
+        self.status = {"state": state, "step": self.status["step"] if step is None else step, "reason": reason}
+        if not is_new:
+            return
         content = self.status | self.holder | {"written": now()}
         write_atomically(self.path / "status.json", (json.dumps(content, indent=2) + "\n").encode())
         self.written_at = time.monotonic()

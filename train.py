@@ -229,6 +229,7 @@ def train_in(folder, config, watch, device, rank, world_size):
 
     def finish(save):
         path, seconds, stalled = save.finish()
+        watch.beat()
         say(f"saved {path} in {seconds:.2f} s, {stalled:.2f} s of them standing still")
         if rank == 0:
             line = {"step": save.state["step"], "tokens": save.state["tokens"]}
@@ -321,6 +322,7 @@ def train_in(folder, config, watch, device, rank, world_size):
                     plot.plot_loss([run], run / "loss.png")
                 except Exception as error:  # a picture must not cost the run
                     say(f"{run / 'loss.png'} was not drawn: {type(error).__name__}: {error}")
+                watch.beat()
         save_now |= best_now and train.save_best
         if save and (save_now or have_written == world_size):
             finish(save)

@@ -51,10 +51,10 @@ def start():
     """Start commands in the background, each in a process group of its own that ends with the test."""
     started = []
 
-    def begin(command, **more):
+    def begin(command, cwd=ROOT, **more):
         process = subprocess.Popen(
             command,
-            cwd=ROOT,
+            cwd=cwd,
             env=environment(**more),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

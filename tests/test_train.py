@@ -1,16 +1,21 @@
 """The parts of the loop that need no launcher."""
 
+import inspect
 import math
 
 import pytest
 import torch
 
+import checkpoint
 import engine
+import guard
 import train
 from config import ModelConfig, TrainConfig, UserError
 from data import order
 from data.shards import TokenStream
 from model import GPT
+
+CPU = torch.device("cpu")
 
 
 def test_learning_rate_warms_up_falls_and_ends_as_told():
@@ -69,7 +74,7 @@ def test_validation_over_several_ranks_adds_up_to_one(small_data, monkeypatch):
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=64, init_std=0.2))
     stream, parts = TokenStream(small_data, "val", 32), []
     alone = train.evaluate(model, stream, 13 * 32, 2, torch.device("cpu"))
-    monkeypatch.setattr(train.comm, "all_reduce", lambda totals: parts.append(totals.clone()))
+    monkeypatch.setattr(train.distributed, "all_reduce", lambda totals: parts.append(totals.clone()))
     for rank in range(5):  # with 2 sequences each, rank 4 has nothing in the second round
         train.evaluate(model, stream, 13 * 32, 2, torch.device("cpu"), rank, 5)
     total, count = sum(parts).tolist()
@@ -101,3 +106,41 @@ def test_perplexity_of_the_untrained_model_is_about_the_vocabulary(small_data):
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=64))
     loss = train.evaluate(model, TokenStream(small_data, "val", 32), 1000, 4, torch.device("cpu"))
     assert loss == pytest.approx(math.log(64), abs=0.1)
+
+
+def test_evaluating_saving_and_loading_are_progress(small_data):
+    """Longer than train.timeout_seconds in all, they are no hang."""
+    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=64))
+    beats = []
+    train.evaluate(model, TokenStream(small_data, "val", 32), 13 * 32, 2, CPU, progress=lambda: beats.append("batch"))
+    assert len(beats) == 7
+    for function in (checkpoint.Saving.__init__, checkpoint.load):
+        assert "progress" in inspect.signature(function).parameters
+
+
+class Store:
+    """The ranks' common store, with what the others have written into it."""
+
+    def __init__(self, beats):
+        self.beats = beats
+
+    def multi_get(self, keys):
+        return [str(self.beats[key]).encode() for key in keys]
+
+
+def test_progress_of_another_rank_is_no_hang_and_none_of_any_is(monkeypatch, tmp_path):
+    monkeypatch.setattr(guard.distributed, "get_world_size", lambda: 3)
+    watch = guard.Watch(tmp_path, timeout=10)
+    watch.store = Store({"beat/0": 5, "beat/1": 5, "beat/2": 4})
+    long_ago = watch.last_beat - 9
+
+    def look():
+        watch.last_beat, watch.last_look = long_ago, 0
+        watch.look_at_others()
+        return watch.last_beat > long_ago
+
+    assert not look(), "the first look has nothing to compare with"
+    assert not look() and watch.who_is_behind() == "rank 2 hangs"
+    watch.store.beats["beat/2"] = 5
+    assert look(), "rank 2 moved"
+    assert not look() and watch.who_is_behind() == "no rank moves on"
