@@ -30,6 +30,7 @@ from config import ModelConfig, UserError, data_weights, did_you_mean, run_comma
 from data.pipeline import tokenizer_of
 from data.shards import TokenStream, read_meta
 from data.tokenizer import byte_level_names
+from launchers import find_ranks
 from model import GPT, IGNORE
 
 # -- what is evaluated ---------------------------------------------------------------------------
@@ -255,7 +256,8 @@ def main(arguments):
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher's
     args = parser.parse_args(arguments)
-    ranks, names = int(os.environ.get("WORLD_SIZE", 1)), args.tasks.split(",") if args.tasks else []
+    ranks = int(find_ranks(dict(os.environ), may_be_alone=True)["WORLD_SIZE"])
+    names = args.tasks.split(",") if args.tasks else []
     for name in ("batch_size", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name}: found {getattr(args, name)}, expected 1 or more")
@@ -277,7 +279,7 @@ def main(arguments):
         if ranks > 1:
             import dist  # it alone needs DeepSpeed
 
-            device, rank, _ = dist.start_process_group()
+            device, rank, _ = dist.start_process_group(may_be_alone=True)
             model = load_sharded(trained, device)
         else:
             model = load_model(trained)

@@ -3,6 +3,7 @@
 import pytest
 
 import dist
+import launchers
 from config import UserError
 
 SLURM = {"SLURM_JOB_ID": "71", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "6", "SLURM_STEP_NUM_TASKS": "6"}
@@ -42,7 +43,7 @@ PLACES = [  # environment; RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR
 
 @pytest.mark.parametrize(("environ", "expected"), PLACES)
 def test_the_rank_is_that_of_what_started_the_process(environ, expected):
-    found = dist.find_ranks(environ)
+    found = launchers.find_ranks(environ)
     assert " ".join(found[name] for name in "RANK WORLD_SIZE LOCAL_RANK LOCAL_SIZE MASTER_ADDR".split()) == expected
     assert found["MASTER_PORT"].isdigit()
 
@@ -64,20 +65,20 @@ REFUSED = [
 
 @pytest.mark.parametrize(("environ", "expected"), REFUSED)
 def test_several_tasks_that_cannot_be_brought_together_are_refused(environ, expected, monkeypatch):
-    monkeypatch.setattr(dist.importlib.util, "find_spec", lambda name: None)  # no mpi4py
+    monkeypatch.setattr(launchers.importlib.util, "find_spec", lambda name: None)  # no mpi4py
     with pytest.raises(UserError) as error:
-        dist.find_ranks(environ)
+        launchers.find_ranks(environ)
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_evaluation_in_a_batch_script_is_one_process():
-    assert dist.find_ranks(BATCH | {"SLURM_NTASKS": "8"}, may_be_alone=True)["WORLD_SIZE"] == "1"
+    assert launchers.find_ranks(BATCH | {"SLURM_NTASKS": "8"}, may_be_alone=True)["WORLD_SIZE"] == "1"
 
 
 def test_two_starts_on_one_machine_meet_at_ports_of_their_own():
-    ports = {dist.find_ranks(SLURM | THIRD | {"SLURM_STEP_ID": str(step)})["MASTER_PORT"] for step in range(20)}
+    ports = {launchers.find_ranks(SLURM | THIRD | {"SLURM_STEP_ID": str(step)})["MASTER_PORT"] for step in range(20)}
     assert len(ports) == 20 and all(10_000 <= int(port) < 30_000 for port in ports)
-    assert dist.find_ranks(SLURM | THIRD | {"MASTER_PORT": "1234"})["MASTER_PORT"] == "1234"
+    assert launchers.find_ranks(SLURM | THIRD | {"MASTER_PORT": "1234"})["MASTER_PORT"] == "1234"
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_two_starts_on_one_machine_meet_at_ports_of_their_own():
     ],
 )
 def test_the_first_host_of_a_list_of_nodes(nodes, first):
-    assert dist.first_host(nodes) == first
+    assert launchers.first_host(nodes) == first
 
 
 def test_each_rank_has_a_gpu_of_its_own():
