@@ -73,8 +73,8 @@ class Piece(NamedTuple):
 def fragments(engine):
     """Stages 1 and 2: {id of a parameter: (group, the tensor that the optimizer updates, first element of the
     parameter in it, where that lies in the tensor, number of elements)}, of the parameters that this rank updates a
-    part of. The parameters of a group lie in a row, which is cut into equal parts, one a rank. Read from the row itself:
-    each parameter's own `_hp_mapping` is wrong with round_robin_gradients, which lays the row in another order."""
+    part of. The parameters of a group lie in a row, which is cut into equal parts, one a rank. Read from the row
+    itself: a parameter's own `_hp_mapping` is wrong with round_robin_gradients, which orders the row differently."""
     zero, found = engine.optimizer, {}
     groups = zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, zero.partition_size, strict=True)
     for group, (parameters, offsets, length) in enumerate(groups):
