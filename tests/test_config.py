@@ -161,7 +161,10 @@ def test_help_says_all_of_every_key(capsys):
         for f in dataclasses.fields(cls):
             assert f"--{section}.{f.name} {f.metadata['meaning']} (" in flat
     assert "(float, at least 0, at most 1; default 0.1)" in flat and "(list[float]; default [0.9, 0.95])" in flat
-    assert "(list of tensorboard | wandb; default [])" in flat and "(int or null, at least 1, at most 1048576; default null)" in flat
+    assert (
+        "(list of tensorboard | wandb; default [])" in flat
+        and "(int or null, at least 1, at most 1048576; default null)" in flat
+    )
 
 
 def test_help_imports_neither_torch_nor_deepspeed():

@@ -155,7 +155,7 @@ CONFIGS = [  # section, key, value or NO_VALUE, what the line names
     ("deepspeed", "zero_optimization", {"stages": 3}, "did you mean stage?"),
     ("deepspeed", "zero_optimization", {"stage": 2, "offload_optimizer": NVME}, "nvme at stage 2, expected stage 3"),
     ("deepspeed", "zero_optimization", {"stage": 3, "offload_param": NVME}, "offload_param.nvme_path: found none"),
-    ("deepspeed", "zero_optimization", {"offload_param": "cpu"}, "offload_param: found 'cpu'"),
+    ("deepspeed", "zero_optimization", {"offload_param": "cpu"}, 'offload_param: found "cpu", expected an object'),
     ("deepspeed", "zero_optimization", {"stage": 3, "offload_optimizer": HALF}, "ratio: found 0.5, expected 1 where"),
     (
         "deepspeed",
@@ -166,13 +166,13 @@ CONFIGS = [  # section, key, value or NO_VALUE, what the line names
     (
         "deepspeed",
         "zero_optimization",
-        {"stage": 3, "offload_optimizer": NVME | {"ratio": 0.5}},
+        {"stage": 3, "offload_optimizer": NVME | {"ratio": 0.5, "nvme_path": "swap"}},
         "expected 1, or stage 3",
     ),
     ("deepspeed", "bf16", {"enabled": True}, "train.precision"),
-    ("deepspeed", "comms_logger", {"enabld": True}, "deepspeed.comms_logger.enabld: found True"),
+    ("deepspeed", "comms_logger", {"enabld": True}, "unknown key deepspeed.comms_logger.enabld; did you mean enabled?"),
     ("deepspeed", "comms_logger", {"prof_ops": 3}, "deepspeed.comms_logger.prof_ops: found 3"),
-    ("deepspeed", "aio", 3, "DeepSpeed refuses this section"),
+    ("deepspeed", "aio", 3, "deepspeed.aio: found 3, expected an object"),
     ("optimizer", NO_VALUE, {}, "unknown section 'optimizer'"),
     ("model", NO_VALUE, [], "section 'model' must be a JSON object"),
 ]
