@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 from pathlib import Path
 
 import deepspeed
@@ -13,6 +14,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 import export
 from config import UserError, check_together, offload_device, offload_ratio, offloads_optimizer, zero_stage
 from data.shards import make_folder
+from flops import count_parameters
 from model import GPT, Block
 from pieces import stage_0_masters
 
@@ -65,6 +67,43 @@ def check_deepspeed(ds_config):
             f"deepspeed: DeepSpeed {deepspeed.__version__} refuses this section ({type(error).__name__}: "
             f"{' '.join(str(error).split())}); its keys: {', '.join(ds_config)}"
         ) from None
+
+
+def memory_of(device):
+    """Bytes of a GPU's memory, or of this machine's that are one rank's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks
+
+
+def check_memory(config, ds_config, device, world_size):
+    """Raises UserError for a model, micro-batch or buffer that is larger than the memory of a rank: one line in place
+    of the allocator's traceback. A lower bound of what a rank needs; plan.py says what it takes."""
+    model, train, zero = config.model, config.train, ds_config.get("zero_optimization", {})
+    stage, width = zero_stage(ds_config), 4 if not ds_config["bf16"]["enabled"] | ds_config["fp16"]["enabled"] else 2
+    parameters, _ = count_parameters(model)
+    here = ("none",) if device.type == "cuda" else ("none", "cpu")
+    weights, moments = parameters * width, parameters * 8  # Adam's two in float32
+    weights = weights // (world_size if stage == 3 else 1) if offload_device(zero, "offload_param") in here else 0
+    moments = moments // (world_size if stage else 1) if offload_device(zero, "offload_optimizer") in here else 0
+    tokens = train.micro_batch_size * model.block_size
+    needs = {
+        f"model: {parameters:,} parameters and their optimizer, at stage {stage} on {world_size} ranks,": weights
+        + moments,
+        f"train.micro_batch_size: {train.micro_batch_size} sequences of {model.block_size} tokens": (
+            tokens * (8 + 2 * model.n_embd * width)  # the ids, and the embeddings with their gradient
+        ),
+        f"deepspeed.zero_optimization.reduce_bucket_size: {zero.get('reduce_bucket_size', 5 * 10**8):,} elements": (
+            width * zero.get("reduce_bucket_size", 0) if stage and zero.get("contiguous_gradients", True) else 0
+        ),
+    }
+    there, (what, need) = memory_of(device), max(needs.items(), key=lambda item: item[1])
+    if sum(needs.values()) > there:
+        raise UserError(
+            f"{what} need {need / 2**30:,.1f} GiB of a rank's memory, which has {there / 2**30:,.1f} GiB in all; "
+            "plan.py CONFIG --fit finds a setting that fits"
+        )
 
 
 def missing_apex():
@@ -161,6 +200,7 @@ def build_engine(config, ds_config, device, kernels="torch", compiled=False, loa
     is made, so that no rank ever holds the whole model. The weights are the same bit for bit whatever the
     stage and the number of ranks; load_weights: what export.open_weights gives, if they are not random."""
     train, sharded = config.train, zero_stage(ds_config) == 3
+    check_memory(config, ds_config, device, comm.get_world_size())
     with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=sharded), device:
         model = GPT(config.model, train.seed, int(train.activation_checkpointing), train.checkpoints_on_cpu, kernels)
     if load_weights:
