@@ -597,7 +597,10 @@ def command_line_values(arguments):
             value = json.loads(raw)
         except (ValueError, RecursionError):  # also of a number of thousands of digits
             value = raw
-        if known.get(path[0]) in (str, str | None, str | dict) and value is not None and not isinstance(value, dict):
+        kind = known.get(path[0])
+        if section == "deepspeed" and (accepted := deepspeed_keys.ACCEPTED.get(".".join(path))):
+            kind = accepted.kind
+        if kind in (str, str | None, str | dict) and value is not None and not isinstance(value, dict):
             value = raw.strip('"')  # a folder may be called 2024
         target = values.setdefault(section, {})
         for part in path[:-1]:

@@ -189,6 +189,8 @@ def test_bad_command_line_gets_one_line(arguments, expected, monkeypatch):
 def test_command_line_values_are_json_or_strings():
     values, rest = command_line_values(["--train.resume=never", "--model.n_kv_head", "null", "a.json"])
     assert values == {"train": {"resume": "never"}, "model": {"n_kv_head": None}} and rest == ["a.json"]
+    nested, _ = command_line_values(["--deepspeed.zero_optimization.offload_param.nvme_path", "2024"])
+    assert nested == {"deepspeed": {"zero_optimization": {"offload_param": {"nvme_path": "2024"}}}}
 
 
 def test_batch_arithmetic_is_exact_or_refused_with_what_would_divide():

@@ -16,6 +16,7 @@ FEW = [
     ((3,), "fp32", zero(sub_group_size=1000, stage3_param_persistence_threshold=0), SAME),
     ((3,), "bf16", {"data_types": {"grad_accum_dtype": "fp32"}}, ROUNDED),
     ((1,), "fp32", {"communication_data_type": "bf16"}, ROUNDED),
+    ((1,), "fp16", {"fp16": {"loss_scale": 128}}, ROUNDED),
 ]
 EVERY_STAGE = [
     zero(contiguous_gradients=False),

@@ -18,7 +18,7 @@ import checkpoint
 import train
 from config import build, deepspeed_config, merge
 from engine import build_engine
-from pieces import saved_pieces
+from pieces import loss_scaler, saved_pieces
 from tests.end_to_end import key_settings
 
 FOLDER, LIST = Path(sys.argv[-2]), sys.argv[-1]
@@ -91,6 +91,8 @@ def run(stage, precision, keys, name, goes_on_from=None):
         engine = engine_of(stage, precision, keys)
         if path:
             checkpoint.load(engine, path, checkpoint.read_state(path), 0)
+        if stays := keys.get("fp16", {}).get("loss_scale"):  # also where the checkpoint was saved with another
+            assert loss_scaler(engine).loss_scale == stays
         take_steps(engine, first)
         runs.append(saved(engine, f"{name}_{first}", first + 3))
         right.append(weights_are(engine, runs[-1][1]))
