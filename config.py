@@ -65,7 +65,7 @@ class ModelConfig:
     )
     dropout: float = key(0.0, "probability of dropping an activation", minimum=0, maximum=0.99)
     bias: bool = key(True, "biases in the linear layers and layer norms")
-    norm: str = key("layernorm", "normalisation in front of each sub-layer", ["layernorm", "rmsnorm"])
+    norm: str = key("layernorm", "normalisation before each sub-layer", ["layernorm", "rmsnorm"])
     norm_eps: float = key(
         1e-5, "what the norms add to the variance or mean square before its root", minimum=1e-12, maximum=1
     )
@@ -171,7 +171,7 @@ class TrainConfig:
     save_every_seconds: float = key(
         0.0, "also save when the last checkpoint is that old; 0: never", minimum=0, maximum=1e9
     )
-    save_in_background: bool = key(False, "copy to the CPU's memory and write while training goes on")
+    save_in_background: bool = key(False, "copy to the CPU's memory and write while training continues")
     save_best: bool = key(True, "also save when the validation loss is the lowest so far")
     keep_checkpoints: int = key(2, "newest checkpoints kept, besides the best", minimum=1, maximum=10**9)
     resume: str = key(
@@ -186,8 +186,8 @@ class TrainConfig:
     )
     bad_step: str = key(
         "skip",
-        "a step with a NaN, an infinity or a spike: pass over it; end the run; load the last checkpoint and go on "
-        "behind it",
+        "a step with a NaN, an infinity or a spike: pass over it; end the run; load the last checkpoint and "
+        "continue after it",
         ["skip", "stop", "rollback"],
     )
     spike_zscore: float = key(

@@ -91,7 +91,9 @@ ACCEPTED = {
     "zero_optimization.stage3_use_all_reduce_for_fetch_params": flag(False, "gather weights by a sum"),
     "zero_optimization.stage3_allgather_sequential": flag(False, "gather weights one by one, without a buffer"),
     "zero_optimization.memory_efficient_linear": flag(True, "stage 3: linear layers keep no gathered weights"),
-    "zero_optimization.log_trace_cache_warnings": flag(False, "with train.verbose, when stage 3 fetches anew"),
+    "zero_optimization.log_trace_cache_warnings": flag(
+        False, "with train.verbose, when stage 3 records the order of its weights again"
+    ),
     "zero_optimization.enable_sanity_checks": flag(False, "DeepSpeed's own checks of itself"),
     "zero_optimization.offload_optimizer.device": Key(
         str, "none", "where the optimizer is kept: none is the GPU", ["none", "cpu", "nvme"]

@@ -161,7 +161,7 @@ def step_piece_by_piece(optimizer):
         for group in optimizer.param_groups:
             group["step"] = optimizer.state[group["params"][0]].get("step", 0)
 
-    def behind(optimizer, *_):
+    def after(optimizer, *_):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if optimizer.state[parameter]:  # it makes no moments where there is no gradient
@@ -169,7 +169,7 @@ def step_piece_by_piece(optimizer):
         optimizer.param_groups = list(everything)
 
     optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(behind)
+    optimizer.register_step_post_hook(after)
     return optimizer
 
 
@@ -207,7 +207,7 @@ def build_engine(config, ds_config, device, kernels="torch", compiled=False, loa
         export.copy_into(model, load_weights)
     if compiled:
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled after all runs as it is
-        if sharded:  # a block's weights are gathered at once, in front of its graph, which no hook then breaks
+        if sharded:  # a block's weights are gathered at once, before its graph, which no hook then breaks
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
         model.compile()
     groups, optimizer = parameter_groups(model, train.weight_decay), None

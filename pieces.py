@@ -175,8 +175,8 @@ def refresh_weights(engine):
 
 
 def forget_powers(optimizer):
-    """DeepSpeed's CPU Adam multiplies beta^t up from step to step, but computes it anew behind a checkpoint: one
-    rounding apart. Called in front of every step, this makes it compute it anew always: it updates one
+    """DeepSpeed's CPU Adam multiplies beta^t up from step to step, but computes it again after a checkpoint: one
+    rounding apart. Called before every step, this makes it compute it again always: it updates one
     element that nobody needs, as a step that is never the one before the true one."""
     if hasattr(optimizer, "ds_opt_adam"):
         group, far_away = optimizer.param_groups[0], 1 << 30

@@ -227,7 +227,7 @@ def micro_batches(config, gpus):
 
 def first_that_fits(candidates, planned):
     """The plan of the first of these configurations that fits, and the configuration; (None, None) if none does.
-    Each must need less memory than the one in front of it."""
+    Each must need less memory than the one before it."""
     plans = {}
 
     def fits(number):

@@ -1,5 +1,5 @@
 """Started by test_keys.py under the launcher on two ranks: for each setting of DeepSpeed's keys a run that saves, and
-one that goes on from the plain run's checkpoint at another ZeRO stage, in one process group.
+one that resumes from the plain run's checkpoint at another ZeRO stage, in one process group.
 
     keys.py FOLDER FEW|ALL       leaves results.json: [stage, precision, keys, changes, result]
 """
@@ -83,11 +83,11 @@ def difference(ours, theirs):
     return largest
 
 
-def run(stage, precision, keys, name, goes_on_from=None):
+def run(stage, precision, keys, name, resumed_from=None):
     """Three steps from the beginning, and three from the checkpoint of that path: [(checkpoint, its tensors), ...],
     and whether each holds the engine's weights."""
     runs, right = [], []
-    for first, path in ((0, None), (3, goes_on_from)) if goes_on_from else ((0, None),):
+    for first, path in ((0, None), (3, resumed_from)) if resumed_from else ((0, None),):
         engine = engine_of(stage, precision, keys)
         if path:
             checkpoint.load(engine, path, checkpoint.read_state(path), 0)

@@ -1,5 +1,5 @@
 """Every DeepSpeed key that a run may set: its checkpoint holds the weights and moments of the plain run, and a run
-with it goes on from the plain run's checkpoint of another ZeRO stage."""
+with it resumes from the plain run's checkpoint of another ZeRO stage."""
 
 import json
 from pathlib import Path
