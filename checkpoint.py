@@ -332,8 +332,8 @@ def load(engine, path, state, seed, progress=lambda: None):
             fill(part, piece.start, saved[kind, piece.parameter], f"{path}: {kind} of {piece.parameter}")
     refresh_weights(engine)
     scaler = loss_scaler(engine)
-    for key, value in state["loss_scaler"].items():
-        if engine.fp16_enabled() and hasattr(scaler, key):
+    for key, value in state["loss_scaler"].items():  # a scale that stays (fp16.loss_scale) is this run's
+        if engine.fp16_enabled() and engine.dynamic_loss_scale() and hasattr(scaler, key):
             setattr(scaler, key, value)
     engine.global_steps, engine.global_samples = state["step"], state["step"] * engine.train_batch_size()
 

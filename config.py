@@ -21,6 +21,8 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import deepspeed_keys
+
 ROOT = Path(__file__).resolve().parent
 IGNORE = -1  # a target that does not count
 
@@ -51,24 +53,31 @@ def key(default, meaning, choices=None, minimum=None, maximum=None):
 
 @dataclass
 class ModelConfig:
-    n_layer: int = key(12, "transformer blocks", minimum=1)
-    n_head: int = key(12, "query heads of each attention", minimum=1)
-    n_kv_head: int | None = key(None, "key and value heads, shared by groups of query heads; null: n_head", minimum=1)
-    n_embd: int = key(768, "width of the residual stream", minimum=1)
-    block_size: int = key(1024, "context length in tokens", minimum=1)
-    vocab_size: int = key(50257, "number of token ids", minimum=1)
-    mlp_hidden: int | None = key(
-        None, "hidden width of the MLP; null: 4 n_embd (gelu), 8/3 n_embd up to a multiple of 64 (swiglu)", minimum=1
+    n_layer: int = key(12, "transformer blocks", minimum=1, maximum=10**5)
+    n_head: int = key(12, "query heads of each attention", minimum=1, maximum=2**20)
+    n_kv_head: int | None = key(
+        None, "key and value heads, shared by groups of query heads; null: n_head", minimum=1, maximum=2**20
     )
-    dropout: float = key(0.0, "probability of dropping an activation", minimum=0)
+    n_embd: int = key(768, "width of the residual stream", minimum=1, maximum=2**20)
+    block_size: int = key(1024, "context length in tokens", minimum=1, maximum=2**30)
+    vocab_size: int = key(50257, "number of token ids", minimum=1, maximum=2**32)
+    mlp_hidden: int | None = key(
+        None,
+        "hidden width of the MLP; null: 4 n_embd (gelu), 8/3 n_embd up to a multiple of 64 (swiglu)",
+        minimum=1,
+        maximum=2**24,
+    )
+    dropout: float = key(0.0, "probability of dropping an activation", minimum=0, maximum=0.99)
     bias: bool = key(True, "biases in the linear layers and layer norms")
-    norm: str = key("layernorm", "normalisation in front of each sub-layer", ["layernorm", "rmsnorm"])
-    norm_eps: float = key(1e-5, "what the norms add to the variance or mean square before its root", minimum=0)
+    norm: str = key("layernorm", "normalisation before each sub-layer", ["layernorm", "rmsnorm"])
+    norm_eps: float = key(
+        1e-5, "what the norms add to the variance or mean square before its root", minimum=1e-12, maximum=1
+    )
     position: str = key("learned", "how a token knows its position", ["learned", "rotary"])
-    rotary_theta: float = key(10000.0, "base of the rotary wavelengths", minimum=1)
+    rotary_theta: float = key(10000.0, "base of the rotary wavelengths", minimum=1, maximum=1e12)
     mlp: str = key("gelu", "activation of the MLP", ["gelu", "swiglu"])
     tie_embeddings: bool = key(True, "the output layer shares the token embedding's weights")
-    init_std: float = key(0.02, "standard deviation of the initial weights", minimum=0)
+    init_std: float = key(0.02, "standard deviation of the initial weights", minimum=1e-6, maximum=1)
 
     def check(self):
         if self.n_embd % self.n_head:
@@ -86,8 +95,6 @@ class ModelConfig:
                 f"model.position: rotary turns pairs of channels, but a head has {self.n_embd // self.n_head}; "
                 "choose n_embd and n_head so that n_embd / n_head is even"
             )
-        if self.dropout >= 1:
-            raise UserError(f"model.dropout: found {self.dropout}, expected a probability below 1")
 
     @property
     def kv_heads(self):
@@ -118,8 +125,12 @@ class DataConfig:
         if not weights or "" in weights:
             raise UserError("data.path: found no folder, expected a folder or {folder: weight}")
         for folder, weight in weights.items():
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-                raise UserError(f"data.path: {folder}: found weight {json.dumps(weight)}, expected a number above 0")
+            if fault := fault_of_text(folder):
+                raise UserError(f"data.path: {fault}")
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 1e-9 <= weight <= 1e9:
+                raise UserError(
+                    f"data.path: {folder}: found weight {in_short(weight)}, expected a number above 0 (1e-9 to 1e9)"
+                )
 
 
 @dataclass
@@ -129,33 +140,44 @@ class TrainConfig:
     precision: str = key(
         "auto", "auto: bf16 on GPUs that have it, else fp16; fp32 on CPU", ["auto", "bf16", "fp16", "fp32"]
     )
-    micro_batch_size: int = key(8, "sequences one rank takes at a time", minimum=1)
-    global_batch_tokens: int = key(524288, "tokens of one optimizer step, over all ranks", minimum=1)
-    max_tokens: int = key(10_000_000_000, "length of the run in tokens", minimum=1)
-    warmup_tokens: int = key(0, "tokens over which the learning rate rises from zero", minimum=0)
-    lr: float = key(6e-4, "peak learning rate", minimum=0)
+    micro_batch_size: int = key(8, "sequences one rank takes at a time", minimum=1, maximum=2**30)
+    global_batch_tokens: int = key(524288, "tokens of one optimizer step, over all ranks", minimum=1, maximum=10**10)
+    max_tokens: int = key(10_000_000_000, "length of the run in tokens", minimum=1, maximum=10**18)
+    warmup_tokens: int = key(0, "tokens over which the learning rate rises from zero", minimum=0, maximum=10**18)
+    lr: float = key(6e-4, "peak learning rate", minimum=0, maximum=10)
     min_lr_ratio: float = key(0.1, "last learning rate over the peak", minimum=0, maximum=1)
     schedule: str = key("cosine", "fall of the learning rate after warm-up", ["cosine", "linear", "constant"])
-    weight_decay: float = key(0.1, "AdamW's decay, on matrices only", minimum=0)
+    weight_decay: float = key(0.1, "AdamW's decay, on matrices only", minimum=0, maximum=100)
     betas: list[float] = key([0.9, 0.95], "AdamW's decay rates of its two moments")
-    eps: float = key(1e-8, "AdamW's epsilon", minimum=0)
-    grad_clip: float = key(1.0, "largest global norm of the gradient; 0: no clipping", minimum=0)
+    eps: float = key(1e-8, "AdamW's epsilon", minimum=1e-16, maximum=1)
+    grad_clip: float = key(1.0, "largest global norm of the gradient; 0: no clipping", minimum=0, maximum=1e9)
     activation_checkpointing: bool | int = key(
-        False, "recompute blocks in the backward pass, for less memory: true: every block; k: every k-th", minimum=0
+        False,
+        "recompute blocks in the backward pass, for less memory: true: every block; k: every k-th",
+        minimum=0,
+        maximum=10**5,
     )
     checkpoints_on_cpu: bool = key(False, "keep the inputs of recomputed blocks in CPU memory")
     kernels: str = key(
         "auto", "norms and Adam: NVIDIA Apex's where it is installed on a GPU, else torch's", ["auto", "apex", "torch"]
     )
     compile: bool | str = key("auto", "torch.compile the blocks and the loss; auto: on GPUs", [True, False, "auto"])
-    log_every: int = key(10, "optimizer steps between two lines of metrics", minimum=1)
-    eval_every: int = key(1000, "optimizer steps between two evaluations; 0: only at the end", minimum=0)
-    eval_tokens: int = key(1_048_576, "validation tokens of one evaluation, the same each time", minimum=1)
-    save_every: int = key(1000, "optimizer steps between two checkpoints; 0: only at the end", minimum=0)
-    save_every_seconds: float = key(0.0, "also save when the last checkpoint is that old; 0: never", minimum=0)
-    save_in_background: bool = key(False, "copy to the CPU's memory and write while training goes on")
+    log_every: int = key(10, "optimizer steps between two lines of metrics", minimum=1, maximum=10**15)
+    eval_every: int = key(
+        1000, "optimizer steps between two evaluations; 0: only at the end", minimum=0, maximum=10**15
+    )
+    eval_tokens: int = key(
+        1_048_576, "validation tokens of one evaluation, the same each time", minimum=1, maximum=10**15
+    )
+    save_every: int = key(
+        1000, "optimizer steps between two checkpoints; 0: only at the end", minimum=0, maximum=10**15
+    )
+    save_every_seconds: float = key(
+        0.0, "also save when the last checkpoint is that old; 0: never", minimum=0, maximum=1e9
+    )
+    save_in_background: bool = key(False, "copy to the CPU's memory and write while training continues")
     save_best: bool = key(True, "also save when the validation loss is the lowest so far")
-    keep_checkpoints: int = key(2, "newest checkpoints kept, besides the best", minimum=1)
+    keep_checkpoints: int = key(2, "newest checkpoints kept, besides the best", minimum=1, maximum=10**9)
     resume: str = key(
         "auto",
         "auto: continue if the run folder holds a checkpoint; never; or the path of a checkpoint or a run, one outside "
@@ -168,16 +190,17 @@ class TrainConfig:
     )
     bad_step: str = key(
         "skip",
-        "a step with a NaN, an infinity or a spike: pass over it; end the run; load the last checkpoint and go on "
-        "behind it",
+        "a step with a NaN, an infinity or a spike: pass over it; end the run; load the last checkpoint and "
+        "continue after it",
         ["skip", "stop", "rollback"],
     )
     spike_zscore: float = key(
         0.0,
         "standard deviations above the last 128 good steps that make a loss or gradient norm a spike; 0: none",
         minimum=0,
+        maximum=1e6,
     )
-    max_bad_steps: int = key(10, "bad steps in a row that end the run", minimum=1)
+    max_bad_steps: int = key(10, "bad steps in a row that end the run", minimum=1, maximum=10**9)
     timeout_seconds: float = key(
         1500.0, "without progress after which a run that hangs is ended", minimum=1, maximum=10**9
     )
@@ -193,8 +216,17 @@ class TrainConfig:
     verbose: bool = key(False, "show DeepSpeed's own log")
 
     def check(self):
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"train.betas: found {self.betas}, expected two numbers from 0 up to, not including, 1")
+        if len(self.betas) != 2 or not all(0 <= beta <= 0.99999 for beta in self.betas):
+            raise UserError(f"train.betas: found {in_short(self.betas)}, expected two numbers from 0 to 0.99999")
+        if 0 < self.grad_clip < 1e-6:  # a gradient divided by less overflows float32
+            raise UserError(f"train.grad_clip: found {self.grad_clip}, expected at least 1e-06, or 0 for no clipping")
+        if 0 < self.spike_zscore < 1:
+            raise UserError(f"train.spike_zscore: found {self.spike_zscore}, expected at least 1, or 0 for no spikes")
+        if self.lr * self.weight_decay >= 1:  # AdamW multiplies weights by 1 - lr x weight_decay
+            raise UserError(
+                f"train.weight_decay: found {self.weight_decay} with train.lr {self.lr}, which takes away all of the "
+                "weights at each step; expected a product below 1"
+            )
         if self.global_batch_tokens > self.max_tokens:
             raise UserError(
                 f"train.max_tokens: {self.max_tokens} is less than one step "
@@ -229,31 +261,6 @@ class Config:
 
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
 
-# DeepSpeed's keys that follow from ours; two places for one fact would let them disagree.
-OURS = {
-    "train_batch_size": "train.global_batch_tokens",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_tokens",
-    "gradient_clipping": "train.grad_clip",
-    "optimizer": "train.lr, train.betas, train.eps and train.weight_decay",
-    "scheduler": "train.schedule",
-    "steps_per_print": "train.log_every",
-}
-
-
-# The other names that DeepSpeed 0.19.8 reads at the top of its configuration; it passes over unknown ones in silence.
-DEEPSPEED_KEYS = set(
-    "activation_checkpointing aio amp autotuning bf16 checkpoint comet comms_logger communication_data_type "
-    "compile compression_training csv_monitor curriculum_learning data_efficiency data_types "
-    "dataloader_drop_last disable_allgather disable_python_gc dump_state elasticity expert_parallel "
-    "flops_profiler fp16 gradient_allreduce_op gradient_predivide_factor hybrid_engine legacy_fusion log_level "
-    "memory_breakdown nebula pipeline prescale_gradients progressive_layer_drop "
-    "seq_parallel_communication_data_type sparse_gradients tensor_parallel tensorboard timers torch_autocast "
-    "use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb "
-    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization".split()
-)
-
-
 # 512 MiB in 16 bits: a GPU multiplies large matrices faster, and adds up fewer partial gradients
 LOGITS_AT_A_TIME = 2**28
 
@@ -281,23 +288,14 @@ def zero_stage(deepspeed):
     return deepspeed.get("zero_optimization", {}).get("stage", 0)
 
 
-def offload_section(zero, what):
-    """`offload_optimizer` or `offload_param` of DeepSpeed's zero_optimization section. Raises UserError."""
-    section = zero.get(what) or {}
-    if not isinstance(section, dict):
-        key = f"deepspeed.zero_optimization.{what}"
-        raise UserError(f'{key}: found {json.dumps(section)}, expected an object, as {{"device": "cpu"}}')
-    return section
-
-
 def offload_device(zero, what):
     """Where `offload_optimizer` or `offload_param` is kept: none (on the GPU), cpu or nvme."""
-    return offload_section(zero, what).get("device", "none")
+    return (zero.get(what) or {}).get("device", "none")
 
 
 def offload_ratio(zero):
     """Which part of an offloaded optimizer leaves the GPU."""
-    return offload_section(zero, "offload_optimizer").get("ratio", 1.0)
+    return (zero.get("offload_optimizer") or {}).get("ratio", 1.0)
 
 
 def offloads_optimizer(deepspeed):
@@ -305,11 +303,15 @@ def offloads_optimizer(deepspeed):
     return offload_device(deepspeed.get("zero_optimization", {}), "offload_optimizer") != "none"
 
 
+def divisors(number):
+    """All of them, the smallest first."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
 def nearest_divisors(number, wanted):
     """The two divisors of `number` nearest to `wanted`, for error messages."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    divisors = sorted({*small, *(number // d for d in small)})
-    return " or ".join(str(d) for d in sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:2]))
+    return " or ".join(str(d) for d in sorted(sorted(divisors(number), key=lambda d: abs(d - wanted))[:2]))
 
 
 def did_you_mean(name, valid):
@@ -342,75 +344,181 @@ def fits(value, option):
     return isinstance(value, option)
 
 
+def in_short(value):
+    """A JSON value for an error message, cut where it is long."""
+    try:
+        text = json.dumps(value)
+    except (RecursionError, ValueError):  # nested a thousand times; a number of thousands of digits
+        return f"a {type(value).__name__} too long to show"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def fault_of_text(text):
+    """What keeps a string of a configuration from being a path or from being printed, or None. The limits are those of
+    Linux: 255 bytes a name, 4,096 a path."""
+    try:
+        names = [len(name) for name in text.encode().split(b"/")]
+    except UnicodeEncodeError:
+        return f"found {in_short(text)}, which is no text (half of a surrogate pair); expected UTF-8"
+    if not all(character.isprintable() for character in text):
+        return f"found {in_short(text)}, expected no control characters"
+    if max(names) > 255 or sum(names) + len(names) > 4096:
+        return f"found {in_short(text)}, longer than a file system takes: 255 bytes a name, 4,096 a path"
+    return None
+
+
 def convert(where, value, expected, meta):
     """Return `value` as the type `expected`, or raise UserError. Whole floats count as integers, so
     that lengths can be written 1e9."""
     options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
     option = next((option for option in options if fits(value, option)), None)
     if option is None:
-        raise UserError(f"{where}: found {json.dumps(value)}, expected {type_name(expected)} ({meta['meaning']})")
+        raise UserError(f"{where}: found {in_short(value)}, expected {type_name(expected)} ({meta['meaning']})")
     if value is None:
         return None
-    if option in (int, float):
-        value = option(value)
-    elif option == list[float]:
-        value = [float(one) for one in value]
+    numbers = option in (int, float, list[float])
     for one in value if isinstance(value, list) else [value]:
+        if numbers and isinstance(one, float) and not math.isfinite(one):  # JSON as Python reads it can hold these
+            raise UserError(f"{where}: found {json.dumps(one)}, expected a finite number ({meta['meaning']})")
         if meta["choices"] and one not in meta["choices"]:
             names = ", ".join(str(choice).lower() for choice in meta["choices"])
-            raise UserError(f"{where}: found {json.dumps(one)}, expected one of {names}")
-        if isinstance(one, float) and not math.isfinite(one):  # JSON as Python reads it can hold NaN and Infinity
-            raise UserError(f"{where}: found {json.dumps(one)}, expected a finite number ({meta['meaning']})")
+            raise UserError(f"{where}: found {in_short(one)}, expected one of {names}")
+        if isinstance(one, str) and (fault := fault_of_text(one)):
+            raise UserError(f"{where}: {fault} ({meta['meaning']})")
     if meta["minimum"] is not None and value < meta["minimum"]:
-        raise UserError(f"{where}: found {value}, expected at least {meta['minimum']} ({meta['meaning']})")
+        raise UserError(f"{where}: found {in_short(value)}, expected at least {meta['minimum']} ({meta['meaning']})")
     if meta["maximum"] is not None and value > meta["maximum"]:
-        raise UserError(f"{where}: found {value}, expected at most {meta['maximum']} ({meta['meaning']})")
-    return value
+        raise UserError(f"{where}: found {in_short(value)}, expected at most {meta['maximum']} ({meta['meaning']})")
+    try:
+        if option in (int, float):
+            return option(value)
+        return [float(one) for one in value] if option == list[float] else value
+    except OverflowError:  # a whole number above what a float holds
+        raise UserError(f"{where}: found {in_short(value)}, expected a number that a float holds") from None
+
+
+def plain_name(name):
+    """A key of a file for an error message: what cannot be printed, escaped."""
+    return name if name.isprintable() else json.dumps(name)[1:-1]
+
+
+def deepspeed_section(section, n_embd, faults, path=""):
+    """The keys of a DeepSpeed configuration that a run may set, checked, with numbers for "auto"; without those that
+    say that something is not used. What is wrong is added to `faults`, a list of lines."""
+    found = {}
+    for name, value in section.items():
+        key, where = path + name, f"deepspeed.{path}{plain_name(name)}"
+        known = deepspeed_keys.ACCEPTED.get(key) if "." not in name else None
+        if key in deepspeed_keys.OURS:
+            if value != "auto":  # Hugging Face's word for that
+                faults.append(f"{where} follows from {deepspeed_keys.OURS[key]}; set that and remove this")
+        elif value == "auto" and key in deepspeed_keys.AUTO:
+            found[name] = deepspeed_keys.AUTO[key](n_embd)
+        elif known:
+            try:
+                found[name] = convert(where, value, known.kind, known._asdict())
+            except UserError as error:
+                auto = f"; only {', '.join(deepspeed_keys.AUTO)} may be" if value == "auto" else ""
+                faults.append(f"{error}{auto}")
+        elif key in deepspeed_keys.SECTIONS:
+            if value is None and "offload" in name:
+                continue
+            if isinstance(value, dict):
+                found[name] = deepspeed_section(value, n_embd, faults, f"{key}.")
+            else:
+                faults.append(f"{where}: found {in_short(value)}, expected an object")
+        elif refused := deepspeed_keys.REFUSED.get(key):
+            # 1 and true, 0 and false are equal in Python
+            if json.dumps(value) not in map(json.dumps, refused.unused):
+                unused = f", or leave it at {json.dumps(refused.unused[-1])}" if refused.unused else ""
+                faults.append(f"{where}: found {in_short(value)}, not supported: {refused.why}; remove it{unused}")
+        else:
+            names = [known for known in (*deepspeed_keys.ACCEPTED, *deepspeed_keys.SECTIONS) if known.startswith(path)]
+            faults.append(
+                f"unknown key {where}; {did_you_mean(name, {known[len(path) :].split('.')[0] for known in names})}"
+            )
+    return found
+
+
+def check_together(deepspeed, precision):
+    """What DeepSpeed's keys must say together, at their stage and in this precision (auto, bf16, fp16 or fp32). Raises
+    UserError."""
+    zero, stage = deepspeed.get("zero_optimization", {}), zero_stage(deepspeed)
+    if precision == "fp16" and stage == 0:
+        raise UserError(
+            "deepspeed.zero_optimization.stage: found 0 with fp16, where DeepSpeed scales no loss; expected 1, 2 or 3, "
+            "or --train.precision bf16 or fp32"
+        )
+    for what, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
+        key, device = f"deepspeed.zero_optimization.{what}", offload_device(zero, what)
+        if device == "nvme" and stage != 3:
+            raise UserError(f"{key}.device: found nvme at stage {stage}, expected stage 3, or cpu")
+        if device == "nvme" and not zero[what].get("nvme_path"):
+            raise UserError(f"{key}.nvme_path: found none, expected a folder on each node's own NVMe")
+        if device != "none" and stage not in stages:
+            expected = " or ".join(map(str, stages))
+            raise UserError(f"{key}.device: found {device} at stage {stage}, expected stage {expected}, or none")
+    ratio, device = offload_ratio(zero), offload_device(zero, "offload_optimizer")
+    if ratio != 1 and (stage != 3 or device != "cpu"):
+        raise UserError(
+            f"deepspeed.zero_optimization.offload_optimizer.ratio: found {ratio} with stage {stage} and device "
+            f"{device}, expected 1, or stage 3 and device cpu"
+        )
+    accumulated = deepspeed.get("data_types", {}).get("grad_accum_dtype")
+    if accumulated not in (None, precision) and not (accumulated == "fp32" and stage >= 2):
+        raise UserError(
+            f"deepspeed.data_types.grad_accum_dtype: found {accumulated} at stage {stage} with train.precision "
+            f"{precision}, where DeepSpeed does not obey it or takes an optimizer that checkpoints do not know; "
+            "expected the precision itself, or fp32 at stage 2 or 3"
+        )
+    fp16 = deepspeed.get("fp16", {})
+    lowest, first = fp16.get("min_loss_scale", 1), 2 ** fp16.get("initial_scale_power", 16)
+    if lowest > first:
+        raise UserError(f"deepspeed.fp16.min_loss_scale: found {lowest}, expected at most the first scale, {first}")
 
 
 def build(values, source):
     """Nested dictionaries -> Config, every key and type checked.
 
     `source` names the file or the command line in error messages. Raises UserError."""
-    config = Config()
+    config, faults = Config(), []
     if not isinstance(values, dict):
         raise UserError(f"{source}: expected a JSON object with the sections model, data, train, deepspeed")
     for section, content in values.items():
         if section not in (*SECTIONS, "deepspeed"):
-            raise UserError(f"{source}: unknown section {section!r}; {where_it_belongs(section)}")
-        if not isinstance(content, dict):
-            raise UserError(f"{source}: section {section!r} must be a JSON object, found {json.dumps(content)[:60]}")
-        if section == "deepspeed":
-            for name in content:
-                if name in OURS:
-                    raise UserError(f"{source}: deepspeed.{name} follows from {OURS[name]}; set that and remove this")
-                if name not in DEEPSPEED_KEYS:
-                    raise UserError(f"{source}: unknown key deepspeed.{name}; {did_you_mean(name, DEEPSPEED_KEYS)}")
-                if name in ("bf16", "comms_logger", "fp16", "zero_optimization") and not isinstance(
-                    content[name], dict
-                ):
-                    raise UserError(
-                        f"{source}: deepspeed.{name}: found {json.dumps(content[name])}, expected an object"
-                    )
-                if name in ("bf16", "fp16") and "enabled" in content[name]:
-                    raise UserError(f"{source}: deepspeed.{name}.enabled follows from train.precision; set that")
-            config.deepspeed = content
-            continue
-        fields = {f.name: f for f in dataclasses.fields(SECTIONS[section])}
-        for name, value in content.items():
-            if name not in fields:
-                raise UserError(f"{source}: unknown key {section}.{name}; {where_it_belongs(name, section)}")
-            where = f"{source}: {section}.{name}"
-            setattr(
-                getattr(config, section), name, convert(where, value, fields[name].type, dict(fields[name].metadata))
-            )
-    try:
-        config.model.check()
-        config.data.check()
-        config.train.check()
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
+            faults.append(f"unknown section {section!r}; {where_it_belongs(section)}")
+        elif not isinstance(content, dict):
+            faults.append(f"section {section!r} must be a JSON object, found {in_short(content)}")
+        elif section in SECTIONS:
+            faults += set_keys(getattr(config, section), section, content)
+    given = values.get("deepspeed")
+    if isinstance(given, dict):
+        config.deepspeed = deepspeed_section(given, config.model.n_embd, faults)
+    checks = [config.model.check, config.data.check, config.train.check]
+    checks.append(lambda: check_together(config.deepspeed, config.train.precision))
+    for check in [] if faults else checks:  # they count on keys that are right by themselves
+        try:
+            check()
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise UserError(f"{source}: {'; '.join(faults)}")
     return config
+
+
+def set_keys(target, section, content):
+    """Set the keys of a section's dataclass. Returns a list of lines, one for each that cannot be."""
+    fields, faults = {f.name: f for f in dataclasses.fields(target)}, []
+    for name, value in content.items():
+        if name not in fields:
+            faults.append(f"unknown key {section}.{plain_name(name)}; {where_it_belongs(name, section)}")
+            continue
+        try:
+            value = convert(f"{section}.{name}", value, fields[name].type, dict(fields[name].metadata))
+            setattr(target, name, value)
+        except UserError as error:
+            faults.append(str(error))
+    return faults
 
 
 def nearest_file(path):
@@ -447,6 +555,8 @@ def read_json(path):
         raise UserError(f"{path}: nested too deeply; expected JSON of a few levels") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; expected JSON") from None
+    except ValueError:  # what Python takes for an integer, and a path with a NUL
+        raise UserError(f"{path}: holds a number of thousands of digits, or is no path; expected JSON") from None
 
 
 def merge(base, over):
@@ -500,9 +610,12 @@ def command_line_values(arguments):
         known = {f.name: f.type for f in dataclasses.fields(SECTIONS[section])} if section in SECTIONS else {}
         try:
             value = json.loads(raw)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # also of a number of thousands of digits
             value = raw
-        if known.get(path[0]) in (str, str | None, str | dict) and value is not None and not isinstance(value, dict):
+        kind = known.get(path[0])
+        if section == "deepspeed" and (accepted := deepspeed_keys.ACCEPTED.get(".".join(path))):
+            kind = accepted.kind
+        if kind in (str, str | None, str | dict) and value is not None and not isinstance(value, dict):
             value = raw.strip('"')  # a folder may be called 2024
         target = values.setdefault(section, {})
         for part in path[:-1]:
@@ -515,6 +628,18 @@ def command_line_values(arguments):
     return values, rest
 
 
+def described(name, kind, meta, default):
+    """Lines about one key for --help: its meaning, type, range and default."""
+    facts = [type_name(kind)]
+    if meta["choices"]:
+        several = "list of " if typing.get_origin(kind) is list else ""
+        facts = [several + " | ".join(str(choice).lower() for choice in meta["choices"])]
+    for word, limit in (("least", meta["minimum"]), ("most", meta["maximum"])):
+        facts += [] if limit is None else [f"at {word} {limit}"]
+    text = f"{meta['meaning']} ({', '.join(facts)}; default {json.dumps(default)})"
+    return textwrap.wrap(text, 118, initial_indent=f"{f'  --{name}':36} ", subsequent_indent=" " * 37)
+
+
 def help_text():
     """Every key with its meaning, type, range and default, from the definitions above."""
     lines = ["usage: deepspeed [--num_gpus N] train.py [CONFIG.json] [--section.key VALUE ...]", ""]
@@ -525,21 +650,21 @@ def help_text():
         lines += ["", f"{section}:"]
         for f in dataclasses.fields(cls):
             default = list(f.default_factory()) if f.default is dataclasses.MISSING else f.default
-            facts = [type_name(f.type)]
-            if f.metadata["choices"]:
-                several = "list of " if typing.get_origin(f.type) is list else ""
-                facts = [several + " | ".join(str(choice).lower() for choice in f.metadata["choices"])]
-            for word in ("minimum", "maximum"):
-                if f.metadata[word] is not None:
-                    facts.append(f"at {'least' if word == 'minimum' else 'most'} {f.metadata[word]}")
-            text = f"{f.metadata['meaning']} ({', '.join(facts)}; default {json.dumps(default)})"
-            name = f"  --{section}.{f.name}"
-            lines += textwrap.wrap(text, 118, initial_indent=f"{name:36} ", subsequent_indent=" " * 37)
+            lines += described(f"{section}.{f.name}", f.type, f.metadata, default)
     lines += [
         "",
         "deepspeed:",
-        "  --deepspeed.KEY[.KEY ...]            DeepSpeed's own keys, merged over ds_config.json",
+        *textwrap.wrap(
+            "DeepSpeed's own keys, merged over ds_config.json; others are refused. "
+            f'{", ".join(deepspeed_keys.AUTO)} may be "auto", which means what it means to Hugging Face\'s Trainer: '
+            "the square of n_embd, 0.9 times that, and 10 n_embd.",
+            118,
+            initial_indent="  ",
+            subsequent_indent="  ",
+        ),
     ]
+    for name, known in deepspeed_keys.ACCEPTED.items():
+        lines += described(f"deepspeed.{name}", known.kind, known._asdict(), known.default)
     return "\n".join(lines)
 
 
@@ -557,13 +682,19 @@ def load_config(arguments, default="configs/1p5b.json"):
     overrides, rest = command_line_values(arguments)
     if len(rest) > 1:
         raise UserError(f"{rest[1]}: expected one config file, and {rest[0]} was already given")
+    if rest and (fault := fault_of_text(rest[0])):
+        raise UserError(f"config file: {fault}")
     path = Path(rest[0]) if rest else ROOT / default
     if not path.exists():
         raise UserError(f"{path}: no such file{nearest_file(path)}")
+    # each by itself first, so that an error names its file
+    below = {"deepspeed": read_json(ROOT / "ds_config.json")}
+    build(below, "ds_config.json")
     values = read_json(path)
-    build(values, path)  # so that an error in the file names the file
+    if isinstance(values, dict):
+        values = merge(below, values)
+    build(values, path)
     config = build(merge(values, overrides), "command line")
-    config.deepspeed = merge(read_json(ROOT / "ds_config.json"), config.deepspeed)
     config.train.out_dir = config.train.out_dir or f"out/{path.stem}"
     return config
 
@@ -582,8 +713,8 @@ def gradient_accumulation(config, world_size):
     tokens = " or ".join(str(t) for t in (below, below + unit) if t)
     remedy = f"set train.global_batch_tokens to {tokens}"
     if not remainder and sequences % world_size == 0:
-        divisors = nearest_divisors(sequences // world_size, train.micro_batch_size)
-        remedy += f", or train.micro_batch_size to {divisors}"
+        sizes = nearest_divisors(sequences // world_size, train.micro_batch_size)
+        remedy += f", or train.micro_batch_size to {sizes}"
     raise UserError(
         f"train.global_batch_tokens: {train.global_batch_tokens} is not a multiple of block_size {block} x "
         f"micro_batch_size {train.micro_batch_size} x {world_size} ranks = {unit}; {remedy}"

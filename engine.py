@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 from pathlib import Path
 
 import deepspeed
@@ -9,12 +10,11 @@ import torch
 from deepspeed import comm
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig as ZeroConfig
-from pydantic import ValidationError
 
 import export
-from config import UserError, did_you_mean, offload_device, offload_ratio, offloads_optimizer, zero_stage
+from config import UserError, check_together, offload_device, offload_ratio, offloads_optimizer, zero_stage
 from data.shards import make_folder
+from flops import count_parameters
 from model import GPT, Block
 from pieces import stage_0_masters
 
@@ -35,36 +35,8 @@ def resolve_precision(precision, device):
     return precision
 
 
-def check_zero_section(section):
-    """Check deepspeed.zero_optimization as DeepSpeed will, but with one line for the user at the end."""
-    ratio, device = offload_ratio(section), offload_device(section, "offload_optimizer")
-    if ratio != 1 and (section.get("stage") != 3 or device != "cpu"):
-        raise UserError(
-            f"deepspeed.zero_optimization.offload_optimizer.ratio: found {ratio!r} with stage {section.get('stage')} "
-            f"and device {device}, expected 1, or stage 3 and device cpu"
-        )
-    try:
-        ZeroConfig(**section)
-    except ValueError as error:  # pydantic's ValidationError is one
-        first = error.errors()[0]
-        name, names = (
-            str((*first["loc"], "")[0]),
-            [field.alias or key for key, field in ZeroConfig.model_fields.items()],
-        )
-        remedy = "" if name in names else f"; {did_you_mean(name, names)}"
-        where = ".".join(["deepspeed.zero_optimization", *map(str, first["loc"])])
-        raise UserError(f"{where}: found {first['input']!r}: {first['msg']}{remedy}") from None
-    for name in ("offload_optimizer", "offload_param"):
-        if offload_device(section, name) == "nvme":
-            check_nvme(f"deepspeed.zero_optimization.{name}", section, section[name].get("nvme_path"))
-
-
-def check_nvme(key, section, folder):
+def check_nvme(key, folder):
     """Raises UserError if DeepSpeed could not keep something in files of this folder."""
-    if section["stage"] != 3:
-        raise UserError(f"{key}.device: found nvme at stage {section['stage']}, expected stage 3, or cpu")
-    if not folder:
-        raise UserError(f"{key}.nvme_path: found none, expected a folder on each node's own NVMe")
     if not AsyncIOBuilder().is_compatible():
         raise UserError(
             f"{key}.device: nvme needs a C++ compiler and libaio's headers (packages g++ and libaio-dev, or "
@@ -74,35 +46,64 @@ def check_nvme(key, section, folder):
 
 
 def check_deepspeed(ds_config):
-    """Check a complete DeepSpeed configuration as DeepSpeed will when the engine is built, but with one line for
-    the user at the end. Raises UserError."""
-    check_zero_section(ds_config.get("zero_optimization", {}))
-    if ds_config.get("fp16", {}).get("enabled") and zero_stage(ds_config) == 0:
+    """Check a complete DeepSpeed configuration for what depends on this machine, and then as DeepSpeed will when the
+    engine is built, but with one line for the user at the end. Raises UserError."""
+    zero = ds_config.get("zero_optimization", {})
+    check_together(ds_config, next((name for name in ("bf16", "fp16") if ds_config[name]["enabled"]), "fp32"))
+    if offload_ratio(zero) != 1 and "torch_adam" in ds_config["optimizer"]["params"]:
         raise UserError(
-            "deepspeed.zero_optimization.stage: found 0 with fp16, where DeepSpeed scales no loss; expected 1, 2 or 3, "
-            "or --train.precision bf16 or fp32"
+            f"deepspeed.zero_optimization.offload_optimizer.ratio: found {offload_ratio(zero)}, expected 1 where there "
+            "is no GPU to keep the rest"
         )
-    ratio = offload_ratio(ds_config.get("zero_optimization", {}))
-    if ratio != 1 and "torch_adam" in ds_config["optimizer"]["params"]:
-        raise UserError(
-            f"deepspeed.zero_optimization.offload_optimizer.ratio: found {ratio}, expected 1 where there is no GPU to "
-            "keep the rest"
-        )
+    for name in ("offload_optimizer", "offload_param"):
+        if offload_device(zero, name) == "nvme":
+            check_nvme(f"deepspeed.zero_optimization.{name}", zero[name]["nvme_path"])
     # DeepSpeed may not know the number of ranks yet, and would refuse a batch that does not fit to one rank
     without_batch = {name: value for name, value in ds_config.items() if name != "train_batch_size"}
     try:
         DeepSpeedConfig(without_batch)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        sections = [name for name, content in ds_config.items() if isinstance(content, dict) and where in content]
-        section = sections[0] if len(sections) == 1 else error.title
-        raise UserError(f"deepspeed.{section}.{where}: found {first['input']!r}: {first['msg']}") from None
-    except (ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:
+    except Exception as error:  # config.py knows its keys, so this is a fault of ours, or of another DeepSpeed
         raise UserError(
-            f"deepspeed: DeepSpeed refuses this section ({type(error).__name__}: {' '.join(str(error).split())}); "
-            f"its keys: {', '.join(ds_config)}"
+            f"deepspeed: DeepSpeed {deepspeed.__version__} refuses this section ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}); its keys: {', '.join(ds_config)}"
         ) from None
+
+
+def memory_of(device):
+    """Bytes of a GPU's memory, or of this machine's that are one rank's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks
+
+
+def check_memory(config, ds_config, device, world_size):
+    """Raises UserError for a model, micro-batch or buffer that is larger than the memory of a rank: one line in place
+    of the allocator's traceback. A lower bound of what a rank needs; plan.py says what it takes."""
+    model, train, zero = config.model, config.train, ds_config.get("zero_optimization", {})
+    stage, width = zero_stage(ds_config), 4 if not ds_config["bf16"]["enabled"] | ds_config["fp16"]["enabled"] else 2
+    parameters, _ = count_parameters(model)
+    here = ("none",) if device.type == "cuda" else ("none", "cpu")
+    weights, moments = parameters * width, parameters * 8  # Adam's two in float32
+    weights = weights // (world_size if stage == 3 else 1) if offload_device(zero, "offload_param") in here else 0
+    moments = moments // (world_size if stage else 1) if offload_device(zero, "offload_optimizer") in here else 0
+    tokens = train.micro_batch_size * model.block_size
+    needs = {
+        f"model: {parameters:,} parameters and their optimizer, at stage {stage} on {world_size} ranks,": weights
+        + moments,
+        f"train.micro_batch_size: {train.micro_batch_size} sequences of {model.block_size} tokens": (
+            tokens * (8 + 2 * model.n_embd * width)  # the ids, and the embeddings with their gradient
+        ),
+        f"deepspeed.zero_optimization.reduce_bucket_size: {zero.get('reduce_bucket_size', 5 * 10**8):,} elements": (
+            width * zero.get("reduce_bucket_size", 0) if stage and zero.get("contiguous_gradients", True) else 0
+        ),
+    }
+    there, (what, need) = memory_of(device), max(needs.items(), key=lambda item: item[1])
+    if sum(needs.values()) > there:
+        raise UserError(
+            f"{what} need {need / 2**30:,.1f} GiB of a rank's memory, which has {there / 2**30:,.1f} GiB in all; "
+            "plan.py CONFIG --fit finds a setting that fits"
+        )
 
 
 def missing_apex():
@@ -160,7 +161,7 @@ def step_piece_by_piece(optimizer):
         for group in optimizer.param_groups:
             group["step"] = optimizer.state[group["params"][0]].get("step", 0)
 
-    def behind(optimizer, *_):
+    def after(optimizer, *_):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if optimizer.state[parameter]:  # it makes no moments where there is no gradient
@@ -168,7 +169,7 @@ def step_piece_by_piece(optimizer):
         optimizer.param_groups = list(everything)
 
     optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(behind)
+    optimizer.register_step_post_hook(after)
     return optimizer
 
 
@@ -199,13 +200,14 @@ def build_engine(config, ds_config, device, kernels="torch", compiled=False, loa
     is made, so that no rank ever holds the whole model. The weights are the same bit for bit whatever the
     stage and the number of ranks; load_weights: what export.open_weights gives, if they are not random."""
     train, sharded = config.train, zero_stage(ds_config) == 3
+    check_memory(config, ds_config, device, comm.get_world_size())
     with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=sharded), device:
         model = GPT(config.model, train.seed, int(train.activation_checkpointing), train.checkpoints_on_cpu, kernels)
     if load_weights:
         export.copy_into(model, load_weights)
     if compiled:
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled after all runs as it is
-        if sharded:  # a block's weights are gathered at once, in front of its graph, which no hook then breaks
+        if sharded:  # a block's weights are gathered at once, before its graph, which no hook then breaks
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
         model.compile()
     groups, optimizer = parameter_groups(model, train.weight_decay), None

@@ -70,11 +70,28 @@ class Piece(NamedTuple):
     group: int
 
 
+def fragments(engine):
+    """Stages 1 and 2: {id of a parameter: (group, the tensor that the optimizer updates, first element of the
+    parameter in it, where that lies in the tensor, number of elements)}, of the parameters that this rank updates a
+    part of. The parameters of a group lie in a row, which is cut into equal parts, one a rank. Read from the row
+    itself: a parameter's own `_hp_mapping` is wrong with round_robin_gradients, which orders the row differently."""
+    zero, found = engine.optimizer, {}
+    groups = zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, zero.partition_size, strict=True)
+    for group, (parameters, offsets, length) in enumerate(groups):
+        flat, begin = zero.single_partition_of_fp32_groups[group], distributed.get_rank() * length
+        for parameter, offset in zip(parameters, offsets, strict=True):
+            first, end = max(offset, begin), min(offset + parameter.numel(), begin + length)
+            if first < end:
+                found[id(parameter)] = group, flat, first - offset, first - begin, end - first
+    return found
+
+
 def own_layout(engine):
     """The Pieces that this rank updates, those of one tensor of the optimizer one after the other. At stage 0
     every rank updates everything."""
-    stage, zero, optimizer, found = engine.zero_optimization_stage(), engine.optimizer, engine.basic_optimizer, []
+    stage, zero, found = engine.zero_optimization_stage(), engine.optimizer, []
     masters = stage_0_masters(engine) if stage == 0 else None
+    rows = fragments(engine) if stage in (1, 2) else None
     for name, parameter in engine.module.named_parameters():
         group = 0
         if stage == 0:
@@ -84,14 +101,11 @@ def own_layout(engine):
             group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
             flat, elements = zero.fp32_partitioned_groups_flat[group], parameter.ds_numel
             start = distributed.get_rank() * length
-        elif parameter._hp_mapping is None:
-            continue  # stages 1 and 2 cut the row of all parameters, and no part of this one is ours
+        elif id(parameter) not in rows:
+            continue  # no part of this one is ours
         else:
-            mapping = parameter._hp_mapping
-            group = mapping.param_group_index
-            flat = optimizer.param_groups[group]["params"][0]
-            start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-            offset, elements = mapping.hp_fragment_address.start, parameter.numel()
+            group, flat, start, offset, length = rows[id(parameter)]
+            elements = parameter.numel()
         length = min(length, elements - start)
         if length > 0:
             found.append(Piece(name, start, length, flat, offset, group))
@@ -161,8 +175,8 @@ def refresh_weights(engine):
 
 
 def forget_powers(optimizer):
-    """DeepSpeed's CPU Adam multiplies beta^t up from step to step, but computes it anew behind a checkpoint: one
-    rounding apart. Called in front of every step, this makes it compute it anew always: it updates one
+    """DeepSpeed's CPU Adam multiplies beta^t up from step to step, but computes it again after a checkpoint: one
+    rounding apart. Called before every step, this makes it compute it again always: it updates one
     element that nobody needs, as a step that is never the one before the true one."""
     if hasattr(optimizer, "ds_opt_adam"):
         group, far_away = optimizer.param_groups[0], 1 << 30

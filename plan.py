@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from config import (
     UserError,
     build,
+    check_together,
     command_line_values,
+    divisors,
     gradient_accumulation,
     load_config,
     merge,
@@ -42,22 +44,19 @@ USABLE, COMFORTABLE = 0.9, 0.8
 # What --fit tries and --plot shows: stages, and what of them is kept in CPU memory ("param": the optimizer too).
 CHOICES = [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimizer"), (3, "optimizer"), (3, "param")]
 
-# deepspeed.zero_optimization: DeepSpeed's key, and where it differs its other name -> ours in Settings.
+# deepspeed.zero_optimization: DeepSpeed's key -> ours in Settings
 ZERO_KEYS = {
     "reduce_bucket_size": "reduce_bucket_size",
     "stage3_prefetch_bucket_size": "prefetch_bucket_size",
-    "prefetch_bucket_size": "prefetch_bucket_size",
     "stage3_param_persistence_threshold": "persistence_threshold",
-    "param_persistence_threshold": "persistence_threshold",
     "stage3_max_live_parameters": "max_live_parameters",
-    "max_live_parameters": "max_live_parameters",
     "stage3_max_reuse_distance": "max_reuse_distance",
-    "max_reuse_distance": "max_reuse_distance",
     "sub_group_size": "sub_group_size",
 }
 # read apart from these, or without effect on memory as it is modelled
 OTHER_ZERO_KEYS = {"stage", "overlap_comm", "offload_optimizer", "offload_param", "contiguous_gradients"}
-WITHOUT_EFFECT = {"allgather_bucket_size", "allgather_partitions", "round_robin_gradients", "load_from_fp32_weights"}
+WITHOUT_EFFECT = {"allgather_bucket_size", "round_robin_gradients", "ignore_unused_parameters"}
+WITHOUT_EFFECT |= {"stage3_gather_16bit_weights_on_model_save", "log_trace_cache_warnings", "enable_sanity_checks"}
 
 
 def in_units(size):
@@ -80,13 +79,8 @@ def settings_of(config, gpus):
     """The simulator's Settings of a run's configuration."""
     train, zero = config.train, config.deepspeed.get("zero_optimization", {})
     stage = zero_stage(config.deepspeed)
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"deepspeed.zero_optimization.stage: found {json.dumps(stage)}, expected 0, 1, 2 or 3")
     precision = "bf16" if train.precision == "auto" else train.precision
-    overlap, ratio = zero.get("overlap_comm"), offload_ratio(zero)
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
-        key = "deepspeed.zero_optimization.offload_optimizer.ratio"
-        raise UserError(f"{key}: found {json.dumps(ratio)}, expected a number from 0 to 1")
+    overlap = zero.get("overlap_comm")
     accumulated = config.deepspeed.get("data_types", {}).get("grad_accum_dtype")
     return Settings(
         model=config.model,
@@ -98,20 +92,13 @@ def settings_of(config, gpus):
         recompute_every=int(train.activation_checkpointing),
         inputs_on_cpu=train.checkpoints_on_cpu,
         offload_optimizer=offloads_optimizer(config.deepspeed),
-        offload_ratio=ratio,
+        offload_ratio=offload_ratio(zero),
         offload_param=offload_device(zero, "offload_param") != "none",
         overlap_comm=stage == 3 if overlap is None else overlap,
         compiled=train.compile is not False,
         accumulation_bytes={"fp32": 4, "bf16": 2, "fp16": 2}.get(accumulated),
-        **{ours: elements(key, zero[key]) for key, ours in ZERO_KEYS.items() if key in zero},
+        **{ours: zero[key] for key, ours in ZERO_KEYS.items() if key in zero},
     )
-
-
-def elements(key, value):
-    """A size in deepspeed.zero_optimization, which may be written 5e7."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise UserError(f"deepspeed.zero_optimization.{key}: found {json.dumps(value)}, expected a number of elements")
-    return int(value)
 
 
 def accumulation(config, gpus):
@@ -235,12 +222,12 @@ def micro_batches(config, gpus):
     """Micro-batch sizes by which each rank's share of the global batch divides, the largest first; 1 if none."""
     sequences = config.train.global_batch_tokens // config.model.block_size
     share = sequences // gpus if sequences % gpus == 0 else 1
-    return [size for size in range(max(share, 1), 0, -1) if max(share, 1) % size == 0]
+    return divisors(max(share, 1))[::-1]
 
 
 def first_that_fits(candidates, planned):
     """The plan of the first of these configurations that fits, and the configuration; (None, None) if none does.
-    Each must need less memory than the one in front of it."""
+    Each must need less memory than the one before it."""
     plans = {}
 
     def fits(number):
@@ -256,6 +243,10 @@ def fastest(config, gpus, planned):
     (None, None) if none does. The largest micro-batch that fits is the fastest."""
     best, chosen, sizes = None, None, micro_batches(config, gpus)
     for stage, offload in CHOICES:
+        try:
+            check_together(with_choice(config, stage, offload, False, 1).deepspeed, config.train.precision)
+        except UserError:
+            continue  # train.py would refuse the rest of deepspeed at this stage
         for recompute in (False, True):
             candidates = [with_choice(config, stage, offload, recompute, size) for size in sizes]
             found, candidate = first_that_fits(candidates, planned)

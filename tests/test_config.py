@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import sys
+import typing
 
 import pytest
 
@@ -33,6 +34,8 @@ def test_overrides_reach_every_section(tmp_path):
     assert zero["contiguous_gradients"] is True, "ds_config.json lies underneath"
     assert loaded.train.out_dir == "out/a"
 
+
+HUGE = "1" * 5000  # Python refuses to read a number of that many digits
 
 BAD = [
     ({"modle": {}}, "did you mean model?"),
@@ -77,12 +80,33 @@ BAD = [
     ({"train": {"profile": "3:19074"}}, "of 1 to 19073"),
     ({"train": {"profile": 3}}, "found 3, expected str or null"),
     ({"data": {"path": ""}}, "data.path: found no folder"),
-    # the divisors of so large a number cannot be tried one by one
-    ({"model": {"n_embd": 10**12, "n_head": 7}}, "nearest that do: 5 or 8"),
+    ({"model": {"n_embd": 2**20, "n_head": 7}}, "nearest that do: 4 or 8"),
     ("{", "line 1, column 2"),
     ('{"train": {\n  "lr": 1,\n}}', "line 3, column 1"),
     ('{"train": {"lr": 1, "lr": 2}}', 'the key "lr" stands twice in one object'),
     (100_000 * "[", "nested too deeply"),
+    ('{"train": {"max_tokens": ' + HUGE + "}}", "holds a number of thousands of digits"),
+    ('{"train": {"lr": 1' + "0" * 4000 + "}}", "train.lr: found 1000000000"),
+    ('{"train": {"betas": [0.9, 1' + "0" * 4000 + "]}}", "expected a number that a float holds"),
+    ('{"train": {"lr": 1e400}}', "train.lr: found Infinity, expected a finite number"),
+    ('{"model": {"n_layer": 1e308}}', "model.n_layer: found 1e+308, expected at most 100000"),
+    ('{"train": {"out_dir": ' + 900 * "[" + 900 * "]" + "}}", "train.out_dir: found "),
+    ({"train": {"out_dir": "a\0b"}}, r'train.out_dir: found "a\u0000b", expected no control characters'),
+    ('{"train": {"out_dir": "a\\ud800"}}', r'found "a\ud800", which is no text (half of a surrogate pair)'),
+    ({"train": {"out_dir": "a" * 300}}, "train.out_dir: found "),
+    ({"train": {"out_dir": "é" * 200}}, "longer than a file system takes: 255 bytes a name"),
+    ({"train": {"resume": "a/" * 3000}}, "train.resume: found "),
+    ({"data": {"path": "a\nb"}}, r'data.path: found "a\nb", expected no control characters'),
+    ({"data": {"path": {"b" * 256: 1}}}, "data.path: found "),
+    ({"data": {"path": {"data": 1e300, "more": 1}}}, "expected a number above 0 (1e-9 to 1e9)"),
+    ({"data": {"path": {"data": 1e-300}}}, "expected a number above 0 (1e-9 to 1e9)"),
+    ({"a\nb": {}}, r"unknown section 'a\nb'"),
+    ({"train": {"a\0\nb": 1}}, r"unknown key train.a\u0000\nb"),
+    ({"train": {"lr": 1, "weight_decay": 1}}, "train.weight_decay: found 1.0 with train.lr 1.0"),
+    ({"train": {"grad_clip": 1e-50}}, "train.grad_clip: found 1e-50, expected at least 1e-06, or 0"),
+    ({"train": {"spike_zscore": 0.1}}, "train.spike_zscore: found 0.1, expected at least 1, or 0"),
+    ({"train": {"betas": [0.9, 1 - 1e-20]}}, "expected two numbers from 0 to 0.99999"),
+    ({"train": {"betas": [1 - 1e-9, 0.9]}}, "expected two numbers from 0 to 0.99999"),
 ]
 
 
@@ -95,9 +119,48 @@ def test_bad_config_gets_one_line_that_names_the_file(tmp_path, content, expecte
     assert expected in message and "bad.json" in message and "\n" not in message
 
 
+NUMBERS = [
+    (section, f)
+    for section, cls in config.SECTIONS.items()
+    for f in dataclasses.fields(cls)
+    if {int, float} & {f.type, *typing.get_args(f.type)} and typing.get_origin(f.type) is not list
+]
+
+
+@pytest.mark.parametrize("section, f", NUMBERS, ids=[f.name for _, f in NUMBERS])
+def test_every_number_has_a_range_in_which_a_run_can_work(section, f):
+    """Nothing that is no number in float32, underflows to zero where it must not, or exceeds an int64."""
+    low, high = f.metadata["minimum"], f.metadata["maximum"]
+    assert 0 <= low < high < 2**63
+    assert f.type is not float or high <= 1e12
+    assert f.name not in ("eps", "norm_eps", "init_std") or low >= 1e-16
+    kind = float if f.type is float else int
+    for value in (low - 1, high * 2 + 1, -1e-50, 1e38, 1e300, 10**400, 2**64, float("nan"), "1" * 5000):
+        with pytest.raises(UserError, match=rf"^x: {section}\.{f.name}: found .* expected ") as error:
+            build({section: {f.name: value}}, "x")
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    for value in (low, high):
+        meta = dict(f.metadata)
+        assert config.convert("x", value, f.type, meta) == value
+        assert isinstance(config.convert("x", value, f.type, meta), kind)
+
+
+@pytest.mark.parametrize("name, value", [("eps", 0), ("eps", 1e-50), ("lr", 1e38)])
+def test_settings_that_gave_weights_that_are_no_numbers_are_refused(name, value):
+    with pytest.raises(UserError, match=rf"^x: train\.{name}: found .*, expected at (least|most) "):
+        build({"train": {name: value}}, "x")
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["--train.max_tokens", HUGE], "train.max_tokens: found "),
+        (["--train.out_dir", HUGE], "train.out_dir: found "),
+        (["--train.lr", HUGE], "train.lr: found "),
+        (["--train.lr", "[" * 100_000], "train.lr: found "),
+        (["--train.out_dir", "\udcff"], r'found "\udcff", which is no text'),
+        (["n" * 300], "config file: found "),
+        (["a\0b"], "config file: found "),
         (["--train.lrr", "1"], "did you mean lr?"),
         (["--train.lr"], "no value given"),
         (["--train.lr", "--train.seed", "1"], "no value given"),
@@ -126,6 +189,8 @@ def test_bad_command_line_gets_one_line(arguments, expected, monkeypatch):
 def test_command_line_values_are_json_or_strings():
     values, rest = command_line_values(["--train.resume=never", "--model.n_kv_head", "null", "a.json"])
     assert values == {"train": {"resume": "never"}, "model": {"n_kv_head": None}} and rest == ["a.json"]
+    nested, _ = command_line_values(["--deepspeed.zero_optimization.offload_param.nvme_path", "2024"])
+    assert nested == {"deepspeed": {"zero_optimization": {"offload_param": {"nvme_path": "2024"}}}}
 
 
 def test_batch_arithmetic_is_exact_or_refused_with_what_would_divide():
@@ -162,7 +227,10 @@ def test_help_says_all_of_every_key(capsys):
         for f in dataclasses.fields(cls):
             assert f"--{section}.{f.name} {f.metadata['meaning']} (" in flat
     assert "(float, at least 0, at most 1; default 0.1)" in flat and "(list[float]; default [0.9, 0.95])" in flat
-    assert "(list of tensorboard | wandb; default [])" in flat and "(int or null, at least 1; default null)" in flat
+    assert (
+        "(list of tensorboard | wandb; default [])" in flat
+        and "(int or null, at least 1, at most 1048576; default null)" in flat
+    )
 
 
 def test_help_imports_neither_torch_nor_deepspeed():

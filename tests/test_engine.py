@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import engine
-from config import ModelConfig, UserError
+from config import ModelConfig, UserError, build
 from tests.conftest import run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -135,3 +135,43 @@ assert masters[id(next(engine.module.parameters()))].dtype == torch.float32
 """
     done = run([sys.executable, "-c", script])
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "zero", "expected"),
+    [
+        ({"n_layer": 10**5, "n_embd": 2**20, "n_head": 1}, {}, {}, "model: 1,319,"),
+        ({"vocab_size": 2**32}, {}, {"stage": 3}, "model: 3,298,"),
+        ({}, {"micro_batch_size": 2**30}, {}, "train.micro_batch_size: 1073741824 sequences of 1024 tokens need"),
+        (
+            {},
+            {},
+            {"stage": 2, "reduce_bucket_size": 1e12},
+            "reduce_bucket_size: 1,000,000,000,000 elements need 3,725.3",
+        ),
+    ],
+)
+def test_what_no_machine_holds_is_one_line_in_place_of_the_allocators(model, settings, zero, expected):
+    config = build({"model": model, "train": settings, "deepspeed": {"zero_optimization": zero}}, "")
+    ds_config = config.deepspeed | {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
+    with pytest.raises(UserError, match=r" GiB of a rank's memory, which has [\d.,]+ GiB in all; plan\.py") as error:
+        engine.check_memory(config, ds_config, CPU, 8)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+    small = build({"model": {"n_layer": 1, "n_embd": 48, "vocab_size": 64}}, "")
+    engine.check_memory(small, ds_config | {"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}}, CPU, 8)
+
+
+def test_a_model_that_is_too_large_ends_a_run_in_one_line(small_data, tmp_path):
+    command = [sys.executable, "train.py", "configs/tiny.json", "--data.path", small_data]
+    command += [
+        "--train.out_dir",
+        tmp_path / "run",
+        "--model.n_layer",
+        "100000",
+        "--model.n_embd",
+        "1048576",
+        "--model.n_head",
+        "1",
+    ]
+    done = run([*command, "--train.eval_tokens", "64", "--train.compile", "false"])
+    assert done.returncode == 2 and "error: model: 1,3" in done.stderr and "Traceback" not in done.stderr

@@ -337,7 +337,7 @@ def test_picture(capsys, tmp_path):
         ("--gpus 8 --gpu_memory 80 --nodes 3", "--nodes"),
         ("--gpus 8 --gpu_memory 80 --model.n_layers 3", "n_layer"),
         ("--gpus 8 --gpu_memory 80 --deepspeed.zero_optimization.stage 4", "stage"),
-        ("--gpus 8 --gpu_memory 80 --deepspeed.zero_optimization.reduce_bucket_size auto", "reduce_bucket_size"),
+        ("--gpus 8 --gpu_memory 80 --deepspeed.zero_optimization.reduce_bucket_size big", "reduce_bucket_size"),
         ("--gpus 8 --gpu_memory 0.1 --fit", "nothing fits"),
     ],
 )

@@ -10,7 +10,7 @@ import checkpoint
 import engine
 import guard
 import train
-from config import ModelConfig, TrainConfig, UserError
+from config import ModelConfig, TrainConfig
 from data import order
 from data.shards import TokenStream
 from model import GPT
@@ -84,22 +84,6 @@ def test_validation_over_several_ranks_adds_up_to_one(small_data, monkeypatch):
 def test_precision_auto_is_fp32_on_cpu():
     assert engine.resolve_precision("auto", torch.device("cpu")) == "fp32"
     assert engine.resolve_precision("bf16", torch.device("cpu")) == "bf16"
-
-
-@pytest.mark.parametrize(
-    ("section", "expected"),
-    [
-        ({"stage": 4}, "stage: found 4"),
-        ({"stag": 3}, "did you mean stage?"),
-        ({"reduce_bucket_size": "big"}, "reduce_bucket_size: found 'big'"),
-        ({"offload_optimizer": {"device": "tape"}}, "offload_optimizer.device: found 'tape'"),
-    ],
-)
-def test_mistakes_in_deepspeeds_section_are_refused(section, expected):
-    with pytest.raises(UserError, match=r"^deepspeed\.zero_optimization\.[^\n]+$") as error:
-        engine.check_zero_section(section)
-    assert expected in str(error.value)
-    engine.check_zero_section({"stage": 3, "reduce_bucket_size": 5e7, "offload_param": {"device": "cpu"}})
 
 
 def test_perplexity_of_the_untrained_model_is_about_the_vocabulary(small_data):

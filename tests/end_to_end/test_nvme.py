@@ -35,7 +35,10 @@ def test_a_run_on_nvme_is_that_of_cpu_offload_and_resumes_bit_for_bit(small_data
     on_nvme = [f"{ZERO}.offload_optimizer.device", "nvme", f"{ZERO}.offload_optimizer.nvme_path", tmp_path / "swap"]
     weights_too = [f"{ZERO}.offload_param.device", "nvme", f"{ZERO}.offload_param.nvme_path", tmp_path / "swap"]
     weights_too += [f"{ZERO}.offload_param.buffer_size", 2_000_000, "--train.save_in_background", "true"]
+    files = {"block_size": 2**18, "queue_depth": 16, "single_submit": "true", "overlap_events": "false"}
+    requests = [part for name, value in files.items() for part in (f"--deepspeed.aio.{name}", value)]
     whole = train("cpu", 6, *on_cpu)
+    assert train("requests", 6, *on_nvme, *requests, f"{ZERO}.offload_optimizer.buffer_count", 6) == whole
     assert train("nvme", 6, *on_nvme) == whole
     first_half = train("moved", 3, *on_nvme, *weights_too)
     assert len(list((tmp_path / "swap").rglob("*.swp"))) > 6, "DeepSpeed kept everything in memory"

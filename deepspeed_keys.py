@@ -1,0 +1,253 @@
+"""DeepSpeed's keys: which of them a run may set, and why not the others. The names are those of DeepSpeed 0.19.8.
+
+DeepSpeed passes over keys that it does not know, and some that it knows change where weights and Adam's moments lie in
+memory, which is where pieces.py reads them for a checkpoint. So a key is accepted only if tests/end_to_end/keys.py
+shows that a run with it saves the right weights and moments and resumes from those of another run, and that DeepSpeed
+obeys it. Needs neither torch nor DeepSpeed; tests/test_deepspeed_keys.py compares the names with DeepSpeed's own.
+"""
+
+import typing
+
+
+class Key(typing.NamedTuple):
+    """A key that is accepted: its JSON type, DeepSpeed's default, its meaning, and the values it may take."""
+
+    kind: object
+    default: object
+    meaning: str
+    choices: list | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+
+
+class Refused(typing.NamedTuple):
+    """A key that DeepSpeed knows and a run may not set: why, or what to do instead; and the values that say that it is
+    not used, which are accepted and not handed on."""
+
+    why: str
+    unused: tuple = ()
+
+
+DTYPES = ["fp32", "bf16", "fp16"]
+MOST = 10**12  # elements of a buffer; engine.py compares with the memory that is there
+
+
+def flag(default, meaning):
+    return Key(bool, default, meaning)
+
+
+def elements(default, meaning, minimum=0, maximum=MOST):
+    return Key(int, default, meaning, minimum=minimum, maximum=maximum)
+
+
+ACCEPTED = {
+    "communication_data_type": Key(
+        str | None, None, "type in which gradients are summed over ranks; null: the precision's", DTYPES
+    ),
+    "zero_allow_untested_optimizer": flag(False, "what it says; the optimizers that train.py chooses are tested ones"),
+    "data_types.grad_accum_dtype": Key(
+        str | None,
+        None,
+        "type in which the micro-batches' gradients are added up; null: the precision's; another one only as fp32 at "
+        "stage 2 or 3",
+        DTYPES,
+    ),
+    "comms_logger.enabled": flag(False, "count all communication and print a table at the end of the run"),
+    "comms_logger.verbose": flag(False, "with train.verbose, a line for each call"),
+    "comms_logger.prof_all": flag(True, "count every operation"),
+    "comms_logger.prof_ops": Key(list[str], [], "with prof_all false, the operations to count"),
+    "comms_logger.debug": flag(False, "names of the calling functions too"),
+    "fp16.loss_scale": Key(float, 0.0, "a loss scale that stays; 0: a dynamic one", minimum=0, maximum=2.0**24),
+    "fp16.initial_scale_power": Key(int, 16, "the dynamic scale begins at 2 to this power", minimum=0, maximum=32),
+    "fp16.loss_scale_window": Key(int, 1000, "good steps after which it doubles", minimum=1, maximum=10**9),
+    "fp16.hysteresis": Key(int, 2, "overflows after which it halves", minimum=1, maximum=10**6),
+    "fp16.consecutive_hysteresis": flag(False, "a good step forgets the overflows before it"),
+    "fp16.min_loss_scale": Key(int, 1, "the lowest dynamic scale", minimum=1, maximum=2**32),
+    "zero_optimization.stage": Key(
+        int, 0, "what the ranks share: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights", [0, 1, 2, 3]
+    ),
+    "zero_optimization.contiguous_gradients": flag(True, "gather gradients in one buffer before they are summed"),
+    "zero_optimization.reduce_scatter": flag(True, "each rank gets its part of the summed gradients only"),
+    "zero_optimization.reduce_bucket_size": elements(5 * 10**8, "elements of gradients summed at a time", minimum=1),
+    "zero_optimization.use_multi_rank_bucket_allreduce": flag(True, "stages 1, 2: one sum for several ranks' parts"),
+    "zero_optimization.allgather_bucket_size": elements(5 * 10**8, "stages 1, 2: elements of weights sent at a time"),
+    "zero_optimization.overlap_comm": Key(
+        bool | None, None, "communicate during the backward pass; null: at stage 3 only"
+    ),
+    "zero_optimization.round_robin_gradients": flag(False, "stages 1, 2: neighbouring parameters to different ranks"),
+    "zero_optimization.parameter_alignment": flag(False, "stages 1, 2: each parameter at a multiple of 16 bytes"),
+    "zero_optimization.ignore_unused_parameters": flag(True, "stages 1, 2: parameters without gradient are no error"),
+    "zero_optimization.sub_group_size": elements(10**9, "stage 3: elements of the optimizer updated at a time"),
+    "zero_optimization.stage3_prefetch_bucket_size": elements(5 * 10**7, "elements of weights fetched ahead of use"),
+    "zero_optimization.stage3_param_persistence_threshold": elements(10**5, "parameters up to this size stay whole"),
+    "zero_optimization.stage3_model_persistence_threshold": elements(
+        2**63 - 1, "elements that may stay whole in all", maximum=2**63 - 1
+    ),
+    "zero_optimization.stage3_max_live_parameters": elements(10**9, "elements of gathered weights a GPU may hold"),
+    "zero_optimization.stage3_max_reuse_distance": elements(10**9, "weights needed again within this many are kept"),
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": flag(
+        False, "of DeepSpeed's own save_16bit_model, which nothing here calls: export.py gathers always"
+    ),
+    "zero_optimization.stage3_use_all_reduce_for_fetch_params": flag(False, "gather weights by a sum"),
+    "zero_optimization.stage3_allgather_sequential": flag(False, "gather weights one by one, without a buffer"),
+    "zero_optimization.memory_efficient_linear": flag(True, "stage 3: linear layers keep no gathered weights"),
+    "zero_optimization.log_trace_cache_warnings": flag(
+        False, "with train.verbose, when stage 3 records the order of its weights again"
+    ),
+    "zero_optimization.enable_sanity_checks": flag(False, "DeepSpeed's own checks of itself"),
+    "zero_optimization.offload_optimizer.device": Key(
+        str, "none", "where the optimizer is kept: none is the GPU", ["none", "cpu", "nvme"]
+    ),
+    "zero_optimization.offload_optimizer.nvme_path": Key(str | None, None, "a folder on each node's own NVMe"),
+    "zero_optimization.offload_optimizer.buffer_count": Key(
+        int, 4, "NVMe: tensors of the optimizer in memory at a time", minimum=4, maximum=10**4
+    ),
+    "zero_optimization.offload_optimizer.pin_memory": flag(True, "in page-locked memory"),
+    "zero_optimization.offload_optimizer.ratio": Key(
+        float, 1.0, "part of the optimizer that leaves the GPU", minimum=0, maximum=1
+    ),
+    "zero_optimization.offload_param.device": Key(
+        str, "none", "stage 3: where the weights are kept", ["none", "cpu", "nvme"]
+    ),
+    "zero_optimization.offload_param.nvme_path": Key(str | None, None, "a folder on each node's own NVMe"),
+    "zero_optimization.offload_param.buffer_count": Key(
+        int, 5, "NVMe: weights in memory at a time", minimum=1, maximum=10**4
+    ),
+    "zero_optimization.offload_param.buffer_size": elements(10**8, "NVMe: elements of one of these", minimum=1),
+    "zero_optimization.offload_param.pin_memory": flag(True, "in page-locked memory"),
+    "aio.block_size": Key(int, 2**20, "NVMe: bytes of one request", minimum=2**12, maximum=2**30),
+    "aio.queue_depth": Key(int, 8, "NVMe: requests on their way", minimum=1, maximum=2**12),
+    "aio.single_submit": flag(False, "NVMe: hand requests over one by one"),
+    "aio.overlap_events": flag(True, "NVMe: hand requests over while others are on their way"),
+}
+
+# What Hugging Face's Trainer puts for "auto", by n_embd (transformers, integrations/deepspeed.py).
+AUTO = {
+    "zero_optimization.reduce_bucket_size": lambda n_embd: n_embd * n_embd,
+    "zero_optimization.stage3_prefetch_bucket_size": lambda n_embd: int(0.9 * n_embd * n_embd),
+    "zero_optimization.stage3_param_persistence_threshold": lambda n_embd: 10 * n_embd,
+}
+
+# Those that follow from ours; two places for one fact would let them disagree.
+OURS = {
+    "train_batch_size": "train.global_batch_tokens",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_tokens",
+    "gradient_clipping": "train.grad_clip",
+    "optimizer": "train.lr, train.betas, train.eps and train.weight_decay",
+    "scheduler": "train.schedule",
+    "steps_per_print": "train.log_every",
+    "bf16.enabled": "train.precision",
+    "fp16.enabled": "train.precision",
+}
+
+OFF = ({}, {"enabled": False})
+LAYOUT = "it is not shown to keep weights and moments where checkpoints are read from"
+UNREAD = "nothing here or in DeepSpeed reads it, so it would not be obeyed"
+HIDDEN = "its lines would not be seen; see metrics.jsonl and train.profile"
+REMOVED = "DeepSpeed removed it"
+
+REFUSED = {
+    "activation_checkpointing": Refused("set train.activation_checkpointing and train.checkpoints_on_cpu", OFF),
+    "autotuning": Refused("plan.py --fit finds a setting", OFF),
+    "bf16.bf16_master_weights_and_grads": Refused(LAYOUT, (False,)),
+    "bf16.bf16_optimizer_states": Refused(LAYOUT, (False,)),
+    "bf16.check_grad_overflow": Refused("a NaN must not reach the weights", (True,)),
+    "bf16.immediate_grad_update": Refused(UNREAD, (False,)),
+    "bfloat16": Refused("it is the old name of bf16, which follows from train.precision", OFF),
+    "checkpoint": Refused("checkpoints are train.py's own: train.save_every and what lies beside it", OFF),
+    "comet": Refused("set train.loggers, or read metrics.jsonl", OFF),
+    "compile": Refused("set train.compile", OFF),
+    "csv_monitor": Refused("set train.loggers, or read metrics.jsonl", OFF),
+    "data_efficiency": Refused("the data's order is train.py's own", OFF),
+    "data_parallel_size": Refused("all ranks are data-parallel"),
+    "data_types.buffer_dtype": Refused(LAYOUT, (None,)),
+    "data_types.keep_in_fp32_modules": Refused(LAYOUT, ("auto",)),
+    "data_types.param_dtype": Refused("set train.precision", (None,)),
+    "dataloader_drop_last": Refused("the data's order is train.py's own", (False,)),
+    "datastates_ckpt": Refused("checkpoints are train.py's own; set train.save_in_background", OFF),
+    "disable_allgather": Refused(UNREAD, (False,)),
+    "disable_python_gc": Refused("nothing here would collect in its place", (False,)),
+    "dump_state": Refused(HIDDEN, (False,)),
+    "expert_parallel": Refused("the models have no experts", OFF),
+    "flops_profiler": Refused("metrics.jsonl has tflops and mfu, and train.profile shows operators", OFF),
+    "fp16.auto_cast": Refused("the model takes token ids, so it would change nothing", (False,)),
+    "fp16.fp16_master_weights_and_grads": Refused(LAYOUT, (False,)),
+    "gradient_allreduce_op": Refused("train.lr means a mean over ranks", ("mean",)),
+    "gradient_predivide_factor": Refused("DeepSpeed obeys it at some stages only", (1, 1.0)),
+    "hybrid_engine": Refused("it serves reinforcement learning", OFF),
+    "log_level": Refused("set train.verbose", (None,)),
+    "managed_gradient_accumulation": Refused("accumulation follows from train.global_batch_tokens", (True,)),
+    "memory_breakdown": Refused(HIDDEN, (False,)),
+    "pipeline": Refused("layers are not spread over ranks", OFF),
+    "prescale_gradients": Refused("DeepSpeed obeys it at some stages only", (False,)),
+    "seq_parallel_communication_data_type": Refused("sequences are not spread over ranks", ("fp32",)),
+    "sequence_parallel_size": Refused("sequences are not spread over ranks", (1,)),
+    "tensor_parallel": Refused("matrices are not spread over ranks but by ZeRO-3", OFF),
+    "tensorboard": Refused("set train.loggers", OFF),
+    "timers": Refused(HIDDEN, ({}, {"throughput": {"enabled": False}})),
+    "torch_autocast": Refused("set train.precision", OFF),
+    "use_data_before_expert_parallelism": Refused("the models have no experts", (False,)),
+    "vocabulary_size": Refused("set model.vocab_size", (None,)),
+    "wall_clock_breakdown": Refused(HIDDEN, (False,)),
+    "wandb": Refused("set train.loggers", OFF),
+    "weight_quantization": Refused(LAYOUT, OFF),
+    "zero_force_ds_cpu_optimizer": Refused("train.py chooses the optimizer", (False,)),
+    "aio.intra_op_parallelism": Refused(LAYOUT, (1,)),
+    "aio.use_gds": Refused(LAYOUT, (False,)),
+    "zero_optimization.allgather_partitions": Refused(UNREAD, (True,)),
+    "zero_optimization.compute_grad_norm": Refused("bad steps are found by the norm", (True,)),
+    "zero_optimization.cpu_offload": Refused("set offload_optimizer.device", (None, False)),
+    "zero_optimization.cpu_offload_param": Refused("set offload_param.device", (None, False)),
+    "zero_optimization.cpu_offload_use_pin_memory": Refused("set offload_optimizer.pin_memory", (None,)),
+    "zero_optimization.elastic_checkpoint": Refused("checkpoints are train.py's own, and resume anywhere", (False,)),
+    "zero_optimization.leaf_module": Refused(LAYOUT, ({}, None)),
+    "zero_optimization.legacy_stage1": Refused(REMOVED, (False,)),
+    "zero_optimization.load_from_fp32_weights": Refused("it is for DeepSpeed's own checkpoints", (True,)),
+    "zero_optimization.override_module_apply": Refused("without it the initial weights are others", (True,)),
+    "zero_optimization.pipeline_loading_checkpoint": Refused("it is for DeepSpeed's own checkpoints", (False,)),
+    "zero_optimization.save_muon_momentum_buffer_in_memory": Refused("the optimizer is AdamW", (False,)),
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": Refused(
+        "its name is stage3_gather_16bit_weights_on_model_save", (False,)
+    ),
+    "zero_optimization.stage3_module_granularity_threshold": Refused(
+        "the backward pass of a model with tied embeddings fails with it", (0,)
+    ),
+    "zero_optimization.zenflow": Refused(LAYOUT, (None,)),
+    "zero_optimization.zero_hpz_partition_size": Refused(LAYOUT, (1,)),
+    "zero_optimization.zero_quantized_gradients": Refused(LAYOUT, (False,)),
+    "zero_optimization.zero_quantized_nontrainable_weights": Refused(LAYOUT, (False,)),
+    "zero_optimization.zero_quantized_weights": Refused(LAYOUT, (False,)),
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": Refused("it belongs to super_offload", (0.8,)),
+    "zero_optimization.offload_optimizer.fast_init": Refused(LAYOUT, (False,)),
+    "zero_optimization.offload_optimizer.pipeline_read": Refused(LAYOUT, (False,)),
+    "zero_optimization.offload_optimizer.pipeline_write": Refused(LAYOUT, (False,)),
+    "zero_optimization.offload_optimizer.super_offload": Refused(LAYOUT, (False,)),
+    "zero_optimization.offload_param.max_in_cpu": Refused(LAYOUT, (10**9,)),
+    # names that DeepSpeed takes too, though its documents write them with stage3_
+    **{
+        f"zero_optimization.{name}": Refused(f"write stage3_{name}")
+        for name in (
+            "allgather_sequential gather_16bit_weights_on_model_save max_live_parameters max_reuse_distance "
+            "model_persistence_threshold module_granularity_threshold param_persistence_threshold "
+            "prefetch_bucket_size use_all_reduce_for_fetch_params"
+        ).split()
+    },
+    # what DeepSpeed 0.19.8 refuses itself, with a traceback
+    "amp": Refused(f"{REMOVED} (NVIDIA Apex's AMP); set train.precision"),
+    "compression_training": Refused(f"{REMOVED} (the compression library)"),
+    "curriculum_learning": Refused(f"{REMOVED}, and the data's order is train.py's own"),
+    "eigenvalue": Refused(f"{REMOVED} (quantization while training)"),
+    "elasticity": Refused(f"{REMOVED}; a run resumes on any number of ranks without it"),
+    "graph_harvesting": Refused(REMOVED),
+    "nebula": Refused(f"{REMOVED}; checkpoints are train.py's own"),
+    "progressive_layer_drop": Refused(REMOVED),
+    "quantize_training": Refused(f"{REMOVED} (quantization while training)"),
+    "sparse_attention": Refused(REMOVED),
+    "sparse_gradients": Refused(f"{REMOVED}; gradients of embeddings are dense"),
+    "zero_optimization.mics_hierarchical_params_gather": Refused(f"{REMOVED} (MiCS); stage 3 shards over all ranks"),
+    "zero_optimization.mics_shard_size": Refused(f"{REMOVED} (MiCS); stage 3 shards over all ranks"),
+    "zero_optimization.zeropp_loco_param": Refused(f"{REMOVED} (LoCo-Zero++)"),
+}
+# Sections that hold accepted keys. Of these an offload section may be null.
+SECTIONS = {path for key in ACCEPTED for path in [key.rpartition(".")[0]] if path} | {"bf16", "zero_optimization"}
