@@ -21,6 +21,9 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import commands
+from commands import UserError
+
 ROOT = Path(__file__).resolve().parent
 IGNORE = -1  # a target that does not count
 
@@ -32,11 +35,6 @@ def git_commit():
         return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     except OSError:  # a container without git
         return None
-
-
-class UserError(Exception):
-    """Bad input. The message is the whole line the user sees: where, what was found, what was
-    expected, and the remedy. Commands print it and exit with code 2, without a traceback."""
 
 
 def key(default, meaning, choices=None, minimum=None, maximum=None):
@@ -600,17 +598,31 @@ def deepspeed_config(config, world_size, precision, on_gpu):
 
 
 def run_command(function, arguments=None):
-    """Run a command's main; turn UserError into one line on stderr and exit code 2.
+    """Run a command's main, and end it as commands.py says: what a user can cause in one line on stderr and code 2,
+    Ctrl-C in one line and 130, a pipe whose reader has gone in silence. A fault in the program shows its traceback.
 
     Mostly every rank finds the same fault, and one line is enough: the others leave the word to rank 0,
     whose exit makes the launcher end them. A rank that nobody ends is alone with its fault and says so."""
-    rank = int(os.environ.get("RANK", 0))
+    rank = os.environ.get("RANK") or "0"
+    commands.set_up_streams()
+    handler = commands.handle_interrupts(commands.interrupt)
     try:
-        function(sys.argv[1:] if arguments is None else arguments)
-    except UserError as error:
-        if rank:
+        try:
+            function(sys.argv[1:] if arguments is None else arguments)
+        except SystemExit:
+            commands.flush_output()
+            raise
+        commands.flush_output()
+    except BaseException as error:
+        line, code = commands.ending(error)
+        if code is None:
+            raise
+        if line and rank != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(10)
-        where = f"rank {rank}: " if rank else ""
-        print(f"{Path(sys.argv[0]).name}: {where}error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+            time.sleep(10 if code == commands.REFUSED else 0)
+            line = f"rank {rank}: {line}"
+        if line and (rank == "0" or code == commands.REFUSED):
+            commands.say(line)
+        raise SystemExit(code) from None
+    finally:
+        commands.restore_interrupts(handler)

@@ -3,7 +3,11 @@
 python plot.py out/a out/b --x flops --out both.png --html both.html
 """
 
-import argparse
+from commands import begin
+
+if __name__ == "__main__":
+    begin()
+
 import base64
 import dataclasses
 import html
@@ -20,6 +24,7 @@ import matplotlib.pyplot as plt
 
 from config import UserError, build, read_json, run_command
 from data.shards import cannot_write
+from flags import FlagParser, a_path
 from flops import flops_per_token
 from metrics import duration, read_metrics
 
@@ -289,11 +294,11 @@ th, td {{ border-bottom: 1px solid #ddd; padding: .25rem .75rem; text-align: lef
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="run folders, as out/tiny")
+    parser = FlagParser(__doc__)
+    parser.add_argument("runs", type=a_path, nargs="+", help="run folders, as out/tiny")
     parser.add_argument("--x", choices=X_LABELS, default="tokens", help="what the curves are drawn against")
-    parser.add_argument("--out", type=Path, help="the picture; default: metrics.png in the first run's folder")
-    parser.add_argument("--html", type=Path, help="also a page with the picture and a table of the runs' facts")
+    parser.add_argument("--out", type=a_path, help="the picture; default: metrics.png in the first run's folder")
+    parser.add_argument("--html", type=a_path, help="also a page with the picture and a table of the runs' facts")
     args = parser.parse_args(arguments)
     names = names_of(args.runs)
     runs = [read_run(folder, args.x, name) for folder, name in zip(args.runs, names, strict=True)]

@@ -7,22 +7,26 @@
 Read it from top to bottom: learning rate, evaluation, set-up, loop. `train.py --help` lists every key.
 """
 
+from commands import begin
+
+if __name__ == "__main__":
+    begin()
+
 import contextlib
 import errno
 import json
 import math
 import os
 import platform
-import sys
 import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
 
-from config import help_if_asked
+from config import help_if_asked, run_command
 
 if __name__ == "__main__":
-    help_if_asked(sys.argv[1:])  # in front of the imports that take seconds
+    run_command(help_if_asked)  # before the imports that take seconds
 import torch
 
 if not torch.cuda.is_available():
@@ -41,7 +45,6 @@ from config import (
     git_commit,
     gradient_accumulation,
     load_config,
-    run_command,
     zero_stage,
 )
 from data.mixture import Mixture
