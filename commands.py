@@ -1,19 +1,18 @@
 """How every command begins and ends: its streams, Ctrl-C, and one line for what a user can cause.
 
-Imports only what Python has loaded anyway, so that a command can call `begin` before the imports that take seconds.
-`config.run_command` runs the rest of a command.
+A command calls `begin` before the imports that take seconds, and this file imports next to nothing, so that a Ctrl-C
+meets `begin` as early as can be. `config.run_command` runs the rest of a command.
 """
 
 import contextlib
 import errno
 import io
 import os
-import re
 import select
 import signal
 import sys
+import threading
 import time
-from pathlib import Path
 
 BROKEN_PIPE, INTERRUPTED, REFUSED = 141, 130, 2  # exit codes; the first two as a shell has them for the signals
 LONGEST = 2000  # characters of a line about a fault: a number or a name in it may be of any length
@@ -61,6 +60,8 @@ def explain(error):
     """What to say of an exception that a user, or the machine, can cause; None for a fault in the program."""
     if isinstance(error, UserError):
         return str(error)
+    import re
+
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(OF_MEMORY, text)):
         size = re.search(r"allocate ([\d.]+ ?\w+)", text)
@@ -83,7 +84,8 @@ def explain(error):
         isinstance(error, RuntimeError | ValueError | TypeError) and re.search(OF_SIZE, text)
     ):
         return f"a number or size is too large ({text}); choose a smaller one"
-    if isinstance(error, ModuleNotFoundError) and not (Path(__file__).parent / f"{error.name}.py").exists():
+    ours = os.path.join(os.path.dirname(__file__), f"{error.name}.py") if isinstance(error, ModuleNotFoundError) else ""
+    if ours and not os.path.exists(ours):
         return (
             f"{error.name}: no such package in {sys.executable}; install the requirements (make setup) and call "
             ".venv/bin/python"
@@ -98,7 +100,7 @@ def explain_os_error(error):
     path = error.filename if error.filename is not None else file_written(error.__traceback__)
     path = os.fsdecode(path) if isinstance(path, bytes) else path
     remedy = REMEDIES.get(error.errno, "fix that and run the same command again")
-    return f"{'' if path is None else f'{path}: '}{error.strerror}; {remedy}"
+    return f"{'a file or standard output' if path is None else path}: {error.strerror}; {remedy}"
 
 
 def file_written(traceback):
@@ -163,7 +165,7 @@ def flush_output():
 def say(line):
     """Print a line to standard error, if there is anybody to read it."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"{Path(sys.argv[0]).name}: {one_line(line)}", file=sys.stderr, flush=True)
+        print(f"{os.path.basename(sys.argv[0])}: {one_line(line)}", file=sys.stderr, flush=True)
 
 
 # -- Ctrl-C --------------------------------------------------------------------------------------
@@ -209,6 +211,23 @@ def restore_interrupts(handler):
         signal.signal(signal.SIGINT, handler)
 
 
+def watch_interrupts():
+    """End this process when a Ctrl-C is not heard within five seconds: Python calls a handler only between its own
+    instructions, and the main thread may be in a library's code for minutes, as in learning a tokenizer."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch():
+        while number := os.read(reader, 1):
+            if number[0] == signal.SIGINT and heard_at is None:
+                time.sleep(5)
+                if heard_at is None and signal.getsignal(signal.SIGINT) in (leave, interrupt):
+                    leave()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 # -- the beginning and the end -------------------------------------------------------------------
 
 
@@ -217,8 +236,9 @@ def begin():
     user can cause shows a traceback."""
     global own_process
     own_process = os.getpid()
-    set_up_streams()
     handle_interrupts(leave)
+    set_up_streams()
+    watch_interrupts()
     sys.excepthook = end_imports
     sys.unraisablehook = end_destructor
 

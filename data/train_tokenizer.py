@@ -12,14 +12,14 @@ import itertools
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from commands import begin
 
 if __name__ == "__main__":
     begin()
+
+from tqdm import tqdm
 
 from config import UserError, did_you_mean, run_command
 from data.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
