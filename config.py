@@ -301,7 +301,8 @@ def offloads_optimizer(deepspeed):
 
 def nearest_divisors(number, wanted):
     """The two divisors of `number` nearest to `wanted`, for error messages."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    # of absurd numbers not all, which would take for ever
+    small = [d for d in range(1, min(math.isqrt(number), 10**6) + 1) if number % d == 0]
     divisors = sorted({*small, *(number // d for d in small)})
     return " or ".join(str(d) for d in sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:2]))
 
@@ -441,6 +442,8 @@ def read_json(path):
         raise UserError(f"{path}: nested too deeply; expected JSON of a few levels") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; expected JSON") from None
+    except ValueError as error:  # a number of more digits than Python converts; a NUL in the path
+        raise UserError(f"{path}: {str(error).split(';')[0]}; expected a readable JSON file") from None
 
 
 def merge(base, over):
@@ -485,6 +488,8 @@ def command_line_values(arguments):
             value = json.loads(raw)
         except json.JSONDecodeError:
             value = raw
+        except (ValueError, RecursionError):  # more digits than Python converts, or brackets
+            raise UserError(f"--{name}: found {raw[:20]}... ({len(raw)} characters), expected less") from None
         if known.get(path[0]) in (str, str | None, str | dict) and value is not None and not isinstance(value, dict):
             value = raw.strip('"')  # a folder may be called 2024
         target = values.setdefault(section, {})

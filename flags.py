@@ -55,7 +55,7 @@ def at_least(least, most=LARGEST, expected=None):
 
 def a_number(least=0.0, most=math.inf, above=False):
     """The type of a flag that takes a finite number in this range, `least` itself only without `above`."""
-    expected = f"a number above {least:g}" if above else f"{least:g} or more"
+    expected = f"above {least:g}" if above else f"{least:g} or more"
     if most < math.inf:
         expected = f"above {least:g}, at most {most:g}" if above else f"{least:g} to {most:g}"
 
@@ -63,7 +63,7 @@ def a_number(least=0.0, most=math.inf, above=False):
         try:
             value = float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"found {shown(text)!r}, expected a number, {expected}") from None
+            raise argparse.ArgumentTypeError(f"found {shown(text)!r}, expected a number {expected}") from None
         if not (least <= value <= most and math.isfinite(value)) or (above and value == least):
             raise argparse.ArgumentTypeError(f"found {value}, expected {expected}")
         return value
@@ -74,7 +74,7 @@ def a_number(least=0.0, most=math.inf, above=False):
 def a_path(text):
     """The type of a flag that names a file or folder."""
     if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"found {shown(text)}, expected a path")
+        raise argparse.ArgumentTypeError(f"found {shown(text)!r}, expected a path")
     return Path(text)
 
 

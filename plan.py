@@ -35,7 +35,7 @@ from config import (
     run_command,
     zero_stage,
 )
-from flags import FlagParser, a_number, a_path, at_least
+from flags import FlagParser, a_number, a_path, at_least, check_can_write
 from flops import PEAK_FLOPS, flops_per_token, peak_flops, recomputed_flops_per_token
 from memory import PARTS, Gathered, Settings, simulate
 
@@ -43,7 +43,7 @@ GiB = 2**30
 # How much of a GPU may be allocated: the rest is what the allocator cannot reuse, the CUDA context and NCCL. Of the
 # published largest models and batches that ran, none is predicted above USABLE, and few above COMFORTABLE.
 USABLE, COMFORTABLE = 0.9, 0.8
-MOST_GPUS = 2**20
+MOST_GPUS, MOST_LAYERS, MOST_SEQUENCES = 2**17, 2**12, 2**16  # beyond these nothing is planned
 
 # What --fit tries and --plot shows: stages, and what of them is kept in CPU memory ("param": the optimizer too).
 CHOICES = [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimizer"), (3, "optimizer"), (3, "param")]
@@ -88,6 +88,8 @@ def settings_of(config, gpus):
     stage = zero_stage(config.deepspeed)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"deepspeed.zero_optimization.stage: found {json.dumps(stage)}, expected 0, 1, 2 or 3")
+    if config.model.n_layer > MOST_LAYERS:  # each is replayed
+        raise UserError(f"model.n_layer: found {config.model.n_layer}, expected at most {MOST_LAYERS} to be planned")
     precision = "bf16" if train.precision == "auto" else train.precision
     overlap, ratio = zero.get("overlap_comm"), offload_ratio(zero)
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
@@ -241,7 +243,8 @@ def micro_batches(config, gpus):
     """Micro-batch sizes by which each rank's share of the global batch divides, the largest first; 1 if none."""
     sequences = config.train.global_batch_tokens // config.model.block_size
     share = sequences // gpus if sequences % gpus == 0 else 1
-    return [size for size in range(max(share, 1), 0, -1) if max(share, 1) % size == 0]
+    share = max(share, 1)
+    return [size for size in range(min(share, MOST_SEQUENCES), 0, -1) if share % size == 0]
 
 
 def first_that_fits(candidates, planned):
@@ -378,7 +381,7 @@ def deepest(config, planned):
     low, high = 0, 1
     while fits(high):
         low, high = high, 2 * high
-        if high > 2**14:
+        if high > MOST_LAYERS:
             return low
     while high - low > 1:
         middle = (low + high) // 2
@@ -507,15 +510,16 @@ def read_options(arguments):
     """plan.py's own flags, and what is left: the config file and its overrides."""
     parser = FlagParser(__doc__, "plan.py CONFIG --gpus N --gpu_memory GB [--section.key value ...]")
     parser.add_argument("--gpus", type=at_least(1, MOST_GPUS), required=True)
-    parser.add_argument("--gpu_memory", type=a_number(above=True), required=True)
+    parser.add_argument("--gpu_memory", type=a_number(0, 1e6, above=True), required=True)
     parser.add_argument("--gpu", default="h100")
     parser.add_argument("--nodes", type=at_least(1, MOST_GPUS))
-    parser.add_argument("--price", type=a_number())
+    parser.add_argument("--price", type=a_number(0, 1e6))
     parser.add_argument("--plot", type=a_path)
     for flag in ("--fit", "--max", "--json"):
         parser.add_argument(flag, action="store_true")
     for assumed in dataclasses.fields(Assumptions):
-        parser.add_argument(f"--{assumed.name}", type=a_number(above=True), default=assumed.default)
+        values = a_number(0, 1, above=True) if assumed.name == "utilisation" else a_number(1, 1e15)
+        parser.add_argument(f"--{assumed.name}", type=values, default=assumed.default)
     options, rest = parser.parse_known_args(arguments)
     options.nodes = options.nodes or -(-options.gpus // 8)
     if options.gpus % options.nodes:
@@ -541,11 +545,12 @@ def main(arguments):
 
     answer = {}
     if options.plot:
+        check_can_write("--plot", options.plot)
         try:
             draw(config, planned, options, options.plot)
         except (OSError, ValueError) as error:  # a folder that is not there, a format that is none
             raise UserError(f"--plot: {options.plot}: {error}; expected a PICTURE.png that can be written") from None
-        answer["picture"] = options.plot
+        answer["picture"] = str(options.plot)
     if options.fit:
         found, chosen = fastest(config, options.gpus, planned)
         if found is None:
