@@ -350,7 +350,9 @@ def convert(where, value, expected, meta):
         value = option(value)
     elif option == list[float]:
         value = [float(one) for one in value]
-    for one in value if isinstance(value, list) else [value]:
+    for one in value if isinstance(value, list | dict) else [value]:
+        if isinstance(one, str) and "\0" in one:
+            raise UserError(f"{where}: found {json.dumps(one)}, expected no NUL character ({meta['meaning']})")
         if meta["choices"] and one not in meta["choices"]:
             names = ", ".join(str(choice).lower() for choice in meta["choices"])
             raise UserError(f"{where}: found {json.dumps(one)}, expected one of {names}")

@@ -34,7 +34,7 @@ from config import ModelConfig, UserError, data_weights, did_you_mean, run_comma
 from data.pipeline import tokenizer_of
 from data.shards import TokenStream, read_meta
 from data.tokenizer import byte_level_names
-from flags import SUPPRESS, FlagParser, a_path, at_least
+from flags import SUPPRESS, FlagParser, a_checkpoint, a_path, at_least
 from model import GPT, IGNORE
 
 # -- what is evaluated ---------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def run_tasks(trained: Trained, names, manager, limit):
 def main(arguments):
     parser = FlagParser(__doc__)
     parser.add_argument("path", type=a_path, help="a run's folder, a checkpoint in it, or one in transformers' format")
-    parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    parser.add_argument("--checkpoint", type=a_checkpoint, default="best", help="best, latest or a step")
     parser.add_argument("--data", type=a_path, help="folder of shards; default: the run's own")
     parser.add_argument("--batch_size", type=at_least(1), default=16, help="sequences at a time on each rank")
     parser.add_argument(
@@ -260,7 +260,9 @@ def main(arguments):
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--local_rank", help=SUPPRESS)  # the launcher's
     args = parser.parse_args(arguments)
-    ranks, names = int(os.environ.get("WORLD_SIZE", 1)), args.tasks.split(",") if args.tasks else []
+    ranks, names = int(os.environ.get("WORLD_SIZE", 1)), [] if args.tasks is None else args.tasks.split(",")
+    if "" in names:
+        raise UserError(f"--tasks: found {args.tasks!r}, expected names of tasks: one,two")
     trained = open_trained(args.path, args.checkpoint)
     folders = [args.data] if args.data else trained.data
     if not folders and not names:

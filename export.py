@@ -24,7 +24,7 @@ import torch
 import checkpoint
 from config import ModelConfig, UserError, build, read_json, run_command
 from data.shards import read_meta, write_json
-from flags import FlagParser, a_path, check_can_write
+from flags import FlagParser, a_checkpoint, a_path, check_can_write
 from model import GPT
 
 MAX_SHARD = "5GB"  # of one file of weights
@@ -514,7 +514,7 @@ def main(arguments):
     parser = FlagParser(__doc__)
     parser.add_argument("path", type=a_path, help="a run's folder, as out/tiny, or a checkpoint in it")
     parser.add_argument("folder", type=a_path, help="where to write; must not be there yet, or be empty")
-    parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    parser.add_argument("--checkpoint", type=a_checkpoint, default="best", help="best, latest or a step")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     args = parser.parse_args(arguments)
     check_can_write("folder", args.folder, folder=True)

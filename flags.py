@@ -78,6 +78,13 @@ def a_path(text):
     return Path(text)
 
 
+def a_checkpoint(text):
+    """The type of a flag that names a checkpoint of a run. Which there are, only the run knows."""
+    if len(text) > 60:
+        raise argparse.ArgumentTypeError(f"found {shown(text)!r}, expected best, latest or a step")
+    return text
+
+
 def check_can_write(flag, path, folder=False):
     """Raise UserError unless a file, or with `folder` a folder that need not be there, can be written at this path:
     before the work that makes its content. flag: what names it."""

@@ -30,7 +30,9 @@ from data.conversations import question
 from data.pipeline import tokenizer_of
 from data.tokenizer import END_OF_TEXT, huggingface_json, missing_characters
 from eval import Trained, load_model, open_trained
-from flags import FlagParser, a_number, a_path, at_least
+from flags import FlagParser, a_checkpoint, a_number, a_path, at_least
+
+LEAST_TEMPERATURE = 1e-6  # logits over less overflow
 
 
 class WithoutCache(PreTrainedModel, GenerationMixin):
@@ -170,7 +172,7 @@ def read_prompts(args):
 def main(arguments):
     parser, top_k = FlagParser(__doc__), at_least(0, expected="0 (all) or more")
     parser.add_argument("path", type=a_path, help="a run's folder, a checkpoint in it, or one in transformers' format")
-    parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    parser.add_argument("--checkpoint", type=a_checkpoint, default="best", help="best, latest or a step")
     parser.add_argument("--data", type=a_path, help="data made with the model's tokenizer; default: the run's own")
     parser.add_argument("--prompt", help="text to go on from; empty: the start of a document")
     parser.add_argument("--file", type=a_path, help="a file of prompts, one a line")
@@ -186,6 +188,8 @@ def main(arguments):
     args = parser.parse_args(arguments)
     if args.prompt is not None and args.file:
         raise UserError("--prompt and --file: found both, expected one of them")
+    if 0 < args.temperature < LEAST_TEMPERATURE:
+        raise UserError(f"--temperature: found {args.temperature}, expected 0 or at least {LEAST_TEMPERATURE}")
     trained = open_trained(args.path, args.checkpoint)
     model = load_writer(trained)
     tokenizer, end, missing = open_tokenizer(trained, args.data)
@@ -197,6 +201,8 @@ def main(arguments):
     if args.temperature > 0:
         settings |= {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     for prompt in read_prompts(args):
+        if odd := [char for char in prompt if "\ud800" <= char <= "\udfff"]:  # what a byte that is not UTF-8 becomes
+            raise UserError(f"prompt: found {odd[0]!r} in it, expected UTF-8 text")
         if unwritable := missing(prompt):
             raise UserError(f"prompt: found {unwritable[0]!r}, expected characters that the model's tokenizer has")
         text = question(prompt) if args.chat else prompt
@@ -213,7 +219,12 @@ def main(arguments):
             torch.manual_seed(args.seed + number)
             sys.stdout.write("" if args.chat else prompt)
             terminal = Terminal(tokenizer, tokens)
-            write(model, tokens, args.tokens, block_size, terminal, **settings)
+            try:
+                write(model, tokens, args.tokens, block_size, terminal, **settings)
+            except RuntimeError as error:
+                if "probability tensor" not in str(error):
+                    raise
+                raise UserError(f"{trained.path}: the model's predictions are not finite; are its weights?") from None
             terminal.finish()
 
 
