@@ -624,12 +624,12 @@ def run_command(function, arguments=None):
         line, code = commands.ending(error)
         if code is None:
             raise
-        if line and rank != "0":
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(10 if code == commands.REFUSED else 0)
-            line = f"rank {rank}: {line}"
-        if line and (rank == "0" or code == commands.REFUSED):
+        if line and rank == "0":
             commands.say(line)
+        elif line and code == commands.REFUSED:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(10)
+            commands.say(f"rank {rank}: {line}")
         raise SystemExit(code) from None
     finally:
         commands.restore_interrupts(handler)
