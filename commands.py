@@ -165,7 +165,8 @@ def flush_output():
 def say(line):
     """Print a line to standard error, if there is anybody to read it."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"{os.path.basename(sys.argv[0])}: {one_line(line)}", file=sys.stderr, flush=True)
+        name = "python" if sys.argv[0] == "-c" else os.path.basename(sys.argv[0])
+        print(f"{name}: {one_line(line)}", file=sys.stderr, flush=True)
 
 
 # -- Ctrl-C --------------------------------------------------------------------------------------
