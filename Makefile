@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # One process a GPU, but the tiny batch divides by no more than two; two CPU processes where there is no GPU.
-PROCESSES = $$($(BIN)/python -c "import torch; print(min(torch.cuda.device_count() or 2, 2))")
-ACCELERATOR = $$($(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else 'DS_ACCELERATOR=cpu')")
+PROCESSES = $$($(BIN)/python -c "from commands import begin; begin(); import torch; print(min(torch.cuda.device_count() or 2, 2))")
+ACCELERATOR = $$($(BIN)/python -c "from commands import begin; begin(); import torch; print('' if torch.cuda.is_available() else 'DS_ACCELERATOR=cpu')")
+NOT_INSTALLED = echo "minZeRO: pip could not install it: see above; is there a network? Then make again continues"; exit 2
 
 .PHONY: setup data train test test-slow clean
 
@@ -16,11 +17,11 @@ $(VENV)/.installed: requirements.txt
 	@command -v $(PYTHON) >/dev/null || { echo "minZeRO: no $(PYTHON): install Python 3.10 to 3.13, or call make PYTHON=..."; exit 2; }
 	@$(PYTHON) preflight.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt || { $(NOT_INSTALLED); }
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt || { $(NOT_INSTALLED); }
 	@touch $@
 
 data/stdlib/meta.json: $(VENV)/.installed
@@ -28,7 +29,7 @@ data/stdlib/meta.json: $(VENV)/.installed
 	@touch $@
 
 train: setup data
-	@processes=$(PROCESSES); echo "deepspeed --num_gpus $$processes train.py configs/tiny.json"; \
+	@processes=$(PROCESSES) || exit; echo "deepspeed --num_gpus $$processes train.py configs/tiny.json"; \
 	env $(ACCELERATOR) $(BIN)/deepspeed -q --num_gpus $$processes train.py configs/tiny.json
 	@echo; $(BIN)/python eval.py out/tiny --gzip
 	@echo; echo "A sample:"; $(BIN)/python sample.py out/tiny --prompt "def "

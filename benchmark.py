@@ -9,6 +9,11 @@ shows why, and the others go on. Writes FOLDER/<config>.md, .json and .png (defa
 Without a GPU the ranks are CPU processes.
 """
 
+from commands import begin
+
+if __name__ == "__main__":
+    begin()
+
 import contextlib
 import copy
 import dataclasses
@@ -33,9 +38,10 @@ import numpy as np
 from config import ROOT, UserError, gradient_accumulation, load_config, run_command
 from data.mixture import Mixture
 from data.shards import make_folder, token_dtype, write_atomically, write_json, write_shard
+from flags import FlagParser, a_path, at_least
 from memory import simulate
 from metrics import read_metrics
-from plan import FlagParser, in_units, settings_of, with_choice
+from plan import in_units, settings_of, with_choice
 
 # name on the command line: (title, stage, what is kept in CPU memory, whether all blocks are recomputed)
 ROWS = {
@@ -162,7 +168,9 @@ def launch(config, gpus, wanted, folder, on_gpu, program=("train.py",), seconds=
 
     code = run_until(finished, [*launcher, folder / "benchmark.json"], folder / "log", seconds, environment)
     lines = steps_of(folder)
-    return lines[:wanted], None if len(lines) >= wanted else why_it_ended((folder / "log").read_text(), code)
+    return lines[:wanted], None if len(lines) >= wanted else why_it_ended(
+        (folder / "log").read_text(errors="replace"), code
+    )
 
 
 def steps_of(folder):
@@ -312,19 +320,15 @@ def describe(config, gpus, device, data, options, results):
 def read_options(arguments):
     """benchmark.py's own flags, and what is left: the config file and its overrides."""
     parser = FlagParser(
-        "benchmark.py CONFIG [--gpus N] [--steps N] [--rows NAME ...] [--section.key value ...]", __doc__
+        __doc__, "benchmark.py CONFIG [--gpus N] [--steps N] [--rows NAME ...] [--section.key value ...]"
     )
-    parser.add_argument("--gpus", type=int)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--gpus", type=at_least(1))
+    parser.add_argument("--steps", type=at_least(1), default=10)
+    parser.add_argument("--warmup", type=at_least(0), default=3)
     parser.add_argument("--rows", nargs="+", default=list(ROWS))
-    parser.add_argument("--out", type=Path, default=Path("out/benchmark"))
+    parser.add_argument("--out", type=a_path, default=Path("out/benchmark"))
     parser.add_argument("--json", action="store_true")
     options, rest = parser.parse_known_args(arguments)
-    for name, least in (("gpus", 1), ("steps", 1), ("warmup", 0)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name}: found {value}, expected at least {least}")
     if unknown := [row for row in options.rows if row not in ROWS]:
         raise UserError(f"--rows: found {unknown[0]}, expected some of: {' '.join(ROWS)}")
     for argument in rest:

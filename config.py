@@ -21,7 +21,9 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import commands
 import deepspeed_keys
+from commands import UserError
 
 ROOT = Path(__file__).resolve().parent
 IGNORE = -1  # a target that does not count
@@ -34,11 +36,6 @@ def git_commit():
         return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     except OSError:  # a container without git
         return None
-
-
-class UserError(Exception):
-    """Bad input. The message is the whole line the user sees: where, what was found, what was
-    expected, and the remedy. Commands print it and exit with code 2, without a traceback."""
 
 
 class SharedError(UserError):
@@ -555,8 +552,8 @@ def read_json(path):
         raise UserError(f"{path}: nested too deeply; expected JSON of a few levels") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; expected JSON") from None
-    except ValueError:  # what Python takes for an integer, and a path with a NUL
-        raise UserError(f"{path}: holds a number of thousands of digits, or is no path; expected JSON") from None
+    except ValueError as error:  # a number of more digits than Python converts; a NUL in the path
+        raise UserError(f"{path}: {str(error).split(';')[0]}; expected a readable JSON file") from None
 
 
 def merge(base, over):
@@ -610,8 +607,10 @@ def command_line_values(arguments):
         known = {f.name: f.type for f in dataclasses.fields(SECTIONS[section])} if section in SECTIONS else {}
         try:
             value = json.loads(raw)
-        except (ValueError, RecursionError):  # also of a number of thousands of digits
+        except json.JSONDecodeError:
             value = raw
+        except (ValueError, RecursionError):  # more digits than Python converts, or brackets
+            raise UserError(f"--{name}: found {raw[:20]}... ({len(raw)} characters), expected less") from None
         kind = known.get(path[0])
         if section == "deepspeed" and (accepted := deepspeed_keys.ACCEPTED.get(".".join(path))):
             kind = accepted.kind
@@ -746,18 +745,32 @@ def deepspeed_config(config, world_size, precision, on_gpu):
 
 
 def run_command(function, arguments=None):
-    """Run a command's main; turn UserError into one line on stderr and exit code 2.
+    """Run a command's main, and end it as commands.py says: what a user can cause in one line on stderr and code 2,
+    Ctrl-C in one line and 130, a pipe whose reader has gone in silence. A fault in the program shows its traceback.
 
     Mostly every rank finds the same fault, and one line is enough: the others leave the word to rank 0,
     whose exit makes the launcher end them. A rank that nobody ends is alone with its fault and says so."""
+    commands.set_up_streams()
+    handler = commands.handle_interrupts(commands.interrupt)
     try:
-        function(sys.argv[1:] if arguments is None else arguments)
-    except UserError as error:
-        rank = int(os.environ.get("RANK", 0))
-        if rank:
+        try:
+            function(sys.argv[1:] if arguments is None else arguments)
+        except SystemExit:
+            commands.flush_output()
+            raise
+        commands.flush_output()
+    except BaseException as error:
+        line, code = commands.ending(error)
+        if code is None:
+            raise
+        rank = os.environ.get("RANK") or "0"  # the function may have found it
+        if line and rank == "0":
+            commands.say(line)
+        elif line and code == commands.REFUSED:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(2 if isinstance(error, SharedError) else 10)
-        where = f"rank {rank}: " if rank else ""
-        if not rank or not isinstance(error, SharedError):
-            print(f"{Path(sys.argv[0]).name}: {where}error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+            if not isinstance(error, SharedError):
+                commands.say(f"rank {rank}: {line}")
+        raise SystemExit(code) from None
+    finally:
+        commands.restore_interrupts(handler)

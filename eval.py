@@ -9,7 +9,11 @@ Bits per byte is the loss of all tokens over the bytes of the text they stand fo
 can be compared between tokenizers, and with a compressor (--gzip).
 """
 
-import argparse
+from commands import begin
+
+if __name__ == "__main__":
+    begin()
+
 import gzip
 import importlib.util
 import json
@@ -30,6 +34,7 @@ from config import ModelConfig, UserError, data_weights, did_you_mean, run_comma
 from data.pipeline import tokenizer_of
 from data.shards import TokenStream, read_meta
 from data.tokenizer import byte_level_names
+from flags import SUPPRESS, FlagParser, a_checkpoint, a_path, at_least
 from launchers import find_ranks
 from model import GPT, IGNORE
 
@@ -242,25 +247,24 @@ def run_tasks(trained: Trained, names, manager, limit):
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", help="a run's folder, as out/tiny, a checkpoint in it, or one in transformers' format")
-    parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
-    parser.add_argument("--data", help="folder of shards; default: the run's own")
-    parser.add_argument("--batch_size", type=int, default=16, help="sequences at a time on each rank")
+    parser = FlagParser(__doc__)
+    parser.add_argument("path", type=a_path, help="a run's folder, a checkpoint in it, or one in transformers' format")
+    parser.add_argument("--checkpoint", type=a_checkpoint, default="best", help="best, latest or a step")
+    parser.add_argument("--data", type=a_path, help="folder of shards; default: the run's own")
+    parser.add_argument("--batch_size", type=at_least(1), default=16, help="sequences at a time on each rank")
     parser.add_argument(
         "--gzip", action="store_true", help="compare with gzip -9 on the same text (of the last folder)"
     )
     parser.add_argument("--tasks", help="also these of lm-eval's tasks, or yaml files of tasks: one,two")
-    parser.add_argument("--task_path", help="folder of further task files for --tasks")
-    parser.add_argument("--limit", type=int, help="at most that many examples of each task")
+    parser.add_argument("--task_path", type=a_path, help="folder of further task files for --tasks")
+    parser.add_argument("--limit", type=at_least(1), help="at most that many examples of each task")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher's
+    parser.add_argument("--local_rank", help=SUPPRESS)  # the launcher's
     args = parser.parse_args(arguments)
     ranks = int(find_ranks(dict(os.environ), may_be_alone=True)["WORLD_SIZE"])
-    names = args.tasks.split(",") if args.tasks else []
-    for name in ("batch_size", "limit"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name}: found {getattr(args, name)}, expected 1 or more")
+    names = [] if args.tasks is None else args.tasks.split(",")
+    if "" in names:
+        raise UserError(f"--tasks: found {args.tasks!r}, expected names of tasks: one,two")
     trained = open_trained(args.path, args.checkpoint)
     folders = [args.data] if args.data else trained.data
     if not folders and not names:

@@ -7,7 +7,11 @@ writes a folder that AutoModelForCausalLM and AutoTokenizer load. The way back i
 `open_weights` looks at what a run shall start from, `copy_into` reads it into the run's model.
 """
 
-import argparse
+from commands import begin
+
+if __name__ == "__main__":
+    begin()
+
 import contextlib
 import dataclasses
 import json
@@ -20,6 +24,7 @@ import torch
 import checkpoint
 from config import ModelConfig, UserError, build, read_json, run_command
 from data.shards import read_meta, write_json
+from flags import FlagParser, a_checkpoint, a_path, check_can_write
 from model import GPT
 
 MAX_SHARD = "5GB"  # of one file of weights
@@ -506,12 +511,13 @@ def export(found, folder, dtype="float32"):
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", help="a run's folder, as out/tiny, or a checkpoint in it")
-    parser.add_argument("folder", help="where to write; must not be there yet, or be empty")
-    parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    parser = FlagParser(__doc__)
+    parser.add_argument("path", type=a_path, help="a run's folder, as out/tiny, or a checkpoint in it")
+    parser.add_argument("folder", type=a_path, help="where to write; must not be there yet, or be empty")
+    parser.add_argument("--checkpoint", type=a_checkpoint, default="best", help="best, latest or a step")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     args = parser.parse_args(arguments)
+    check_can_write("folder", args.folder, folder=True)
     found = checkpoint.must_find(args.path, args.checkpoint)
     print(f"{found} -> {args.folder}: {export(found, args.folder, args.dtype)}")
 

@@ -19,6 +19,13 @@ from flops import flops_per_token, peak_flops, recomputed_flops_per_token
 # wait for the network for ever. In between it never waits.
 WANDB_PATIENCE = {"init_timeout": 20, "finish_timeout": 60}
 
+# What a line of metrics.jsonl says in numbers, besides its step and tokens.
+NUMBERS = set(
+    "loss val_loss lr grad_norm skipped step_seconds data_seconds forward_backward_seconds optimizer_seconds "
+    "tokens_per_second tflops mfu hfu peak_memory_bytes peak_reserved_bytes peak_cpu_bytes eval_seconds save_seconds "
+    "stall_seconds".split()
+)
+
 
 def throughput(config, step_seconds, devices, device_name):
     """What a step line says of speed. config: of the run; devices: how many took part. tflops: model FLOPs
@@ -177,15 +184,41 @@ def heaviest_operators(operators, steps, rows=10):
 
 
 def read_metrics(run):
-    """The lines of a run's metrics.jsonl as dictionaries. A last line cut by a crash is left out."""
+    """The lines of a run's metrics.jsonl as dictionaries. What is no such line, as a last one cut by a crash, is left
+    out."""
+    return good_lines(run)[0]
+
+
+def good_lines(run):
+    """(the lines of a run's metrics.jsonl as dictionaries, how many others were passed over)."""
     path = Path(run) / "metrics.jsonl"
+    texts = [text for text in path.read_bytes().split(b"\n") if text.strip()] if path.exists() else []
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in texts:
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+            if is_line(line):
+                lines.append(line)
+        except (ValueError, RecursionError):  # no JSON, no UTF-8, more digits than Python converts, nested too deeply
             continue
-    return lines
+    return lines, len(texts) - len(lines)
+
+
+def is_line(line):
+    """Whether a JSON value can be a line of MetricsLog: an object with a whole step, each of NUMBERS in it null or a
+    number that a float can hold."""
+    if not isinstance(line, dict) or "step" not in line:
+        return False
+    for key, value in line.items():
+        if key in ("step", "tokens") and not (type(value) is int and 0 <= value < 2**63):
+            return False
+        if key in NUMBERS and value is not None and not (type(value) is float or is_moderate_int(value)):
+            return False
+    return True
+
+
+def is_moderate_int(value):
+    return type(value) is int and abs(value) < 2**1023
 
 
 def numbers_of(line):

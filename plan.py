@@ -8,13 +8,16 @@ nothing fits, the cheapest change that would is named. Memory is replayed alloca
 is arithmetic on stated assumptions (`Assumptions`). Nothing is allocated, and no GPU is looked for.
 """
 
-import argparse
+from commands import begin
+
+if __name__ == "__main__":
+    begin()
+
 import bisect
 import copy
 import dataclasses
 import functools
 import json
-import math
 import shlex
 from dataclasses import dataclass
 
@@ -33,6 +36,7 @@ from config import (
     run_command,
     zero_stage,
 )
+from flags import FlagParser, a_number, a_path, at_least, check_can_write
 from flops import PEAK_FLOPS, flops_per_token, peak_flops, recomputed_flops_per_token
 from memory import PARTS, Gathered, Settings, simulate
 
@@ -40,6 +44,7 @@ GiB = 2**30
 # How much of a GPU may be allocated: the rest is what the allocator cannot reuse, the CUDA context and NCCL. Of the
 # published largest models and batches that ran, none is predicted above USABLE, and few above COMFORTABLE.
 USABLE, COMFORTABLE = 0.9, 0.8
+MOST_GPUS, MOST_LAYERS = 2**17, 2**12  # beyond these nothing is planned
 
 # What --fit tries and --plot shows: stages, and what of them is kept in CPU memory ("param": the optimizer too).
 CHOICES = [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimizer"), (3, "optimizer"), (3, "param")]
@@ -79,6 +84,8 @@ def settings_of(config, gpus):
     """The simulator's Settings of a run's configuration."""
     train, zero = config.train, config.deepspeed.get("zero_optimization", {})
     stage = zero_stage(config.deepspeed)
+    if config.model.n_layer > MOST_LAYERS:  # each is replayed
+        raise UserError(f"model.n_layer: found {config.model.n_layer}, expected at most {MOST_LAYERS} to be planned")
     precision = "bf16" if train.precision == "auto" else train.precision
     overlap = zero.get("overlap_comm")
     accumulated = config.deepspeed.get("data_types", {}).get("grad_accum_dtype")
@@ -363,7 +370,7 @@ def deepest(config, planned):
     low, high = 0, 1
     while fits(high):
         low, high = high, 2 * high
-        if high > 2**14:
+        if high > MOST_LAYERS:
             return low
     while high - low > 1:
         middle = (low + high) // 2
@@ -488,46 +495,26 @@ def remarks(config, gpus):
     return notes
 
 
-class FlagParser(argparse.ArgumentParser):
-    """A command's own flags, beside overrides of the config, which it leaves alone. expected: what a fault is
-    answered with; about: what --help prints."""
-
-    def __init__(self, expected, about):
-        super().__init__(allow_abbrev=False)
-        self.expected, self.about = expected, about
-
-    def format_help(self):
-        return self.about
-
-    def error(self, message):
-        raise UserError(f"{message}; expected: {self.expected}")
-
-
 def read_options(arguments):
     """plan.py's own flags, and what is left: the config file and its overrides."""
-    parser = FlagParser("plan.py CONFIG --gpus N --gpu_memory GB [--section.key value ...]", __doc__)
-    parser.add_argument("--gpus", type=int, required=True)
-    parser.add_argument("--gpu_memory", type=float, required=True)
+    parser = FlagParser(__doc__, "plan.py CONFIG --gpus N --gpu_memory GB [--section.key value ...]")
+    parser.add_argument("--gpus", type=at_least(1, MOST_GPUS), required=True)
+    parser.add_argument("--gpu_memory", type=a_number(0, 1e6, above=True), required=True)
     parser.add_argument("--gpu", default="h100")
-    parser.add_argument("--nodes", type=int)
-    parser.add_argument("--price", type=float)
-    parser.add_argument("--plot")
+    parser.add_argument("--nodes", type=at_least(1, MOST_GPUS))
+    parser.add_argument("--price", type=a_number(0, 1e6))
+    parser.add_argument("--plot", type=a_path)
     for flag in ("--fit", "--max", "--json"):
         parser.add_argument(flag, action="store_true")
     for assumed in dataclasses.fields(Assumptions):
-        parser.add_argument(f"--{assumed.name}", type=float, default=assumed.default)
+        values = a_number(0, 1, above=True) if assumed.name == "utilisation" else a_number(1, 1e15)
+        parser.add_argument(f"--{assumed.name}", type=values, default=assumed.default)
     options, rest = parser.parse_known_args(arguments)
     options.nodes = options.nodes or -(-options.gpus // 8)
-    for name in ("gpus", "nodes", "gpu_memory", "utilisation", "link", "network", "pcie", "cpu"):
-        value = getattr(options, name)
-        if not (value > 0 and math.isfinite(value)):
-            raise UserError(f"--{name}: found {value:g}, expected a number above 0")
     if options.gpus % options.nodes:
         raise UserError(
             f"--nodes: {options.nodes} does not divide --gpus {options.gpus}; give nodes of as many GPUs each"
         )
-    if options.price is not None and not (options.price >= 0 and math.isfinite(options.price)):
-        raise UserError(f"--price: found {options.price}, expected $ a GPU and hour")
     options.peak = peak_flops(options.gpu) or peak_flops(options.gpu.upper())
     if options.peak is None:
         names = ", ".join(pattern.replace("\\b", "").strip("$") for pattern in PEAK_FLOPS)
@@ -547,11 +534,12 @@ def main(arguments):
 
     answer = {}
     if options.plot:
+        check_can_write("--plot", options.plot)
         try:
             draw(config, planned, options, options.plot)
         except (OSError, ValueError) as error:  # a folder that is not there, a format that is none
             raise UserError(f"--plot: {options.plot}: {error}; expected a PICTURE.png that can be written") from None
-        answer["picture"] = options.plot
+        answer["picture"] = str(options.plot)
     if options.fit:
         found, chosen = fastest(config, options.gpus, planned)
         if found is None:

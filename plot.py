@@ -3,7 +3,11 @@
 python plot.py out/a out/b --x flops --out both.png --html both.html
 """
 
-import argparse
+from commands import begin, one_line
+
+if __name__ == "__main__":
+    begin()
+
 import base64
 import dataclasses
 import html
@@ -20,9 +24,11 @@ import matplotlib.pyplot as plt
 
 from config import UserError, build, read_json, run_command
 from data.shards import cannot_write
+from flags import FlagParser, a_path, check_can_write
 from flops import flops_per_token
-from metrics import duration, read_metrics
+from metrics import duration, good_lines
 
+LARGEST = 1e100  # what is larger is drawn like an infinity: not at all
 MOST_POINTS = 2000  # of a curve: about as many as a panel has pixels
 X_LABELS = {"tokens": "tokens", "flops": "model FLOPs", "time": "hours of training"}
 PANELS = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second"}
@@ -30,14 +36,17 @@ PANELS = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_secon
 
 @dataclasses.dataclass
 class Run:
-    """What is drawn of a run. lines: of its metrics.jsonl; curves: {key: (x, y)}, null as NaN; bad: x of the bad
-    steps."""
+    """What is drawn of a run. lines: of its metrics.jsonl; curves: {key: (x, y)} in the order of the steps, null as
+    NaN, of a step that stands twice the last; bad: x of the bad steps; seconds:
+    spent in steps; passed_over: how many lines are none."""
 
     folder: Path
     name: str
     lines: list
     curves: dict
     bad: np.ndarray
+    seconds: float
+    passed_over: int
 
 
 def read_config(run):
@@ -53,6 +62,12 @@ def read_config(run):
     return config
 
 
+def number_of(line, key, otherwise=math.nan):
+    """The number of that name in a line, or another where there is none that can be drawn."""
+    value = line.get(key)
+    return otherwise if value is None or not abs(value) <= LARGEST else value
+
+
 def read_run(run, x="tokens", name=None):
     """The curves of a run against tokens, model FLOPs, or the time spent in steps (without evaluating and saving).
     Raises UserError for FLOPs of a run without a readable config.json."""
@@ -60,19 +75,23 @@ def read_run(run, x="tokens", name=None):
     if x == "flops":
         path = Path(run) / "config.json"
         scale = flops_per_token(build({"model": read_config(run)["model"]}, path).model)
-    lines, points, bad, seconds, last_step = read_metrics(run), {}, [], 0.0, 0
+    lines, passed_over = good_lines(run)
+    points, bad, seconds, last_step = {}, [], 0.0, 0
     for line in lines:
         if "step_seconds" in line:
-            seconds += (line["step_seconds"] or 0) * (line["step"] - last_step)
+            seconds += number_of(line, "step_seconds", 0) * max(0, line["step"] - last_step)
             last_step = line["step"]
         place = seconds / 3600 if x == "time" else line.get("tokens", 0) * scale
         if "bad_step" in line:
             bad.append(place)
         for key in ("loss", "val_loss", *PANELS):
             if key in line:
-                points.setdefault(key, []).append((place, math.nan if line[key] is None else line[key]))
-    curves = {key: tuple(np.array(pairs, dtype=float).T) for key, pairs in points.items()}
-    return Run(Path(run), name or Path(run).name, lines, curves, np.array(bad))
+                points.setdefault(key, {})[line["step"]] = (place, number_of(line, key))
+    curves = {}
+    for key, pairs in points.items():
+        in_order = [pair for _, pair in sorted(pairs.items())]
+        curves[key] = tuple(np.array(in_order, dtype=float).T)
+    return Run(Path(run), name or Path(run).name, lines, curves, np.array(bad), seconds, passed_over)
 
 
 def names_of(runs):
@@ -108,6 +127,7 @@ def thin(x, y, most=MOST_POINTS):
 
 def legend_text(name):
     """A run's name as matplotlib shows it unchanged: it hides what begins with _ and reads $ as mathematics."""
+    name = one_line(name)  # there are no glyphs for the rest
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
@@ -216,25 +236,27 @@ def facts(run):
     """What a reader wants to know of a run beside its curves: {what: value as text}."""
     config = read_config(run.folder)
     steps = [line for line in run.lines if "step_seconds" in line]
-    evaluated = [line for line in run.lines if line.get("val_loss") is not None]
+    evaluated = [line for line in run.lines if line.get("val_loss") is not None and math.isfinite(line["val_loss"])]
     best = min(evaluated, key=lambda line: line["val_loss"], default=None)
     found = {"folder": str(run.folder)}
     if steps:
-        last, speeds = steps[-1], [line["tokens_per_second"] for line in steps]
-        seconds = np.dot([line["step_seconds"] for line in steps], np.diff([0] + [line["step"] for line in steps]))
+        last = steps[-1]
+        speeds = [number_of(line, "tokens_per_second", 0) for line in steps]
+        memory = max(number_of(line, "peak_memory_bytes", 0) for line in steps)
         found |= {
             "steps": f"{last['step']:,}",
-            "tokens": f"{last['tokens']:,}",
-            "last training loss": "none" if last["loss"] is None else f"{last['loss']:.4f}",
-            "time in steps": duration(seconds),
+            "tokens": f"{last.get('tokens', math.nan):,}",
+            "last training loss": "none" if last.get("loss") is None else f"{number_of(last, 'loss'):.4f}",
+            "time in steps": duration(run.seconds),
             "tokens per second (median)": f"{np.median(speeds):,.0f}",
-            "MFU (last)": "unknown" if last["mfu"] is None else f"{last['mfu']:.1%}",
-            "peak memory": f"{max(line['peak_memory_bytes'] for line in steps) / 2**30:.2f} GiB",
+            "MFU (last)": "unknown" if last.get("mfu") is None else f"{number_of(last, 'mfu'):.1%}",
+            "peak memory": f"{memory / 2**30:.2f} GiB",
             "bad steps": str(sum("bad_step" in line for line in run.lines)),
         }
     if best:
         found["best validation loss"] = f"{best['val_loss']:.4f} at step {best['step']:,}"
-    ranks, versions = config.get("world_size", "?"), config.get("versions", {})
+    ranks, versions = config.get("world_size", "?"), config.get("versions")
+    versions = versions if isinstance(versions, dict) else {}
     found["ran on"] = f"{ranks} x {versions.get('device')}, {config.get('precision')}, ZeRO-{config.get('stage')}"
     found["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "device")
     return found
@@ -283,27 +305,37 @@ th, td {{ border-bottom: 1px solid #ddd; padding: .25rem .75rem; text-align: lef
 </body></html>
 """
     try:
-        Path(path).write_text(page)
+        Path(path).write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise cannot_write(path, error) from None
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="run folders, as out/tiny")
+    parser = FlagParser(__doc__)
+    parser.add_argument("runs", type=a_path, nargs="+", help="run folders, as out/tiny")
     parser.add_argument("--x", choices=X_LABELS, default="tokens", help="what the curves are drawn against")
-    parser.add_argument("--out", type=Path, help="the picture; default: metrics.png in the first run's folder")
-    parser.add_argument("--html", type=Path, help="also a page with the picture and a table of the runs' facts")
+    parser.add_argument("--out", type=a_path, help="the picture; default: metrics.png in the first run's folder")
+    parser.add_argument("--html", type=a_path, help="also a page with the picture and a table of the runs' facts")
     args = parser.parse_args(arguments)
     names = names_of(args.runs)
     runs = [read_run(folder, args.x, name) for folder, name in zip(args.runs, names, strict=True)]
     for run in runs:
         if not run.lines:
-            raise UserError(f"{run.folder}: no metrics.jsonl with lines; expected the folder of a run, as out/tiny")
+            none = f"; none of the {run.passed_over} lines there is one" if run.passed_over else ""
+            raise UserError(
+                f"{run.folder}: no metrics.jsonl with lines{none}; expected the folder of a run, as out/tiny"
+            )
+        if run.passed_over:
+            print(f"{run.folder}/metrics.jsonl: passed over {run.passed_over} lines that train.py does not write")
     picture = args.out or Path(args.runs[0]) / "metrics.png"
     formats = plt.figure().canvas.get_supported_filetypes()
     if picture.suffix[1:] not in formats:
         raise UserError(f"--out: {picture}: expected a name that ends in one of .{', .'.join(sorted(formats))}")
+    if args.html == picture:
+        raise UserError(f"--html: {picture}: found the picture's name; choose another")
+    for flag, path in (("--out", picture), ("--html", args.html)):
+        if path:
+            check_can_write(flag, path)
     figure = draw_panels(runs, args.x)
     if args.html:
         write_page(runs, figure, args.html)

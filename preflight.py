@@ -23,14 +23,21 @@ def problems():
     if not sys.platform.startswith("linux"):
         yield "{} found, Linux needed: on Windows use WSL 2, elsewhere a container".format(sys.platform)
         return
-    free = shutil.disk_usage(".").free / GIB
+    try:
+        free = shutil.disk_usage(".").free / GIB
+    except OSError as error:  # this folder was removed
+        yield "this folder cannot be read ({}): change to one that can".format(error)
+        return
     if free < 3:
         yield "{:.1f} GiB of disk free here, 3 needed and 10 with CUDA: make room or move the folder".format(free)
     elif free < 10:
         print("minZeRO: {:.1f} GiB of disk free here; torch with CUDA, which pip may choose, needs 10".format(free))
-    with open("/proc/meminfo") as file:
-        kib = {line.split(":")[0]: int(line.split()[1]) for line in file}
-    available = kib["MemAvailable"] / 1024**2
+    try:
+        with open("/proc/meminfo") as file:
+            kib = {line.split(":")[0]: int(line.split()[1]) for line in file}
+        available = kib["MemAvailable"] / 1024**2
+    except (OSError, KeyError, ValueError, IndexError):  # a sandbox that does not tell
+        return
     if available < 3:
         yield "{:.1f} GiB of memory available, about 3 needed: end other programs".format(available)
 
@@ -47,4 +54,7 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

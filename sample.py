@@ -10,7 +10,11 @@ The model's text goes on behind the prompt; an empty prompt is the start of a do
 full, it goes on from the last half of it.
 """
 
-import argparse
+from commands import begin
+
+if __name__ == "__main__":
+    begin()
+
 import sys
 from pathlib import Path
 
@@ -26,6 +30,9 @@ from data.conversations import question
 from data.pipeline import tokenizer_of
 from data.tokenizer import END_OF_TEXT, huggingface_json, missing_characters
 from eval import Trained, load_model, open_trained
+from flags import FlagParser, a_checkpoint, a_number, a_path, at_least
+
+LEAST_TEMPERATURE = 1e-6  # logits over less overflow
 
 
 class WithoutCache(PreTrainedModel, GenerationMixin):
@@ -162,38 +169,27 @@ def read_prompts(args):
             raise UserError("stdin: found nothing, expected a prompt a line; or give --prompt or --file")
 
 
-def check_flags(args):
-    rules = [
-        ("temperature", 0 <= args.temperature < float("inf"), "0 or more"),
-        ("top_k", args.top_k >= 0, "0 (all) or more"),
-        ("top_p", 0 < args.top_p <= 1, "above 0, at most 1"),
-        ("tokens", args.tokens >= 1, "1 or more"),
-        ("samples", args.samples >= 1, "1 or more"),
-        ("seed", 0 <= args.seed < 2**63, "0 or more"),
-    ]
-    for name, good, expected in rules:
-        if not good:
-            raise UserError(f"--{name}: found {getattr(args, name)}, expected {expected}")
+def main(arguments):
+    parser, top_k = FlagParser(__doc__), at_least(0, expected="0 (all) or more")
+    parser.add_argument("path", type=a_path, help="a run's folder, a checkpoint in it, or one in transformers' format")
+    parser.add_argument("--checkpoint", type=a_checkpoint, default="best", help="best, latest or a step")
+    parser.add_argument("--data", type=a_path, help="data made with the model's tokenizer; default: the run's own")
+    parser.add_argument("--prompt", help="text to go on from; empty: the start of a document")
+    parser.add_argument("--file", type=a_path, help="a file of prompts, one a line")
+    parser.add_argument("--chat", action="store_true", help="each prompt is what a user says; the assistant answers")
+    parser.add_argument("--tokens", type=at_least(1), default=200, help="how many to write at most")
+    parser.add_argument("--temperature", type=a_number(0), default=0.8, help="0: always the most likely token")
+    parser.add_argument("--top_k", type=top_k, default=50, help="choose among the k likeliest; 0: among all")
+    parser.add_argument(
+        "--top_p", type=a_number(0, 1, above=True), default=1.0, help="among the likeliest that together have this much"
+    )
+    parser.add_argument("--samples", type=at_least(1), default=1, help="of each prompt")
+    parser.add_argument("--seed", type=at_least(0), default=1337)
+    args = parser.parse_args(arguments)
     if args.prompt is not None and args.file:
         raise UserError("--prompt and --file: found both, expected one of them")
-
-
-def main(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", help="a run's folder, as out/tiny, a checkpoint in it, or one in transformers' format")
-    parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
-    parser.add_argument("--data", help="folder of data made with the model's tokenizer; default: the run's own")
-    parser.add_argument("--prompt", help="text to go on from; empty: the start of a document")
-    parser.add_argument("--file", help="a file of prompts, one a line")
-    parser.add_argument("--chat", action="store_true", help="each prompt is what a user says; the assistant answers")
-    parser.add_argument("--tokens", type=int, default=200, help="how many to write at most")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
-    parser.add_argument("--top_k", type=int, default=50, help="choose among the k most likely; 0: among all")
-    parser.add_argument("--top_p", type=float, default=1.0, help="among the most likely that together have this much")
-    parser.add_argument("--samples", type=int, default=1, help="of each prompt")
-    parser.add_argument("--seed", type=int, default=1337)
-    args = parser.parse_args(arguments)
-    check_flags(args)
+    if 0 < args.temperature < LEAST_TEMPERATURE:
+        raise UserError(f"--temperature: found {args.temperature}, expected 0 or at least {LEAST_TEMPERATURE}")
     trained = open_trained(args.path, args.checkpoint)
     model = load_writer(trained)
     tokenizer, end, missing = open_tokenizer(trained, args.data)
@@ -205,6 +201,8 @@ def main(arguments):
     if args.temperature > 0:
         settings |= {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     for prompt in read_prompts(args):
+        if odd := [char for char in prompt if "\ud800" <= char <= "\udfff"]:  # what a byte that is not UTF-8 becomes
+            raise UserError(f"prompt: found {odd[0]!r} in it, expected UTF-8 text")
         if unwritable := missing(prompt):
             raise UserError(f"prompt: found {unwritable[0]!r}, expected characters that the model's tokenizer has")
         text = question(prompt) if args.chat else prompt
@@ -221,7 +219,12 @@ def main(arguments):
             torch.manual_seed(args.seed + number)
             sys.stdout.write("" if args.chat else prompt)
             terminal = Terminal(tokenizer, tokens)
-            write(model, tokens, args.tokens, block_size, terminal, **settings)
+            try:
+                write(model, tokens, args.tokens, block_size, terminal, **settings)
+            except RuntimeError as error:
+                if "probability tensor" not in str(error):
+                    raise
+                raise UserError(f"{trained.path}: the model's predictions are not finite; are its weights?") from None
             terminal.finish()
 
 

@@ -7,19 +7,22 @@
 Read it from top to bottom: learning rate, evaluation, set-up, loop. `train.py --help` lists every key.
 """
 
+from commands import begin
+
+if __name__ == "__main__":
+    begin()
+
 import contextlib
-import errno
 import json
 import math
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
-from config import help_if_asked
+from config import help_if_asked, run_command
 
 if __name__ == "__main__":
-    help_if_asked(sys.argv[1:])  # in front of the imports that take seconds
+    run_command(help_if_asked)  # before the imports that take seconds
 import torch
 from torch import distributed
 
@@ -34,11 +37,10 @@ from config import (
     deepspeed_config,
     gradient_accumulation,
     load_config,
-    run_command,
     zero_stage,
 )
 from data.mixture import Mixture
-from data.shards import cannot_write, write_json
+from data.shards import write_json
 from engine import build_engine, check_deepspeed, choose_kernels, resolve_precision, why_not_compiled
 from flops import count_parameters
 from model import IGNORE
@@ -367,10 +369,6 @@ def command(arguments):
             if fault:
                 raise fault
         main(config, watch)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
-            raise
-        raise cannot_write(error.filename or train.out_dir, error) from None
     except RuntimeError as error:  # torch's DistBackendError, which NCCL raises, is one as well
         if not any(word in str(error) for word in ("gloo", "Connection closed", "NCCL", "onnection reset")):
             raise

@@ -21,7 +21,6 @@ import copy
 import dataclasses
 import functools
 import json
-import math
 import os
 import platform
 import shlex
@@ -43,8 +42,9 @@ import plan
 from config import ROOT, Config, UserError, build, git_commit, gradient_accumulation, load_config, merge, run_command
 from data.mixture import Mixture
 from data.shards import make_folder, write_atomically, write_json, write_shard
+from flags import FlagParser, a_number, a_path, at_least
 from flops import flops_per_token, peak_flops
-from plan import FlagParser, with_choice
+from plan import with_choice
 
 ENDLESS = 10**9  # steps of a run that is ended from outside
 LEAST_SECONDS = 15  # what no measurement is shorter than: with less time left, none is begun
@@ -847,13 +847,13 @@ def memory_of_this_machine():
 
 def read_options(arguments):
     expected = "benchmarks/gpu.py --out FOLDER [--nanogpt FILE] [--data FOLDER] [--parts NAME ...] [--tiny]"
-    parser = FlagParser(expected, __doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--nanogpt", type=Path)
-    parser.add_argument("--data", type=Path)
+    parser = FlagParser(__doc__, expected)
+    parser.add_argument("--out", type=a_path, required=True)
+    parser.add_argument("--nanogpt", type=a_path)
+    parser.add_argument("--data", type=a_path)
     parser.add_argument("--parts", nargs="+", default=list(PARTS))
-    parser.add_argument("--first", type=int)
-    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--first", type=at_least(1))
+    parser.add_argument("--minutes", type=a_number(above=True), default=9)
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     options, rest = parser.parse_known_args(arguments)
@@ -861,10 +861,6 @@ def read_options(arguments):
         parser.error(f"unknown argument {rest[0]}")
     if unknown := [part for part in options.parts if part not in PARTS]:
         raise UserError(f"--parts: found {unknown[0]}, expected some of: {' '.join(PARTS)}")
-    if options.first is not None and options.first < 1:
-        raise UserError(f"--first: found {options.first}, expected at least 1")
-    if not 0 < options.minutes < math.inf:
-        raise UserError(f"--minutes: found {options.minutes}, expected a number above 0")
     for name, there in (("nanogpt", "is_file"), ("data", "is_dir")):
         path = getattr(options, name)
         if path and not getattr(path, there)():
@@ -968,14 +964,19 @@ def main(arguments):
     print((options.out / "report.md").read_text())
 
 
+def main_that_says_so(arguments):
+    """main, which a Ctrl-C ends with the word that nothing is lost."""
+    try:
+        main(arguments)
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is in --out; the same command continues", file=sys.stderr)
+        raise
+
+
 if __name__ == "__main__":
     if "--switch" in sys.argv:
         run_command(train_with_switch)
     elif sys.argv[1:2] == ["--call"]:
         run_command(lambda arguments: answer_call(*arguments[1:]))
     else:
-        try:
-            run_command(main)
-        except KeyboardInterrupt:
-            print("interrupted: what was measured is in --out; the same command goes on", file=sys.stderr)
-            raise SystemExit(130) from None
+        run_command(main_that_says_so)

@@ -7,30 +7,35 @@ python data/openwebtext/prepare.py --tokenizer tokenizers/books
 Writes tokenizer.tiktoken, which everything here loads, and tokenizer.json, which transformers loads.
 """
 
-import argparse
 import importlib
 import itertools
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from commands import begin
+
+if __name__ == "__main__":
+    begin()
+
+from tqdm import tqdm
 
 from config import UserError, did_you_mean, run_command
 from data.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
+from flags import FlagParser, a_path, at_least, check_can_write
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(__doc__)
     parser.add_argument("--source", default="text", help="a data set: the name of a folder in data/")
     parser.add_argument("--input", nargs="+", help="local copies of the source: files, folders, quoted globs")
     parser.add_argument("--column", default="text", help="the column that holds the text")
     parser.add_argument("--streaming", action="store_true", help="read from the hub without keeping a copy")
-    parser.add_argument("--limit", type=int, default=1_000_000, help="learn from the first documents only")
-    parser.add_argument("--vocab_size", type=int, default=32768, help="number of ids, special tokens among them")
+    parser.add_argument("--limit", type=at_least(1), default=1_000_000, help="learn from the first documents only")
+    parser.add_argument("--vocab_size", type=at_least(1), default=32768, help="number of ids, with the special tokens")
     parser.add_argument("--special_tokens", nargs="+", default=[END_OF_TEXT], help="get the last ids, in this order")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer")
+    parser.add_argument("--out", type=a_path, required=True, help="folder for the tokenizer")
     args = parser.parse_args(arguments)
     args.val_fraction = 0.0  # learn from the training side where a source is cut in two
     names = sorted(path.parent.name for path in Path(__file__).parent.glob("*/prepare.py"))
@@ -42,6 +47,7 @@ def main(arguments):
     least = 256 + len(special)
     if args.vocab_size < least:
         raise UserError(f"--vocab_size: found {args.vocab_size}, expected at least {least}: bytes and special tokens")
+    check_can_write("--out", args.out, folder=True)
     documents = importlib.import_module(f"data.{args.source}.prepare").documents(args)
     texts = tqdm((text for _, text in itertools.islice(documents, args.limit)), unit=" documents", desc=str(args.out))
     save_tokenizer(args.out, *train_tokenizer(texts, args.vocab_size, special))

@@ -15,7 +15,7 @@ from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 
 import checkpoint
-import train
+import dist
 from config import build, deepspeed_config, merge
 from engine import build_engine
 from pieces import loss_scaler, saved_pieces
@@ -29,7 +29,7 @@ BATCH = {"micro_batch_size": 2, "global_batch_tokens": 8 * 32, "max_tokens": 6 *
 
 
 def engine_of(stage, precision, keys):
-    device, _, world_size = train.find_place(False)
+    device, _, world_size = dist.find_place()
     zero = {"stage": stage, "stage3_param_persistence_threshold": 100, "reduce_bucket_size": 4096}
     zero |= {"stage3_prefetch_bucket_size": 4096}
     sections = {"model": MODEL, "train": BATCH | {"precision": precision}}
@@ -103,8 +103,7 @@ def run(stage, precision, keys, name, resumed_from=None):
 
 def main():
     get_accelerator().is_fp16_supported = lambda: True  # it says no on CPUs where it is slow
-    _, rank, _ = train.find_place(False)
-    deepspeed.init_distributed("gloo", verbose=False)
+    _, rank, _ = dist.start_process_group()
     plain, results = {}, []
 
     def plain_run(stage, precision):

@@ -1,0 +1,105 @@
+"""The flags of every command: a parser whose faults are one line, and the types of flags, each with its range."""
+
+import argparse
+import errno
+import math
+import os
+from pathlib import Path
+
+from commands import UserError
+
+SUPPRESS = argparse.SUPPRESS
+LARGEST = 2**63 - 1  # that C code can count to
+
+
+class FlagParser(argparse.ArgumentParser):
+    """A command's flags. Raises UserError, in one line that names the flag and what was found and expected.
+
+    With `expected`, how the command is called, they stand beside overrides of the config, which it leaves alone, and
+    `about` is what --help prints; without, `about` is printed above a list of the flags."""
+
+    def __init__(self, about, expected=None):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=about, formatter_class=form, allow_abbrev=expected is None)
+        self.expected, self.about = expected, about
+
+    def format_help(self):
+        return self.about if self.expected else super().format_help()
+
+    def error(self, message):
+        remedy = f"expected: {self.expected}" if self.expected else f"{self.prog} --help lists the flags"
+        raise UserError(f"{message.removeprefix('argument ')}; {remedy}")
+
+
+def shown(text):
+    """What was found, as a message shows it."""
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
+
+
+def at_least(least, most=LARGEST, expected=None):
+    """The type of a flag that takes a whole number in this range. expected: the range in other words."""
+    expected = expected or (f"{least} or more" if most == LARGEST else f"{least} to {most}")
+
+    def whole_number(text):
+        try:
+            value = int(text)
+        except ValueError:  # also more digits than Python converts
+            raise argparse.ArgumentTypeError(f"found {shown(text)!r}, expected a whole number, {expected}") from None
+        if not least <= value <= most:
+            limit = f", at most {most}" if value > most == LARGEST else ""
+            raise argparse.ArgumentTypeError(f"found {shown(text)}, expected {expected}{limit}")
+        return value
+
+    return whole_number
+
+
+def a_number(least=0.0, most=math.inf, above=False):
+    """The type of a flag that takes a finite number in this range, `least` itself only without `above`."""
+    expected = f"above {least:g}" if above else f"{least:g} or more"
+    if most < math.inf:
+        expected = f"above {least:g}, at most {most:g}" if above else f"{least:g} to {most:g}"
+
+    def finite_number(text):
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"found {shown(text)!r}, expected a number {expected}") from None
+        if not (least <= value <= most and math.isfinite(value)) or (above and value == least):
+            raise argparse.ArgumentTypeError(f"found {value}, expected {expected}")
+        return value
+
+    return finite_number
+
+
+def a_path(text):
+    """The type of a flag that names a file or folder."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"found {shown(text)!r}, expected a path")
+    return Path(text)
+
+
+def a_checkpoint(text):
+    """The type of a flag that names a checkpoint of a run. Which there are, only the run knows."""
+    if len(text) > 60:
+        raise argparse.ArgumentTypeError(f"found {shown(text)!r}, expected best, latest or a step")
+    return text
+
+
+def check_can_write(flag, path, folder=False):
+    """Raise UserError unless a file, or with `folder` a folder that need not be there, can be written at this path:
+    before the work that makes its content. flag: what names it."""
+    path, reason = Path(path), None
+    try:
+        above = path if folder else path.parent
+        while folder and not above.exists():
+            above = above.parent
+        if path.exists() and path.is_dir() != folder:
+            reason = errno.ENOTDIR if folder else errno.EISDIR
+        elif not above.is_dir():
+            reason = errno.ENOTDIR if above.exists() else errno.ENOENT
+        elif not os.access(above, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
+            reason = errno.EACCES
+    except OSError as error:
+        reason = error.errno
+    if reason:
+        raise UserError(f"{path}: could not be written ({os.strerror(reason)}); choose another {flag}")
