@@ -552,8 +552,8 @@ def read_json(path):
         raise UserError(f"{path}: nested too deeply; expected JSON of a few levels") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; expected JSON") from None
-    except ValueError as error:  # a number of more digits than Python converts; a NUL in the path
-        raise UserError(f"{path}: {str(error).split(';')[0]}; expected a readable JSON file") from None
+    except ValueError:  # a number of more digits than Python converts; a NUL in the path
+        raise UserError(f"{path}: holds a number of thousands of digits, or is no path; expected JSON") from None
 
 
 def merge(base, over):
