@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -275,7 +276,7 @@ def refuse_differences(source, model: ModelConfig, published: ModelConfig):
 
 def is_published(folder):
     """Whether a folder is in transformers' format, as far as its config.json tells."""
-    raw = read_json(Path(folder) / "config.json") if (Path(folder) / "config.json").exists() else None
+    raw = read_json(Path(folder) / "config.json") if (Path(folder) / "config.json").is_file() else None
     return isinstance(raw, dict) and "model_type" in raw
 
 
@@ -286,9 +287,11 @@ def open_tensors(folder, family):
 
     index, files, tensors = folder / "model.safetensors.index.json", ["model.safetensors"], {}
     prefix = FAMILIES[family].prefix
-    if index.exists():
+    if index.is_file():
         try:
             files = sorted(set(map(str, read_json(index)["weight_map"].values())))
+            if odd := next((name for name in files if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name)), None):
+                raise UserError(f"{index}: found the file name {odd[:100]!r}, expected one in the same folder")
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{index}: no weight_map of names to files; copy the folder again") from None
     elif not (folder / files[0]).exists():
@@ -298,6 +301,8 @@ def open_tensors(folder, family):
         raise UserError(f"{folder}: found no model.safetensors, nor an index of its parts; {remedy}")
     for path in (folder / file for file in files):
         try:
+            if not path.is_file():  # links are followed: a download of the hub has them
+                raise OSError("no such file, or not a plain one")
             file = safe_open(path, "pt")
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: {' '.join(str(error).split())}; copy the file again") from None
@@ -383,12 +388,12 @@ def open_weights(source, model: ModelConfig):
     if is_published(folder):
         words, _, load = open_published(folder, model)
         return words.replace(str(folder), source, 1), load
-    found = checkpoint.find(folder, "best")
-    if found is None:
+    if checkpoint.find(folder, "best") is None:
         raise UserError(
             f"train.init_from: {source}: found neither a config.json of transformers' nor a checkpoint; expected one"
         )
-    refuse_differences(found, model, saved_model(found))
+    found, saved = checkpoint.reading(folder, "best", lambda found: (found, saved_model(found)))
+    refuse_differences(found, model, saved)
     return str(found), lambda: checkpoint.open_weights(found)[2]
 
 
@@ -411,8 +416,18 @@ def copy_into(model, load):
 
 
 def saved_model(found):
-    """The ModelConfig of a checkpoint, without its weights."""
-    return build({"model": checkpoint.read_state(found)["config"].get("model")}, found / "state.json").model
+    """The ModelConfig of a checkpoint, without its weights. Raises UserError if it holds parameters of another."""
+    state = checkpoint.read_state(found)
+    model, parameters = build({"model": state["config"]["model"]}, found / "state.json").model, state["parameters"]
+    if model.n_layer > len(parameters):  # which would take long to build
+        raise UserError(f"{found}/state.json: {model.n_layer} layers, but {len(parameters)} parameters; use another")
+    try:
+        with torch.device("meta"):  # shapes without memory
+            expected = checkpoint.shapes_of(dict(GPT(model).named_parameters()))
+    except RuntimeError as error:  # torch's, of sizes that no number holds
+        raise UserError(f"{found}/state.json: config.model: {' '.join(str(error).split())[:200]}") from None
+    checkpoint.refuse_other_parameters(found, state, expected)
+    return model
 
 
 @contextlib.contextmanager
@@ -512,8 +527,11 @@ def main(arguments):
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     args = parser.parse_args(arguments)
-    found = checkpoint.must_find(args.path, args.checkpoint)
-    print(f"{found} -> {args.folder}: {export(found, args.folder, args.dtype)}")
+
+    def write(found):
+        return f"{found} -> {args.folder}: {export(found, args.folder, args.dtype)}"
+
+    print(checkpoint.reading(args.path, args.checkpoint, write))
 
 
 if __name__ == "__main__":

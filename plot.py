@@ -41,16 +41,23 @@ class Run:
 
 
 def read_config(run):
-    """A run's config.json. Raises UserError."""
+    """A run's config.json, or where that is damaged what its latest checkpoint records of it. Raises UserError if
+    there is neither."""
     path, remedy = Path(run) / "config.json", "expected the config.json that train.py writes"
     try:
         config = read_json(path)
-    except UserError as error:
+        for section in ("model", "data", "train", "deepspeed"):
+            if not isinstance(config, dict) or not isinstance(config.get(section), dict):
+                raise UserError(f"{path}: no section {section}")
+    except (UserError, ValueError) as error:
+        import checkpoint  # takes seconds to import
+
+        for entry in reversed(checkpoint.Saved(Path(run) / "checkpoints").entries):
+            if state := checkpoint.state_if_whole(entry.path):
+                return state | {"deepspeed": {}} | state["config"]
         raise UserError(f"{error}; {remedy}") from None
-    for section in ("model", "data", "train", "deepspeed"):
-        if not isinstance(config, dict) or not isinstance(config.get(section), dict):
-            raise UserError(f"{path}: no section {section}; {remedy}")
-    return config
+    versions = config.get("versions")
+    return config | {"versions": versions if isinstance(versions, dict) else {}}
 
 
 def read_run(run, x="tokens", name=None):
@@ -65,7 +72,7 @@ def read_run(run, x="tokens", name=None):
         if "step_seconds" in line:
             seconds += (line["step_seconds"] or 0) * (line["step"] - last_step)
             last_step = line["step"]
-        place = seconds / 3600 if x == "time" else line.get("tokens", 0) * scale
+        place = seconds / 3600 if x == "time" else float(line.get("tokens") or 0) * scale
         if "bad_step" in line:
             bad.append(place)
         for key in ("loss", "val_loss", *PANELS):
@@ -215,7 +222,8 @@ def draw_panels(runs, x):
 def facts(run):
     """What a reader wants to know of a run beside its curves: {what: value as text}."""
     config = read_config(run.folder)
-    steps = [line for line in run.lines if "step_seconds" in line]
+    keys = ("step_seconds", "tokens", "tokens_per_second", "peak_memory_bytes")
+    steps = [line for line in run.lines if all(line.get(key) is not None for key in keys)]
     evaluated = [line for line in run.lines if line.get("val_loss") is not None]
     best = min(evaluated, key=lambda line: line["val_loss"], default=None)
     found = {"folder": str(run.folder)}
@@ -225,10 +233,10 @@ def facts(run):
         found |= {
             "steps": f"{last['step']:,}",
             "tokens": f"{last['tokens']:,}",
-            "last training loss": "none" if last["loss"] is None else f"{last['loss']:.4f}",
+            "last training loss": "none" if last.get("loss") is None else f"{last['loss']:.4f}",
             "time in steps": duration(seconds),
             "tokens per second (median)": f"{np.median(speeds):,.0f}",
-            "MFU (last)": "unknown" if last["mfu"] is None else f"{last['mfu']:.1%}",
+            "MFU (last)": "unknown" if last.get("mfu") is None else f"{last['mfu']:.1%}",
             "peak memory": f"{max(line['peak_memory_bytes'] for line in steps) / 2**30:.2f} GiB",
             "bad steps": str(sum("bad_step" in line for line in run.lines)),
         }

@@ -190,6 +190,8 @@ def main(config, watch=None):
     while resume_from and (fault := checkpoint.fault_of(resume_from, state)):
         known_faults[resume_from] = fault
         resume_from, state = checkpoint.where_to_start(config, train_data, known_faults)
+    if rank == 0:
+        checkpoint.tidy(run / "checkpoints")
     first_step, best_val_loss = state["step"], state["best_val_loss"]
     # other than zero only where train.global_batch_tokens was changed on the way
     tokens_before = state["tokens"] - first_step * train.global_batch_tokens
@@ -329,7 +331,7 @@ def main(config, watch=None):
         if save_now:
             watch.beat()
             state = record | {"step": step, "tokens": tokens_seen, "best_val_loss": best_val_loss}
-            state["bad_steps"] = steps.state()
+            state |= {"val_loss": val_loss if evaluate_now else None, "bad_steps": steps.state()}
             place, keep, saved_at = run / "checkpoints", train.keep_checkpoints, time.monotonic()
             save = checkpoint.Saving(engine, place, state, best_now, keep, train.save_in_background)
             if last or stopping or not train.save_in_background:
@@ -343,6 +345,8 @@ def main(config, watch=None):
         comm.log_summary()  # rank 0 prints; the others are asked
     if rank == 0:
         log.close()
+    if step == total_steps:
+        steps.check_end(step, train)
     return val_loss
 
 
