@@ -17,10 +17,11 @@ from torch import distributed
 from data.shards import make_way, write_atomically
 from flops import flops_per_token, peak_flops, recomputed_flops_per_token
 
-# Seconds that W&B may take to begin, which is how long a run without a network waits, and to end, where it would
-# wait for the network for ever. In between it never waits.
+# Keys of metrics.jsonl that readers compute with.
 NUMBERS = ("tokens", "loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "step_seconds", "mfu", "tflops")
 NUMBERS += ("peak_memory_bytes", "save_seconds", "stall_seconds", "eval_seconds", "skipped")
+# Seconds that W&B may take to begin, which is how long a run without a network waits, and to end, where it would
+# wait for the network for ever. In between it never waits.
 WANDB_PATIENCE = {"init_timeout": 20, "finish_timeout": 60}
 
 
