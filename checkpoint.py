@@ -100,9 +100,7 @@ class Saving:
         self.temporary = self.folder / f"{self.name}.tmp"
         if distributed.get_rank() == 0:
             try:
-                for path in left_over(self.folder):
-                    remove(path)
-                self.temporary.mkdir(parents=True)
+                make_room(self.folder, self.name)
             except OSError as error:
                 fault = str(cannot_write(self.temporary, error))
         distributed.barrier()
@@ -156,6 +154,13 @@ class Saving:
             raise UserError(fault[0])
         now = time.perf_counter()
         return self.folder / self.name, now - self.began, self.stalled + now - waited_from
+
+
+def make_room(folder, name):
+    """Make the folder into which all ranks write a checkpoint; delete what killed saves have left. Raises OSError."""
+    for path in left_over(folder):
+        remove(path)
+    (folder / f"{name}.tmp").mkdir(parents=True)
 
 
 def save(engine, folder, state, best, keep):

@@ -60,6 +60,14 @@ def read_config(run):
     return config | {"versions": versions if isinstance(versions, dict) else {}}
 
 
+def read_config_if_whole(run):
+    """As `read_config`, but {} if there is none: no damage to a file that train.py can write again stops a page."""
+    try:
+        return read_config(run)
+    except UserError:
+        return {}
+
+
 def read_run(run, x="tokens", name=None):
     """The curves of a run against tokens, model FLOPs, or the time spent in steps (without evaluating and saving).
     Raises UserError for FLOPs of a run without a readable config.json."""
@@ -221,7 +229,7 @@ def draw_panels(runs, x):
 
 def facts(run):
     """What a reader wants to know of a run beside its curves: {what: value as text}."""
-    config = read_config(run.folder)
+    config = read_config_if_whole(run.folder)
     keys = ("step_seconds", "tokens", "tokens_per_second", "peak_memory_bytes")
     steps = [line for line in run.lines if all(line.get(key) is not None for key in keys)]
     evaluated = [line for line in run.lines if line.get("val_loss") is not None]
@@ -250,8 +258,8 @@ def facts(run):
 
 def settings(run):
     """Every key of the run's config, one deep: {"train.lr": "0.001"}."""
-    config = read_config(run.folder)
-    sections = {name: config[name] for name in ("model", "data", "train", "deepspeed")}
+    config = read_config_if_whole(run.folder)
+    sections = {name: config.get(name, {}) for name in ("model", "data", "train", "deepspeed")}
     return {f"{section}.{key}": json.dumps(v) for section, content in sections.items() for key, v in content.items()}
 
 
