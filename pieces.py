@@ -21,9 +21,9 @@ from torch import distributed
 
 from config import UserError
 
-KINDS = ("fp32", "exp_avg", "exp_avg_sq")  # what is saved of each element: the weight and Adam's two moments
+KINDS = ("exp_avg", "exp_avg_sq", "fp32")  # what is saved of each element: two moments of Adam, and the weight
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
-ALLOWED = {"random": ("U8",), "fp32": ("F32",)} | dict.fromkeys(KINDS[1:], ("F32", "BF16", "F16"))
+ALLOWED = {"random": ("U8",), "fp32": ("F32",)} | dict.fromkeys(KINDS[:2], ("F32", "BF16", "F16"))
 MOST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
 MOST_OPEN_FILES = 512
 CHUNK = 1 << 22  # bytes that are read at a time where only their checksum is wanted
