@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from config import UserError, build, read_json, run_command
-from data.shards import cannot_write
+from data.shards import cannot_write, make_way
 from flops import flops_per_token
 from metrics import duration, read_metrics
 
@@ -195,6 +195,7 @@ def draw_curve(axes, runs, x, key):
 
 
 def save(figure, picture, **how):
+    make_way(picture)
     try:
         figure.savefig(picture, **how)
     except OSError as error:

@@ -45,7 +45,7 @@ from config import (
     zero_stage,
 )
 from data.mixture import Mixture
-from data.shards import cannot_write, make_folder, write_json
+from data.shards import cannot_write, make_folder, make_way, write_json
 from engine import build_engine, check_deepspeed, choose_kernels, resolve_precision, why_not_compiled
 from flops import count_parameters
 from model import IGNORE
@@ -223,6 +223,7 @@ def main(config, watch=None):
     record |= {"kernels": kernels, "compiled": not not_compiled}
     parameters, _ = count_parameters(config.model)
     if rank == 0:
+        make_way(run / "config.json")
         write_json(run / "config.json", config.to_dict() | {key: record[key] for key in record if key != "config"})
         log = metrics.MetricsLog(run, first_step, train.loggers, config.to_dict())
     for section, content in config.to_dict().items():
