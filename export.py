@@ -275,8 +275,12 @@ def refuse_differences(source, model: ModelConfig, published: ModelConfig):
 
 
 def is_published(folder):
-    """Whether a folder is in transformers' format, as far as its config.json tells."""
-    raw = read_json(Path(folder) / "config.json") if (Path(folder) / "config.json").is_file() else None
+    """Whether a folder is in transformers' format, as far as its config.json tells. Raises UserError if that cannot be
+    read and is not a run's, which does not need it."""
+    folder = Path(folder)
+    if (folder / "checkpoints").is_dir() or not (folder / "config.json").is_file():
+        return False
+    raw = read_json(folder / "config.json")
     return isinstance(raw, dict) and "model_type" in raw
 
 

@@ -349,7 +349,8 @@ def test_damage_to_files_that_can_be_rebuilt_stops_no_reader(tmp_path, monkeypat
 def test_damage_to_files_that_can_be_rebuilt_stops_no_run(place):
     damage_what_can_be_rebuilt(place / "run")
     command = [sys.executable, ROOT / "train.py", place / "config.json", "--train.out_dir", place / "run"]
-    more = ["--data.path", place / "data", "--train.max_tokens", "128", "--train.loggers", '["tensorboard"]']
+    more = ["--data.path", place / "data", "--train.allow_changed", '["data.path"]']
+    more += ["--train.max_tokens", "128", "--train.loggers", '["tensorboard"]']
     done = run([*command, *more])
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert "continuing from" in done.stdout and "step_00000001: step 1, " in done.stdout
