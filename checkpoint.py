@@ -121,7 +121,7 @@ class Saving:
         except OSError as error:
             self.written = str(cannot_write(self.temporary / self.file, error))
         except UserError as error:
-            self.written = f"step {self.state['step']}: {not_finite(error, Saved(self.folder).latest)}"
+            self.written = f"step {self.state['step']}: {not_finite(error, self.folder)}"
 
     def finish(self):
         """Commit what all ranks have written, and only then delete what is older. Returns its path, the seconds
@@ -168,12 +168,13 @@ def save(engine, folder, state, best, keep):
     return Saving(engine, folder, state, best, keep).finish()[0]
 
 
-def not_finite(found, last):
-    """The line on weights or moments that an update has spoilt. last: the last good checkpoint, or None."""
-    return (
-        f"{found}, expected finite numbers; it was not saved; the last good checkpoint is {last or 'none'}; "
-        "resume from it with a lower train.lr, or a larger train.eps"
-    )
+def not_finite(found, folder):
+    """The line on weights or moments that an update has spoilt. folder: out/<run>/checkpoints."""
+    last, remedy = Saved(folder).last_good, "no good checkpoint is there: begin"
+    if last:
+        remedy = f"the last good checkpoint is {last}: continue from it"
+    remedy += " with a lower train.lr or a larger train.eps"
+    return f"{found}, expected finite numbers; such weights are never saved; {remedy}"
 
 
 def description(engine):
@@ -200,7 +201,10 @@ def commit(folder, name, state, best):
     temporary, final = folder / f"{name}.tmp", folder / name
     val_loss = state.get("val_loss", state["best_val_loss"] if best else None)
     state = state | {"save_number": 1 + max((entry.number for entry in Saved(folder).entries), default=0)}
-    state["val_loss"] = val_loss if val_loss is not None and math.isfinite(val_loss) else None
+    measured = val_loss is not None and math.isfinite(val_loss)
+    state["val_loss"] = val_loss if measured else None
+    spoilt = val_loss is not None and not measured
+    state["suspect"] = spoilt or bool(state.get("bad_steps", {}).get("bad"))
     write_json(temporary / "state.json", state | {"crc32": seal(state)})
     try:
         flush_folder(temporary)
@@ -240,17 +244,18 @@ def write_marks(folder):
 def prune(folder, keep):
     """Delete all but the newest `keep` checkpoints of the run as it was continued, the best, and stale ones as long
     as it has not saved `keep` of its own since it was resumed from an older one. Nothing is deleted for one whose
-    state.json cannot be read."""
+    state.json cannot be read, and no good one for suspect ones, of which the newest `keep` are kept as well."""
     for path in left_over(folder):
         remove(path)
     saved = Saved(folder)
-    kept = [entry for entry in saved.own if entry.readable][-keep:]
-    oldest = kept[0].number if kept else 0
-    victims = [entry for entry in saved.own if kept and entry.step < kept[0].step]
-    if len(kept) == keep and all(entry.number < oldest for entry in saved.stale):
+    good = saved.good[-keep:]
+    oldest = good[0] if good else None
+    suspect = [entry for entry in saved.own if entry.suspect and (not good or entry.step > oldest.step)][-keep:]
+    victims = [entry for entry in saved.own if entry.suspect or (good and entry.step < oldest.step)]
+    if len(good) == keep and all(entry.number < oldest.number for entry in saved.stale):
         victims += saved.stale
     for entry in victims:
-        if entry.path not in (saved.latest, saved.best) and is_ours(entry.path):
+        if entry not in suspect and entry.path not in (saved.latest, saved.best) and is_ours(entry.path):
             remove(entry.path)
 
 
@@ -352,7 +357,8 @@ def read_mark(mark):
 class Entry(NamedTuple):
     """A complete checkpoint. number: grows from save to save of a run; val_loss: measured at its step, or None;
     readable: state.json is whole, whatever may be wrong with the other files; recorded: it is by code that records
-    the validation loss."""
+    the validation loss; suspect: the last step before it was bad, or its validation loss is not finite, so that its
+    weights, finite as they are, may be of no use."""
 
     path: Path
     step: int
@@ -360,13 +366,14 @@ class Entry(NamedTuple):
     val_loss: float | None
     readable: bool
     recorded: bool
+    suspect: bool
 
 
 class Saved:
     """The complete checkpoints in out/<run>/checkpoints, `entries` in the order in which they were saved, and what
     follows from what their state.json record: the paths `latest` and `best` (None where there is none, or none was
-    evaluated); `own`, those that led to the latest one and it; `stale`, those left behind when the run was resumed
-    from an older one.
+    evaluated); `own`, those that led to the latest one and it; of these the `good` ones and the path of the
+    `last_good` one; `stale`, those left behind when the run was resumed from an older one.
 
     The files `latest` and `best` count where that is not recorded: in checkpoints of older code, and where a
     state.json is damaged."""
@@ -391,7 +398,8 @@ class Saved:
             loss = state and state.get("val_loss")
             if state and not recorded and path == marked.get("best"):
                 loss = state.get("best_val_loss")
-            entries.append(Entry(path, step, number, loss, state is not None, recorded))
+            suspect = bool(state and state.get("suspect"))
+            entries.append(Entry(path, step, number, loss, state is not None, recorded, suspect))
         self.entries = sorted(entries, key=lambda entry: (entry.number, entry.step))
         by_path = {entry.path: entry for entry in entries}
 
@@ -414,6 +422,8 @@ class Saved:
                 lowest_step = entry.step
             else:
                 self.stale.insert(0, entry)
+        self.good = [entry for entry in self.own if entry.readable and not entry.suspect]
+        self.last_good = self.good[-1].path if self.good else None
 
 
 def state_if_whole(path):
@@ -646,6 +656,7 @@ def fault_of_state(state):
         ("save_number", is_count(state.get("save_number", 0)), "0 or more"),
         ("best_val_loss", is_loss(state.get("best_val_loss")), "a number or null"),
         ("val_loss", is_loss(state.get("val_loss")), "a number or null"),
+        ("suspect", isinstance(state.get("suspect", False), bool), "true or false"),
         ("versions", isinstance(state.get("versions", {}), dict), "an object"),
         ("files", all(map(RANK_FILE.fullmatch, files)), "names as rank_00000.safetensors"),
         ("files", all(map(is_file_entry, files.values())), "the size and checksum of each"),

@@ -233,9 +233,8 @@ class BadSteps:
             everyone = [None] * distributed.get_world_size()
             distributed.all_gather_object(everyone, first_not_finite(self.engine))
             if found := next(filter(None, everyone), None):
-                last = last_checkpoint(train.out_dir)
                 found = f"step {step}: {self.fault}, and {found} holds a NaN or an infinity"
-                raise UserError(checkpoint.not_finite(found, last))
+                raise UserError(checkpoint.not_finite(found, Path(train.out_dir) / "checkpoints"))
         return "passed over"
 
     def check_end(self, step, train):

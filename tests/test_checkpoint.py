@@ -331,6 +331,21 @@ def test_a_run_resumed_from_an_older_checkpoint_deletes_the_stale_ones_and_not_i
     assert steps_of(tmp_path) == [45, 60] and marks(tmp_path) == (60, 60)
 
 
+def test_no_good_checkpoint_is_deleted_for_those_of_a_run_that_goes_wrong(tmp_path):
+    """Weights can be finite and of no use, as after a step at a rate of 1e38: every later step is bad, and the
+    validation loss is none."""
+    for step, loss in ((1, 1.0), (2, 2.0), (3, 3.0)):
+        save(tmp_path, step, loss)
+    for step in range(4, 9):
+        save(tmp_path, step, float("nan"))
+    assert steps_of(tmp_path) == [1, 2, 3, 7, 8] and marks(tmp_path) == (8, 1)
+    assert checkpoint.Saved(tmp_path / "checkpoints").last_good.name == checkpoint.name_of(3)
+    save(tmp_path, 9, 4.0)
+    assert steps_of(tmp_path) == [1, 3, 7, 8, 9]
+    save(tmp_path, 10, 4.0)
+    assert steps_of(tmp_path) == [1, 9, 10]
+
+
 def test_nothing_is_deleted_but_what_a_run_wrote(tmp_path):
     save(tmp_path, 1)
     folder = tmp_path / "checkpoints"
@@ -561,6 +576,7 @@ CRAFTED = [  # key of state.json, value, or a function of the one that is there
     ("val_loss", [1]),
     ("save_number", -1),
     ("versions", "new"),
+    ("suspect", 1),
     ("data", {"data": 3}),
     ("data", {"data": {"tokenizer": 5}}),
     ("loss_scaler", {"cur_scale": "x"}),
