@@ -248,15 +248,11 @@ class BadSteps:
     def remedy(self, train):
         """The rest of a line on bad steps. Every rank must call this."""
         samples = ", ".join(f"{first} to {last}" for first, last in self.bad) or "that overflowed in fp16"
-        return (
-            f"of samples {samples}; none reached the weights; the last checkpoint is {last_checkpoint(train.out_dir)}; "
-            "look at the data, or lower train.lr"
-        )
-
-
-def last_checkpoint(out_dir):
-    """The latest checkpoint of a run or None, as rank 0 sees it: the same on all ranks, whatever their file systems
-    have heard. Every rank must call this."""
-    found = [checkpoint.find(out_dir) if distributed.get_rank() == 0 else None]
-    distributed.broadcast_object_list(found)
-    return found[0]
+        last = [None]
+        if distributed.get_rank() == 0:  # the same on all ranks, whatever their file systems have heard
+            saved = checkpoint.Saved(Path(train.out_dir) / "checkpoints")
+            last = [f"the last checkpoint is {saved.latest}"]
+            if saved.last_good != saved.latest:
+                last[0] += f", the last from before those steps {saved.last_good}"
+        distributed.broadcast_object_list(last)
+        return f"of samples {samples}; none reached the weights; {last[0]}; look at the data, or lower train.lr"

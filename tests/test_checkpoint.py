@@ -270,6 +270,7 @@ def test_killed_between_any_two_operations_of_a_save_the_next_start_puts_all_rig
         losses = {p: checkpoint.read_state(p)["val_loss"] for p in checkpoint.complete_checkpoints(run / "checkpoints")}
         assert marks(run) == (state["step"], int(min(losses, key=losses.get).name[5:]))
         assert not list((run / "checkpoints").glob("*.tmp")), number
+        assert 15 in steps_of(run), "the one that was to be replaced, or the new one"
         # two later saves delete all that is older, but the best
         best = marks(run)[1]
         save(run, 30, 5.0)

@@ -70,7 +70,10 @@ def test_a_run_whose_last_step_is_bad_does_not_end_as_a_good_one(folder):
     assert said.startswith(
         "step 7, the last: gradient norm inf; bad steps in a row: 1, of samples 48 to 55; none reached"
     )
-    assert f"the last checkpoint is {folder}/rollback/checkpoints/step_00000007" in said
+    place = folder / "rollback" / "checkpoints"
+    assert (
+        f"the last checkpoint is {place}/step_00000007, the last from before those steps {place}/step_00000005;" in said
+    )
 
 
 @pytest.mark.parametrize(("stage", "precision", "kind", "settings"), SPOILT)
