@@ -381,25 +381,26 @@ class Saved:
     def __init__(self, folder):
         folder = Path(folder)
         for _ in range(TRIES):
-            states = {path: state_if_whole(path) for path in complete_checkpoints(folder)}
+            states = {path: summary(path) for path in complete_checkpoints(folder)}
             if all(is_complete(path) for path in states):
                 break  # else a run has deleted one meanwhile
         named = {which: folder / (read_mark(folder / which) or "none") for which in ("latest", "best")}
         marked = {which: path for which, path in named.items() if path in states}
         last_step = step_and_suffix(marked["latest"])[0] if "latest" in marked else math.inf
-        numbers = {step_and_suffix(path)[0]: state.get("save_number", 0) for path, state in states.items() if state}
+        whole = {path: state for path, state in states.items() if state is not None}
+        numbers = {step_and_suffix(path)[0]: state.get("save_number", 0) for path, state in whole.items()}
         entries = []
         for path, state in states.items():
             step = step_and_suffix(path)[0]
-            recorded, number = bool(state and "save_number" in state), numbers.get(step, 0)
+            recorded, number = path in whole and "save_number" in state, numbers.get(step, 0)
             if not recorded:
                 before = [number for other, number in numbers.items() if other < step]
-                number = -1 if step > last_step else 0 if state else max(before, default=0)
-            loss = state and state.get("val_loss")
-            if state and not recorded and path == marked.get("best"):
-                loss = state.get("best_val_loss")
-            suspect = bool(state and state.get("suspect"))
-            entries.append(Entry(path, step, number, loss, state is not None, recorded, suspect))
+                number = 0 if path in whole else max(before, default=0)
+            if not recorded and step > last_step:
+                number = -1
+            known = whole.get(path, {})
+            loss = known.get("best_val_loss" if not recorded and path == marked.get("best") else "val_loss")
+            entries.append(Entry(path, step, number, loss, path in whole, recorded, known.get("suspect", False)))
         self.entries = sorted(entries, key=lambda entry: (entry.number, entry.step))
         by_path = {entry.path: entry for entry in entries}
 
@@ -431,6 +432,19 @@ def state_if_whole(path):
         return read_state(path, look_at_files=False)
     except UserError:
         return None
+
+
+summaries = {}  # {path: (identity, what `summary` gave)}: a run that keeps many would read all at each save
+
+
+def summary(path):
+    """What `Saved` needs of a checkpoint's state.json, as far as it is recorded there, or None if it is damaged."""
+    now = identity(path)
+    if now is None or summaries.get(path, (None, None))[0] != now:
+        state = state_if_whole(path)
+        keys = ("save_number", "val_loss", "best_val_loss", "suspect")
+        summaries[path] = now, state if state is None else {key: state[key] for key in keys if key in state}
+    return summaries[path][1]
 
 
 def find(path, which="latest"):
@@ -482,7 +496,7 @@ def identity(path):
         status = os.stat(path / "state.json")
     except OSError:
         return None
-    return status.st_ino, status.st_mtime_ns
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def unfinished(folder):

@@ -278,9 +278,14 @@ def is_published(folder):
     """Whether a folder is in transformers' format, as far as its config.json tells. Raises UserError if that cannot be
     read and is not a run's, which does not need it."""
     folder = Path(folder)
-    if (folder / "checkpoints").is_dir() or not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file():
         return False
-    raw = read_json(folder / "config.json")
+    try:
+        raw = read_json(folder / "config.json")
+    except UserError:
+        if (folder / "checkpoints").is_dir():
+            return False
+        raise
     return isinstance(raw, dict) and "model_type" in raw
 
 

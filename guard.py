@@ -228,7 +228,7 @@ class BadSteps:
             found, state, passed_over = checkpoint.newest_whole(train.out_dir)
             if found:
                 checkpoint.load(self.engine, found, state, train.seed)
-                return "; ".join(["passed over", *passed_over, f"back to the weights of {found}"])
+                return "; ".join([f"passed over, and back to the weights of {found}", *passed_over])
         if not math.isfinite(self.loss):
             everyone = [None] * distributed.get_world_size()
             distributed.all_gather_object(everyone, first_not_finite(self.engine))
