@@ -94,9 +94,11 @@ class Saving:
     else it is written when this returns."""
 
     def __init__(self, engine, folder, state, best, keep, background=False):
-        self.began, self.folder, self.name = time.perf_counter(), Path(folder), name_of(state["step"])
+        self.began = time.perf_counter()
+        self.folder, self.name = Path(folder), name_of(state["step"])
         self.state, self.best, self.keep = state | description(engine), best, keep
-        self.file, self.written, fault = f"rank_{distributed.get_rank():05d}.safetensors", None, None
+        self.file = f"rank_{distributed.get_rank():05d}.safetensors"
+        self.written = fault = None
         self.temporary = self.folder / f"{self.name}.tmp"
         if distributed.get_rank() == 0:
             try:
@@ -409,14 +411,16 @@ class Saved:
             latest = self.entries[-1]
         self.latest = latest and latest.path
 
-        best, measured = by_path.get(marked.get("best")), [e for e in self.entries if e.val_loss is not None]
+        best = by_path.get(marked.get("best"))
+        measured = [entry for entry in self.entries if entry.val_loss is not None]
         lowest = min(measured, key=lambda entry: entry.val_loss, default=None)
         outdone = best and lowest and best.val_loss is not None and lowest.val_loss < best.val_loss
         if best is None or outdone or (best.recorded and best.val_loss is None):
             best = lowest
         self.best = best and best.path
 
-        self.own, self.stale, lowest_step = [], [], math.inf
+        self.own, self.stale = [], []
+        lowest_step = math.inf
         for entry in reversed(self.entries):
             if entry == latest or (latest.step > entry.step and entry.step < lowest_step):
                 self.own.insert(0, entry)
@@ -730,7 +734,8 @@ def where_to_start(config, data, known_faults=()):
     if resume == "never" and find(run):
         raise UserError(f"train.out_dir: {run} already holds a run; choose another, or drop --train.resume never")
     restore_replaced(run / "checkpoints")
-    passed_over, look_at_files = [], os.environ.get("WORLD_SIZE", "1") == "1"  # of many ranks, `fault_of` looks
+    look_at_files = os.environ.get("WORLD_SIZE", "1") == "1"  # many ranks share that in `fault_of`
+    passed_over = []
     # of another run: only the beginning, else the same command would begin there again and again
     begins = resume not in ("auto", "never") and run.resolve() not in (Path(resume) / "state.json").resolve().parents
     if resume in ("auto", "never") or (begins and find(run)):

@@ -234,7 +234,8 @@ def write_tensors(path, sizes, tensors):
 
     Returns the file's size and the checksum of its header. Raises OSError, and UserError for a tensor that holds a
     NaN or an infinity."""
-    header, end, sums = {"__metadata__": {"crc32": " ".join(["00000000"] * len(sizes))}}, 0, []
+    header = {"__metadata__": {"crc32": " ".join(["00000000"] * len(sizes))}}
+    end, sums = 0, []
     for name, (dtype, elements) in sizes.items():
         begin, end = end, end + elements * dtype.itemsize
         header[name] = {"dtype": DTYPES[dtype], "shape": [elements], "data_offsets": [begin, end]}
@@ -345,7 +346,8 @@ class TensorFile:
     def check(self, name):
         """Read a whole tensor, a little at a time, and compare its checksum. Raises UserError."""
         dtype, begin, length, expected = self.tensors[name]
-        place, left, found, chunk = self.first_byte + begin, length * dtype.itemsize, 0, bytearray(CHUNK)
+        place, left = self.first_byte + begin, length * dtype.itemsize
+        found, chunk = 0, bytearray(CHUNK)
         while left:
             part = memoryview(chunk)[: min(left, CHUNK)]
             self.read_into(place, part)
@@ -435,7 +437,8 @@ class SavedPieces:
 
     def __init__(self, path, state, verify=False):
         self.path, self.entries, self.verify = Path(path), state["files"], verify
-        self.names, self.open = sorted(state["files"]), {}
+        self.names = sorted(state["files"])
+        self.open = {}  # {number of a file: TensorFile}, the last used last
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.most = MOST_OPEN_FILES if soft == resource.RLIM_INFINITY else max(1, min(MOST_OPEN_FILES, soft // 2))
         self.index = state.get("pieces")
