@@ -6,75 +6,109 @@
 A rank's file holds the pieces of the parameters that it owns, flat and without padding, in full precision:
 `fp32/<parameter>/<first element>`, and `exp_avg/...`, `exp_avg_sq/...` of the same elements. Pieces say which
 parameter they belong to and where they begin, so any number of ranks, at any ZeRO stage, with or without
-offload, picks what it needs from them: resuming elsewhere is the same code as resuming. Nothing in a
-checkpoint is executed by loading it.
+offload, picks what it needs from them: resuming elsewhere is the same code as resuming. state.json says which
+file holds which elements (`pieces`), so that a rank opens only the files it needs. Nothing in a checkpoint is
+executed by loading it, and no file outside its folder is opened.
 
 All ranks write into step_00001000.tmp; when all have, rank 0 adds state.json with the size and checksum of
-every file and renames the folder. A folder that has its final name is therefore complete.
+every file and renames the folder. A folder that has its final name is therefore complete. A checkpoint with a NaN
+or an infinity in a weight or moment is never committed.
+
+Which checkpoint is the latest and which the best follows from what each state.json records, `save_number` and
+`val_loss`: the files `latest` and `best` are for people, and what is wrong in them is corrected by the next start
+or save.
+
+A run that is resumed from an older checkpoint leaves later ones behind, which are stale: they are never the
+latest, and are deleted as soon as the continuation has saved as many of its own as train.keep_checkpoints keeps.
+The best one is kept whichever it is. What is deleted is exactly what a run wrote (see `is_ours`), and is renamed
+to step_00001000.deleted.tmp first, so that a deletion that was killed is finished by a later start or save.
 """
 
+import contextlib
 import json
+import math
 import os
+import re
 import shutil
+import stat
 import threading
 import time
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import distributed
 
 from config import Config, ModelConfig, UserError, build, flat, read_json
 from data.mixture import check_same_data
-from data.shards import cannot_write, write_atomically, write_json
+from data.shards import cannot_write, make_way, write_atomically, write_json
 from pieces import (
-    fill,
+    SavedPieces,
+    TensorFile,
+    damaged,
+    fault_of_index,
+    index_of,
     loss_scaler,
     only_on_nvme,
+    open_plain_file,
     optimizer_steps,
     own_layout,
     own_tensors,
+    pieces_in,
     pieces_in_memory,
     refresh_weights,
-    saved_pieces,
     write_tensors,
 )
 
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what fp16's loss scaler remembers
+RANK_FILE = re.compile(r"rank_[0-9]{5,7}\.safetensors")
+FOLDER = re.compile(r"step_([0-9]{8,15})(\.tmp|\.old\.tmp|\.deleted\.tmp)?")  # names that a run gives
+MOST_STATE_BYTES = 1 << 28  # of state.json, which takes kilobytes
+TRIES = 100  # of a reader that a run deletes checkpoints from under
 
 
 def name_of(step):
     return f"step_{step:08d}"
 
 
+def step_and_suffix(path):
+    """(step, suffix or None) of the name of a folder that a run made; (None, None) for any other name."""
+    match = FOLDER.fullmatch(path.name)
+    if match and path.name == name_of(int(match[1])) + (match[2] or ""):
+        return int(match[1]), match[2]
+    return None, None
+
+
 # -- saving --------------------------------------------------------------------------------------
 
 
 class Saving:
-    """A checkpoint on its way to the disk: everything the run needs to go on. Every rank must make one, and later
-    call `finish`, which commits it.
+    """A checkpoint on its way to the disk: everything the run needs to continue. Every rank must make one, and
+    later call `finish`, which commits it.
 
-    state: what state.json records besides what is found here, `step` among it. best: also mark this
-    checkpoint as the best. keep: how many of the newest stay on the disk. background: take a copy in the
-    CPU's memory, so that the run can go on while a thread writes; else it is written when this returns.
-    progress: called for each tensor that is written."""
+    state: what state.json records besides what is found here, `step` and `best_val_loss` among it, and `val_loss`
+    if it was measured at this step. best: it is the lowest so far. keep: how many of the newest stay on the
+    disk. background: take a copy in the CPU's memory, so that the run can continue while a thread writes;
+    else it is written when this returns. progress: called for each tensor that is written."""
 
     def __init__(self, engine, folder, state, best, keep, background=False, progress=lambda: None):
-        self.began, self.folder, self.name = time.perf_counter(), Path(folder), name_of(state["step"])
+        self.began = time.perf_counter()
+        self.folder, self.name = Path(folder), name_of(state["step"])
         self.state, self.best, self.keep = state | description(engine), best, keep
-        self.file, self.written, fault = f"rank_{distributed.get_rank():05d}.safetensors", None, None
-        self.progress, self.temporary = progress, self.folder / f"{self.name}.tmp"
+        self.file = f"rank_{distributed.get_rank():05d}.safetensors"
+        self.written = fault = None
+        self.temporary = self.folder / f"{self.name}.tmp"
+        self.progress = progress
         if distributed.get_rank() == 0:
             try:
-                for left_over in self.folder.glob("step_*.tmp"):  # of a save that was killed
-                    shutil.rmtree(left_over)
-                self.temporary.mkdir(parents=True)
+                make_room(self.folder, self.name)
             except OSError as error:
                 fault = str(cannot_write(self.temporary, error))
         distributed.barrier()
         sizes, tensors = own_tensors(engine)
+        self.pieces = pieces_in({name: elements for name, (_, elements) in sizes.items()})
         self.writer = None
         if background and not only_on_nvme(engine):
             copies = [tensor.to("cpu", copy=True) for tensor in tensors]
@@ -90,36 +124,61 @@ class Saving:
             self.written = fault or write_tensors(self.temporary / self.file, sizes, tensors)
         except OSError as error:
             self.written = str(cannot_write(self.temporary / self.file, error))
+        except UserError as error:
+            self.written = f"step {self.state['step']}: {not_finite(error, self.folder)}"
 
     def finish(self):
         """Commit what all ranks have written, and only then delete what is older. Returns its path, the seconds
         from the beginning to here, and those in which the run stood still. Raises UserError on every rank
-        if one of them could not write; the checkpoints that were there stay as they are."""
-        went_on = time.perf_counter()
+        if one of them could not write, or holds a number that is not finite; the checkpoints that were there stay
+        as they are."""
+        waited_from = time.perf_counter()
         if self.writer:
             self.writer.join()
-        everyone = [None] * distributed.get_world_size()
-        distributed.all_gather_object(everyone, (self.file, self.written))
-        fault = next((written for _, written in everyone if isinstance(written, str)), None)
-        if distributed.get_rank() == 0 and not fault:
+        ranks = distributed.get_world_size()
+        everyone = [None] * ranks if distributed.get_rank() == 0 else None
+        distributed.gather_object((self.file, self.written, self.pieces), everyone)
+        fault = [None]
+        if everyone:
+            fault = [next((written for _, written, _ in everyone if isinstance(written, str)), None)]
+        if everyone and not fault[0]:
+            files = {file: written for file, written, _ in everyone}
+            pieces = index_of(own for _, _, own in sorted(everyone, key=lambda entry: entry[0]))
             try:
-                commit(self.folder, self.name, self.state | {"files": dict(everyone)}, self.best)
+                commit(self.folder, self.name, self.state | {"files": files, "pieces": pieces}, self.best)
                 prune(self.folder, self.keep)
             except UserError as error:
-                fault = str(error)
-        fault = [fault]
+                fault = [str(error)]
+            except OSError as error:
+                fault = [str(cannot_write(self.folder / self.name, error))]
         distributed.broadcast_object_list(fault)
         if fault[0]:
             if distributed.get_rank() == 0:
                 shutil.rmtree(self.temporary, ignore_errors=True)  # room for what the user does next
             raise UserError(fault[0])
         now = time.perf_counter()
-        return self.folder / self.name, now - self.began, self.stalled + now - went_on
+        return self.folder / self.name, now - self.began, self.stalled + now - waited_from
+
+
+def make_room(folder, name):
+    """Make the folder into which all ranks write a checkpoint; delete what killed saves have left. Raises OSError."""
+    for path in left_over(folder):
+        remove(path)
+    (folder / f"{name}.tmp").mkdir(parents=True)
 
 
 def save(engine, folder, state, best, keep):
     """Save and commit at once. Returns the checkpoint's path. Raises UserError."""
     return Saving(engine, folder, state, best, keep).finish()[0]
+
+
+def not_finite(found, folder):
+    """The line on weights or moments that an update has spoilt. folder: out/<run>/checkpoints."""
+    last, remedy = Saved(folder).last_good, "no good checkpoint is there: begin"
+    if last:
+        remedy = f"the last good checkpoint is {last}: continue from it"
+    remedy += " with a lower train.lr or a larger train.eps"
+    return f"{found}, expected finite numbers; such weights are never saved; {remedy}"
 
 
 def description(engine):
@@ -131,66 +190,287 @@ def description(engine):
     return {
         "optimizer_steps": optimizer_steps(engine),
         "loss_scaler": {key: getattr(scaler, key) for key in SCALER if hasattr(scaler, key)},
-        "parameters": {name: list(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()},
+        "parameters": shapes_of(parameters),
         "tied": {name: names[id(p)] for name, p in everything if name != names[id(p)]},
     }
 
 
+def shapes_of(parameters):
+    """{name: shape as a list} of {name: parameter}, of which ZeRO-3 may hold a part."""
+    return {name: list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters.items()}
+
+
 def commit(folder, name, state, best):
     """Make a folder in which all ranks have written a checkpoint, by one rename. Raises UserError."""
-    temporary = folder / f"{name}.tmp"
+    temporary, final = folder / f"{name}.tmp", folder / name
+    val_loss = state.get("val_loss", state["best_val_loss"] if best else None)
+    state = state | {"save_number": 1 + max((entry.number for entry in Saved(folder).entries), default=0)}
+    measured = val_loss is not None and math.isfinite(val_loss)
+    state["val_loss"] = val_loss if measured else None
+    spoilt = val_loss is not None and not measured
+    state["suspect"] = spoilt or bool(state.get("bad_steps", {}).get("bad"))
     write_json(temporary / "state.json", state | {"crc32": seal(state)})
     try:
-        if (folder / name).exists():  # of an earlier continuation from an older checkpoint
-            os.replace(folder / name, folder / f"{name}.old.tmp")
-        os.replace(temporary, folder / name)
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)  # the rename is on the disk before anything older is deleted
-        os.close(descriptor)
+        flush_folder(temporary)
+        if os.path.lexists(final):  # stale, of before the run was resumed from an older one; or not ours
+            with contextlib.suppress(OSError):  # of a lost terminal
+                print(f"{final} was there already and is replaced", flush=True)
+            if is_ours(final):
+                os.replace(final, folder / f"{name}.old.tmp")
+            else:
+                make_way(final, for_a_folder=True)
+        os.replace(temporary, final)
+        flush_folder(folder)  # the rename is on the disk before anything older is deleted
     except OSError as error:
-        raise cannot_write(folder / name, error) from None
-    write_atomically(folder / "latest", name.encode())
-    if best:
-        write_atomically(folder / "best", name.encode())
+        raise cannot_write(final, error) from None
+    write_marks(folder)
+
+
+def flush_folder(folder):
+    """The names in a folder are on the disk when this returns. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_marks(folder):
+    """Write the files `latest` and `best` where they are missing or say something else. Raises UserError."""
+    saved = Saved(folder)
+    for which, path in (("latest", saved.latest), ("best", saved.best)):
+        mark = folder / which
+        if path and read_mark(mark) != path.name:
+            make_way(mark)
+            write_atomically(mark, path.name.encode())
 
 
 def prune(folder, keep):
-    """Delete all but the newest `keep` checkpoints and the best."""
-    for old in folder.glob("*.old.tmp"):
-        shutil.rmtree(old, ignore_errors=True)
-    marked = {(folder / mark).read_text() for mark in ("latest", "best") if (folder / mark).exists()}
-    for old in complete_checkpoints(folder)[:-keep]:
-        if old.name not in marked:
-            shutil.rmtree(old, ignore_errors=True)
+    """Delete all but the newest `keep` checkpoints of the run as it was continued, the best, and stale ones as long
+    as it has not saved `keep` of its own since it was resumed from an older one. Nothing is deleted for one whose
+    state.json cannot be read, and no good one for suspect ones, of which the newest `keep` are kept as well."""
+    for path in left_over(folder):
+        remove(path)
+    saved = Saved(folder)
+    good = saved.good[-keep:]
+    oldest = good[0] if good else None
+    suspect = [entry for entry in saved.own if entry.suspect and (not good or entry.step > oldest.step)][-keep:]
+    victims = [entry for entry in saved.own if entry.suspect or (good and entry.step < oldest.step)]
+    if len(good) == keep and all(entry.number < oldest.number for entry in saved.stale):
+        victims += saved.stale
+    for entry in victims:
+        if entry not in suspect and entry.path not in (saved.latest, saved.best) and is_ours(entry.path):
+            remove(entry.path)
+
+
+def is_ours(path):
+    """Whether a folder is exactly what a run wrote: no link, with a name that a run gives, of the step that its
+    state.json records, in which nothing lies but state.json and the ranks' files. Temporary names are the run's
+    own, whatever lies there."""
+    step, suffix = step_and_suffix(path)
+    if step is None or path.is_symlink():
+        return False
+    if suffix is not None:
+        return True
+    try:
+        entries = list(os.scandir(path))
+        plain = all(entry.is_file(follow_symlinks=False) for entry in entries)
+    except OSError:
+        return False
+    names = {entry.name for entry in entries} - {"state.json", "state.json.tmp"}
+    if not plain or not all(RANK_FILE.fullmatch(name) for name in names):
+        return False
+    state = state_if_whole(path)  # None: damaged, or half deleted by code that did not rename first
+    return state is None or state["step"] == step
+
+
+def left_over(folder):
+    """What saves and deletions that were killed have left in out/<run>/checkpoints: folders of ours under a temporary
+    name, and those without a state.json."""
+    found = []
+    for path in listed(folder):
+        step, suffix = step_and_suffix(path)
+        half = step is not None and (suffix is not None or not os.path.lexists(path / "state.json"))
+        if half and is_ours(path):
+            found.append(path)
+    return found
+
+
+def remove(path):
+    """Delete a checkpoint or what is left of one: it is renamed first, so that no reader takes a half of it."""
+    step, _ = step_and_suffix(path)
+    doomed = path.with_name(f"{name_of(step)}.deleted.tmp")
+    try:
+        if path != doomed:
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.rename(path, doomed)
+    except OSError:  # it stays, and is tried again by the next save
+        return
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def restore_replaced(folder):
+    """A save that was killed between the two renames with which it replaces a checkpoint of the same step: put the
+    replaced one back. Every rank may call this: the first one does it."""
+    for path in listed(folder):
+        step, suffix = step_and_suffix(path)
+        if suffix == ".old.tmp" and is_complete(path) and not os.path.lexists(path.with_name(name_of(step))):
+            with contextlib.suppress(OSError):
+                os.rename(path, path.with_name(name_of(step)))
+
+
+def tidy(folder):
+    """What the start of a run puts right in out/<run>/checkpoints: it finishes saves and deletions that were killed,
+    and corrects `latest` and `best`. To be called by one rank, and by no two runs at a time. Raises UserError."""
+    restore_replaced(folder)
+    for path in left_over(folder):
+        remove(path)
+    write_marks(folder)
 
 
 # -- finding -------------------------------------------------------------------------------------
 
 
+def listed(folder):
+    """The real folders in a folder, which need not be there, by name."""
+    try:
+        return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
+    except OSError:
+        return []
+
+
+def is_complete(path):
+    return (path / "state.json").is_file()
+
+
 def complete_checkpoints(folder):
-    """The complete checkpoints in out/<run>/checkpoints, oldest first."""
-    return sorted(p for p in Path(folder).glob("step_*") if p.suffix != ".tmp" and (p / "state.json").exists())
+    """The complete checkpoints in out/<run>/checkpoints, by step."""
+    names = [(path, step_and_suffix(path)) for path in listed(folder)]
+    return [path for path, (step, suffix) in names if step is not None and suffix is None and is_complete(path)]
+
+
+def read_mark(mark):
+    """What the file `latest` or `best` says, or None where it is damaged or not there."""
+    try:
+        with open_plain_file(mark) as file:
+            return file.read(100).decode("ascii").strip()
+    except (OSError, ValueError):
+        return None
+
+
+class Entry(NamedTuple):
+    """A complete checkpoint. number: grows from save to save of a run; val_loss: measured at its step, or None;
+    readable: state.json is whole, whatever may be wrong with the other files; recorded: it is by code that records
+    the validation loss; suspect: the last step before it was bad, or its validation loss is not finite, so that its
+    weights, finite as they are, may be of no use."""
+
+    path: Path
+    step: int
+    number: int
+    val_loss: float | None
+    readable: bool
+    recorded: bool
+    suspect: bool
+
+
+class Saved:
+    """The complete checkpoints in out/<run>/checkpoints, `entries` in the order in which they were saved, and what
+    follows from what their state.json record: the paths `latest` and `best` (None where there is none, or none was
+    evaluated); `own`, those that led to the latest one and it; of these the `good` ones and the path of the
+    `last_good` one; `stale`, those left behind when the run was resumed from an older one.
+
+    The files `latest` and `best` count where that is not recorded: in checkpoints of older code, and where a
+    state.json is damaged."""
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        for _ in range(TRIES):
+            states = {path: summary(path) for path in complete_checkpoints(folder)}
+            if all(is_complete(path) for path in states):
+                break  # else a run has deleted one meanwhile
+        named = {which: folder / (read_mark(folder / which) or "none") for which in ("latest", "best")}
+        marked = {which: path for which, path in named.items() if path in states}
+        last_step = step_and_suffix(marked["latest"])[0] if "latest" in marked else math.inf
+        whole = {path: state for path, state in states.items() if state is not None}
+        numbers = {step_and_suffix(path)[0]: state.get("save_number", 0) for path, state in whole.items()}
+        entries = []
+        for path, state in states.items():
+            step = step_and_suffix(path)[0]
+            recorded, number = path in whole and "save_number" in state, numbers.get(step, 0)
+            if not recorded:
+                before = [number for other, number in numbers.items() if other < step]
+                number = 0 if path in whole else max(before, default=0)
+            if not recorded and step > last_step:
+                number = -1
+            known = whole.get(path, {})
+            loss = known.get("best_val_loss" if not recorded and path == marked.get("best") else "val_loss")
+            entries.append(Entry(path, step, number, loss, path in whole, recorded, known.get("suspect", False)))
+        self.entries = sorted(entries, key=lambda entry: (entry.number, entry.step))
+        by_path = {entry.path: entry for entry in entries}
+
+        latest = by_path.get(marked.get("latest"))
+        if self.entries and (latest is None or latest.number < self.entries[-1].number):
+            latest = self.entries[-1]
+        self.latest = latest and latest.path
+
+        best = by_path.get(marked.get("best"))
+        measured = [entry for entry in self.entries if entry.val_loss is not None]
+        lowest = min(measured, key=lambda entry: entry.val_loss, default=None)
+        outdone = best and lowest and best.val_loss is not None and lowest.val_loss < best.val_loss
+        if best is None or outdone or (best.recorded and best.val_loss is None):
+            best = lowest
+        self.best = best and best.path
+
+        self.own, self.stale = [], []
+        lowest_step = math.inf
+        for entry in reversed(self.entries):
+            if entry == latest or (latest.step > entry.step and entry.step < lowest_step):
+                self.own.insert(0, entry)
+                lowest_step = entry.step
+            else:
+                self.stale.insert(0, entry)
+        self.good = [entry for entry in self.own if entry.readable and not entry.suspect]
+        self.last_good = self.good[-1].path if self.good else None
+
+
+def state_if_whole(path):
+    try:
+        return read_state(path, look_at_files=False)
+    except UserError:
+        return None
+
+
+summaries = {}  # {path: (identity, what `summary` gave)}: a run that keeps many would read all at each save
+
+
+def summary(path):
+    """What `Saved` needs of a checkpoint's state.json, as far as it is recorded there, or None if it is damaged."""
+    now = identity(path)
+    if now is None or summaries.get(path, (None, None))[0] != now:
+        state = state_if_whole(path)
+        keys = ("save_number", "val_loss", "best_val_loss", "suspect")
+        summaries[path] = now, state if state is None else {key: state[key] for key in keys if key in state}
+    return summaries[path][1]
 
 
 def find(path, which="latest"):
-    """The checkpoint that `path` means: a checkpoint's own folder, or in a run's folder the one marked
-    `latest` or `best` (the newest if that mark is missing), or the one of a step (`1000`).
+    """The checkpoint that `path` means: a checkpoint's own folder, or in a run's folder the `latest` or the `best`
+    (the latest if none was evaluated), or the one of a step (`1000`).
 
     Returns its Path, or None where the run has no complete checkpoint. Raises UserError if there is
     none of that step."""
     path = Path(path)
-    if (path / "state.json").exists():
+    if is_complete(path):
         return path
     folder = path / "checkpoints"
-    complete = complete_checkpoints(folder)
     if which in ("latest", "best"):
-        mark = folder / which
-        marked = folder / mark.read_text().strip() if mark.exists() else None
-        return marked if marked in complete else (complete or [None])[-1]
-    if str(which).isdigit() and folder / name_of(int(which)) in complete:
+        saved = Saved(folder)
+        return (saved.best if which == "best" else None) or saved.latest
+    complete = complete_checkpoints(folder)
+    if re.fullmatch("[0-9]{1,15}", str(which)) and folder / name_of(int(which)) in complete:
         return folder / name_of(int(which))
-    have = ", ".join(str(int(p.name.removeprefix("step_"))) for p in complete) or "none"
-    raise UserError(f"{path}: no checkpoint {which!r}; expected latest, best or one of the steps: {have}")
+    have = ", ".join(str(step_and_suffix(found)[0]) for found in complete) or "none"
+    raise UserError(f"{path}: no checkpoint {str(which)[:40]!r}; expected latest, best or one of the steps: {have}")
 
 
 def must_find(path, which):
@@ -202,31 +482,83 @@ def must_find(path, which):
     return found
 
 
-def newest_usable(run, known_faults=()):
-    """The checkpoint that a run goes on from: (its path, its state, a line for each newer one passed over).
-    The path is None where the run has never finished a save.
+def reading(path, which, read):
+    """What read(checkpoint) returns, for the one that `path` and `which` mean (see `find`). The run it belongs to may
+    delete or replace it meanwhile: then the next one is read. Raises UserError."""
+    for _ in range(TRIES):
+        found = must_find(path, which)
+        before = identity(found)
+        try:
+            return read(found)
+        except UserError:
+            if before is not None and identity(found) == before:
+                raise
+    return read(must_find(path, which))
+
+
+def identity(path):
+    """What a checkpoint with the same name but other content differs in, or None if it is gone."""
+    try:
+        status = os.stat(path / "state.json")
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def unfinished(folder):
+    """A line for each save that was not finished, and each folder without a state.json."""
+    lines = []
+    for path in listed(folder):
+        step, suffix = step_and_suffix(path)
+        if suffix == ".tmp":
+            lines.append(f"ignored {path}: its save was not finished")
+        elif step is not None and suffix is None and not is_complete(path):
+            lines.append(f"ignored {path}: it has no state.json")
+    return lines
+
+
+def newest_usable(run, known_faults=(), look_at_files=True):
+    """The checkpoint from which a run continues: (its path, its state, a line for each newer one passed over).
+    The path is None where the run has never finished a save. Stale ones come last.
 
     known_faults: {path: what is wrong with it}, found by reading it. Raises UserError if there are
-    checkpoints but all are damaged: starting anew would overwrite the run."""
-    folder, passed_over = Path(run) / "checkpoints", []
-    complete = complete_checkpoints(folder)
-    for path in sorted(set(folder.glob("step_*")) - set(complete)):
-        passed_over.append(
-            f"ignored {path}: " + ("its save was not finished" if path.suffix else "it has no state.json")
-        )
-    latest = find(run)
-    # what lies behind `latest` was left by an earlier continuation, and comes last
-    for path in sorted(complete, key=lambda p: (p <= latest, p), reverse=True):
+    checkpoints but all are damaged: starting from the beginning would overwrite the run."""
+    folder = Path(run) / "checkpoints"
+    saved, passed_over = Saved(folder), unfinished(folder)
+    for entry in [*reversed(saved.own), *reversed(saved.stale)]:
         try:
-            if path in known_faults:
-                raise UserError(known_faults[path])
-            return path, read_state(path), passed_over
+            if entry.path in known_faults:
+                raise UserError(known_faults[entry.path])
+            return entry.path, read_state(entry.path, look_at_files), passed_over
         except UserError as error:
-            passed_over.append(f"ignored {path}: {error}")
-    if complete:
+            passed_over.append(f"ignored {entry.path}: {error}")
+    if saved.entries:
         fault = passed_over[-1].removeprefix("ignored ")
         raise UserError(f"{fault}; no checkpoint of this run is whole: choose another train.out_dir")
     return None, None, passed_over
+
+
+def newest_whole(run):
+    """As `newest_usable`, with all bytes read and compared, and the same on all ranks, which must all call this."""
+    known_faults = {}
+    while True:
+        answer = [None]
+        if distributed.get_rank() == 0:
+            try:
+                answer = [newest_usable(run, known_faults)]
+            except UserError as error:
+                answer = [str(error)]
+        distributed.broadcast_object_list(answer)  # whatever each rank's file system has heard
+        if isinstance(answer[0], str):
+            raise UserError(answer[0])
+        found, state, passed_over = answer[0]
+        fault = found and fault_of(found, state)
+        if not fault:
+            return found, state, [line for line in passed_over if ".tmp: " not in line]
+        known_faults[found] = fault
+
+
+# -- state.json ----------------------------------------------------------------------------------
 
 
 def seal(state):
@@ -234,41 +566,152 @@ def seal(state):
     return f"{zlib.crc32(json.dumps(state, sort_keys=True).encode()):08x}"
 
 
-def read_state(path):
-    """state.json of a checkpoint, after a look at its files. Raises UserError if one is missing or cut."""
-    state = read_json(Path(path) / "state.json")
+def read_state(path, look_at_files=True):
+    """state.json of a checkpoint, every field of it checked; keys that are younger than the checkpoint are missing.
+    look_at_files: also at the sizes of its files. Raises UserError if something is missing, cut or odd."""
+    file = Path(path) / "state.json"
+    try:
+        with open_plain_file(file) as opened:
+            size = os.fstat(opened.fileno()).st_size
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except OSError as error:
+        raise damaged(file, error.strerror) from None
+    if size > MOST_STATE_BYTES:
+        raise damaged(file, f"found {size} bytes, expected at most {MOST_STATE_BYTES}")
+    try:
+        state = read_json(file)
+    except (ValueError, RecursionError, MemoryError) as error:  # numbers of thousands of digits
+        raise damaged(file, " ".join(str(error).split())[:100] or type(error).__name__) from None
     kinds = {"step": int, "tokens": int, "optimizer_steps": int, "world_size": int, "stage": int, "precision": str}
     kinds |= dict.fromkeys(("config", "data", "files", "parameters", "tied", "loss_scaler"), dict)
     for name, kind in kinds.items():
         if not isinstance(state, dict) or not isinstance(state.get(name), kind):
-            raise UserError(f"{path}/state.json: no {name} ({kind.__name__}); the checkpoint is damaged, use another")
-    if state.pop("crc32", None) != seal(state):
-        raise UserError(f"{path}/state.json: its checksum is wrong; the checkpoint is damaged, use another")
-    for name, entry in state["files"].items():
-        file, size = Path(path) / name, entry["bytes"]
-        if not file.exists() or file.stat().st_size != size:
-            found = f"{file.stat().st_size} bytes" if file.exists() else "no such file"
-            raise UserError(f"{file}: {found}, expected {size} bytes; the checkpoint is damaged, use an older one")
+            raise UserError(f"{file}: no {name} ({kind.__name__}); the checkpoint is damaged, use another")
+    try:
+        right = state.pop("crc32", None) == seal(state)
+    except RecursionError:
+        raise damaged(file, "nested too deeply") from None
+    if not right:
+        raise UserError(f"{file}: its checksum is wrong; the checkpoint is damaged, use another")
+    if fault := fault_of_state(state):
+        raise damaged(file, fault)
+    for name, entry in state["files"].items() if look_at_files else ():
+        check_size(Path(path) / name, entry["bytes"])
     return state
+
+
+def check_size(file, size):
+    """Raises UserError unless this is a plain file of so many bytes."""
+    try:
+        status = os.lstat(file)
+    except FileNotFoundError:
+        raise damaged(file, f"no such file, expected {size} bytes") from None
+    except OSError as error:
+        raise damaged(file, error.strerror) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise damaged(file, "found a link, folder, pipe or device, expected a plain file")
+    if status.st_size != size:
+        raise damaged(file, f"{status.st_size} bytes, expected {size} bytes")
+
+
+def is_number(value, most=math.inf):
+    return isinstance(value, int | float) and not isinstance(value, bool) and -most <= value <= most
+
+
+def is_count(value, most=2**63):
+    return type(value) is int and 0 <= value < most
+
+
+def is_checksum(value):
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{8}", value) is not None
+
+
+def is_loss(value):
+    return value is None or (is_number(value) and abs(value) < 1e300)
+
+
+def is_file_entry(entry):
+    return isinstance(entry, dict) and is_count(entry.get("bytes")) and ("crc32" in entry or "header_crc32" in entry)
+
+
+def is_bad_steps(value):
+    """Whether it is what guard.BadSteps records."""
+    if not isinstance(value, dict) or not isinstance(value.get("bad"), list):
+        return False
+    if not is_count(value.get("skipped")) or not is_count(value.get("skipped_in_a_row", 0)):
+        return False
+    lists = [value.get("loss"), value.get("gradient norm")]
+    pairs = all(isinstance(pair, list) and len(pair) == 2 and all(map(is_count, pair)) for pair in value["bad"])
+    return pairs and all(isinstance(numbers, list) and all(map(is_number, numbers)) for numbers in lists)
+
+
+def is_data(value):
+    """Whether it is what data.mixture's fingerprint gives."""
+    known = {"tokenizer": str | None, "vocab_size": int | None, "tokens": int, "shards": str}
+    folders = [entry if isinstance(entry, dict) else {} for entry in value.values()]
+    return all("tokenizer" in entry for entry in folders) and all(
+        isinstance(entry[name], known[name]) for entry in folders for name in entry.keys() & known.keys()
+    )
+
+
+def is_config(config):
+    """Whether it has the sections, and names its data, as train.py records a config."""
+    path = config["data"].get("path") if isinstance(config.get("data"), dict) else None
+    sections = all(isinstance(config.get(section), dict) for section in ("model", "data", "train"))
+    weights = isinstance(path, dict) and path and all(is_number(weight) for weight in path.values())
+    return sections and (isinstance(path, str) or bool(weights))
+
+
+def fault_of_state(state):
+    """What is wrong with the fields of state.json, whose types are right, in words, or None."""
+    files, parameters = state["files"], state["parameters"]
+    shapes = parameters.values()
+    rules = [  # key, whether it is right, what is expected
+        ("step", is_count(state["step"]), "0 or more"),
+        ("tokens", is_count(state["tokens"]), "0 or more"),
+        ("optimizer_steps", is_count(state["optimizer_steps"]), "0 or more"),
+        ("world_size", is_count(state["world_size"] - 1, 10**7), "a number of ranks"),
+        ("stage", type(state["stage"]) is int and state["stage"] in range(4), "0 to 3"),
+        ("save_number", is_count(state.get("save_number", 0)), "0 or more"),
+        ("best_val_loss", is_loss(state.get("best_val_loss")), "a number or null"),
+        ("val_loss", is_loss(state.get("val_loss")), "a number or null"),
+        ("suspect", isinstance(state.get("suspect", False), bool), "true or false"),
+        ("versions", isinstance(state.get("versions", {}), dict), "an object"),
+        ("files", all(map(RANK_FILE.fullmatch, files)), "names as rank_00000.safetensors"),
+        ("files", all(map(is_file_entry, files.values())), "the size and checksum of each"),
+        ("parameters", all(isinstance(shape, list) and all(map(is_count, shape)) for shape in shapes), "shapes"),
+        ("tied", all(isinstance(name, str) and name in parameters for name in state["tied"].values()), "parameters"),
+        ("loss_scaler", state["loss_scaler"].keys() <= set(SCALER), f"keys among {', '.join(SCALER)}"),
+        ("loss_scaler", all(is_number(value, 2.0**100) for value in state["loss_scaler"].values()), "numbers"),
+        ("bad_steps", "bad_steps" not in state or is_bad_steps(state["bad_steps"]), "what a run records of them"),
+        ("data", is_data(state["data"]), "what a run records of its data"),
+        ("config", is_config(state["config"]), "the sections of a run's config"),
+        ("pieces", isinstance(state.get("pieces", {}), dict), "an object"),
+    ]
+    for name, right, expected in rules:
+        if not right:
+            return f"{name}: found {str(state[name])[:100]}, expected {expected}"
+    sums = [entry.get("header_crc32", entry.get("crc32")) for entry in files.values()]
+    if not all(map(is_checksum, sums)):
+        return f"files: found {str(files)[:100]}, expected checksums of 8 hexadecimal digits"
+    elements = {name: math.prod(shape) for name, shape in parameters.items()}
+    size = sum(entry["bytes"] for entry in files.values())
+    if 4 * sum(elements.values()) > size:
+        return f"parameters: found {sum(elements.values())} elements, expected at most what {size} bytes of files hold"
+    return fault_of_index(state.get("pieces", {}), elements, len(files))
 
 
 def check_sums(path, files):
     """Read files of a checkpoint and compare their checksums. files: {name: entry of state.json}.
     Raises UserError for the first that differs."""
-    chunk = bytearray(1 << 22)
     for name, entry in files.items():
-        check = 0
-        try:
-            with open(Path(path) / name, "rb", buffering=0) as file:
-                while count := file.readinto(chunk):
-                    check = zlib.crc32(memoryview(chunk)[:count], check)
-        except OSError as error:
-            raise UserError(f"{path}/{name}: {error.strerror}; the checkpoint is damaged, use an older one") from None
-        if f"{check:08x}" != entry["crc32"]:
-            raise UserError(
-                f"{path}/{name}: found checksum {check:08x}, expected {entry['crc32']}; "
-                "the checkpoint is damaged, use an older one"
-            )
+        file = TensorFile(Path(path) / name, entry)
+        if "header_crc32" in entry:
+            for tensor in file.tensors:
+                file.check(tensor)
+        elif (found := file.checksum()) != entry["crc32"]:
+            raise damaged(file.path, f"found checksum {found}, expected {entry['crc32']}")
 
 
 def fault_of(path, state):
@@ -292,18 +735,20 @@ def where_to_start(config, data, known_faults=()):
     run, resume = Path(config.train.out_dir), config.train.resume
     if resume == "never" and find(run):
         raise UserError(f"train.out_dir: {run} already holds a run; choose another, or drop --train.resume never")
+    restore_replaced(run / "checkpoints")
+    look_at_files = os.environ.get("WORLD_SIZE", "1") == "1"  # many ranks share that in `fault_of`
     passed_over = []
     # of another run: only the beginning, else the same command would begin there again and again
     begins = resume not in ("auto", "never") and run.resolve() not in (Path(resume) / "state.json").resolve().parents
     if resume in ("auto", "never") or (begins and find(run)):
-        found, state, passed_over = newest_usable(run, known_faults)
+        found, state, passed_over = newest_usable(run, known_faults, look_at_files)
     else:
         found = find(resume)
         if found is None:
             raise UserError(f"train.resume: {resume} holds no complete checkpoint; expected auto, never or one's path")
         if found in known_faults:
             raise UserError(known_faults[found])
-        state = read_state(found)
+        state = read_state(found, look_at_files)
     news = [line for line in passed_over if not known_faults or str([*known_faults][-1]) in line]
     for line in news if os.environ["RANK"] == "0" else []:
         print(line, flush=True)
@@ -320,16 +765,18 @@ def where_to_start(config, data, known_faults=()):
 @torch.no_grad()
 def load(engine, path, state, seed, progress=lambda: None):
     """Restore weights, optimizer, loss scale and random state of a checkpoint into `engine`: bit for bit, and
-    on another number of ranks all but the random state, which then begins anew from (seed, step, rank).
+    on another number of ranks all but the random state, which then starts from (seed, step, rank).
     The learning rate, betas, epsilon and decay of each parameter group stay those of this run's config.
-    state: of `read_state`. progress: called for each piece. Raises UserError."""
-    saved = saved_pieces(path, state)
+    Each rank opens only the files that hold what it needs. state: of `read_state`. progress: called for each piece.
+    Raises UserError."""
+    refuse_other_parameters(path, state, shapes_of(dict(engine.module.named_parameters())))
+    saved = SavedPieces(path, state)
     for piece, parts, adam in pieces_in_memory(engine, own_layout(engine), changed=True):
         progress()
         counted = state["optimizer_steps"]  # torch's Adam keeps it in a tensor, DeepSpeed's in a number
         adam["step"] = torch.full_like(adam["step"], counted) if torch.is_tensor(adam["step"]) else counted
         for kind, part in parts.items():
-            fill(part, piece.start, saved[kind, piece.parameter], f"{path}: {kind} of {piece.parameter}")
+            saved.fill(part, piece.start, kind, piece.parameter)
     refresh_weights(engine)
     scaler = loss_scaler(engine)
     for key, value in state["loss_scaler"].items():  # a scale that stays (fp16.loss_scale) is this run's
@@ -338,31 +785,50 @@ def load(engine, path, state, seed, progress=lambda: None):
     engine.global_steps, engine.global_samples = state["step"], state["step"] * engine.train_batch_size()
 
     rank = distributed.get_rank()
-    own = Path(path) / f"rank_{rank:05d}.safetensors"
     if state["world_size"] != distributed.get_world_size():
         torch.manual_seed(int(np.random.SeedSequence([seed, state["step"], rank]).generate_state(1, np.uint64)[0]))
         return
-    with safe_open(own, "pt") as file:
-        torch.set_rng_state(file.get_tensor("random/cpu/0"))
-        if torch.cuda.is_available() and "random/cuda/0" in set(file.keys()):
-            torch.cuda.set_rng_state(file.get_tensor("random/cuda/0"))
+    own = f"rank_{rank:05d}.safetensors"
+    if own not in saved.names:
+        raise damaged(path, f"found no {own}, expected one of each of {state['world_size']} ranks")
+    file = saved.file(saved.names.index(own))
+    elements = file.elements()
+    try:
+        torch.set_rng_state(file.read("random/cpu/0", 0, elements.get("random/cpu/0", 1)))
+        if torch.cuda.is_available() and "random/cuda/0" in elements:
+            torch.cuda.set_rng_state(file.read("random/cuda/0", 0, elements["random/cuda/0"]))
+    except (RuntimeError, TypeError) as error:  # torch's, of bytes that are no such state
+        raise damaged(file.path, f"random/cpu/0: {' '.join(str(error).split())[:100]}") from None
+
+
+def refuse_other_parameters(path, state, expected):
+    """Raises UserError unless a checkpoint holds these parameters, {name: shape as a list}, and no others."""
+    found = state["parameters"]
+    for name in [*expected, *found]:
+        if found.get(name) != expected.get(name):
+            shapes = f"found {found.get(name, 'none')}, expected {expected.get(name, 'none')}"
+            raise UserError(f"{path}/state.json: {name[:100]}: {shapes} as in its model; use another checkpoint")
 
 
 def open_weights(path):
     """A checkpoint of any ZeRO stage -> (its state, Config, a function from a parameter's name to its whole
-    float32 value), in one process and without DeepSpeed. Reads a parameter when it is asked for, and keeps
-    none. Raises UserError if it is damaged."""
+    float32 value), in one process and without DeepSpeed. Reads a parameter when it is asked for, compares the
+    checksum of what it reads and of nothing else, and keeps none. Both raise UserError if it is damaged."""
     path = Path(path)
     state = read_state(path)
-    check_sums(path, state["files"])
-    saved = saved_pieces(path, state)
+    check_sums(path, {name: entry for name, entry in state["files"].items() if "header_crc32" not in entry})
     config = build({name: state["config"][name] for name in ("model", "data", "train")}, path / "state.json")
+    saved = SavedPieces(path, state, verify=True)
+    if os.environ.get("RANK", "0") == "0":  # which reads for the others
+        saved.hold()
 
     def read(name):
         name = state["tied"].get(name, name)
+        if name not in state["parameters"]:
+            raise UserError(f"{path}/state.json: found no parameter {name}, expected one by its model")
         shape = state["parameters"][name]
-        flat = torch.empty(int(np.prod(shape)))
-        fill(flat, 0, saved["fp32", name], f"{path}: fp32 of {name}")
+        flat = torch.empty(math.prod(shape))
+        saved.fill(flat, 0, "fp32", name)
         return flat.view(shape)
 
     return state, config, read
@@ -413,5 +879,5 @@ def saved_train_config(state):
 
 
 def setting(world_size, stage, precision):
-    """Where a run ran, for the line that says that it goes on elsewhere."""
+    """Where a run ran, for the line that says that it continues elsewhere."""
     return f"{world_size} rank{'s' if world_size > 1 else ''} at ZeRO stage {stage} in {precision}"

@@ -77,11 +77,13 @@ def open_trained(path, which="best"):
     if export.is_published(path):
         words, model, load = export.open_published(path)
         return Trained(path, words, model, load)
-    found = checkpoint.must_find(path, which)
-    state = checkpoint.read_state(found)
+
+    def look(found):
+        return found, export.saved_model(found), *checkpoint.open_weights(found)
+
+    found, model, state, _, read = checkpoint.reading(path, which, look)
     folders = sorted(data_weights(state["config"]["data"]["path"]))
-    model = export.saved_model(found)
-    return Trained(found, str(found), model, lambda: checkpoint.open_weights(found)[2], state, folders)
+    return Trained(found, str(found), model, lambda: read, state, folders)
 
 
 def check_tokenizer(state, folder, tokenizer):

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -279,8 +280,17 @@ def refuse_differences(source, model: ModelConfig, published: ModelConfig):
 
 
 def is_published(folder):
-    """Whether a folder is in transformers' format, as far as its config.json tells."""
-    raw = read_json(Path(folder) / "config.json") if (Path(folder) / "config.json").exists() else None
+    """Whether a folder is in transformers' format, as far as its config.json tells. Raises UserError if that cannot be
+    read and is not a run's, which does not need it."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        raw = read_json(folder / "config.json")
+    except UserError:
+        if (folder / "checkpoints").is_dir():
+            return False
+        raise
     return isinstance(raw, dict) and "model_type" in raw
 
 
@@ -291,9 +301,11 @@ def open_tensors(folder, family):
 
     index, files, tensors = folder / "model.safetensors.index.json", ["model.safetensors"], {}
     prefix = FAMILIES[family].prefix
-    if index.exists():
+    if index.is_file():
         try:
             files = sorted(set(map(str, read_json(index)["weight_map"].values())))
+            if odd := next((name for name in files if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name)), None):
+                raise UserError(f"{index}: found the file name {odd[:100]!r}, expected one in the same folder")
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{index}: no weight_map of names to files; copy the folder again") from None
     elif not (folder / files[0]).exists():
@@ -303,6 +315,8 @@ def open_tensors(folder, family):
         raise UserError(f"{folder}: found no model.safetensors, nor an index of its parts; {remedy}")
     for path in (folder / file for file in files):
         try:
+            if not path.is_file():  # links are followed: a download of the hub has them
+                raise OSError("no such file, or not a plain one")
             file = safe_open(path, "pt")
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: {' '.join(str(error).split())}; copy the file again") from None
@@ -388,12 +402,12 @@ def open_weights(source, model: ModelConfig):
     if is_published(folder):
         words, _, load = open_published(folder, model)
         return words.replace(str(folder), source, 1), load
-    found = checkpoint.find(folder, "best")
-    if found is None:
+    if checkpoint.find(folder, "best") is None:
         raise UserError(
             f"train.init_from: {source}: found neither a config.json of transformers' nor a checkpoint; expected one"
         )
-    refuse_differences(found, model, saved_model(found))
+    found, saved = checkpoint.reading(folder, "best", lambda found: (found, saved_model(found)))
+    refuse_differences(found, model, saved)
     return str(found), lambda: checkpoint.open_weights(found)[2]
 
 
@@ -416,8 +430,18 @@ def copy_into(model, load):
 
 
 def saved_model(found):
-    """The ModelConfig of a checkpoint, without its weights."""
-    return build({"model": checkpoint.read_state(found)["config"].get("model")}, found / "state.json").model
+    """The ModelConfig of a checkpoint, without its weights. Raises UserError if it holds parameters of another."""
+    state = checkpoint.read_state(found)
+    model, parameters = build({"model": state["config"]["model"]}, found / "state.json").model, state["parameters"]
+    if model.n_layer > len(parameters):  # which would take long to build
+        raise UserError(f"{found}/state.json: {model.n_layer} layers, but {len(parameters)} parameters; use another")
+    try:
+        with torch.device("meta"):  # shapes without memory
+            expected = checkpoint.shapes_of(dict(GPT(model).named_parameters()))
+    except RuntimeError as error:  # torch's, of sizes that no number holds
+        raise UserError(f"{found}/state.json: config.model: {' '.join(str(error).split())[:200]}") from None
+    checkpoint.refuse_other_parameters(found, state, expected)
+    return model
 
 
 @contextlib.contextmanager
@@ -518,8 +542,11 @@ def main(arguments):
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     args = parser.parse_args(arguments)
     check_can_write("folder", args.folder, folder=True)
-    found = checkpoint.must_find(args.path, args.checkpoint)
-    print(f"{found} -> {args.folder}: {export(found, args.folder, args.dtype)}")
+
+    def write(found):
+        return f"{found} -> {args.folder}: {export(found, args.folder, args.dtype)}"
+
+    print(checkpoint.reading(args.path, args.checkpoint, write))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import distributed
 
 import checkpoint
 from config import UserError
-from pieces import forget_powers, optimizers
+from pieces import first_not_finite, forget_powers, optimizers
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 WINDOW = 128  # good steps that a spike is measured against; half of them must be there
@@ -202,16 +202,19 @@ class BadSteps:
     state: of an earlier `state()`. The statistics hold good steps only, so one NaN does not blind them."""
 
     def __init__(self, engine, zscore, state=None):
-        state = state or {"loss": [], "gradient norm": [], "skipped": 0, "bad": []}
+        state = {"loss": [], "gradient norm": [], "skipped": 0, "bad": [], "skipped_in_a_row": 0} | (state or {})
         self.engine, self.zscore = engine, zscore
         self.seen = {name: deque(state[name], WINDOW) for name in ("loss", "gradient norm")}
         self.skipped, self.bad = state["skipped"], state["bad"]  # bad: first and last sample of each in a row
+        self.skipped_in_a_row = state["skipped_in_a_row"]  # with those in which fp16 looks for its loss scale
         self.loss = self.grad_norm = self.fault = self.judged = None
         for optimizer in optimizers(engine):
             optimizer.step = functools.partial(self.update_if_good, optimizer, optimizer.step)
 
     def state(self):
-        return {name: list(seen) for name, seen in self.seen.items()} | {"skipped": self.skipped, "bad": self.bad}
+        """What a checkpoint records."""
+        seen = {name: list(numbers) for name, numbers in self.seen.items()}
+        return seen | {"skipped": self.skipped, "bad": self.bad, "skipped_in_a_row": self.skipped_in_a_row}
 
     def expect(self, loss, grad_norm=None):
         """In front of DeepSpeed's step: its loss, over all ranks, and where DeepSpeed finds none, its norm."""
@@ -243,34 +246,57 @@ class BadSteps:
                 return
 
     def outcome(self, samples):
-        """Behind DeepSpeed's step: what was wrong with it, or None. samples: its first and last."""
+        """After DeepSpeed's step: what was wrong with it, or None. samples: its first and last."""
         if not self.judged:  # DeepSpeed saw an infinity itself, and did not come as far as the optimizer
             self.grad_norm = math.inf
             self.judge()
         if self.fault is None:
             self.seen["loss"].append(self.loss)
             self.seen["gradient norm"].append(self.grad_norm)
-            self.bad = []
+            self.bad, self.skipped_in_a_row = [], 0
             return None
         self.skipped += 1
+        self.skipped_in_a_row += 1
         if not (self.engine.fp16_enabled() and math.isfinite(self.loss)):  # fp16 finds its loss scale like this
             self.bad = [*self.bad, list(samples)]
         return self.fault
 
     def answer(self, step, train):
-        """What the config says to do about a bad step: passes over it, goes back to the weights of the last
-        checkpoint and on with the samples behind it (going through those in between once more would end
-        in the same weights), or raises UserError. Returns what was done, in words."""
-        found = [checkpoint.find(train.out_dir)]
-        distributed.broadcast_object_list(found)  # the same on all ranks, whatever their file systems have heard
-        found = found[0]
+        """What the config says to do about a bad step: skips it; goes back to the weights of the last whole checkpoint
+        and continues with the samples after it (going through those in between once more would end in the same
+        weights); or raises UserError, also where the weights themselves are spoilt, so that no later step can be
+        good. Returns what was done, in words. Every rank must call this."""
         if len(self.bad) >= (1 if train.bad_step == "stop" else train.max_bad_steps):
-            samples = ", ".join(f"{first} to {last}" for first, last in self.bad)
-            raise UserError(
-                f"step {step}: {self.fault}; bad steps in a row: {len(self.bad)}, of samples {samples}; none reached "
-                f"the weights; the last checkpoint is {found}; look at the data, or lower train.lr"
-            )
-        if train.bad_step == "rollback" and self.bad and found:
-            checkpoint.load(self.engine, found, checkpoint.read_state(found), train.seed)
-            return f"passed over, and back to the weights of {found}"
+            raise UserError(f"step {step}: {self.fault}; bad steps in a row: {len(self.bad)}, {self.remedy(train)}")
+        if train.bad_step == "rollback" and self.bad:
+            found, state, passed_over = checkpoint.newest_whole(train.out_dir)
+            if found:
+                checkpoint.load(self.engine, found, state, train.seed)
+                return "; ".join([f"passed over, and back to the weights of {found}", *passed_over])
+        if not math.isfinite(self.loss):
+            everyone = [None] * distributed.get_world_size()
+            distributed.all_gather_object(everyone, first_not_finite(self.engine))
+            if found := next(filter(None, everyone), None):
+                found = f"step {step}: {self.fault}, and {found} holds a NaN or an infinity"
+                raise UserError(checkpoint.not_finite(found, Path(train.out_dir) / "checkpoints"))
         return "passed over"
+
+    def check_end(self, step, train):
+        """At the end of a run, after its last step and save: raises UserError, on all ranks, if its last steps were
+        bad, so that nobody takes the run for a good one. fp16 skips a step now and then to find its loss scale:
+        there, only if it skipped max_bad_steps in a row, or every step of the run."""
+        if self.bad or self.skipped_in_a_row >= min(step, train.max_bad_steps):
+            count = len(self.bad) or self.skipped_in_a_row
+            raise UserError(f"step {step}, the last: {self.fault}; bad steps in a row: {count}, {self.remedy(train)}")
+
+    def remedy(self, train):
+        """The rest of a line on bad steps. Every rank must call this."""
+        samples = ", ".join(f"{first} to {last}" for first, last in self.bad) or "that overflowed in fp16"
+        last = [None]
+        if distributed.get_rank() == 0:  # the same on all ranks, whatever their file systems have heard
+            saved = checkpoint.Saved(Path(train.out_dir) / "checkpoints")
+            last = [f"the last checkpoint is {saved.latest}"]
+            if saved.last_good != saved.latest:
+                last[0] += f", the last from before those steps {saved.last_good}"
+        distributed.broadcast_object_list(last)
+        return f"of samples {samples}; none reached the weights; {last[0]}; look at the data, or lower train.lr"

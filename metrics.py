@@ -4,6 +4,7 @@ metrics.jsonl, TensorBoard and W&B."""
 import contextlib
 import json
 import math
+import re
 import resource
 import secrets
 import shutil
@@ -13,8 +14,12 @@ from pathlib import Path
 import torch
 from torch import distributed
 
+from data.shards import make_way, write_atomically
 from flops import flops_per_token, peak_flops, recomputed_flops_per_token
 
+# Keys of metrics.jsonl that readers compute with.
+NUMBERS = ("tokens", "loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "step_seconds", "mfu", "tflops")
+NUMBERS += ("peak_memory_bytes", "save_seconds", "stall_seconds", "eval_seconds", "skipped")
 # Seconds that W&B may take to begin, which is how long a run without a network waits, and to end, where it would
 # wait for the network for ever. In between it never waits.
 WANDB_PATIENCE = {"init_timeout": 20, "finish_timeout": 60}
@@ -184,61 +189,53 @@ def heaviest_operators(operators, steps, rows=10):
 
 
 def read_metrics(run):
-    """The lines of a run's metrics.jsonl as dictionaries. What is no such line, as a last one cut by a crash, is left
-    out."""
+    """The lines of a run's metrics.jsonl as dictionaries; see `good_lines`."""
     return good_lines(run)[0]
 
 
 def good_lines(run):
-    """(the lines of a run's metrics.jsonl as dictionaries, how many others were passed over)."""
-    path = Path(run) / "metrics.jsonl"
-    texts = [text for text in path.read_bytes().split(b"\n") if text.strip()] if path.exists() else []
+    """(the lines of a run's metrics.jsonl as dictionaries, how many others were passed over). Each line has a `step` of 0
+    or more. The file can be written again by the run, so no damage to it stops a reader: what is not such a line, as
+    one that a crash has cut, is passed over, and of a line each number that is none is left out."""
+    try:
+        path = Path(run) / "metrics.jsonl"
+        content = path.read_bytes() if path.is_file() else b""  # not of a pipe, which may never end
+    except OSError:
+        return [], 0
+    texts = [text for text in content.split(b"\n") if text.strip()]
     lines = []
     for text in texts:
         try:
             line = json.loads(text)
-            if is_line(line):
-                lines.append(line)
         except (ValueError, RecursionError):  # no JSON, no UTF-8, more digits than Python converts, nested too deeply
             continue
+        if isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] < 2**63:
+            lines.append({key: value for key, value in line.items() if key not in NUMBERS or is_number(value)})
     return lines, len(texts) - len(lines)
 
 
-def is_line(line):
-    """Whether a JSON value can be a line of MetricsLog: an object with a whole step, each of NUMBERS in it null or a
-    number that a float can hold."""
-    if not isinstance(line, dict) or "step" not in line:
-        return False
-    for key, value in line.items():
-        if key in ("step", "tokens") and not (type(value) is int and 0 <= value < 2**63):
-            return False
-        if key in NUMBERS and value is not None and not (type(value) is float or is_moderate_int(value)):
-            return False
-    return True
-
-
-def is_moderate_int(value):
-    return type(value) is int and abs(value) < 2**1023
+def is_number(value):
+    """Whether it is what a line of metrics.jsonl holds as a number; null stands for one that is not finite."""
+    return value is None or (type(value) in (int, float) and abs(value) < 2.0**1000)
 
 
 def numbers_of(line):
     """What a logger is sent of a line of metrics.jsonl."""
-    return {key: value for key, value in line.items() if key != "step" and isinstance(value, int | float)}
+    return {key: value for key, value in line.items() if key != "step" and is_number(value) and value is not None}
 
 
 class MetricsLog:
     """Writes metrics.jsonl, one object a line, and sends the same numbers to TensorBoard and W&B if asked.
 
-    A resumed run first drops the lines behind its checkpoint, because it will write those steps again, and
-    goes on in the same TensorBoard folder and W&B run. Neither of the two can stop the run: one that
-    fails is named once and left out from then on."""
+    A resumed run first drops the lines of steps after its checkpoint, because it will write those again, and
+    lines that are damaged. It continues in the same TensorBoard folder and W&B run. Neither of the two can
+    stop the run: one that fails is named once and left out from then on."""
 
     def __init__(self, run, resumed_at, loggers=(), config=None):
         self.path = Path(run) / "metrics.jsonl"
         self.kept = [line for line in read_metrics(run) if line["step"] <= resumed_at] if resumed_at else []
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
-        temporary.replace(self.path)
+        make_way(self.path)
+        write_atomically(self.path, *(f"{json.dumps(line)}\n".encode() for line in self.kept))
         self.loggers = {}  # name -> (send(numbers, step), close())
         for name in loggers:
             start = {"tensorboard": self.start_tensorboard, "wandb": self.start_wandb}[name]
@@ -267,10 +264,15 @@ class MetricsLog:
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
             raise ConnectionError("no API key; call `wandb login` first, or set WANDB_MODE=offline")
         id_file = run / "wandb_id"
-        last_id = id_file.read_text() if id_file.exists() else ""
+        try:
+            last_id = id_file.read_text()
+        except (OSError, ValueError):
+            last_id = ""
+        last_id = last_id if re.fullmatch("[0-9a-f]{8}", last_id) else ""  # a damaged one is that of no run
+        make_way(id_file)
         run_id = last_id if resumed_at and last_id else secrets.token_hex(4)
         id_file.write_text(run_id)
-        superseded = list((run / "wandb").glob(f"offline-run-*-{last_id}"))
+        superseded = list((run / "wandb").glob(f"offline-run-*-{last_id}")) if last_id else []
         session = wandb.init(
             project="minzero",
             name=run.name,

@@ -1,7 +1,6 @@
 """The README.md of an exported model: what it is, how it was trained, how good it is, how to load it."""
 
 import json
-import shutil
 from pathlib import Path
 
 from config import Config
@@ -27,10 +26,8 @@ def validation_loss(run, step):
 
 
 def draw_loss(run, picture):
-    """The run's loss curve, as it drew it or drawn now from its metrics. Returns whether there is one."""
-    if run and (run / "loss.png").exists():
-        shutil.copyfile(run / "loss.png", picture)
-    elif run and read_metrics(run):
+    """The run's loss curve, drawn from its metrics: its own picture may be damaged. Returns whether there is one."""
+    if run and read_metrics(run):
         import plot  # matplotlib takes a second to import
 
         plot.plot_loss([run], picture)

@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from config import UserError, build, read_json, run_command
-from data.shards import cannot_write
+from data.shards import cannot_write, make_way
 from flags import FlagParser, a_path, check_can_write
 from flops import flops_per_token
 from metrics import duration, good_lines
@@ -50,16 +50,31 @@ class Run:
 
 
 def read_config(run):
-    """A run's config.json. Raises UserError."""
+    """A run's config.json, or where that is damaged what its latest checkpoint records of it. Raises UserError if
+    there is neither."""
     path, remedy = Path(run) / "config.json", "expected the config.json that train.py writes"
     try:
         config = read_json(path)
-    except UserError as error:
+        for section in ("model", "data", "train", "deepspeed"):
+            if not isinstance(config, dict) or not isinstance(config.get(section), dict):
+                raise UserError(f"{path}: no section {section}")
+    except (UserError, ValueError) as error:
+        import checkpoint  # takes seconds to import
+
+        for entry in reversed(checkpoint.Saved(Path(run) / "checkpoints").entries):
+            if state := checkpoint.state_if_whole(entry.path):
+                return state | {"deepspeed": {}} | state["config"]
         raise UserError(f"{error}; {remedy}") from None
-    for section in ("model", "data", "train", "deepspeed"):
-        if not isinstance(config, dict) or not isinstance(config.get(section), dict):
-            raise UserError(f"{path}: no section {section}; {remedy}")
-    return config
+    versions = config.get("versions")
+    return config | {"versions": versions if isinstance(versions, dict) else {}}
+
+
+def read_config_if_whole(run):
+    """As `read_config`, but {} if there is none: no damage to a file that train.py can write again stops a page."""
+    try:
+        return read_config(run)
+    except UserError:
+        return {}
 
 
 def number_of(line, key, otherwise=math.nan):
@@ -81,7 +96,7 @@ def read_run(run, x="tokens", name=None):
         if "step_seconds" in line:
             seconds += number_of(line, "step_seconds", 0) * max(0, line["step"] - last_step)
             last_step = line["step"]
-        place = seconds / 3600 if x == "time" else line.get("tokens", 0) * scale
+        place = seconds / 3600 if x == "time" else float(line.get("tokens") or 0) * scale
         if "bad_step" in line:
             bad.append(place)
         for key in ("loss", "val_loss", *PANELS):
@@ -200,6 +215,7 @@ def draw_curve(axes, runs, x, key):
 
 
 def save(figure, picture, **how):
+    make_way(picture)
     try:
         figure.savefig(picture, **how)
     except OSError as error:
@@ -234,7 +250,7 @@ def draw_panels(runs, x):
 
 def facts(run):
     """What a reader wants to know of a run beside its curves: {what: value as text}."""
-    config = read_config(run.folder)
+    config = read_config_if_whole(run.folder)
     steps = [line for line in run.lines if "step_seconds" in line]
     evaluated = [line for line in run.lines if line.get("val_loss") is not None and math.isfinite(line["val_loss"])]
     best = min(evaluated, key=lambda line: line["val_loss"], default=None)
@@ -264,8 +280,8 @@ def facts(run):
 
 def settings(run):
     """Every key of the run's config, one deep: {"train.lr": "0.001"}."""
-    config = read_config(run.folder)
-    sections = {name: config[name] for name in ("model", "data", "train", "deepspeed")}
+    config = read_config_if_whole(run.folder)
+    sections = {name: config.get(name, {}) for name in ("model", "data", "train", "deepspeed")}
     return {f"{section}.{key}": json.dumps(v) for section, content in sections.items() for key, v in content.items()}
 
 

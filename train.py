@@ -40,7 +40,7 @@ from config import (
     zero_stage,
 )
 from data.mixture import Mixture
-from data.shards import write_json
+from data.shards import make_way, write_json
 from engine import build_engine, check_deepspeed, choose_kernels, resolve_precision, why_not_compiled
 from flops import count_parameters
 from model import IGNORE
@@ -186,6 +186,8 @@ def train_in(folder, config, watch, device, rank, world_size):
         known_faults[resume_from] = fault
         with dist.all_or_none():
             resume_from, state = checkpoint.where_to_start(config, train_data, known_faults)
+    if rank == 0:
+        checkpoint.tidy(run / "checkpoints")
     first_step, best_val_loss = state["step"], state["best_val_loss"]
     # other than zero only where train.global_batch_tokens was changed on the way
     tokens_before = state["tokens"] - first_step * train.global_batch_tokens
@@ -217,6 +219,7 @@ def train_in(folder, config, watch, device, rank, world_size):
     record |= {"kernels": kernels, "compiled": not not_compiled}
     parameters, _ = count_parameters(config.model)
     if rank == 0:
+        make_way(run / "config.json")
         write_json(run / "config.json", config.to_dict() | {key: record[key] for key in record if key != "config"})
         log = metrics.MetricsLog(run, first_step, train.loggers, config.to_dict())
     folder.report("running", first_step)
@@ -333,7 +336,7 @@ def train_in(folder, config, watch, device, rank, world_size):
             with dist.all_or_none():
                 folder.check_is_there()
             state = record | {"step": step, "tokens": tokens_seen, "best_val_loss": best_val_loss}
-            state["bad_steps"] = steps.state()
+            state |= {"val_loss": val_loss if evaluate_now else None, "bad_steps": steps.state()}
             place, keep, saved_at = run / "checkpoints", train.keep_checkpoints, time.monotonic()
             save = checkpoint.Saving(engine, place, state, best_now, keep, train.save_in_background, watch.beat)
             if last or stopping or not train.save_in_background:
@@ -351,6 +354,8 @@ def train_in(folder, config, watch, device, rank, world_size):
         dist.comm.log_summary()  # rank 0 prints; the others are asked
     if rank == 0:
         log.close()
+    if step == total_steps:
+        steps.check_end(step, train)
     return val_loss
 
 

@@ -8,6 +8,7 @@ Plain headerless uint16 files named train.bin and val.bin (nanoGPT's) are read a
 
 import bisect
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -45,6 +46,19 @@ def write_atomically(path, *chunks):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def make_way(path, for_a_folder=False):
+    """Rename to NAME.moved1 (2, ...) what lies where a file is to be written and cannot be replaced by one: a folder;
+    for_a_folder: whatever it is. Raises UserError."""
+    path = Path(path)
+    if not os.path.lexists(path) or not (for_a_folder or (path.is_dir() and not path.is_symlink())):
+        return
+    names = (path.with_name(f"{path.name}.moved{number}") for number in itertools.count(1))
+    try:
+        os.rename(path, next(name for name in names if not os.path.lexists(name)))
     except OSError as error:
         raise cannot_write(path, error) from None
 

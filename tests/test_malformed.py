@@ -16,11 +16,12 @@ import export
 import plot
 import sample
 import train
-from config import ROOT, load_config, run_command
+from config import ROOT, UserError, load_config, run_command
 from data import train_tokenizer
 from data.shards import write_json
 from data.text import prepare
 from tests.conftest import run
+from tests.trained_runs import GPT2, write_data, write_run
 
 MODEL = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 64}
 TRAIN = {"micro_batch_size": 2, "global_batch_tokens": 64, "max_tokens": 64, "eval_tokens": 64, "save_every": 1}
@@ -327,6 +328,90 @@ SPOILT = [  # file, what is done to it, command, arguments, what the line names
 def test_a_spoilt_file(place, capsys, file, how, command, arguments, expected):
     spoil(file, how)
     refused(place, capsys, command, arguments, expected)
+
+
+ODD_LINES = [  # of metrics.jsonl
+    b"null",
+    b"[]",
+    b"3",
+    b'"step"',
+    b"{}",
+    b'{"step": NaN, "loss": 1}',
+    b'{"step": "7", "loss": 1}',
+    b'{"step": true}',
+    b'{"step": -1, "loss": 1}',
+    b'{"step": ' + b"9" * 5000 + b"}",
+    b'{"step": 1e999}',
+    b'{"step": 1, "tokens": "many", "loss": [], "val_loss": "low", "step_seconds": {}, "mfu": "x"}',
+    b'{"step": 1, "tokens": 64, "step_seconds": null, "lr": 1e400, "grad_norm": NaN, "bad_step": 7}',
+    b'{"step": 1, "step_seconds": 0.1}',
+    b"\x00\xff\xfe binary \x80",
+    b"[" * 100_000,
+    b'{"step": 1, "lo',
+]
+
+
+def damage_what_can_be_rebuilt(run):
+    """All of it at once: the marks, metrics.jsonl, config.json and the picture."""
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines()
+    metrics.write_bytes(b"\n".join([*ODD_LINES, *lines, *ODD_LINES]))
+    (run / "config.json").write_bytes(b'{"model": \xff')
+    (run / "checkpoints" / "best").write_bytes(b"step_\xb5")
+    (run / "checkpoints" / "latest").unlink()
+    (run / "checkpoints" / "latest").mkdir()
+    (run / "checkpoints" / "latest" / "file").touch()
+    (run / "loss.png").unlink(missing_ok=True)
+    (run / "loss.png").mkdir()
+
+
+def test_damage_to_files_that_can_be_rebuilt_stops_no_reader(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run", GPT2, write_data(tmp_path / "data"))
+    damage_what_can_be_rebuilt(tmp_path / "run")
+    for command, *arguments in (
+        (evaluation.main, "run"),
+        (sample.main, "run", "--prompt", "abc", "--tokens", "3", "--checkpoint", "latest"),
+        (export.main, "run", "hf"),
+        (plot.main, "run", "--html", "page.html"),
+        (plot.main, "run", "--x", "time"),
+        (plot.main, "run", "--x", "flops"),
+    ):
+        command(arguments)
+    assert "validation loss" in capsys.readouterr().out
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "| validation loss | 5.0000 nats per token" in card and (tmp_path / "hf" / "loss.png").is_file()
+    page = (tmp_path / "page.html").read_text()
+    assert "5.0000 at step 5" in page and "train.lr" in page, "the settings are those of the checkpoint"
+
+
+def test_damage_to_files_that_can_be_rebuilt_stops_no_run(place):
+    damage_what_can_be_rebuilt(place / "run")
+    command = [sys.executable, ROOT / "train.py", place / "config.json", "--train.out_dir", place / "run"]
+    more = ["--data.path", place / "data", "--train.allow_changed", '["data.path"]']
+    more += ["--train.max_tokens", "128", "--train.loggers", '["tensorboard"]']
+    done = run([*command, *more])
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert "continuing from" in done.stdout and "step_00000001: step 1, " in done.stdout
+    assert (place / "run/checkpoints/best").read_text() in ("step_00000001", "step_00000002")
+    assert (place / "run/loss.png").is_file()
+    assert (place / "run/checkpoints/latest").read_text() == "step_00000002"
+    lines = [json.loads(line) for line in (place / "run/metrics.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in lines} == {line["step"] for line in lines if "loss" in line} == {1, 2}
+    assert json.loads((place / "run/config.json").read_text())["model"]["n_layer"] == 1
+
+
+@pytest.mark.parametrize("file", ["../data/model.safetensors", "/etc/passwd", "data/x.safetensors", "pipe.safetensors"])
+def test_the_index_of_a_published_model_names_files_of_its_folder_alone(place, capsys, file):
+    write_run(place / "ours", GPT2, write_data(place / "text"))
+    export.main(["ours", "hf"])
+    tensors = place / "hf" / "model.safetensors"
+    shutil.copy(tensors, place / "data" / "model.safetensors")
+    os.mkfifo(place / "hf" / "pipe.safetensors")
+    write_json(place / "hf" / "model.safetensors.index.json", {"weight_map": {"transformer.wte.weight": file}})
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"safetensors[^\n]*(found the file name|not a plain one)"):
+        export.open_published("hf")
 
 
 def test_there_are_a_hundred():

@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import re
 import threading
 import time
@@ -67,6 +68,27 @@ def test_a_resumed_log_holds_each_step_once(tmp_path):
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert [line["loss"] for line in lines] == [1.0] * 6 + [2.0] * 6
     assert MetricsLog(tmp_path, 0) and read_metrics(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "missing"])
+def test_metrics_that_are_no_file_are_started_again(tmp_path, kind):
+    path = tmp_path / "metrics.jsonl"
+    if kind == "folder":
+        (path / "file").mkdir(parents=True)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    assert read_metrics(tmp_path) == []
+    log = MetricsLog(tmp_path, 6)
+    log.write({"step": 7, "loss": 2.0})
+    assert read_metrics(tmp_path) == [{"step": 7, "loss": 2.0}]
+
+
+def test_of_a_damaged_line_what_is_left_is_read(tmp_path):
+    lines = ["null", '{"step": 1, "loss": "x", "lr": 2, "note": "kept"}', '{"step": 2, "loss": NaN}', '{"step": 3']
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "loss": 1.5}\u2028{']))
+    assert read_metrics(tmp_path) == [{"step": 1, "lr": 2, "note": "kept"}, {"step": 2}]
+    line = {"step": 1, "loss": None, "lr": 2, "samples": [1], "x": float("nan")}
+    assert metrics.numbers_of(line) == {"lr": 2}
 
 
 def test_tensorboard_holds_each_step_once_after_a_resume(tmp_path):

@@ -166,7 +166,7 @@ def test_the_page_needs_nothing_else_and_says_what_differs(tmp_path, capsys):
         (["run", "--html", "no/page.html"], "no/page.html: could not be written (No such file or directory)"),
         (["bare", "--x", "flops"], "bare/config.json: no such file; expected the config.json that train.py writes"),
         (["broken", "--x", "flops"], "broken/config.json: line 1, column 1: Expecting value; expected JSON; expected"),
-        (["strange", "--html", "page.html"], "strange/config.json: no section model; expected the config.json"),
+        (["strange", "--x", "flops"], "strange/config.json: no section model; expected the config.json"),
     ],
 )
 def test_bad_input_gets_one_line(arguments, expected, tmp_path, monkeypatch):

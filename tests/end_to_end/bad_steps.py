@@ -15,7 +15,9 @@ import dist
 import train
 from config import UserError
 from data.mixture import Mixture
+from pieces import own_layout, pieces_in_memory
 from tests.end_to_end import parity
+from tests.end_to_end.parity_settings import SPOILT
 
 FOLDER = Path(sys.argv[-2])
 BUILD, BATCH = train.build_engine, Mixture.batch
@@ -65,6 +67,53 @@ def infinite_loss(bad_step, accumulation):
     train.build_engine = build_engine
 
 
+def wrap_step(action):
+    """action(engine, whether it is already made) before and after each optimizer step."""
+
+    make = train.build_engine
+
+    def build_engine(*arguments):
+        engine = make(*arguments)
+        step = engine.step
+
+        def wrapped():
+            before = engine.global_steps
+            action(engine, False)
+            step()
+            if engine.global_steps > before:
+                action(engine, True)
+
+        engine.step = wrapped
+        return engine
+
+    train.build_engine = build_engine
+
+
+def spoil_weights(kind, at_step):
+    """An update that leaves a NaN or infinity in the weights or a moment: on rank 1 alone where ranks have parts."""
+
+    def spoil(engine, made):
+        if made and engine.global_steps == at_step and (comm.get_rank() or not engine.zero_optimization_stage()):
+            for _, parts, _ in pieces_in_memory(engine, own_layout(engine), changed=True):
+                parts[kind][-1] = math.inf if kind == "exp_avg_sq" else math.nan
+
+    wrap_step(spoil)
+
+
+def damage(name, step, before_step):
+    """Flip a bit of a checkpoint's second file right before another step."""
+    file, done = FOLDER / name / "checkpoints" / f"step_{step:08d}" / "rank_00001.safetensors", []
+
+    def spoil(engine, made):
+        if not made and engine.global_steps == before_step - 1 and comm.get_rank() == 0 and not done:
+            content = bytearray(file.read_bytes())
+            content[-1000] ^= 0x40
+            file.write_bytes(content)
+            done.append(None)
+
+    wrap_step(spoil)
+
+
 def spike(first_sample, last_sample, mixture):
     """Tokens that follow no rule, in the place of those samples."""
     spoilt = set(mixture.windows_of(np.arange(first_sample, last_sample + 1)).tolist())
@@ -98,7 +147,15 @@ def main():
         infinite_loss(5, accumulation=2)
         train.main(config_of(f"inf_stage{stage}", stage, 7, save_every=1))
     poison_gradient({7}, accumulation=2)
-    train.main(config_of("rollback", 3, 7, save_every=5, bad_step="rollback"))
+    said["rollback"] = refused(config_of("rollback", 3, 7, save_every=5, bad_step="rollback"))
+    poison_gradient({7}, accumulation=2)
+    damage("rollback_damaged", 6, before_step=7)
+    train.main(config_of("rollback_damaged", 3, 8, save_every=2, keep_checkpoints=9, bad_step="rollback"))
+    for stage, precision, kind, settings in SPOILT:
+        train.build_engine = BUILD
+        spoil_weights(kind, at_step=5)
+        name = f"spoilt_stage{stage}_{precision}_{kind}"
+        said[name] = refused(config_of(name, stage, 7, precision=precision, **{"save_every": 1} | settings))
     poison_gradient({7}, accumulation=2)
     said["stop"] = refused(config_of("stop", 3, 20, save_every=5, bad_step="stop"))
     poison_gradient(set(range(6, 20)), accumulation=2)

@@ -1,4 +1,4 @@
-"""What parity.py runs and test_parity.py looks at."""
+"""What parity.py and bad_steps.py run, and test_parity.py and test_bad_steps.py look at."""
 
 SETTINGS = [(stage, precision, "none") for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
 SETTINGS += [(2, "fp32", "cpu"), (3, "fp32", "cpu")]
@@ -23,3 +23,13 @@ MOVES = {
         "all_at_once_and_back": ("all_at_once", 100, 2, "cpu"),
     },
 }
+
+# runs of bad_steps.py whose weights or moments an update spoils
+SPOILT = [  # stage, precision, what an update spoils, settings
+    (0, "fp32", "fp32", {}),
+    (0, "bf16", "exp_avg", {"save_in_background": True}),
+    (1, "fp32", "exp_avg_sq", {}),
+    (2, "bf16", "fp32", {"save_in_background": True}),
+    (3, "fp32", "exp_avg", {"bad_step": "rollback"}),
+    (3, "bf16", "fp32", {"save_every": 4}),  # no save before the next step, which is bad
+]

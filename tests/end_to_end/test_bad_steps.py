@@ -8,6 +8,7 @@ import torch
 
 from metrics import read_metrics
 from tests.conftest import deepspeed_command, run
+from tests.end_to_end.parity_settings import SPOILT
 from tests.end_to_end.test_parity import losses, whole_tensors
 
 SCRIPT = Path(__file__).with_name("bad_steps.py")
@@ -50,9 +51,43 @@ def test_an_infinite_loss_changes_nothing(folder, stage):
     ]
 
 
-def test_rollback_goes_on_with_the_weights_of_the_last_checkpoint(folder):
+def test_rollback_continues_with_the_weights_of_the_last_checkpoint(folder):
     (at_5, good), (at_7, same) = (content(folder / "rollback", step) for step in (5, 7))
     assert at_5 == at_7 == 5 and all(torch.equal(good[key], same[key]) for key in good)
+
+
+def test_rollback_takes_an_older_checkpoint_where_bytes_of_the_newest_are_damaged(folder):
+    steps = [content(folder / "rollback_damaged", step)[0] for step in (4, 8)]
+    assert steps == [4, 5], "one more step, from the weights of step 4"
+    said = (folder / "stdout").read_text()
+    place = folder / "rollback_damaged" / "checkpoints"
+    assert f"ignored {place}/step_00000006: {place}/step_00000006/rank_00001.safetensors: " in said
+    assert f"back to the weights of {place}/step_00000004" in said
+
+
+def test_a_run_whose_last_step_is_bad_does_not_end_as_a_good_one(folder):
+    said = json.loads((folder / "said.json").read_text())["rollback"]
+    assert said.startswith(
+        "step 7, the last: gradient norm inf; bad steps in a row: 1, of samples 48 to 55; none reached"
+    )
+    place = folder / "rollback" / "checkpoints"
+    assert (
+        f"the last checkpoint is {place}/step_00000007, the last from before those steps {place}/step_00000005;" in said
+    )
+
+
+@pytest.mark.parametrize(("stage", "precision", "kind", "settings"), SPOILT)
+def test_weights_and_moments_that_an_update_spoilt_are_never_saved(folder, stage, precision, kind, settings):
+    """Found on the rank that has them, before the save or at the bad step that follows."""
+    name = f"spoilt_stage{stage}_{precision}_{kind}"
+    said, place = json.loads((folder / "said.json").read_text())[name], folder / name / "checkpoints"
+    assert f"{kind} of " in said and "holds a NaN or an infinity, expected finite numbers" in said and "\n" not in said
+    assert said.startswith("step 7: loss nan, and fp32 of" if "save_every" in settings else f"step 5: {kind} of")
+    assert f"the last good checkpoint is {place}/step_00000004: " in said
+    left = [4] if "save_every" in settings else [1, 2, 3, 4]
+    assert sorted(p.name for p in place.glob("step_*")) == [f"step_{step:08d}" for step in left]
+    assert all(torch.isfinite(tensor).all() for step in left for tensor in content(folder / name, step)[1].values())
+    assert (place / "latest").read_text() == "step_00000004"
 
 
 def test_a_run_that_stops_for_bad_steps_names_their_samples_and_keeps_its_last_checkpoint(folder):

@@ -1,6 +1,7 @@
 """The same numbers at every ZeRO stage, on one and two ranks, after resuming, and after moving a run from one to
 the other: three launches in all."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -144,10 +145,10 @@ def whole_tensors(path):
     """Everything that the pieces of a checkpoint add up to: {(kind, parameter): flat tensor}."""
     state, whole = checkpoint.read_state(path), {}
     checkpoint.check_sums(path, state["files"])
-    for (kind, name), parts in pieces.saved_pieces(path, state).items():
-        if kind != "random":
-            whole[kind, name] = torch.full((torch.Size(state["parameters"][name]).numel(),), torch.nan)
-            pieces.fill(whole[kind, name], 0, parts, name)
+    saved = pieces.SavedPieces(path, state, verify=True)
+    for kind, name in itertools.product(pieces.KINDS, state["parameters"]):
+        whole[kind, name] = torch.full((torch.Size(state["parameters"][name]).numel(),), torch.nan)
+        saved.fill(whole[kind, name], 0, kind, name)
     return state, whole
 
 
