@@ -17,16 +17,13 @@ from torch import distributed
 from data.shards import make_way, write_atomically
 from flops import flops_per_token, peak_flops, recomputed_flops_per_token
 
-# Keys of metrics.jsonl that readers compute with.
-NUMBERS = ("tokens", "loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "step_seconds", "mfu", "tflops")
-NUMBERS += ("peak_memory_bytes", "save_seconds", "stall_seconds", "eval_seconds", "skipped")
 # Seconds that W&B may take to begin, which is how long a run without a network waits, and to end, where it would
 # wait for the network for ever. In between it never waits.
 WANDB_PATIENCE = {"init_timeout": 20, "finish_timeout": 60}
 
-# What a line of metrics.jsonl says in numbers, besides its step and tokens.
+# What a line of metrics.jsonl says in numbers, besides its step.
 NUMBERS = set(
-    "loss val_loss lr grad_norm skipped step_seconds data_seconds forward_backward_seconds optimizer_seconds "
+    "tokens loss val_loss lr grad_norm skipped step_seconds data_seconds forward_backward_seconds optimizer_seconds "
     "tokens_per_second tflops mfu hfu peak_memory_bytes peak_reserved_bytes peak_cpu_bytes eval_seconds save_seconds "
     "stall_seconds".split()
 )
@@ -194,8 +191,8 @@ def read_metrics(run):
 
 
 def good_lines(run):
-    """(the lines of a run's metrics.jsonl as dictionaries, how many others were passed over). Each line has a `step` of 0
-    or more. The file can be written again by the run, so no damage to it stops a reader: what is not such a line, as
+    """(the lines of a run's metrics.jsonl as dictionaries, how many others were passed over). Each line has a `step` of
+    0 or more. The file can be written again by the run, so no damage to it stops a reader: what is not such a line, as
     one that a crash has cut, is passed over, and of a line each number that is none is left out."""
     try:
         path = Path(run) / "metrics.jsonl"

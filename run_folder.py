@@ -18,6 +18,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
+
 from config import UserError
 from data.shards import make_folder, write_atomically
 
@@ -45,11 +47,12 @@ def now():
 
 class RunFolder:
     """The folder of a run. Use it as a context: whatever ends the block ends the hold on the folder, and a block that
-    ends by an error leaves the status `failed`. Only rank 0 writes the lock's text and the status."""
+    ends by an error leaves the status `failed`. Rank 0 alone writes the lock's text and the status."""
 
     def __init__(self, path, rank):
         self.path, self.rank = Path(path), rank
         self.lock = None  # the open file, as long as this run holds the folder
+        self.is_ours = False  # to write into: a run that is refused leaves the folder as it is
         self.holder = {"host": socket.gethostname(), "process": os.getpid(), "since": now()}
         self.status = {"state": None, "step": None, "reason": None}
         self.written_at = -STATUS_SECONDS
@@ -58,21 +61,34 @@ class RunFolder:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if error is not None and self.lock and self.rank == 0:
+        if error is not None and self.is_ours:
             with contextlib.suppress(Exception):  # the error itself matters more
                 self.report("failed", reason=" ".join(str(error).split()) or kind.__name__)
         self.release()
 
-    def hold(self):
-        """Make the folder if it is not there, and lock it for this run. Rank 0 calls this first, the other ranks after
-        it has returned there: they share the lock, so that it stays as long as any of them lives.
+    def hold(self, new=True):
+        """Lock the folder for this run. Rank 0 calls this first, the other ranks after it has returned there: they
+        share the lock, so that it stays as long as any of them lives.
+
+        new: make the folder if it is not there, and let the lock name this run; else only see to it that no other run
+        begins, where one could have been before, and write nothing.
 
         Returns a warning where the file system has no locks, else None. Raises UserError if another run holds the
         folder, or if it cannot be written."""
-        if self.lock:
-            return None
-        make_folder("train.out_dir", self.path)
+        if new:
+            make_folder("train.out_dir", self.path)
         path = self.path / "lock"
+        warning = self.take(path) if not self.lock and (new or path.exists()) else None
+        if new and self.rank == 0:
+            self.is_ours = True
+            self.lock.seek(0)
+            self.lock.truncate()
+            self.lock.write(json.dumps(self.holder))
+            self.lock.flush()
+        return warning
+
+    def take(self, path):
+        """`hold` without what it writes."""
         try:
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "r+")
         except OSError as error:
@@ -80,9 +96,6 @@ class RunFolder:
         try:
             if self.rank == 0:
                 lock_within(file, PATIENCE)
-                file.truncate(0)
-                file.write(json.dumps(self.holder))
-                file.flush()
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = described(file.read(1000))
@@ -103,7 +116,7 @@ class RunFolder:
     def report(self, state, step=None, reason=None):
         """Write status.json: running, complete, stopped or failed, at which step and why. `running` is written at
         most every STATUS_SECONDS. Raises UserError if the folder is gone or cannot be written."""
-        if self.rank != 0 or not self.lock:
+        if not self.is_ours:
             return
         self.check_is_there()
         is_new = state != self.status["state"] or time.monotonic() - self.written_at > STATUS_SECONDS
@@ -131,13 +144,16 @@ class RunFolder:
         """Let another run have the folder."""
         if self.lock:
             self.lock.close()
-        self.lock = None
+        self.lock, self.is_ours = None, False
 
 
 def described(holder):
-    """The text of a lock file in words; it may be empty or damaged."""
+    """The text of a lock file in words. Nothing, where it is empty or damaged, or of a run that has ended: one that has
+    just begun has not written it yet."""
     try:
         found = json.loads(holder)
+        if found["host"] == socket.gethostname() and not psutil.pid_exists(found["process"]):
+            return ""
         return f" (process {found['process']} on {found['host']}, since {found['since']})"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return ""

@@ -147,7 +147,7 @@ def train_in(folder, config, watch, device, rank, world_size):
     # ---- the folder, if it is there: no other run may be writing the checkpoints that this one looks for
     run = Path(train.out_dir)
     with dist.all_or_none():
-        say(folder.hold() if rank == 0 and run.is_dir() else None)
+        say(folder.hold(new=False) if rank == 0 else None)
 
     with dist.all_or_none():
         # ---- data: batch(windows) gives inputs and targets, both (micro_batch_size, block_size)
@@ -178,16 +178,11 @@ def train_in(folder, config, watch, device, rank, world_size):
     facts |= {"versions": {name: made_with[name] for name in ("python", "torch", "deepspeed")}}
     facts |= {"code": dist.code_digests(), "tokens": train_data.content_digests() | val_data.content_digests()}
     dist.refuse_different_ranks(facts)
-    for its_turn in (rank == 0, rank != 0):  # rank 0 makes the folder and locks it, the others share the lock
-        with dist.all_or_none():
-            say(folder.hold() if its_turn else None)
     known_faults = {}
     while resume_from and (fault := checkpoint.fault_of(resume_from, state)):
         known_faults[resume_from] = fault
         with dist.all_or_none():
             resume_from, state = checkpoint.where_to_start(config, train_data, known_faults)
-    if rank == 0:
-        checkpoint.tidy(run / "checkpoints")
     first_step, best_val_loss = state["step"], state["best_val_loss"]
     # other than zero only where train.global_batch_tokens was changed on the way
     tokens_before = state["tokens"] - first_step * train.global_batch_tokens
@@ -195,6 +190,13 @@ def train_in(folder, config, watch, device, rank, world_size):
     if first_step >= total_steps:
         say(f"{run} is complete: {first_step} of {total_steps} steps; raise train.max_tokens to train it longer")
         return best_val_loss
+
+    # ---- from here on the run writes
+    for its_turn in (rank == 0, rank != 0):  # rank 0 makes the folder and locks it, the others share the lock
+        with dist.all_or_none():
+            say(folder.hold() if its_turn else None)
+    if rank == 0:
+        checkpoint.tidy(run / "checkpoints")
     not_compiled = why_not_compiled(train.compile, config.model, device, kernels, precision)
     engine = build_engine(config, ds_config, device, kernels, not not_compiled, load_weights)
     plain = stage == 0 and precision == "fp32"  # the one case in which DeepSpeed keeps no gradient norm
