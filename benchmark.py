@@ -170,9 +170,8 @@ def launch(config, gpus, wanted, folder, on_gpu, program=("train.py",), seconds=
 
     code = run_until(finished, [*launcher, folder / "benchmark.json"], folder / "log", seconds, environment)
     lines = steps_of(folder)
-    return lines[:wanted], None if len(lines) >= wanted else why_it_ended(
-        (folder / "log").read_text(errors="replace"), code
-    )
+    log = (folder / "log").read_text(errors="replace")
+    return lines[:wanted], None if len(lines) >= wanted else why_it_ended(log, code)
 
 
 def steps_of(folder):
