@@ -88,6 +88,8 @@ def this_device():
 
 def random_tokens(folder, config):
     """Shards of random tokens, for a model whose data is not there."""
+    if config.model.vocab_size > 2**32:
+        raise UserError(f"model.vocab_size: found {config.model.vocab_size}, expected at most {2**32}")
     folder.mkdir()
     tokens = max(2**20, 16 * (config.model.block_size + 1))
     generator = np.random.default_rng(0)
@@ -168,9 +170,8 @@ def launch(config, gpus, wanted, folder, on_gpu, program=("train.py",), seconds=
 
     code = run_until(finished, [*launcher, folder / "benchmark.json"], folder / "log", seconds, environment)
     lines = steps_of(folder)
-    return lines[:wanted], None if len(lines) >= wanted else why_it_ended(
-        (folder / "log").read_text(errors="replace"), code
-    )
+    log = (folder / "log").read_text(errors="replace")
+    return lines[:wanted], None if len(lines) >= wanted else why_it_ended(log, code)
 
 
 def steps_of(folder):

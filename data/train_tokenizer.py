@@ -25,6 +25,8 @@ from config import UserError, did_you_mean, run_command
 from data.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
 from flags import FlagParser, a_path, at_least, check_can_write
 
+MOST_IDS = 10_000_000  # the library takes memory for all of them at once
+
 
 def main(arguments):
     parser = FlagParser(__doc__)
@@ -33,7 +35,9 @@ def main(arguments):
     parser.add_argument("--column", default="text", help="the column that holds the text")
     parser.add_argument("--streaming", action="store_true", help="read from the hub without keeping a copy")
     parser.add_argument("--limit", type=at_least(1), default=1_000_000, help="learn from the first documents only")
-    parser.add_argument("--vocab_size", type=at_least(1), default=32768, help="number of ids, with the special tokens")
+    parser.add_argument(
+        "--vocab_size", type=at_least(1, MOST_IDS), default=32768, help="number of ids, with the special tokens"
+    )
     parser.add_argument("--special_tokens", nargs="+", default=[END_OF_TEXT], help="get the last ids, in this order")
     parser.add_argument("--out", type=a_path, required=True, help="folder for the tokenizer")
     args = parser.parse_args(arguments)
@@ -43,6 +47,8 @@ def main(arguments):
         raise UserError(f"--source: no data set {args.source!r}; {did_you_mean(args.source, names)}")
     if args.source == "text" and not args.input:
         raise UserError("--input: none given; name your files, or a data set: --source fineweb_edu")
+    if odd := [token for token in args.special_tokens if not token or any("\ud800" <= c <= "\udfff" for c in token)]:
+        raise UserError(f"--special_tokens: found {odd[0]!r}, expected UTF-8 text")
     special = list(dict.fromkeys([*args.special_tokens, END_OF_TEXT]))  # the shards need an end of text
     least = 256 + len(special)
     if args.vocab_size < least:

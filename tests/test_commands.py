@@ -24,6 +24,7 @@ import plan
 import plot
 from commands import UserError, explain
 from config import run_command
+from data import train_tokenizer
 from tests.conftest import ROOT, environment
 from tests.test_plot import make_run
 
@@ -295,6 +296,24 @@ def test_numbers_of_any_length_in_a_config_name_the_file_or_key(tmp_path):
             config.load_config([str(file)])
     with pytest.raises(UserError, match=r"^--train.lr: found 99999999999999999999\.\.\. \(5000 characters\)"):
         config.load_config(["--train.lr", "9" * 5000])
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("--vocab_size", "1000000000000", "--vocab_size: found 1000000000000, expected 1 to 10000000"),
+        ("--limit", "-1", "--limit: found -1, expected 1 or more"),
+        ("--special_tokens", "\udcff", "--special_tokens: found '\\udcff', expected UTF-8 text"),
+        ("--out", "file", "file: could not be written (Not a directory); choose another --out"),
+    ],
+)
+def test_a_tokenizer_is_not_learned_for_nothing(tmp_path, monkeypatch, capsys, flag, value, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("words " * 1000)
+    monkeypatch.setattr(train_tokenizer, "train_tokenizer", lambda *_: pytest.fail("learned"))
+    arguments = ["--input", "file", "--vocab_size", "300", "--out", "new", flag, value]
+    code, text = ended(capsys, train_tokenizer.main, arguments)
+    assert code == 2 and expected in text and not (tmp_path / "new").exists()
 
 
 # -- plan.py and plot.py -------------------------------------------------------------------------
