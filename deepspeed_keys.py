@@ -59,7 +59,8 @@ ACCEPTED = {
     "comms_logger.debug": flag(False, "names of the calling functions too"),
     "fp16.loss_scale": Key(float, 0.0, "a loss scale that stays; 0: a dynamic one", minimum=0, maximum=2.0**24),
     "fp16.initial_scale_power": Key(int, 16, "the dynamic scale begins at 2 to this power", minimum=0, maximum=32),
-    "fp16.loss_scale_window": Key(int, 1000, "good steps after which it doubles", minimum=1, maximum=10**9),
+    # in the step in which it doubles, DeepSpeed divides the gradient by the new scale: half a gradient (NOTES.md)
+    "fp16.loss_scale_window": Key(int, 1000, "good steps after which it doubles", minimum=100, maximum=10**9),
     "fp16.hysteresis": Key(int, 2, "overflows after which it halves", minimum=1, maximum=10**6),
     "fp16.consecutive_hysteresis": flag(False, "a good step forgets the overflows before it"),
     "fp16.min_loss_scale": Key(int, 1, "the lowest dynamic scale", minimum=1, maximum=2**32),

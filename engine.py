@@ -200,7 +200,6 @@ def build_engine(config, ds_config, device, kernels="torch", compiled=False, loa
     is made, so that no rank ever holds the whole model. The weights are the same bit for bit whatever the
     stage and the number of ranks; load_weights: what export.open_weights gives, if they are not random."""
     train, sharded = config.train, zero_stage(ds_config) == 3
-    check_memory(config, ds_config, device, comm.get_world_size())
     with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=sharded), device:
         model = GPT(config.model, train.seed, int(train.activation_checkpointing), train.checkpoints_on_cpu, kernels)
     if load_weights:

@@ -41,7 +41,7 @@ from config import (
 )
 from data.mixture import Mixture
 from data.shards import make_way, write_json
-from engine import build_engine, check_deepspeed, choose_kernels, resolve_precision, why_not_compiled
+from engine import build_engine, check_deepspeed, check_memory, choose_kernels, resolve_precision, why_not_compiled
 from flops import count_parameters
 from model import IGNORE
 from pieces import optimizers
@@ -163,6 +163,7 @@ def train_in(folder, config, watch, device, rank, world_size):
             torch.set_float32_matmul_precision("high")  # TF32, as plan.py counts on
         ds_config = deepspeed_config(config, world_size, precision, on_gpu=device.type == "cuda")
         check_deepspeed(ds_config)
+        check_memory(config, ds_config, device, world_size)
         kernels, why_kernels = choose_kernels(train.kernels, device)
 
         # ---- weights, new or from a checkpoint

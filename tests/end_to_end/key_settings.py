@@ -60,7 +60,7 @@ STAGE_3 = [
 ]
 FP16 = [
     ({"loss_scale": 128}, ROUNDED),
-    ({"initial_scale_power": 4, "loss_scale_window": 1}, ROUNDED),
+    ({"initial_scale_power": 4, "loss_scale_window": 100}, ROUNDED),
     ({"hysteresis": 1, "consecutive_hysteresis": True, "min_loss_scale": 2}, SAME),
 ]
 
