@@ -18,9 +18,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from config import ModelConfig, UserError, run_command
+from config import ModelConfig, UserError, read_json, run_command
 from data.tokenizer import GPT2_PATTERNS, PATTERN
-from export import family_of, open_published
+from export import FAMILIES, family_of, is_published, open_published
 
 # what llama.cpp calls these patterns (`tokenizer.ggml.pre`), and whether it takes a piece that is a token as it is
 PRE_TOKENIZERS = {PATTERN: ("llama-bpe", True)} | dict.fromkeys(GPT2_PATTERNS, ("gpt-2", False))
@@ -59,12 +59,14 @@ def pre_tokenizer_name(folder):
     pattern = pattern_of(content)
     if content["model"]["type"] != "BPE" or pattern not in PRE_TOKENIZERS:
         raise UserError(
-            f"{path}: cuts text by {pattern or 'something else than a pattern'!r}, expected Llama 3's pattern or GPT-2's: "
-            "llama.cpp has no other that gives the same ids. Train a tokenizer (data/train_tokenizer.py) and a model "
-            "with it, or use gpt2's"
+            f"{path}: cuts text by {pattern or 'something else than a pattern'!r}, expected Llama 3's pattern or "
+            "GPT-2's: llama.cpp has no other that gives the same ids. Train a tokenizer (data/train_tokenizer.py) and "
+            "a model with it, or use gpt2's"
         )
     if tokenizer.encode("").ids:
-        raise UserError(f"{path}: adds tokens to every text; that is not a tokenizer of ours: call the converter itself")
+        raise UserError(
+            f"{path}: adds tokens to every text; that is not a tokenizer of ours: call the converter itself"
+        )
     name, whole = PRE_TOKENIZERS[pattern]
     if wrong := pieces_that_differ(content, whole):
         raise UserError(
@@ -158,12 +160,14 @@ def convert(folder, out, llama_cpp, outtype=None):
     folder, out = Path(folder), Path(out)
     if out.exists():
         raise UserError(f"{out}: already there; choose another name, or remove it")
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected one that export.py wrote")
+    if not is_published(folder):
+        raise UserError(
+            f"{folder}: found no config.json of transformers' in it; expected a folder that export.py wrote"
+        )
     _, model, _ = open_published(folder)
-    config = json.loads((folder / "config.json").read_text())
-    architecture = config["architectures"][0]
-    outtype = outtype or OUTTYPES[str(config.get("dtype") or config.get("torch_dtype"))]
+    architecture = FAMILIES[family_of(model)].architecture
+    config = read_json(folder / "config.json")
+    outtype = outtype or OUTTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), "f32")
     pre_tokenizer = pre_tokenizer_name(folder)
     converter = load_converter(llama_cpp)
     try:
