@@ -9,6 +9,7 @@ import ctypes
 import json
 import sys
 
+import numpy as np
 import torch
 import xllamacpp.xllamacpp
 
@@ -80,7 +81,7 @@ def tokenize(vocabulary, text):
 
 
 def loss(context, vocab_size, window):
-    """The summed cross-entropy in nats of the window's ids after the first, in float64 from float32 logits."""
+    """The summed cross-entropy in nats of the window's ids but the first, in float64 from float32 logits."""
     size = len(window) - 1
     library.llama_memory_clear(library.llama_get_memory(context), True)
     batch = library.llama_batch_init(size, 0, 1)
@@ -91,9 +92,9 @@ def loss(context, vocab_size, window):
         batch.n_seq_id[place] = 1
         batch.seq_id[place][0] = 0
         batch.logits[place] = 1
-    assert library.llama_decode(context, batch) == 0
-    rows = [library.llama_get_logits_ith(context, place)[:vocab_size] for place in range(size)]
-    logits = torch.tensor(rows, dtype=torch.float64)
+    assert library.llama_decode(context, batch) == 0, "llama.cpp could not decode"
+    rows = [library.llama_get_logits_ith(context, place) for place in range(size)]
+    logits = torch.from_numpy(np.stack([np.ctypeslib.as_array(row, (vocab_size,)) for row in rows]).astype(np.float64))
     return torch.nn.functional.cross_entropy(logits, torch.tensor(window[1:]), reduction="sum").item()
 
 
