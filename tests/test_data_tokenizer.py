@@ -140,10 +140,10 @@ def test_a_tokenizer_with_another_pattern_stays_as_it_is(tmp_path):
     text = "if a:\n    b"
     assert encoding.encode_ordinary(text) == [*b"if a", 259, *b"b"]
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    for text in [text, *library(20), *MIXED]:
-        assert theirs.encode(text) == faster(encoding).encode_ordinary(text) == encoding.encode_ordinary(text)
+    for other in [text, *library(20), *MIXED]:
+        assert theirs.encode(other) == faster(encoding).encode_ordinary(other) == encoding.encode_ordinary(other)
     save_tokenizer(tmp_path / "new", ranks, {END_OF_TEXT: 260})
-    assert load_tokenizer(str(tmp_path / "new")).encode_ordinary("if a:\n    b") == [*b"if a", 258, 256, *b"  b"]
+    assert load_tokenizer(str(tmp_path / "new")).encode_ordinary(text) == [*b"if a", 258, 256, *b"  b"]
 
 
 def test_gpt2s_pattern_is_written_as_gpt2s(tmp_path, shared):
@@ -158,7 +158,8 @@ def test_gpt2s_pattern_is_written_as_gpt2s(tmp_path, shared):
 def test_our_pattern_is_written_as_llama_3s(trained):
     split, byte_level = json.loads((trained[2] / "tokenizer.json").read_text())["pre_tokenizer"]["pretokenizers"]
     assert split["pattern"]["Regex"] == (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     assert (split["type"], split["behavior"], split["invert"]) == ("Split", "Isolated", False)
     assert (byte_level["type"], byte_level["add_prefix_space"], byte_level["use_regex"]) == ("ByteLevel", False, False)

@@ -300,43 +300,36 @@ def odd_strings():
     return ODD + ["".join(generator.choices(pieces, k=generator.randrange(1, 30))) for _ in range(300)]
 
 
-def fetch(*command):
-    done = subprocess.run([sys.executable, "-m", "pip", *map(str, command)], capture_output=True, text=True)
-    offline = ("No matching distribution", "Max retries", "Connection", "Temporary failure", "timed out")
-    if done.returncode and any(word in done.stderr for word in offline):
-        pytest.skip(f"no package index: {done.stderr[-300:]}")
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-@pytest.fixture(scope="session")
-def cache():
-    """A folder that outlives the tests, for packages that are not to be in the environment."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minzero-tests"
-    folder.mkdir(parents=True, exist_ok=True)
+def fetched(name, *command):
+    """The folder into which pip puts what this command fetches, kept beside the tests' environment. Skips where there
+    is no package index."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minzero-tests" / name
+    if not folder.exists():
+        temporary = folder.with_name(f"{name}.{os.getpid()}.tmp")
+        command = [sys.executable, "-m", "pip", "--quiet", *command, str(temporary)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if "No matching distribution" in done.stderr:
+            pytest.skip("no package index")
+        assert done.returncode == 0, done.stderr[-2000:]
+        temporary.rename(folder)
     return folder
 
 
-def installed(cache, *packages):
-    folder = cache / "-".join(packages)
-    if not (folder / "complete").exists():
-        fetch("install", "--quiet", "--upgrade", "--target", folder, *packages)
-        (folder / "complete").touch()
-    return folder
+def installed(package):
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    return fetched(f"{package}-{version}", "install", package, "--target")
 
 
 @pytest.fixture(scope="session")
-def llama_cpp(cache):
+def llama_cpp(tmp_path_factory):
     """llama.cpp's converter, out of the source package of llama-cpp-python."""
-    folder = cache / CONVERTER
-    if not (folder / "complete").exists():
-        fetch("download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", folder, CONVERTER)
-        (archive,) = folder.glob("*.tar.gz")
-        with tarfile.open(archive) as tar:
-            wanted = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/")
-            names = [name for name in tar.getnames() if name.partition("/vendor/llama.cpp/")[2].startswith(wanted)]
-            tar.extractall(folder, [tar.getmember(name) for name in names], filter="data")
-        archive.unlink()
-        (folder / "complete").touch()
+    command = ["download", "--no-deps", "--no-binary", ":all:", CONVERTER, "--dest"]
+    (archive,) = fetched(CONVERTER, *command).glob("*.tar.gz")
+    folder, wanted = tmp_path_factory.mktemp("llama_cpp"), ("convert_hf_to_gguf.py", "conversion/", "gguf-py/")
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if member.name.partition("/vendor/llama.cpp/")[2].startswith(wanted):
+                tar.extract(member, folder, filter="data")
     (script,) = folder.glob("*/vendor/llama.cpp/convert_hf_to_gguf.py")
     return script.parent
 
@@ -389,7 +382,7 @@ def test_every_family_is_tried():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
-def test_loss_and_ids_are_llama_cpps(name, trained_data, llama_cpp, cache, tmp_path, capsys, monkeypatch):
+def test_loss_and_ids_are_llama_cpps(name, trained_data, llama_cpp, tmp_path, capsys, monkeypatch):
     config = dataclasses.replace(VARIANTS[name], vocab_size=1000 if name != "gpt_neox_tied" else 1024)
     write_run(tmp_path / "run", config, trained_data)
     export.main([str(tmp_path / "run"), str(tmp_path / "hf")])
@@ -400,7 +393,7 @@ def test_loss_and_ids_are_llama_cpps(name, trained_data, llama_cpp, cache, tmp_p
     windows = [tokens[start : start + block + 1] for start in range(0, stream.tokens - 1, block)]
     texts, encoding = odd_strings(), load_tokenizer(str(Path(trained_data).parent / "tokenizer"))
     assert len(texts) > 300
-    ids, losses = read_by_llama_cpp(installed(cache, LIBRARY), tmp_path / "model.gguf", texts, windows)
+    ids, losses = read_by_llama_cpp(installed(LIBRARY), tmp_path / "model.gguf", texts, windows)
     for text, found in zip(texts, ids, strict=True):
         assert found == encoding.encode_ordinary(text), repr(text)
 
@@ -419,14 +412,14 @@ def test_loss_and_ids_are_llama_cpps(name, trained_data, llama_cpp, cache, tmp_p
 
 
 @pytest.mark.slow
-def test_ids_of_gpt2s_tokenizer_are_llama_cpps(llama_cpp, cache, shared, tmp_path):
+def test_ids_of_gpt2s_tokenizer_are_llama_cpps(llama_cpp, shared, tmp_path):
     data = write_data(tmp_path / "data", "gpt2")
     write_run(tmp_path / "run", dataclasses.replace(GPT2, vocab_size=50304), data)
     export.main([str(tmp_path / "run"), str(tmp_path / "hf"), "--dtype", "bfloat16"])
     assert "bf16, pre-tokenizer gpt-2" in to_file(llama_cpp, tmp_path / "hf", tmp_path / "model.gguf")
     texts, encoding = odd_strings(), load_tokenizer("gpt2")
     texts += [path.read_text(encoding="utf-8") for path in sorted((shared / "text").glob("*.txt"))]
-    ids, _ = read_by_llama_cpp(installed(cache, LIBRARY), tmp_path / "model.gguf", texts)
+    ids, _ = read_by_llama_cpp(installed(LIBRARY), tmp_path / "model.gguf", texts)
     for text, found in zip(texts, ids, strict=True):
         assert found == encoding.encode_ordinary(text), repr(text[:100])
 
@@ -436,7 +429,7 @@ def test_ids_of_gpt2s_tokenizer_are_llama_cpps(llama_cpp, cache, shared, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", [PATTERN, *GPT2_PATTERNS], ids=["Llama 3's", "tiktoken's GPT-2", "GPT-2's"])
-def test_ids_are_gigatokens(pattern, cache, tmp_path):
+def test_ids_are_gigatokens(pattern, tmp_path):
     save_tokenizer(tmp_path / "tokenizer", *train_tokenizer(TEXTS, 1000, pattern=pattern), pattern)
     texts = [text for text in odd_strings() if END_OF_TEXT not in text]  # which it takes for the special token
     script = """if True:
@@ -446,7 +439,7 @@ def test_ids_are_gigatokens(pattern, cache, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "tokenizer")],
         input=json.dumps(texts),
-        env=os.environ | {"PYTHONPATH": str(installed(cache, GIGATOKEN))},
+        env=os.environ | {"PYTHONPATH": str(installed(GIGATOKEN))},
         capture_output=True,
         text=True,
     )
