@@ -169,7 +169,7 @@ def convert(folder, out, llama_cpp, outtype=None):
     config = read_json(folder / "config.json")
     outtype = outtype or OUTTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), "f32")
     pre_tokenizer = pre_tokenizer_name(folder)
-    converter = load_converter(llama_cpp)
+    converter, own_arguments = load_converter(llama_cpp), sys.argv
     try:
         with tempfile.TemporaryDirectory(prefix=".to_gguf_", dir=out.parent) as temporary:
             written = Path(temporary) / "model.gguf"
@@ -180,10 +180,12 @@ def convert(folder, out, llama_cpp, outtype=None):
             converter.main()
             os.replace(written, out)
     except OSError as error:
-        raise UserError(f"{out}: could not be written ({error})") from None
+        raise UserError(f"{out}: could not be written ({error}); make room or choose another place") from None
     except (Exception, SystemExit) as error:  # of a program that is not ours
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{converter.__file__}: ended with {reason}; try another version of llama.cpp") from None
+    finally:
+        sys.argv = own_arguments
     return f"{architecture}, {outtype}, pre-tokenizer {pre_tokenizer}"
 
 

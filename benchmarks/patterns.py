@@ -25,7 +25,7 @@ OLD_PATTERN = (
     r"'(?:[sdmt]|ll|ve|re)|[^\s\p{L}\p{N}]?\p{L}+| ?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?|\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+"
 )
-PATTERNS = {"Llama 3's": PATTERN, "GPT-2's": GPT2_PATTERNS[-1], "ours of before": OLD_PATTERN}
+PATTERNS = {"Llama 3's": PATTERN, "GPT-2's": GPT2_PATTERNS[-1], "our former one": OLD_PATTERN}
 
 
 def bytes_per_token(encoding, texts):

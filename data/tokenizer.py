@@ -15,14 +15,14 @@ from data.shards import write_atomically, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 
-# How text is cut into pieces that no token crosses: Llama 3's pattern, letter by letter as it is published, by which
-# llama.cpp, gigatoken and others know it. They know no pattern of one's own. What it costs: benchmarks/patterns.py.
-# A trained tokenizer's folder holds the pattern it was trained with, so one with another pattern stays as it is.
+# How text is cut into pieces that no token crosses: Llama 3's pattern, exactly as it is published, because llama.cpp,
+# gigatoken and others recognise it and support no other project's own. benchmarks/patterns.py measures what it costs.
+# A trained tokenizer's folder holds the pattern it was trained with, so older ones stay as they are.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# GPT-2's, as tiktoken has written it since 0.6 and before. They cut the same pieces.
+# GPT-2's, as tiktoken writes it, and as it wrote it earlier. They cut the same pieces.
 GPT2_PATTERNS = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",

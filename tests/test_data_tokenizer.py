@@ -212,7 +212,7 @@ def tiktokens_patterns():
     offline |= dict.fromkeys(("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"), lambda *_, **__: {})
     return {name: offline[name]()["pat_str"] for name in sorted(names)} | {
         "ours": PATTERN,
-        "ours of before": OLD_PATTERN,
+        "our former one": OLD_PATTERN,
         "GPT-2's": GPT2_PATTERNS[-1],
     }
 

@@ -27,7 +27,6 @@ ELSEWHERE = {  # command: what runs it, or why nothing can
     "python eval.py out/70b --tasks hellaswag,piqa": "the same",
     "python eval.py out/tiny --tasks my_task.yaml": "test_eval",
     "deepspeed --num_gpus 8 eval.py out/70b": "test_eval, on two ranks",
-    "pip download --no-deps --no-binary :all: llama-cpp-python && tar xzf llama_cpp_python-*.tar.gz": "test_to_gguf",
     "python to_gguf.py hf/tiny tiny.gguf --llama_cpp llama_cpp_python-*/vendor/llama.cpp": "test_to_gguf",
     "python benchmark.py configs/1p7b.json": "test_benchmark, with a smaller model",
     "python benchmark.py configs/1p7b.json --gpus 8": "the same",
