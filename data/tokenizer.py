@@ -15,12 +15,17 @@ from data.shards import write_atomically, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 
-# How text is cut into pieces that no token crosses: letters with one space or mark before them, up to
-# three digits, marks with the line end and indentation after them, line ends with theirs. On source
-# code this takes 6% fewer tokens than GPT-2's pattern with 4,096 ids (NOTES.md has the figures).
+# How text is cut into pieces that no token crosses: Llama 3's pattern, exactly as it is published, because llama.cpp,
+# gigatoken and others recognise it and support no other project's own. benchmarks/patterns.py measures what it costs.
+# A trained tokenizer's folder holds the pattern it was trained with, so older ones stay as they are.
 PATTERN = (
-    r"'(?:[sdmt]|ll|ve|re)|[^\s\p{L}\p{N}]?\p{L}+| ?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?|\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# GPT-2's, as tiktoken writes it, and as it wrote it earlier. They cut the same pieces.
+GPT2_PATTERNS = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 )
 
 
@@ -96,19 +101,14 @@ def faster(encoding):
     )
 
 
-def train_tokenizer(texts, vocab_size, special_tokens=(END_OF_TEXT,)):
+def train_tokenizer(texts, vocab_size, special_tokens=(END_OF_TEXT,), pattern=PATTERN):
     """Learn a byte-level BPE of `vocab_size` ids, the special tokens last. Returns (ranks, special).
 
     texts: an iterator of strings. Raises UserError if the text is too small for that many ids."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    learner.pre_tokenizer = pre_tokenizer(pattern)
     wanted = vocab_size - len(special_tokens)
     trainer = trainers.BpeTrainer(
         vocab_size=wanted, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
@@ -159,13 +159,26 @@ def byte_level_names(ranks):
     return {token: "".join(alphabet[byte] for byte in token) for token in ranks}
 
 
+def pre_tokenizer(pattern):
+    """What cuts text into the pieces of a tiktoken pattern in the `tokenizers` library: for GPT-2's the one that it
+    has for it, by which other programs know it."""
+    from tokenizers import Regex, pre_tokenizers
+
+    if pattern in GPT2_PATTERNS:
+        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    # tiktoken's `\p{N}{1,3}+` gives nothing back; in the regular expressions of `tokenizers` it repeats the group
+    pattern = re.sub(r"(\{\d+,\d+\})\+", r"\1", pattern)
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
 def huggingface_json(ranks, special_tokens, pattern):
     """The same tokenizer in the form of the `tokenizers` library.
 
     tiktoken joins any two neighbours that make a known token, the lowest rank first; `tokenizers` joins
     only listed pairs, in the order of the list. So every way to split every token into two known ones is
     listed, by rank: with the one pair per token that training found, most random strings differ."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models
 
     name = byte_level_names(ranks)
     merges = [
@@ -176,15 +189,8 @@ def huggingface_json(ranks, special_tokens, pattern):
     ]
     # the special tokens too: those that are only added get the next free ids, and tiktoken's have gaps before them
     vocabulary = {name[token]: rank for token, rank in ranks.items()} | special_tokens
-    # tiktoken's `\p{N}{1,3}+` gives nothing back; in the regular expressions of `tokenizers` it repeats the group
-    pattern = re.sub(r"(\{\d+,\d+\})\+", r"\1", pattern)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizer(pattern)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
     return tokenizer.to_str(pretty=True)

@@ -1,5 +1,6 @@
 """Tokenizers: what is trained here gives tiktoken and transformers the same ids."""
 
+import json
 import random
 import re
 import subprocess
@@ -13,12 +14,16 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.patterns import OLD_PATTERN
 from config import UserError
 from data.tokenizer import (
     END_OF_TEXT,
+    GPT2_PATTERNS,
     PATTERN,
+    byte_ranks,
     characters,
     faster,
+    fingerprint,
     load_tokenizer,
     missing_characters,
     own_tokenizer,
@@ -122,6 +127,44 @@ def test_own_tokenizer_is_made_once(tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_a_tokenizer_with_another_pattern_stays_as_it_is(tmp_path):
+    """A folder that was written when our pattern was another: ids, fingerprint and tokenizer.json are those of then."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path / "tokenizer"
+    ranks = byte_ranks() | {b"  ": 256, b"    ": 257, b":\n": 258, b":\n    ": 259}
+    save_tokenizer(folder, ranks, {END_OF_TEXT: 260}, OLD_PATTERN)
+    own_tokenizer(folder, lambda: 1 / 0, 261)
+    encoding = load_tokenizer(str(folder))
+    assert encoding._pat_str == OLD_PATTERN and fingerprint(encoding) == "595961fa86d0ea2f"
+    text = "if a:\n    b"
+    assert encoding.encode_ordinary(text) == [*b"if a", 259, *b"b"]
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    for other in [text, *library(20), *MIXED]:
+        assert theirs.encode(other) == faster(encoding).encode_ordinary(other) == encoding.encode_ordinary(other)
+    save_tokenizer(tmp_path / "new", ranks, {END_OF_TEXT: 260})
+    assert load_tokenizer(str(tmp_path / "new")).encode_ordinary(text) == [*b"if a", 258, 256, *b"  b"]
+
+
+def test_gpt2s_pattern_is_written_as_gpt2s(tmp_path, shared):
+    """As the published tokenizer.json has it, by which other programs know it."""
+    encoding = load_tokenizer("gpt2")
+    assert encoding._pat_str in GPT2_PATTERNS
+    save_tokenizer(tmp_path, encoding._mergeable_ranks, encoding._special_tokens, encoding._pat_str)
+    cut = json.loads((tmp_path / "tokenizer.json").read_text())["pre_tokenizer"]
+    assert (cut["type"], cut["add_prefix_space"], cut["use_regex"]) == ("ByteLevel", False, True)
+
+
+def test_our_pattern_is_written_as_llama_3s(trained):
+    split, byte_level = json.loads((trained[2] / "tokenizer.json").read_text())["pre_tokenizer"]["pretokenizers"]
+    assert split["pattern"]["Regex"] == (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    assert (split["type"], split["behavior"], split["invert"]) == ("Split", "Isolated", False)
+    assert (byte_level["type"], byte_level["add_prefix_space"], byte_level["use_regex"]) == ("ByteLevel", False, False)
+
+
 def run(*flags):
     command = [sys.executable, str(ROOT / "data" / "train_tokenizer.py"), *map(str, flags)]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
@@ -167,7 +210,11 @@ def tiktokens_patterns():
     offline = {}
     exec(source, offline)
     offline |= dict.fromkeys(("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"), lambda *_, **__: {})
-    return {name: offline[name]()["pat_str"] for name in sorted(names)} | {"ours": PATTERN}
+    return {name: offline[name]()["pat_str"] for name in sorted(names)} | {
+        "ours": PATTERN,
+        "our former one": OLD_PATTERN,
+        "GPT-2's": GPT2_PATTERNS[-1],
+    }
 
 
 PATTERNS = tiktokens_patterns()

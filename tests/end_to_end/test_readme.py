@@ -27,6 +27,7 @@ ELSEWHERE = {  # command: what runs it, or why nothing can
     "python eval.py out/70b --tasks hellaswag,piqa": "the same",
     "python eval.py out/tiny --tasks my_task.yaml": "test_eval",
     "deepspeed --num_gpus 8 eval.py out/70b": "test_eval, on two ranks",
+    "python to_gguf.py hf/tiny tiny.gguf --llama_cpp llama_cpp_python-*/vendor/llama.cpp": "test_to_gguf",
     "python benchmark.py configs/1p7b.json": "test_benchmark, with a smaller model",
     "python benchmark.py configs/1p7b.json --gpus 8": "the same",
     "python benchmark.py configs/1p7b.json --rows zero3 checkpointing --train.micro_batch_size 4": "the same",
