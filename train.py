@@ -153,7 +153,9 @@ def main(config, watch=None):
 
     # ---- data: batch(windows) gives inputs and targets, both (micro_batch_size, block_size)
     train_data, val_data = (
-        Mixture(config.data.path, split, config.model.block_size, config.model.vocab_size, train.seed)
+        Mixture(
+            config.data.path, split, config.model.block_size, config.model.vocab_size, train.seed, config.data.verify
+        )
         for split in ("train", "val")
     )
 

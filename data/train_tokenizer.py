@@ -18,7 +18,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import UserError, did_you_mean, run_command
+from data.shards import check_path
+from data.sources import BadDocument
 from data.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
+
+MOST_IDS = 2**24  # the trainer makes room for them at once
 
 
 def main(arguments):
@@ -28,6 +32,12 @@ def main(arguments):
     parser.add_argument("--column", default="text", help="the column that holds the text")
     parser.add_argument("--streaming", action="store_true", help="read from the hub without keeping a copy")
     parser.add_argument("--limit", type=int, default=1_000_000, help="learn from the first documents only")
+    parser.add_argument(
+        "--on_bad_document",
+        choices=["stop", "skip"],
+        default="stop",
+        help="one that cannot be read: end, or leave it out",
+    )
     parser.add_argument("--vocab_size", type=int, default=32768, help="number of ids, special tokens among them")
     parser.add_argument("--special_tokens", nargs="+", default=[END_OF_TEXT], help="get the last ids, in this order")
     parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer")
@@ -38,13 +48,39 @@ def main(arguments):
         raise UserError(f"--source: no data set {args.source!r}; {did_you_mean(args.source, names)}")
     if args.source == "text" and not args.input:
         raise UserError("--input: none given; name your files, or a data set: --source fineweb_edu")
+    check_path("--out", args.out)  # before the training
+    if args.limit is not None and not 1 <= args.limit <= 2**62:
+        raise UserError(f"--limit: found {args.limit}, expected at least 1 document, at most 2^62")
+    for token in args.special_tokens:
+        if len(token) < 2 or not token.isprintable() or args.special_tokens.count(token) > 1:
+            raise UserError(
+                f"--special_tokens: found {token!a}, expected names of two characters or more, each once, as <|user|>"
+            )
     special = list(dict.fromkeys([*args.special_tokens, END_OF_TEXT]))  # the shards need an end of text
     least = 256 + len(special)
-    if args.vocab_size < least:
-        raise UserError(f"--vocab_size: found {args.vocab_size}, expected at least {least}: bytes and special tokens")
+    if not least <= args.vocab_size <= MOST_IDS:
+        raise UserError(
+            f"--vocab_size: found {args.vocab_size}, expected at least {least} (bytes and special tokens), at most "
+            f"{MOST_IDS}"
+        )
     documents = importlib.import_module(f"data.{args.source}.prepare").documents(args)
-    texts = tqdm((text for _, text in itertools.islice(documents, args.limit)), unit=" documents", desc=str(args.out))
-    save_tokenizer(args.out, *train_tokenizer(texts, args.vocab_size, special))
+    if hasattr(documents, "summary"):
+        print(documents.summary)
+    if args.on_bad_document == "skip" and hasattr(documents, "yield_bad"):
+        documents.yield_bad = True
+    bad = []
+
+    def texts():
+        for _, text in itertools.islice(documents, args.limit):
+            if isinstance(text, BadDocument):
+                bad.append(1)
+            else:
+                yield text
+
+    progress = tqdm(texts(), unit=" documents", desc=str(args.out))
+    save_tokenizer(args.out, *train_tokenizer(progress, args.vocab_size, special))
+    if bad:
+        print(f"skipped: {len(bad):,} documents that could not be read")
     print(f"{args.out}: {args.vocab_size:,} ids")
 
 
