@@ -51,7 +51,7 @@ from data.shards import (
     token_dtype,
     write_json,
 )
-from data.sources import BadDocument, is_far
+from data.sources import BadDocument, is_far, plural
 from data.tokenizer import (
     END_OF_TEXT,
     cut_long_runs,
@@ -497,7 +497,7 @@ def prepare_alone(documents, tokenizer, encoding, args, side, loss_mask):
 
 def check_enough(splits, skipped, args):
     """Raise UserError if the documents gave nothing to train on."""
-    left_out = f"; {skipped.documents:,} documents were skipped: see {skipped.path}" if skipped.documents else ""
+    left_out = f"; skipped {plural(skipped.documents, 'document')}: see {skipped.path}" if skipped.documents else ""
     where = " ".join(args.input) if args.input else "the source"
     if not sum(split.bytes for split in splits.values()):
         raise UserError(f"{where[:200]}: found no text, expected at least one document with text{left_out}")
@@ -511,9 +511,9 @@ def check_enough(splits, skipped, args):
 def report(splits, skipped, args, by_hash):
     """Say what was made, and whether the split is far from what was asked for. by_hash: by `split_of`."""
     for name, split in splits.items():
-        print(f"{name}: {split.tokens:,} tokens, {split.documents:,} documents, {split.bytes:,} bytes of text")
+        print(f"{name}: {split.tokens:,} tokens, {plural(split.documents, 'document')}, {split.bytes:,} bytes of text")
     if skipped.documents:
-        print(f"skipped: {skipped.documents:,} documents that could not be used, named in {skipped.path}")
+        print(f"skipped {plural(skipped.documents, 'document')} that could not be used, named in {skipped.path}")
     share = splits["val"].bytes / sum(split.bytes for split in splits.values())
     if by_hash and 0 < args.val_fraction < 1 and is_far(share, args.val_fraction):
         print(

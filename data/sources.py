@@ -204,8 +204,8 @@ class Files(Source):
             return None
         return (
             f"{plural(len(cuts), 'file')} cut in two: training gets the beginning of each and validation the last "
-            f"{val_fraction:.3g} of it; a hash of the files' names would give validation {by_hash / total:.2%} of the "
-            f"text, and --val_fraction asks for {val_fraction:.2%}"
+            f"{val_fraction:.3g} of it; a hash of the names would give validation {max(0, by_hash / total):.2%} of "
+            f"the text, and --val_fraction asks for {val_fraction:.2%}"
         )
 
     def side(self, key):
@@ -291,9 +291,9 @@ def expand(pattern):
     if "**" not in parts:
         return glob.glob(pattern)
     place = parts.index("**")
-    root, rest = "".join(part + os.sep for part in parts[:place]), os.sep.join(parts[place + 1 :])
+    start, rest = "".join(part + os.sep for part in parts[:place]), os.sep.join(parts[place + 1 :])
     found = set()
-    for root in glob.glob(root) if glob.has_magic(root) else [root]:
+    for root in glob.glob(start) if glob.has_magic(start) else [start]:
         for folder in folders_below(root):
             found.update(expand(os.path.join(glob.escape(folder), rest or "*")))
     return found
@@ -349,6 +349,7 @@ def summary(paths, sizes, passed_over):
     else:
         read = f"{plural(len(paths), 'file')} ({by_count(kinds)})"
     empty = sizes.count(0)
+    # printed before the reading, for what is passed over should be known early
     return f"read {read}{f', {empty:,} of them empty' if empty else ''}, {left_out(+passed_over)}"
 
 

@@ -17,6 +17,7 @@ from data.shards import check_path, is_regular, make_folder, write_atomically, w
 
 END_OF_TEXT = "<|endoftext|>"
 LONGEST_RUN = 100_000  # characters without a change between blanks and others that the tokenizer gets at once
+LONGEST_LEARNED = 10_000  # and its training, whose time grows with their square
 
 # How text is cut into pieces that no token crosses: letters with one space or mark before them, up to
 # three digits, marks with the line end and indentation after them, line ends with theirs. On source
@@ -139,16 +140,16 @@ def without_surrogates(text):
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def cut_long_runs(text):
-    """Yield `text` in parts, mostly one, that tiktoken's regular expressions can take: a run of more than LONGEST_RUN
-    blanks, or of more than that many other characters, ends a part after every LONGEST_RUN of it. Each part is to be
+def cut_long_runs(text, longest=LONGEST_RUN):
+    """Yield `text` in parts, mostly one, that tiktoken's regular expressions can take: a run of more than `longest`
+    blanks, or of more than that many other characters, ends a part after every `longest` of it. Each part is to be
     tokenized by itself, so ids differ from those of the whole at these cuts alone. The parts together are the text."""
-    half, start = LONGEST_RUN // 2, 0
+    half, start = longest // 2, 0
     # a run of twice `half` holds a whole block, and mostly the first characters of a block show that it is mixed
     blocks = (text[place : place + half] for place in range(0, len(text) - half, half))
-    if len(text) > LONGEST_RUN and any(block.isspace() or not BLANK.search(block) for block in blocks):
+    if len(text) > longest and any(block.isspace() or not BLANK.search(block) for block in blocks):
         for run in re.finditer(r"\s+|\S+", text):
-            for end in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):
+            for end in range(run.start() + longest, run.end(), longest):
                 yield text[start:end]
                 start = end
     yield text[start:]
@@ -205,7 +206,8 @@ def train_tokenizer(texts, vocab_size, special_tokens=(END_OF_TEXT,)):
         vocab_size=wanted, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
     texts = (text if text.isascii() else without_surrogates(text) for text in texts)
-    learner.train_from_iterator(itertools.chain.from_iterable(map(cut_long_runs, texts)), trainer)
+    parts = itertools.chain.from_iterable(cut_long_runs(text, LONGEST_LEARNED) for text in texts)
+    learner.train_from_iterator(parts, trainer)
     merges = json.loads(learner.to_str())["model"]["merges"]
     from_unicode = {char: value for value, char in enumerate(byte_level_alphabet())}
     ranks = byte_ranks()

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import UserError, did_you_mean, run_command
 from data.shards import check_path
-from data.sources import BadDocument
+from data.sources import BadDocument, plural
 from data.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
 
 MOST_IDS = 2**24  # the trainer makes room for them at once
@@ -80,7 +80,7 @@ def main(arguments):
     progress = tqdm(texts(), unit=" documents", desc=str(args.out))
     save_tokenizer(args.out, *train_tokenizer(progress, args.vocab_size, special))
     if bad:
-        print(f"skipped: {len(bad):,} documents that could not be read")
+        print(f"skipped {plural(len(bad), 'document')} that could not be read")
     print(f"{args.out}: {args.vocab_size:,} ids")
 
 

@@ -544,7 +544,7 @@ FINEWEB |= {"language_score": [0.9] * 60, "token_count": [3] * 60, "score": [3.1
         ("text", "a.txt", {}),
         ("shakespeare", "input.txt", {}),
         ("shakespeare_char", "input.txt", {}),
-        ("stdlib", "lib/a.py", {}),
+        ("stdlib", "lib/b.py", {}),
     ],
 )
 def test_each_script_on_a_file_of_its_sources_schema(tmp_path, name, file, more):
