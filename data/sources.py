@@ -28,6 +28,7 @@ class BadDocument(UserError):
     """One document that cannot be read or tokenized. where: names it; reason: what was found and expected."""
 
     def __init__(self, where, reason, remedy="fix or remove it"):
+        where = printable(where)
         super().__init__(where, reason, remedy)  # what pickle gives back to it
         self.where, self.reason, self.remedy = where, reason, remedy
 
@@ -68,6 +69,11 @@ def one_text(args, address):
             return answer.read().decode()
     except (OSError, ValueError) as error:  # a ValueError: not UTF-8
         raise UserError(f"{address}: could not be downloaded ({one_line(error)}); give a copy: --input FILE") from None
+
+
+def printable(path):
+    """A path as it is shown: escaped where it holds a line end or bytes that are not UTF-8."""
+    return str(path) if str(path).isprintable() else ascii(str(path))[1:-1]
 
 
 def one_line(error):
@@ -144,7 +150,9 @@ SET_COLUMN = "fix it or set --column"
 
 
 def no_columns(where, column, found):
-    return UserError(f"{where}: no column {column!r}: found {', '.join(found)}; say with --column which holds the text")
+    return UserError(
+        f"{printable(where)}: no column {column!r}: found {', '.join(found)}; say with --column which holds the text"
+    )
 
 
 class Files(Source):
@@ -165,7 +173,7 @@ class Files(Source):
         try:
             self.sizes = [path.stat().st_size for path in self.paths]
         except OSError as error:
-            raise UserError(f"--input: {error.filename}: {error.strerror}; remove it or try again") from None
+            raise UserError(f"--input: {printable(error.filename)}: {error.strerror}; remove it or try again") from None
         self.bytes_read = 0
         self.description = f"{len(self.paths)} files, {sum(self.sizes)} bytes, column {column}"
         self.summary = summary(self.paths, self.sizes, passed_over)
@@ -225,7 +233,7 @@ class Files(Source):
                         yield f"{name} row {row}{part}", self.usable(text)
             except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors or OSErrors
                 raise UserError(
-                    f"{path} row {row + 1}: could not be read ({one_line(error)}); fix or remove the file"
+                    f"{printable(path)} row {row + 1}: could not be read ({one_line(error)}); fix or remove the file"
                 ) from None
             before += size
         self.bytes_read = before
@@ -242,8 +250,9 @@ def is_far(share, wanted):
 def found_by(pattern, passed_over):
     """The files, a list of Path, that one --input names. What a folder holds of other kinds is counted by suffix in
     `passed_over`. Raises UserError if there is none, or a folder cannot be read."""
+    shown = printable(pattern)
     if "\0" in pattern:
-        raise UserError(f"--input: {pattern!r}: a path holds no NUL byte; name files, folders or globs")
+        raise UserError(f"--input: {shown}: a path holds no NUL byte; name files, folders or globs")
     if os.path.isdir(pattern):
         return in_folder(pattern, passed_over)
     # a name like "a[1].txt" may be meant as it stands
@@ -252,10 +261,10 @@ def found_by(pattern, passed_over):
     for path in matches:
         if not os.path.isfile(path) and not os.path.isdir(path):
             if not glob.has_magic(pattern) or path == pattern:
-                raise UserError(f"--input: {path} is {what_is(path)}, expected a file, folder or glob")
+                raise UserError(f"--input: {printable(path)} is {what_is(path)}, expected a file, folder or glob")
             passed_over[what_is(path)] += 1
     if not found:
-        raise UserError(f"--input: {pattern} matches no file; name files, folders of {', '.join(READERS)}, or globs")
+        raise UserError(f"--input: {shown} matches no file; name files, folders of {', '.join(READERS)}, or globs")
     return found
 
 
@@ -264,7 +273,9 @@ def in_folder(folder, passed_over):
     found, others = [], collections.Counter()
 
     def cannot_read(error):
-        raise UserError(f"--input: {error.filename}: {error.strerror}; make it readable, or name only what is")
+        raise UserError(
+            f"--input: {printable(error.filename)}: {error.strerror}; make it readable, or name only what is"
+        )
 
     for place, folders, names in os.walk(folder, onerror=cannot_read):
         others["links to folders"] += sum(os.path.islink(os.path.join(place, name)) for name in folders)
@@ -279,7 +290,7 @@ def in_folder(folder, passed_over):
                 others[suffix if 1 < len(suffix) < 12 and suffix.isprintable() else "without suffix"] += 1
     if not found:
         raise UserError(
-            f"--input: {folder} matches no file of a known kind ({', '.join(READERS)}); {left_out(+others)}"
+            f"--input: {printable(folder)} matches no file of a known kind ({', '.join(READERS)}); {left_out(+others)}"
         )
     passed_over.update(others)
     return found
