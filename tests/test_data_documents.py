@@ -1,5 +1,5 @@
-"""What a preparation is given: files it passes over, splits far from what was asked, documents that cannot be used, texts
-that the tokenizer cannot take at once, flags and paths that lead nowhere."""
+"""What a preparation is given: files that it passes over, splits far from what was asked, documents that are no use,
+texts that the tokenizer cannot take at once, flags and paths that lead nowhere."""
 
 import contextlib
 import gzip
@@ -144,7 +144,7 @@ def test_few_large_files_are_cut_within_themselves(tmp_path, names, val_fraction
     (tmp_path / "in").mkdir()
     for name in names:
         (tmp_path / "in" / f"{name}.txt").write_text(prose(40_000, name))
-    (tmp_path / "in" / "small.txt").write_text("a small one")
+    (tmp_path / "in" / "small.txt").write_text("tiny")
     for workers in ("1", "2"):
         out = tmp_path / workers
         prepare(Files(str(tmp_path / "in")), out, "--val_fraction", str(val_fraction), "--workers", workers)
