@@ -535,6 +535,8 @@ def tokenizer_of(folder):
     entry = (read_meta(folder) or {}).get("tokenizer")
     if entry is None:
         raise UserError(f"{folder}: no meta.json, so the tokenizer of its shards is not known; prepare the data again")
+    if not {"name", "trained"} <= entry.keys():
+        raise UserError(f"{folder}/meta.json: damaged: tokenizer has no name or trained; prepare the data again")
     encoding = load_tokenizer(str(Path(folder) / entry["name"]) if entry["trained"] else entry["name"])
     if fingerprint(encoding) != entry["fingerprint"]:
         raise UserError(

@@ -505,22 +505,25 @@ def check_progress(path):
     return progress
 
 
-def read_object(path):
+def read_object(path, remedy="prepare the data again"):
+    """The object in a JSON file. Raises UserError, for a pipe or a device too."""
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: no such file; {remedy}")
     if not is_regular(path):
-        raise UserError(f"{path}: not a regular file; expected what a prepare script writes; prepare the data again")
+        raise UserError(f"{path}: not a regular file; {remedy}")
     try:
         content = read_json(path)
     except ValueError as error:  # a number of thousands of digits
-        raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:80]}); prepare the data again") from None
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:80]}); {remedy}") from None
     if not isinstance(content, dict):
-        raise damaged(path, "its content", content, "an object")
+        raise damaged(path, "its content", content, "an object", remedy)
     return content
 
 
-def damaged(path, name, value, expected):
+def damaged(path, name, value, expected, remedy="prepare the data again"):
     found = json.dumps(value)
     found = found if len(found) < 80 else f"{found[:80]}..."
-    return UserError(f"{path}: damaged: {name}: found {found}, expected {expected}; prepare the data again")
+    return UserError(f"{path}: damaged: {name}: found {found}, expected {expected}; {remedy}")
 
 
 def is_count(value):

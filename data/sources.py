@@ -60,8 +60,10 @@ def open_source(args, name, config=None, kind=str, **how):
 def one_text(args, address):
     """The whole text of the --input files, or else of the file at `address`. Raises UserError."""
     if args.input:
+        files = Files(args.input, args.column)
+        print(files.summary)
         try:
-            return "".join(text for _, text in Files(args.input, args.column))
+            return "".join(text for _, text in files)
         except BadDocument as error:  # there is but one document, which cannot be left out
             raise UserError(f"{error.where}: {error.reason}; {error.remedy}") from None
     try:
@@ -165,10 +167,11 @@ class Files(Source):
 
     def __init__(self, patterns, column="text", kind=str):
         self.column, self.kind, self.cuts = column, kind, frozenset()
-        paths, passed_over = set(), collections.Counter()
+        found, passed_over = [], collections.Counter()
         for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
-            paths.update(found_by(os.fspath(pattern), passed_over))
-        self.paths = sorted(paths)
+            found += found_by(os.fspath(pattern), passed_over)
+        # one that is named twice, as a.txt and x/../a.txt, is read once
+        self.paths = sorted({os.path.abspath(path): path for path in sorted(found, reverse=True)}.values())
         self.root = os.path.commonpath([path.parent for path in self.paths])
         try:
             self.sizes = [path.stat().st_size for path in self.paths]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import tiktoken
 
-from config import UserError, did_you_mean, read_json
-from data.shards import check_path, is_regular, make_folder, write_atomically, write_json
+from config import UserError, did_you_mean
+from data.shards import check_path, is_regular, make_folder, read_object, write_atomically, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 LONGEST_RUN = 100_000  # characters without a change between blanks and others that the tokenizer gets at once
@@ -62,12 +62,11 @@ def byte_ranks():
 def load_trained(folder):
     """A tokenizer that `save_tokenizer` wrote. Raises UserError that names the file and line which are wrong."""
     file, settings_file = folder / "tokenizer.tiktoken", folder / "tokenizer_settings.json"
-    for path in (file, settings_file):
-        if os.path.lexists(path) and not is_regular(path):
-            raise UserError(f"{path}: not a regular file; train or copy the tokenizer again")
+    if not is_regular(file):
+        raise UserError(f"{file}: not a regular file; train or copy the tokenizer again")
     ranks = read_ranks(file)
-    settings = read_json(settings_file)
-    pattern, special = (settings.get(key) if isinstance(settings, dict) else None for key in SETTINGS)
+    settings = read_object(settings_file, "train or copy the tokenizer again")
+    pattern, special = settings.get("pattern"), settings.get("special_tokens")
     if not isinstance(pattern, str) or not isinstance(special, dict):
         raise UserError(
             f"{settings_file}: broken tokenizer: expected an object with a pattern (a string) and special_tokens (an "
@@ -81,8 +80,8 @@ def load_trained(folder):
                 f"{json.dumps(rank)[:80]}, expected an id that no other has; train or copy the tokenizer again"
             )
         taken.add(rank)
-    if max(ranks.values()) >= len(taken):
-        missing = next(rank for rank in range(len(taken)) if rank not in taken)
+    missing = next(rank for rank in range(len(taken) + 1) if rank not in taken)
+    if missing < max(ranks.values()):
         raise UserError(f"{file}: broken tokenizer: no token has rank {missing}; train or copy it again")
     try:
         encoding = tiktoken.Encoding(folder.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
@@ -112,6 +111,8 @@ def read_ranks(path):
 
     for number, line in enumerate(lines, 1):
         fault, parts = None, line.split()
+        if not parts:
+            continue
         try:
             token = base64.b64decode(parts[0], validate=True)
             rank = int(parts[1])
@@ -131,7 +132,6 @@ def read_ranks(path):
     return ranks
 
 
-SETTINGS = "pattern", "special_tokens"
 SAMPLE = "".join(map(chr, [9, 10, 13, *range(32, 127)])) + "  \n\n \t x 12345 caf\u00e9 \u6771\u4eac \U0001f600."
 
 
@@ -215,9 +215,9 @@ def train_tokenizer(texts, vocab_size, special_tokens=(END_OF_TEXT,)):
         ranks.setdefault(bytes(from_unicode[char] for char in left + right), len(ranks))
     if len(ranks) != wanted:
         raise UserError(f"tokenizer: the text gives only {len(ranks)} of {wanted} tokens; give more text or fewer ids")
-    learned = set(byte_level_names(ranks).values()).intersection(special_tokens)
-    if learned:
-        raise UserError(f"tokenizer: special token {min(learned)!r} was learned as a token of the text; choose others")
+    names = set(byte_level_names(ranks).values())  # tokenizers keeps both kinds in one table
+    if learned := [token for token in special_tokens if token in names or token.encode() in ranks]:
+        raise UserError(f"tokenizer: special token {learned[0]!r} was learned as a token of the text; choose others")
     return ranks, {token: wanted + i for i, token in enumerate(special_tokens)}
 
 

@@ -116,6 +116,14 @@ def test_links_in_circles_give_each_file_once(tmp_path):
     assert [text for _, text in Files([str(tmp_path / "**" / "*.txt"), str(tmp_path)])] == ["once"]
 
 
+def test_a_file_that_is_named_twice_is_read_once(tmp_path, monkeypatch):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.txt").write_text("once")
+    monkeypatch.chdir(tmp_path)
+    for again in ("a.txt", "./a.txt", "deep/../a.txt", str(tmp_path / "a.txt"), "*.txt", "."):
+        assert [text for _, text in Files(["a.txt", again])] == ["once"]
+
+
 @pytest.mark.parametrize("name, what", [("pipe.txt", "a pipe"), ("broken.txt", "a broken link"), ("1\0", "NUL")])
 def test_an_input_that_is_no_file_is_named(mixed, name, what):
     with pytest.raises(UserError, match=f"--input: .*{what}"):

@@ -165,9 +165,9 @@ def test_files_folders_and_globs(tmp_path):
         == found("b", "a/*.txt", "a/deep/3.txt")
         == ["a/1.txt", "a/deep/3.txt", "b/2.txt"]
     )
-    for pattern, words in (("c/*.txt", "matches no file"), ("a/notes.md", "another kind of file")):
-        with pytest.raises(UserError, match=words):
-            found(pattern)
+    assert found("a/notes.md") == ["a/notes.md"]
+    with pytest.raises(UserError, match="matches no file"):
+        found("c/*.txt")
 
 
 def test_long_text_files_are_cut_at_line_ends(tmp_path, monkeypatch):
