@@ -385,28 +385,45 @@ def prepare(documents, tokenizer, args, side=None, loss_mask=False):
         raise SystemExit(130) from None
 
 
+def earlier_work(meta_file, progress_file):
+    """The file that says what an earlier call finished, and its content; (None, {}) if that is nothing."""
+    if meta_file.exists():
+        return meta_file, read_meta(meta_file.parent)
+    if os.path.lexists(progress_file):
+        progress = check_progress(progress_file)
+        # without a finished shard, as after a try with a wrong --column, it is no reason to refuse other settings
+        if any(progress.get(name, {}).get("documents") for name in ("train", "val")):
+            return progress_file, progress
+    return None, {}
+
+
+def choose_sides(documents, args, side, may_cut):
+    """(key -> "train" or "val", a line on the files that are cut in two or None). may_cut: not where an earlier version
+    began the work, which cut none. side: the caller's own, which is kept."""
+    if hasattr(documents, "cuts"):
+        documents.cuts = frozenset()  # of an earlier preparation from the same object
+    if side:
+        return side, None
+
+    def by_hash(key):
+        return split_of(key, args.val_fraction)
+
+    cut = documents.cut_large(args.val_fraction, by_hash) if may_cut and hasattr(documents, "cut_large") else None
+    if not cut:
+        return by_hash, None
+    return lambda key: documents.side(key) or by_hash(key), cut
+
+
 def prepare_alone(documents, tokenizer, encoding, args, side, loss_mask):
     settings = {"tokenizer": fingerprint(encoding), "source": getattr(documents, "description", str(args.input))}
     settings |= {name: getattr(args, name) for name in ("val_fraction", "shard_tokens", "limit", "column")}
-    meta_file, progress_file, progress = args.out / "meta.json", args.out / "progress.json", {}
-    if progress_file.exists():
-        progress = check_progress(progress_file)
-    # progress without a finished shard, as of a try with a wrong --column, is no reason to refuse other settings
-    found = progress_file if any(progress.get(name, {}).get("documents") for name in ("train", "val")) else None
-    if meta_file.exists():
-        found, progress = meta_file, read_meta(args.out)
-    by_default, cut = side is None, None
-    side = side or (lambda key: split_of(key, args.val_fraction))
-    if by_default and hasattr(documents, "cut_large"):
-        cut = documents.cut_large(args.val_fraction, side)
-        if found and "cut_files" not in progress.get("settings", {}):
-            documents.cuts, cut = frozenset(), None  # begun before large files were cut, so it stays without
-        if cut:
-            settings["cut_files"] = len(documents.cuts)
-            by_hash = side
-            side = lambda key: documents.side(key) or by_hash(key)  # noqa: E731
+    meta_file, progress_file = args.out / "meta.json", args.out / "progress.json"
+    found, progress = earlier_work(meta_file, progress_file)
+    recorded, by_default = progress.get("settings", {}), side is None
+    side, cut = choose_sides(documents, args, side, may_cut=not found or "cut_files" in recorded)
+    if cut:
+        settings["cut_files"] = len(documents.cuts)
     if found:
-        recorded = progress.get("settings", {})
         different = [name for name, value in settings.items() if recorded.get(name) != value]
         if different:
             raise UserError(
@@ -417,8 +434,6 @@ def prepare_alone(documents, tokenizer, encoding, args, side, loss_mask):
         progress_file.unlink(missing_ok=True)  # killed between the last two steps
         print(f"{args.out} is already prepared with these settings; remove {meta_file} to make it again")
         return
-    if not found:
-        progress = {}
     for line in (getattr(documents, "summary", None), cut):
         if line:
             print(line)

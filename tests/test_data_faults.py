@@ -224,6 +224,8 @@ def test_an_id_above_the_vocabulary_with_a_loss_mask(tmp_path):
     for place in (301, 777):
         with pytest.raises(UserError, match=rf"found token id 300, .*\(token {place} of this file\)"):
             stream.batch([place // 10])
+    with pytest.raises(UserError, match=r"found token id 300 \(token 301 of this file\), expected ids below 257"):
+        stream.verify()
     inputs, targets = stream.batch([0, 60])
     assert inputs.max() == 7 and set(targets[0]) == {-1} and set(targets[1]) == {7}
 
