@@ -111,6 +111,7 @@ class DataConfig:
     path: str | dict = key(
         "data/openwebtext", "folder of token shards, as a prepare script writes them; or several: {folder: weight}"
     )
+    verify: bool = key(False, "read every shard before training and compare its checksum with meta.json's")
 
     @property
     def weights(self):

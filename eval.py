@@ -187,12 +187,13 @@ def evaluate(model, streams, batch_size=16, rank=0, ranks=1):
     measured = [window_losses(model, stream, batch_size, rank, ranks) for stream in streams]
     nats = math.fsum(loss for losses, _ in measured for loss in losses)
     tokens = sum(targets for _, targets in measured)
-    known = all(stream.meta for stream in streams)  # only meta.json tells the bytes behind the tokens
-    size = sum(stream.meta["splits"]["val"]["bytes"] for stream in streams) if known else None
+    # only meta.json tells the bytes of the tokens' text
+    sizes = [stream.meta["splits"]["val"].get("bytes") if stream.meta else None for stream in streams]
+    size = sum(sizes) if all(sizes) else None
     return {
         "val_loss": nats / tokens,
         "perplexity": math.exp(min(nats / tokens, 700)),
-        "bits_per_byte": nats / math.log(2) / size if known else None,
+        "bits_per_byte": nats / math.log(2) / size if size else None,
         "tokens": tokens,
     }
 

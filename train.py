@@ -152,7 +152,14 @@ def train_in(folder, config, watch, device, rank, world_size):
     with dist.all_or_none():
         # ---- data: batch(windows) gives inputs and targets, both (micro_batch_size, block_size)
         train_data, val_data = (
-            Mixture(config.data.path, split, config.model.block_size, config.model.vocab_size, train.seed)
+            Mixture(
+                config.data.path,
+                split,
+                config.model.block_size,
+                config.model.vocab_size,
+                train.seed,
+                config.data.verify,
+            )
             for split in ("train", "val")
         )
 

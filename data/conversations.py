@@ -7,7 +7,7 @@ What is the capital of Nepal?
 Kathmandu.<|endoftext|>
 """
 
-from config import UserError
+from data.sources import BadDocument
 from data.tokenizer import END_OF_TEXT
 
 HEADINGS = {"system": "### System:\n", "user": "### User:\n", "assistant": "### Assistant:\n"}
@@ -29,19 +29,20 @@ def question(text):
 
 def with_marks(key, messages):
     """A list of {"role": system, user or assistant, "content": text} as one text, with LEARNED around each answer of
-    the assistant. Raises UserError, which names the conversation by its key."""
+    the assistant. Raises BadDocument, which names the conversation by its key."""
     text = ""
     for number, message in enumerate(messages, 1):
         role, content = (message.get(name) if isinstance(message, dict) else None for name in ("role", "content"))
-        if role not in HEADINGS or not isinstance(content, str):
-            raise UserError(
-                f"{key}: message {number}: found {str(message)[:80]}, expected a role ({', '.join(HEADINGS)}) and a "
-                "text as content"
+        if not isinstance(role, str) or role not in HEADINGS or not isinstance(content, str):
+            found = " ".join(str(message).split())[:80]
+            raise BadDocument(
+                key,
+                f"message {number}: found {found}, expected a role ({', '.join(HEADINGS)}) and a text as content",
             )
         content = content.replace(LEARNED, "")
         text += HEADINGS[role] + (f"{LEARNED}{content}{LEARNED}" if role == "assistant" else f"{content}\n\n")
     if LEARNED not in text:
-        raise UserError(f"{key}: found no message of the assistant, expected at least one; remove this conversation")
+        raise BadDocument(key, "found no message of the assistant, expected at least one")
     return text
 
 
@@ -50,10 +51,25 @@ class Conversations:
 
     def __init__(self, source):
         self.source, self.description = source, f"conversations: {source.description}"
+        self.summary = getattr(source, "summary", None)
 
     @property
     def fraction(self):
         return self.source.fraction
 
+    @property
+    def yield_bad(self):
+        return self.source.yield_bad
+
+    @yield_bad.setter
+    def yield_bad(self, value):
+        self.source.yield_bad = value
+
     def __iter__(self):
-        return ((key, with_marks(key, messages)) for key, messages in self.source)
+        for key, messages in self.source:
+            if not isinstance(messages, BadDocument):
+                try:
+                    messages = with_marks(key, messages)
+                except BadDocument as bad:
+                    messages = self.source.usable(bad)
+            yield key, messages

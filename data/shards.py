@@ -7,10 +7,16 @@ Plain headerless uint16 files named train.bin and val.bin (nanoGPT's) are read a
 """
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 import json
 import os
+import re
+import stat
+import struct
+import weakref
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +26,8 @@ from data.order import validation_windows
 
 HEADER_BYTES = 256 * 4
 FORMATS = {np.dtype("<u2"): (20240520, 1), np.dtype("<u4"): (20240801, 7)}  # dtype: (magic, version)
-OPEN_FILES = 128  # a data set has thousands of shards, and a process may often hold only 1,024 files
-
-
+OPEN_FILES = 128  # of a process: data sets have thousands of shards, and it may often hold only 1,024 files
+HEADERS_AT_START = 64  # shards of a data set whose headers are read at the start; of the others, their sizes
 NO_LOSS = np.uint32(1 << 31)  # set in a token that is read but no target, where meta.json says loss_mask
 
 
@@ -65,10 +70,35 @@ def make_way(path, for_a_folder=False):
 
 def make_folder(key, path):
     """Make a folder, if it is not there, that this key of the configuration or flag names. Raises UserError."""
+    check_path(key, path)
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{key}: {path}: {error.strerror}; choose a folder that can be written") from None
+
+
+def check_path(key, path):
+    """Raise UserError if this key's path cannot become a folder that can be written. Makes nothing."""
+    path, remedy = os.fspath(path), "choose a folder that can be written"
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{key}: {path!a}: found a name that is not UTF-8; {remedy}") from None
+    if "\0" in path:
+        raise UserError(f"{key}: {path!a}: found a NUL byte in the name; {remedy}")
+    place = os.path.abspath(path)
+    try:
+        os.stat(place)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"{key}: {path}: {error.strerror}; {remedy}") from None
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        raise UserError(f"{key}: {path}: {place} is not a folder; {remedy}")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: {path}: {place} cannot be written; {remedy}")
 
 
 def cannot_write(path, error):
@@ -105,35 +135,111 @@ def checksum(path):
 # -- reading -------------------------------------------------------------------------------------
 
 
+def is_regular(path):
+    """Whether a path leads to a file that can be read from any place: no pipe, device or folder."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def open_regular(path):
+    """The descriptor of a file that is open for reading. Does not wait at a pipe. Raises UserError."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path}: {reason}; expected a token shard; copy or prepare it again") from None
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise UserError(f"{path}: not a regular file; expected a token shard; copy or prepare it again")
+    return file
+
+
 def shard_layout(path):
-    """What a shard's header and size say: (dtype, bytes in front of the tokens, number of tokens).
+    """What a shard's header and size say: (dtype, bytes before the tokens, number of tokens).
 
     Raises UserError for a file that is not a whole shard."""
+    file = open_regular(path)
     try:
-        with open(path, "rb", buffering=0) as file:
-            header = np.frombuffer(file.read(12), dtype="<u4")
-            size = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected a token shard; copy or prepare it again") from None
-    except ValueError:  # less than three numbers, and not a multiple of four bytes
-        header, size = (), os.path.getsize(path)
-    by_magic = {magic: (dtype, version) for dtype, (magic, version) in FORMATS.items()}
-    if len(header) < 3 or int(header[0]) not in by_magic:
-        if Path(path).name in ("train.bin", "val.bin") and size and size % 2 == 0:
-            return np.dtype("<u2"), 0, size // 2  # nanoGPT's: nothing but tokens
-        found = f"magic number {header[0]}" if len(header) else f"{size} bytes"
-        magics = " or ".join(map(str, by_magic))
-        raise UserError(f"{path}: not a token shard: found {found}, expected magic {magics}; prepare the data again")
-    dtype, version = by_magic[int(header[0])]
-    if header[1] != version:
-        raise UserError(f"{path}: found shard version {header[1]}, expected {version}; prepare the data again")
-    expected = HEADER_BYTES + int(header[2]) * dtype.itemsize
+        dtype, offset, tokens = layout_of(file, path)
+        size = os.fstat(file).st_size
+    finally:
+        os.close(file)
+    expected = offset + tokens * dtype.itemsize
     if size != expected:
         raise UserError(
-            f"{path}: truncated shard: found {size} bytes, expected {expected} for the {header[2]} tokens its "
+            f"{path}: truncated shard: found {size} bytes, expected {expected} for the {tokens} tokens its "
             "header promises; copy or prepare it again"
         )
-    return dtype, HEADER_BYTES, int(header[2])
+    return dtype, offset, tokens
+
+
+def layout_of(file, path):
+    """`shard_layout` by the header alone. file: the shard's descriptor."""
+    try:
+        start, size = os.pread(file, 12, 0), os.fstat(file).st_size
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a token shard; copy or prepare it again") from None
+    magic, version, tokens = struct.unpack("<3I", start) if len(start) == 12 else (None, None, None)
+    by_magic = {magic: (dtype, version) for dtype, (magic, version) in FORMATS.items()}
+    if magic not in by_magic:
+        if os.path.basename(path) in ("train.bin", "val.bin") and size and size % 2 == 0:
+            return np.dtype("<u2"), 0, size // 2  # nanoGPT's: nothing but tokens
+        found = f"{size} bytes" if magic is None else f"magic number {magic}"
+        magics = " or ".join(map(str, by_magic))
+        raise UserError(f"{path}: not a token shard: found {found}, expected magic {magics}; prepare the data again")
+    dtype, expected = by_magic[magic]
+    if version != expected:
+        raise UserError(f"{path}: found shard version {version}, expected {expected}; prepare the data again")
+    return dtype, HEADER_BYTES, tokens
+
+
+def check_layout(path, layout, dtype, entry, first):
+    """Raise UserError if a shard's layout is not that of the first shard or not what meta.json lists."""
+    if layout[0] != dtype:
+        raise UserError(f"{path}: found {layout[0].name} tokens, expected {dtype.name} as in {first}")
+    if layout[2] != entry.get("tokens", layout[2]):
+        raise UserError(
+            f"{path}: found {layout[2]} tokens, expected {entry['tokens']} as meta.json lists; copy it again"
+        )
+
+
+class OpenFiles:
+    """Open shards, of all data sets of this process together at most `most`: the least recently used is closed."""
+
+    def __init__(self, most):
+        self.most, self.files = most, OrderedDict()  # (stream, number of its shard) -> descriptor
+
+    def __len__(self):
+        return len(self.files)
+
+    def get(self, stream, shard, path, check):
+        """The descriptor of a shard. check(descriptor): called when it was opened."""
+        key = stream, shard
+        if key in self.files:
+            self.files.move_to_end(key)
+            return self.files[key]
+        file = open_regular(path)
+        try:
+            check(file)
+        except UserError:
+            os.close(file)
+            raise
+        while len(self.files) >= self.most:
+            os.close(self.files.popitem(last=False)[1])
+        self.files[key] = file
+        return file
+
+    def close(self, stream):
+        """Close the shards of a stream that is no longer used."""
+        for key in [key for key in self.files if key[0] == stream]:
+            with contextlib.suppress(OSError):
+                os.close(self.files.pop(key))
+
+
+SHARED_FILES = OpenFiles(OPEN_FILES)
+STREAMS = itertools.count()
 
 
 class TokenStream:
@@ -145,91 +251,141 @@ class TokenStream:
     Tokens are read with pread, not through a memory map: pages of a map count as the process's own
     memory, and a map of a file that was cut short kills the process without a word.
 
+    At the start every shard must have the size that meta.json lists; headers are read of HEADERS_AT_START shards,
+    and of each other when it is first opened. (Without meta.json, of all: nothing else tells how many tokens there
+    are.) Ids are compared with the vocabulary whenever they are read.
+
     Raises UserError if a shard is missing, broken, or the split is shorter than one window."""
 
     def __init__(self, folder, split, block_size):
         self.folder, self.split, self.block_size = Path(folder), split, block_size
-        if not self.folder.is_dir():
+        if not os.path.isdir(folder):
             script = self.folder / "prepare.py"
             raise UserError(f"data.path: no folder {folder}; expected token shards: make them with python {script}")
         self.meta = read_meta(self.folder)
         self.loss_mask = bool(self.meta and self.meta.get("loss_mask"))
-        entries = self.meta["splits"].get(split, {"shards": []})["shards"] if self.meta else None
-        if entries is None:
-            found = sorted(p.name for p in self.folder.glob("*.bin"))
-            names = [name for name in found if split in name.removesuffix(".bin").split("_")]
-            entries = [{"file": name} for name in names]
+        self.vocab_size = self.meta["vocab_size"] if self.meta else None
+        self.entries = shards_of(self.folder, split, self.meta)
         script = self.folder / "prepare.py"
         command = f"python {script}" if script.exists() else "the script that prepares it"
         if self.meta is None and (self.folder / "progress.json").exists():
             raise UserError(f"data.path: {folder} is only half prepared; run {command} again, it goes on from there")
-        if not entries:
+        if not self.entries:
             remedy = f"run {command}"
             if self.meta:
                 remedy = "no document fell into it when it was prepared; prepare more and smaller documents"
             raise UserError(f"data.path: {folder} holds no {split} shards ({split}_000000.bin ...); {remedy}")
-        self.paths = [self.folder / entry["file"] for entry in entries]
-        layouts = [shard_layout(path) for path in self.paths]
-        self.dtype, self.offsets, self.starts = layouts[0][0], [], [0]
-        for path, entry, (dtype, offset, tokens) in zip(self.paths, entries, layouts, strict=True):
-            if dtype != self.dtype:
-                raise UserError(f"{path}: found {dtype.name} tokens, expected {self.dtype.name} as in {self.paths[0]}")
-            if tokens != entry.get("tokens", tokens):
-                raise UserError(
-                    f"{path}: found {tokens} tokens, expected {entry['tokens']} as meta.json lists; copy it again"
-                )
+        self.paths = [self.folder / entry["file"] for entry in self.entries]
+        self.dtype, self.offsets, self.starts = shard_layout(self.paths[0])[0], [], [0]
+        for number, (path, entry) in enumerate(zip(self.paths, self.entries, strict=True)):
+            offset, tokens = HEADER_BYTES, entry.get("tokens")
+            if number < HEADERS_AT_START or tokens is None or not self.has_size(path, tokens):
+                layout = shard_layout(path)
+                check_layout(path, layout, self.dtype, entry, self.paths[0])
+                _, offset, tokens = layout
             self.offsets.append(offset)
             self.starts.append(self.starts[-1] + tokens)
         self.tokens = self.starts[-1]
         self.windows = (self.tokens - 1) // block_size
-        self.files = {}  # number of a shard -> its open file
+        self.files, self.number = SHARED_FILES, next(STREAMS)
+        weakref.finalize(self, SHARED_FILES.close, self.number)
         if self.windows < 1:
             raise UserError(
                 f"data.path: the {split} split of {folder} has {self.tokens} tokens, fewer than one window of "
                 f"model.block_size + 1 = {block_size + 1}; prepare more data or lower model.block_size"
             )
 
+    def has_size(self, path, tokens):
+        """Whether a file is there and has the size of a shard of so many tokens."""
+        try:
+            found = os.stat(path)
+        except OSError:
+            return False
+        return stat.S_ISREG(found.st_mode) and found.st_size == HEADER_BYTES + tokens * self.dtype.itemsize
+
+    def open(self, shard):
+        """The descriptor of a shard, whose header was looked at. Raises UserError."""
+        path = self.paths[shard]
+
+        def check(file):
+            layout = layout_of(file, path)
+            if self.offsets[shard]:  # a file without a header says nothing but its size
+                expected = {"tokens": self.starts[shard + 1] - self.starts[shard]}
+                check_layout(path, layout, self.dtype, expected, self.paths[0])
+
+        return self.files.get(self.number, shard, path, check)
+
     def fill(self, start, out):
-        """Put tokens from `start` on into `out`, (n,) of the stream's dtype, across shard boundaries."""
+        """Put tokens from `start` on into `out`, (n,) of the stream's dtype, across shard boundaries. Raises UserError
+        that names the shard and the place in it."""
         shard, done = bisect.bisect_right(self.starts, start) - 1, 0
         while done < len(out):
             here = start + done - self.starts[shard]
             piece = out[done : done + self.starts[shard + 1] - self.starts[shard] - here]
-            if shard not in self.files:
-                if len(self.files) == OPEN_FILES:
-                    self.files.pop(next(iter(self.files))).close()
-                self.files[shard] = open(self.paths[shard], "rb", buffering=0)  # noqa: SIM115
-            position = self.offsets[shard] + here * self.dtype.itemsize
-            if os.preadv(self.files[shard].fileno(), [piece], position) != piece.nbytes:
-                raise UserError(f"{self.paths[shard]}: was cut short while it was read; copy or prepare it again")
+            if len(piece):
+                self.fill_from(shard, here, piece)
             done += len(piece)
             shard += 1
+
+    def fill_from(self, shard, token, out):
+        """`fill` from one shard, from this token of it on."""
+        file, path = self.open(shard), self.paths[shard]
+        position, left = self.offsets[shard] + token * self.dtype.itemsize, memoryview(out).cast("B")
+        while len(left):  # one call reads less than 2 GiB
+            try:
+                count = os.preadv(file, [left], position)
+            except OSError as error:
+                raise UserError(
+                    f"{path}: token {token}, byte {position}: could not be read ({error.strerror}); copy or prepare "
+                    "it again"
+                ) from None
+            if not count:
+                raise UserError(
+                    f"{path}: was cut short while it was read: it ends before byte {position + len(left)} (tokens "
+                    f"{token} to {token + len(out) - 1}); copy or prepare it again"
+                )
+            left, position = left[count:], position + count
 
     def read(self, start, length):
         """Tokens [start, start + length) -> (length,) int64."""
         out = np.empty(length, dtype=self.dtype)
         self.fill(start, out)
-        return self.ids(out)
+        return self.ids(out, lambda place: start + place).astype(np.int64)
 
     def example(self, start, length):
         """Inputs and targets, both (length,) int64, from the token `start` on."""
         out = np.empty(length + 1, dtype=self.dtype)
         self.fill(start, out)
-        return self.inputs_and_targets(out)
+        return self.inputs_and_targets(out, lambda place: start + place)
 
-    def ids(self, tokens):
-        return (tokens & ~NO_LOSS if self.loss_mask else tokens).astype(np.int64)
+    def ids(self, tokens, position):
+        """Stored tokens -> their ids, of the same dtype. position: place in the flat array -> token of the stream.
+        Raises UserError that names shard and place if an id is not below the vocabulary."""
+        ids = tokens & ~NO_LOSS if self.loss_mask else tokens
+        if self.vocab_size is not None and ids.size and ids.max() >= self.vocab_size:
+            start = position(int(ids.argmax()))
+            shard = bisect.bisect_right(self.starts, start) - 1
+            raise UserError(
+                f"{self.paths[shard]}: found token id {ids.max()}, expected ids below model.vocab_size "
+                f"{self.vocab_size} (token {start - self.starts[shard]} of this file); raise it, or prepare the data "
+                "with the model's tokenizer; if it was right before, the file is damaged: see python data/verify.py"
+            )
+        return ids
 
     def batch(self, windows):
         """Window numbers -> inputs and targets, both (len(windows), block_size) int64."""
-        rows = np.empty((len(windows), self.block_size + 1), dtype=self.dtype)
+        length = self.block_size + 1
+        rows = np.empty((len(windows), length), dtype=self.dtype)
         for row, window in zip(rows, windows, strict=True):
             self.fill(int(window) * self.block_size, row)
-        return self.inputs_and_targets(rows)
+        return self.inputs_and_targets(
+            rows, lambda place: int(windows[place // length]) * self.block_size + place % length
+        )
 
-    def inputs_and_targets(self, tokens):
+    def inputs_and_targets(self, tokens, position):
         """Stored tokens (..., n + 1) -> inputs and targets (..., n) int64; a target that is none is IGNORE."""
-        inputs, targets = self.ids(tokens[..., :-1]), self.ids(tokens[..., 1:])
+        ids = self.ids(tokens, position)
+        inputs, targets = ids[..., :-1].astype(np.int64), ids[..., 1:].astype(np.int64)
         if self.loss_mask:
             targets[tokens[..., 1:] >= NO_LOSS] = IGNORE
         return inputs, targets
@@ -239,27 +395,28 @@ class TokenStream:
         return validation_windows(self.windows, wanted)
 
     def check_vocabulary(self, vocab_size, samples=64):
-        """Raise UserError if meta.json, or a token in one of `samples` windows, is above the vocabulary."""
+        """Raise UserError if meta.json, or a token in one of `samples` windows, is above the vocabulary. From here on
+        every read compares with it."""
         if self.meta and self.meta["vocab_size"] > vocab_size:
             raise UserError(
                 f"model.vocab_size: {vocab_size}, but {self.folder} has token ids up to "
                 f"{self.meta['vocab_size'] - 1}; set it to at least {self.meta['vocab_size']}"
             )
+        if not self.meta:
+            self.vocab_size = vocab_size
         for window in self.validation_windows(samples):
-            start = int(window) * self.block_size
-            tokens = self.read(start, self.block_size + 1)
-            if tokens.max() >= vocab_size:
-                shard = bisect.bisect_right(self.starts, start + int(tokens.argmax())) - 1
-                raise UserError(
-                    f"{self.paths[shard]}: found token id {tokens.max()}, expected ids below model.vocab_size "
-                    f"{vocab_size}; raise it, or prepare the data with the model's tokenizer"
-                )
+            self.read(int(window) * self.block_size, self.block_size + 1)
+
+    def verify(self, share=0, of=1):
+        """Read every `of`-th shard from number `share` on as a whole. Raises UserError if its checksum is not that of
+        meta.json, or an id in it is not below the vocabulary."""
+        for path, entry in list(zip(self.paths, self.entries, strict=True))[share::of]:
+            verify_shard(path, entry, self.vocab_size, self.loss_mask)
 
     def fingerprint(self):
         """What a checkpoint records of this stream: plain values that differ whenever the tokenizer, the
         vocabulary or the shards do. Shards without meta.json are known by their names and lengths alone."""
-        entries = self.meta["splits"][self.split]["shards"] if self.meta else None
-        known = entries or [path.name for path in self.paths]
+        known = self.entries if self.meta else [path.name for path in self.paths]
         return {
             "tokenizer": self.meta["tokenizer"]["fingerprint"] if self.meta else None,
             "vocab_size": self.meta["vocab_size"] if self.meta else None,
@@ -268,21 +425,147 @@ class TokenStream:
         }
 
 
-def read_meta(folder):
-    """meta.json of a data folder, or None where there is none (shards from elsewhere)."""
-    path = Path(folder) / "meta.json"
-    if not path.exists():
-        return None
-    meta = read_json(path)
+def shards_of(folder, split, meta):
+    """The entries of a split's shards, [{"file", ...}]: meta.json's, or the names of the files where there is none."""
+    if meta:
+        return meta["splits"].get(split, {"shards": []})["shards"]
+    found = sorted(path.name for path in folder.glob("*.bin"))
+    return [{"file": name} for name in found if split in name.removesuffix(".bin").split("_")]
+
+
+def verify_shard(path, entry, vocab_size=None, loss_mask=False):
+    """Read a whole shard. entry: of meta.json. Returns (dtype, tokens, largest id or None if it has none). Raises
+    UserError if its header, size, checksum or an id is not as it should be."""
+    dtype, offset, tokens = layout = shard_layout(path)
+    check_layout(path, layout, dtype, entry, path)
+    digest, chunk, largest, place, done = hashlib.sha256(), bytearray(4 << 20), None, 0, 0
+    file = open_regular(path)
     try:
-        right = isinstance(meta["vocab_size"], int) and isinstance(meta["tokenizer"]["fingerprint"], str)
-        for split in meta["splits"].values():
-            for shard in split["shards"]:
-                right = right and isinstance(shard["file"], str) and isinstance(shard["tokens"], int)
-    except (KeyError, TypeError, AttributeError) as error:
+        while done < offset + tokens * dtype.itemsize:
+            # the header by itself, so that what follows is whole tokens
+            part = memoryview(chunk)[: offset if done < offset else len(chunk)]
+            count = os.preadv(file, [part], done)
+            digest.update(part[:count])
+            if done >= offset:
+                count -= count % dtype.itemsize  # of a file that is cut short meanwhile
+                ids = np.frombuffer(part[:count], dtype)
+                ids = ids & ~NO_LOSS if loss_mask else ids
+                if largest is None or ids.max() > largest:
+                    largest, place = int(ids.max()), (done - offset) // dtype.itemsize + int(ids.argmax())
+            done += count
+    except OSError as error:
+        raise UserError(f"{path}: byte {done}: could not be read ({error.strerror}); copy it again") from None
+    finally:
+        os.close(file)
+    expected = entry.get("sha256")
+    if expected not in (None, digest.hexdigest()):
         raise UserError(
-            f"{path}: damaged ({error!r}); expected what a prepare script writes; prepare it again"
-        ) from None
-    if not right:
-        raise UserError(f"{path}: damaged; expected what a prepare script writes; prepare the data again")
+            f"{path}: found SHA-256 {digest.hexdigest()[:16]}..., expected {expected[:16]}... as meta.json lists; copy "
+            "or prepare it again"
+        )
+    if vocab_size is not None and largest is not None and largest >= vocab_size:
+        raise UserError(
+            f"{path}: found token id {largest} (token {place} of this file), expected ids below {vocab_size}; copy or "
+            "prepare it again"
+        )
+    return dtype, tokens, largest
+
+
+def read_meta(folder):
+    """meta.json of a data folder, every field of it checked, or None where there is none (shards from elsewhere).
+    Raises UserError."""
+    path = Path(folder) / "meta.json"
+    if not os.path.lexists(path):
+        return None
+    meta = read_object(path)
+
+    def expect(right, name, value, expected):
+        if not right:
+            raise damaged(path, name, value, expected)
+
+    for name, expected in (("vocab_size", "a number of ids"), ("tokenizer", "an object"), ("splits", "an object")):
+        expect(name in meta, name, None, expected)
+    vocab_size, tokenizer = meta["vocab_size"], meta["tokenizer"]
+    expect(is_count(vocab_size) and 0 < vocab_size <= 2**31, "vocab_size", vocab_size, "a number of ids, 1 to 2^31")
+    expect(isinstance(tokenizer, dict), "tokenizer", tokenizer, "an object")
+    for name, kind in (("fingerprint", str), ("name", str), ("trained", bool)):
+        value = tokenizer.get(name, "" if name == "fingerprint" else kind())
+        expect(isinstance(value, kind), f"tokenizer.{name}", value, f"a {kind.__name__}")
+        expect(value or name != "fingerprint", f"tokenizer.{name}", value, "a string")
+        expect(kind is bool or value.isprintable(), f"tokenizer.{name}", value, "printable text")
+    end = meta.get("end_of_text", 0)
+    expect(is_count(end) and end < vocab_size, "end_of_text", end, f"a token id below vocab_size {vocab_size}")
+    expect(isinstance(meta.get("loss_mask", False), bool), "loss_mask", meta.get("loss_mask"), "true or false")
+    expect(isinstance(meta.get("settings", {}), dict), "settings", meta.get("settings"), "an object")
+    expect(is_count(meta.get("skipped", 0)), "skipped", meta.get("skipped"), "a number of documents")
+    expect(isinstance(meta["splits"], dict), "splits", meta["splits"], "an object")
+    for split, content in meta["splits"].items():
+        check_split(path, f"splits.{split}", content)
     return meta
+
+
+def check_progress(path):
+    """progress.json, every field of it checked. Raises UserError."""
+    progress = read_object(path)
+    for name in ("settings", "skipped"):
+        if not isinstance(progress.get(name, {}), dict):
+            raise damaged(path, name, progress[name], "an object")
+    for name in ("train", "val"):
+        check_split(path, name, progress.get(name, {"shards": []}))
+    for name, value in progress.get("skipped", {}).items():
+        if not is_count(value):
+            raise damaged(path, f"skipped.{name}", value, "a number from 0 on")
+    return progress
+
+
+def read_object(path, remedy="prepare the data again"):
+    """The object in a JSON file. Raises UserError, for a pipe or a device too."""
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: no such file; {remedy}")
+    if not is_regular(path):
+        raise UserError(f"{path}: not a regular file; {remedy}")
+    try:
+        content = read_json(path)
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:80]}); {remedy}") from None
+    if not isinstance(content, dict):
+        raise damaged(path, "its content", content, "an object", remedy)
+    return content
+
+
+def damaged(path, name, value, expected, remedy="prepare the data again"):
+    found = json.dumps(value)
+    found = found if len(found) < 80 else f"{found[:80]}..."
+    return UserError(f"{path}: damaged: {name}: found {found}, expected {expected}; {remedy}")
+
+
+def is_count(value):
+    return type(value) is int and 0 <= value < 2**63
+
+
+def check_split(path, where, content):
+    """Raise UserError if what meta.json or progress.json says of a split is not what a prepare script writes."""
+    shards = content.get("shards") if isinstance(content, dict) else None
+    if not isinstance(shards, list):
+        raise damaged(path, where, content, "an object with a list of shards")
+    for name in ("tokens", "documents", "bytes", "waiting"):
+        if not is_count(content.get(name, 0)):
+            raise damaged(path, f"{where}.{name}", content[name], "a number from 0 on")
+    names = set()
+    for number, shard in enumerate(shards):
+        here = f"{where}.shards[{number}]"
+        if not isinstance(shard, dict):
+            raise damaged(path, here, shard, "an object")
+        name, tokens, checksum = shard.get("file"), shard.get("tokens"), shard.get("sha256", 64 * "0")
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or not name.isprintable():
+            raise damaged(path, f"{here}.file", name, "the name of a file in this folder")
+        if name in names:
+            raise damaged(path, f"{here}.file", name, "a name that no other shard has")
+        names.add(name)
+        if not is_count(tokens):
+            raise damaged(path, f"{here}.tokens", tokens, "a number from 0 on")
+        if not isinstance(checksum, str) or not SHA256.fullmatch(checksum):
+            raise damaged(path, f"{here}.sha256", checksum, "64 hexadecimal digits")
+
+
+SHA256 = re.compile("[0-9a-f]{64}")

@@ -4,16 +4,20 @@ holds one trained here (tokenizer.tiktoken in tiktoken's file format, tokenizer.
 
 import base64
 import hashlib
+import itertools
 import json
+import os
 import re
 from pathlib import Path
 
 import tiktoken
 
-from config import UserError, did_you_mean, read_json
-from data.shards import write_atomically, write_json
+from config import UserError, did_you_mean
+from data.shards import check_path, is_regular, make_folder, read_object, write_atomically, write_json
 
 END_OF_TEXT = "<|endoftext|>"
+LONGEST_RUN = 100_000  # characters without a change between blanks and others that the tokenizer gets at once
+LONGEST_LEARNED = 10_000  # and its training, whose time grows with their square
 
 # How text is cut into pieces that no token crosses: Llama 3's pattern, exactly as it is published, because llama.cpp,
 # gigatoken and others recognise it and support no other project's own. benchmarks/patterns.py measures what it costs.
@@ -37,9 +41,8 @@ def load_tokenizer(name):
         return tiktoken.Encoding(
             "bytes", pat_str=r"[\s\S]", mergeable_ranks=byte_ranks(), special_tokens={END_OF_TEXT: 256}
         )
-    folder = Path(name)
-    if (folder / "tokenizer.tiktoken").exists():
-        return load_trained(folder)
+    if os.path.lexists(os.path.join(name, "tokenizer.tiktoken")):
+        return load_trained(Path(name))
     if name not in tiktoken.list_encoding_names():
         raise UserError(
             f"tokenizer: {name!r} is neither 'bytes', nor a folder with tokenizer.tiktoken, nor one of tiktoken's; "
@@ -52,6 +55,9 @@ def load_tokenizer(name):
             f"tokenizer: {name} could not be downloaded ({type(error).__name__}); on a machine without a network "
             "set TIKTOKEN_CACHE_DIR to a folder that holds it"
         ) from None
+    except ValueError as error:  # a damaged file in its cache
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"tokenizer: {name} could not be read ({reason}); remove it from TIKTOKEN_CACHE_DIR") from None
 
 
 def byte_ranks():
@@ -59,17 +65,102 @@ def byte_ranks():
 
 
 def load_trained(folder):
-    settings = read_json(folder / "tokenizer_settings.json")
-    try:
-        ranks = {}
-        for line in (folder / "tokenizer.tiktoken").read_bytes().splitlines():
-            token, rank = line.split()
-            ranks[base64.b64decode(token)] = int(rank)
-        return tiktoken.Encoding(
-            folder.name, pat_str=settings["pattern"], mergeable_ranks=ranks, special_tokens=settings["special_tokens"]
+    """A tokenizer that `save_tokenizer` wrote. Raises UserError that names the file and line which are wrong."""
+    file, settings_file = folder / "tokenizer.tiktoken", folder / "tokenizer_settings.json"
+    if not is_regular(file):
+        raise UserError(f"{file}: not a regular file; train or copy the tokenizer again")
+    ranks = read_ranks(file)
+    settings = read_object(settings_file, "train or copy the tokenizer again")
+    pattern, special = settings.get("pattern"), settings.get("special_tokens")
+    if not isinstance(pattern, str) or not isinstance(special, dict):
+        raise UserError(
+            f"{settings_file}: broken tokenizer: expected an object with a pattern (a string) and special_tokens (an "
+            "object); train or copy the tokenizer again"
         )
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: broken tokenizer ({error}); train or copy it again") from None
+    taken = set(ranks.values())
+    for token, rank in special.items():
+        if not token or type(rank) is not int or not 0 <= rank < 2**31 or rank in taken:
+            raise UserError(
+                f"{settings_file}: broken tokenizer: found special token {json.dumps(token)[:80]} with id "
+                f"{json.dumps(rank)[:80]}, expected an id that no other has; train or copy the tokenizer again"
+            )
+        taken.add(rank)
+    missing = next(rank for rank in range(len(taken) + 1) if rank not in taken)
+    if missing < max(ranks.values()):
+        raise UserError(f"{file}: broken tokenizer: no token has rank {missing}; train or copy it again")
+    try:
+        encoding = tiktoken.Encoding(folder.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        known = set(SAMPLE).difference(missing_characters(encoding, SAMPLE))
+        sample = "".join(character for character in SAMPLE if character in known)
+        kept = encoding.decode(encoding.encode_ordinary(sample))
+    except BaseException as error:  # tiktoken's panics are no Exceptions
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: broken tokenizer ({reason}); train or copy it again") from None
+    if kept != sample:
+        raise UserError(
+            f"{settings_file}: broken tokenizer: its pattern loses text ({len(kept)} of {len(sample)} characters are "
+            "left of a sample); train or copy the tokenizer again"
+        )
+    return encoding
+
+
+def read_ranks(path):
+    """A file of tiktoken's, a token in base64 and its rank a line -> {bytes: rank}. Raises UserError."""
+    ranks, taken = {}, set()
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; train or copy the tokenizer again") from None
+
+    for number, line in enumerate(lines, 1):
+        fault, parts = None, line.split()
+        if not parts:
+            continue
+        try:
+            token = base64.b64decode(parts[0], validate=True)
+            rank = int(parts[1])
+            if len(parts) != 2 or not token or not parts[1].isdigit():
+                raise ValueError
+        except (ValueError, IndexError):
+            fault = f"found {line[:80]!r}, expected a token in base64 and its rank, a number from 0 on"
+        else:
+            if token in ranks or rank in taken:
+                fault = f"the token {token[:40]!r} or its rank {rank} is there twice"
+            ranks[token] = rank
+            taken.add(rank)
+        if fault:
+            raise UserError(f"{path}: line {number}: broken tokenizer: {fault}; train or copy it again")
+    if not ranks:
+        raise UserError(f"{path}: broken tokenizer: found no token; train or copy it again")
+    return ranks
+
+
+SAMPLE = "".join(map(chr, [9, 10, 13, *range(32, 127)])) + "  \n\n \t x 12345 caf\u00e9 \u6771\u4eac \U0001f600."
+
+
+def without_surrogates(text):
+    """JSON can hold half a surrogate pair, which is no text: U+FFFD in its place."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def cut_long_runs(text, longest=LONGEST_RUN):
+    """Yield `text` in parts, mostly one, that tiktoken's regular expressions can take: a run of more than `longest`
+    blanks, or of more than that many other characters, ends a part after every `longest` of it. Each part is to be
+    tokenized by itself, so ids differ from those of the whole at these cuts alone. The parts together are the text."""
+    half, start = longest // 2, 0
+    # a run of twice `half` holds a whole block, and mostly the first characters of a block show that it is mixed
+    blocks = (text[place : place + half] for place in range(0, len(text) - half, half))
+    if len(text) > longest and any(block.isspace() or not BLANK.search(block) for block in blocks):
+        for run in re.finditer(r"\s+|\S+", text):
+            for end in range(run.start() + longest, run.end(), longest):
+                yield text[start:end]
+                start = end
+    yield text[start:]
+
+
+BLANK = re.compile(r"\s")
 
 
 def fingerprint(encoding):
@@ -104,7 +195,8 @@ def faster(encoding):
 def train_tokenizer(texts, vocab_size, special_tokens=(END_OF_TEXT,), pattern=PATTERN):
     """Learn a byte-level BPE of `vocab_size` ids, the special tokens last. Returns (ranks, special).
 
-    texts: an iterator of strings. Raises UserError if the text is too small for that many ids."""
+    texts: an iterator of strings. Raises UserError if the text is too small for that many ids, or if a special token
+    is one that was learned."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     learner = Tokenizer(models.BPE())
@@ -113,7 +205,9 @@ def train_tokenizer(texts, vocab_size, special_tokens=(END_OF_TEXT,), pattern=PA
     trainer = trainers.BpeTrainer(
         vocab_size=wanted, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
-    learner.train_from_iterator(texts, trainer)
+    texts = (text if text.isascii() else without_surrogates(text) for text in texts)
+    parts = itertools.chain.from_iterable(cut_long_runs(text, LONGEST_LEARNED) for text in texts)
+    learner.train_from_iterator(parts, trainer)
     merges = json.loads(learner.to_str())["model"]["merges"]
     from_unicode = {char: value for value, char in enumerate(byte_level_alphabet())}
     ranks = byte_ranks()
@@ -121,6 +215,9 @@ def train_tokenizer(texts, vocab_size, special_tokens=(END_OF_TEXT,), pattern=PA
         ranks.setdefault(bytes(from_unicode[char] for char in left + right), len(ranks))
     if len(ranks) != wanted:
         raise UserError(f"tokenizer: the text gives only {len(ranks)} of {wanted} tokens; give more text or fewer ids")
+    names = set(byte_level_names(ranks).values())  # tokenizers keeps both kinds in one table
+    if learned := [token for token in special_tokens if token in names or token.encode() in ranks]:
+        raise UserError(f"tokenizer: special token {learned[0]!r} was learned as a token of the text; choose others")
     return ranks, {token: wanted + i for i, token in enumerate(special_tokens)}
 
 
@@ -137,7 +234,7 @@ def save_tokenizer(folder, ranks, special_tokens, pattern=PATTERN):
     """Write a trained tokenizer into `folder`: in tiktoken's format, for `load_tokenizer`, and as
     tokenizer.json, for transformers. tokenizer.tiktoken comes last: a folder with it is complete."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder("--out", folder)
     write_json(folder / "tokenizer_settings.json", {"pattern": pattern, "special_tokens": special_tokens})
     save_for_transformers(folder, ranks, special_tokens, pattern)
     lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
@@ -199,7 +296,8 @@ def huggingface_json(ranks, special_tokens, pattern):
 def own_tokenizer(folder, make, vocab_size=None):
     """The folder of a data set's own tokenizer: the one that is there, or what make() -> (ranks, special
     tokens, ...) gives. Raises UserError if the one that is there has not `vocab_size` ids."""
-    if not (Path(folder) / "tokenizer.tiktoken").exists():
+    if not os.path.lexists(os.path.join(folder, "tokenizer.tiktoken")):
+        check_path("--out", folder)  # before the training
         save_tokenizer(folder, *make())
     found = load_tokenizer(str(folder)).n_vocab
     if vocab_size not in (None, found):

@@ -22,8 +22,10 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from config import UserError, did_you_mean, run_command
+from data.shards import check_path
+from data.sources import BadDocument, plural
 from data.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
-from flags import FlagParser, a_path, at_least, check_can_write
+from flags import FlagParser, a_path, at_least
 
 MOST_IDS = 10_000_000  # the library takes memory for all of them at once
 
@@ -36,6 +38,12 @@ def main(arguments):
     parser.add_argument("--streaming", action="store_true", help="read from the hub without keeping a copy")
     parser.add_argument("--limit", type=at_least(1), default=1_000_000, help="learn from the first documents only")
     parser.add_argument(
+        "--on_bad_document",
+        choices=["stop", "skip"],
+        default="stop",
+        help="one that cannot be read: end, or leave it out",
+    )
+    parser.add_argument(
         "--vocab_size", type=at_least(1, MOST_IDS), default=32768, help="number of ids, with the special tokens"
     )
     parser.add_argument("--special_tokens", nargs="+", default=[END_OF_TEXT], help="get the last ids, in this order")
@@ -47,16 +55,34 @@ def main(arguments):
         raise UserError(f"--source: no data set {args.source!r}; {did_you_mean(args.source, names)}")
     if args.source == "text" and not args.input:
         raise UserError("--input: none given; name your files, or a data set: --source fineweb_edu")
-    if odd := [token for token in args.special_tokens if not token or any("\ud800" <= c <= "\udfff" for c in token)]:
-        raise UserError(f"--special_tokens: found {odd[0]!r}, expected UTF-8 text")
+    check_path("--out", args.out)  # before the training
+    for token in args.special_tokens:
+        if len(token) < 2 or not token.isprintable() or args.special_tokens.count(token) > 1:
+            raise UserError(
+                f"--special_tokens: found {token!a}, expected names of two characters or more, each once, as <|user|>"
+            )
     special = list(dict.fromkeys([*args.special_tokens, END_OF_TEXT]))  # the shards need an end of text
     least = 256 + len(special)
     if args.vocab_size < least:
         raise UserError(f"--vocab_size: found {args.vocab_size}, expected at least {least}: bytes and special tokens")
-    check_can_write("--out", args.out, folder=True)
     documents = importlib.import_module(f"data.{args.source}.prepare").documents(args)
-    texts = tqdm((text for _, text in itertools.islice(documents, args.limit)), unit=" documents", desc=str(args.out))
-    save_tokenizer(args.out, *train_tokenizer(texts, args.vocab_size, special))
+    if hasattr(documents, "summary"):
+        print(documents.summary)
+    if args.on_bad_document == "skip" and hasattr(documents, "yield_bad"):
+        documents.yield_bad = True
+    bad = []
+
+    def texts():
+        for _, text in itertools.islice(documents, args.limit):
+            if isinstance(text, BadDocument):
+                bad.append(1)
+            else:
+                yield text
+
+    progress = tqdm(texts(), unit=" documents", desc=str(args.out))
+    save_tokenizer(args.out, *train_tokenizer(progress, args.vocab_size, special))
+    if bad:
+        print(f"skipped {plural(len(bad), 'document')} that could not be read")
     print(f"{args.out}: {args.vocab_size:,} ids")
 
 

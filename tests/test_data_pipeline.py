@@ -165,9 +165,9 @@ def test_files_folders_and_globs(tmp_path):
         == found("b", "a/*.txt", "a/deep/3.txt")
         == ["a/1.txt", "a/deep/3.txt", "b/2.txt"]
     )
-    for pattern, words in (("c/*.txt", "matches no file"), ("a/notes.md", "another kind of file")):
-        with pytest.raises(UserError, match=words):
-            found(pattern)
+    assert found("a/notes.md") == ["a/notes.md"]
+    with pytest.raises(UserError, match="matches no file"):
+        found("c/*.txt")
 
 
 def test_long_text_files_are_cut_at_line_ends(tmp_path, monkeypatch):
@@ -544,7 +544,7 @@ FINEWEB |= {"language_score": [0.9] * 60, "token_count": [3] * 60, "score": [3.1
         ("text", "a.txt", {}),
         ("shakespeare", "input.txt", {}),
         ("shakespeare_char", "input.txt", {}),
-        ("stdlib", "lib/a.py", {}),
+        ("stdlib", "lib/b.py", {}),
     ],
 )
 def test_each_script_on_a_file_of_its_sources_schema(tmp_path, name, file, more):

@@ -17,7 +17,7 @@ import plot
 import sample
 import train
 from config import ROOT, UserError, load_config, run_command
-from data import train_tokenizer
+from data import train_tokenizer, verify
 from data.shards import write_json
 from data.text import prepare
 from tests.conftest import run
@@ -271,7 +271,15 @@ FLAGS = [
     (prepare.main, ["--input", "text.txt", "--tokenizer", "gpt3", "--out", "out"], "gpt3"),
     (prepare.main, ["--input", "text.txt", "--workers", "0", "--tokenizer", "bytes", "--out", "out"], "--workers"),
     (prepare.main, ["--input", "text.txt", "--val_fraction", "2", "--tokenizer", "bytes", "--out", "out"], "--val_f"),
+    (prepare.main, ["--input", "text.txt", "--tokenizer", "bytes", "--out", "text.txt"], "--out: text.txt"),
+    (prepare.main, ["--input", "data", "--tokenizer", "bytes", "--out", "out"], "matches no file of a known kind"),
+    (prepare.main, ["--input", "data/*.bin", "--tokenizer", "bytes", "--out", "out"], "is no text"),
+    (prepare.main, ["--input", "config.json", "--limit", "0", "--tokenizer", "bytes", "--out", "out"], "--limit"),
+    (verify.main, ["nowhere"], "nowhere"),
+    (verify.main, ["run"], "run"),
+    (start_training, ["config.json", "--data.verify", "maybe"], "data.verify"),
     (train_tokenizer.main, ["--source", "text", "--input", "text.txt", "--vocab_size", "9000", "--out", "t"], "tokens"),
+    (train_tokenizer.main, ["--input", "text.txt", "--vocab_size", "260", "--out", "text.txt"], "--out: text.txt"),
     (plot.main, ["nowhere"], "nowhere"),
     (plot.main, ["run", "--out", "picture.xyz"], "--out: picture.xyz"),
     (plot.main, ["run", "--x", "steps"], "invalid choice"),
@@ -308,6 +316,8 @@ SPOILT = [  # file, what is done to it, command, arguments, what the line names
     ("data/train_000001.bin", "XXXX", start_training, ["config.json"], "train_000001.bin"),
     ("data/train_000001.bin", "", start_training, ["config.json"], "train_000001.bin"),
     ("data/train_000000.bin", "ids", start_training, ["config.json"], "train_000000.bin"),
+    ("data/train_000002.bin", "flipped", start_training, ["config.json", "--data.verify", "true"], "found SHA-256"),
+    ("data/train_000002.bin", "flipped", verify.main, ["data"], "found faults in data"),
     ("data/val_000000.bin", "missing", start_training, ["config.json"], "val"),
     ("data/val_000000.bin", "cut", start_training, ["config.json"], "val_000000.bin"),
     ("data/meta.json", "{", start_training, ["config.json"], "meta.json"),

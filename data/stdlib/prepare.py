@@ -3,6 +3,7 @@
 python data/stdlib/prepare.py [--out data/stdlib] [--vocab_size 4096] [--val_fraction 0.05]
 """
 
+import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -14,7 +15,7 @@ from commands import begin
 if __name__ == "__main__":
     begin()
 
-from config import run_command
+from config import UserError, run_command
 from data import pipeline
 from data.tokenizer import own_tokenizer, train_tokenizer
 from flags import check_can_write
@@ -25,11 +26,15 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__p
 def documents(args):
     """Yield (path in CPython's repository, text) of every source file, in the order of the paths."""
     for library in map(Path, args.input or [sysconfig.get_path("stdlib")]):
+        if not os.path.isdir(library):
+            raise UserError(f"--input: {library} is no folder, expected one that holds Python's standard library")
         for path in sorted(library.rglob("*.py"), key=lambda p: p.relative_to(library).as_posix()):
             name = path.relative_to(library)
             if LEFT_OUT.isdisjoint(name.parts):
                 try:
                     yield f"cpython/Lib/{name.as_posix()}", path.read_text(encoding="utf-8")
+                except OSError as error:
+                    raise UserError(f"{path}: could not be read ({error.strerror}); remove it") from None
                 except UnicodeDecodeError:
                     continue  # the few files that are there to test other encodings
 

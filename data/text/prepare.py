@@ -1,4 +1,4 @@
-"""Your own files: .txt, one document each, or .jsonl, .jsonl.gz, .jsonl.zst and .parquet, one a row.
+"""Your own files: .txt, one document each, or .jsonl and .parquet, one a row; a glob of other files, as text.
 
 python data/text/prepare.py --input 'books/**/*.txt' [--out data/books] [--tokenizer gpt2]
 """
