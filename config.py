@@ -39,7 +39,11 @@ def git_commit():
 
 
 class SharedError(UserError):
-    """A UserError that all ranks raise together: rank 0 says it, and the others end without a word."""
+    """A UserError that several ranks end by: the one of this number says it, and the others end without a word."""
+
+    def __init__(self, message, said_by=0):
+        super().__init__(message)
+        self.said_by = said_by
 
 
 def key(default, meaning, choices=None, minimum=None, maximum=None):
@@ -764,14 +768,13 @@ def run_command(function, arguments=None):
         line, code = commands.ending(error)
         if code is None:
             raise
-        rank = os.environ.get("RANK") or "0"  # the function may have found it
-        if line and rank == "0":
-            commands.say(line)
-        elif line and code == commands.REFUSED:
+        rank = int(os.environ.get("RANK") or 0)  # the function may have found it
+        shared = isinstance(error, SharedError)
+        if rank and code == commands.REFUSED:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(2 if isinstance(error, SharedError) else 10)
-            if not isinstance(error, SharedError):
-                commands.say(f"rank {rank}: {line}")
+            time.sleep(2 if shared else 10)
+        if line and (rank == error.said_by if shared else not rank or code == commands.REFUSED):
+            commands.say(f"rank {rank}: {line}" if rank else line)
         raise SystemExit(code) from None
     finally:
         commands.restore_interrupts(handler)

@@ -74,7 +74,7 @@ def a_number(least=0.0, most=math.inf, above=False):
 def a_path(text):
     """The type of a flag that names a file or folder."""
     if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"found {shown(text)!r}, expected a path")
+        raise argparse.ArgumentTypeError(f"found {shown(text)!r}, expected a path{' without NUL' if text else ''}")
     return Path(text)
 
 

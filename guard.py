@@ -18,7 +18,7 @@ import psutil
 from torch import distributed
 
 import checkpoint
-from config import UserError
+from config import SharedError, UserError
 from pieces import first_not_finite, forget_powers, optimizers
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -168,6 +168,18 @@ class Watch:
         asking.start()
         asking.join(5)
         return answers[0] if answers else None
+
+    def tell(self, error):
+        """Let the other ranks, which will only see that this one has gone, know why. error: what it will say."""
+        if self.peers is not None:
+            self.ask_store(lambda: self.store.set("fault", f"{self.rank} {error}"))
+
+    def told(self):
+        """The SharedError of another rank that has ended and told why, else None."""
+        if self.peers is None or not self.ask_store(lambda: self.store.check(["fault"])):
+            return None
+        rank, _, message = self.ask_store(lambda: self.store.get("fault").decode()).partition(" ")
+        return SharedError(message, int(rank))
 
     def all_beats(self):
         """How often each rank has called `beat`, or None if rank 0 does not answer."""

@@ -21,9 +21,9 @@ from flops import flops_per_token, peak_flops, recomputed_flops_per_token
 # wait for the network for ever. In between it never waits.
 WANDB_PATIENCE = {"init_timeout": 20, "finish_timeout": 60}
 
-# What a line of metrics.jsonl says in numbers, besides its step.
+# What a line of metrics.jsonl says in numbers, besides its step and tokens.
 NUMBERS = set(
-    "tokens loss val_loss lr grad_norm skipped step_seconds data_seconds forward_backward_seconds optimizer_seconds "
+    "loss val_loss lr grad_norm skipped step_seconds data_seconds forward_backward_seconds optimizer_seconds "
     "tokens_per_second tflops mfu hfu peak_memory_bytes peak_reserved_bytes peak_cpu_bytes eval_seconds save_seconds "
     "stall_seconds".split()
 )
@@ -191,9 +191,8 @@ def read_metrics(run):
 
 
 def good_lines(run):
-    """(the lines of a run's metrics.jsonl as dictionaries, how many others were passed over). Each line has a `step` of
-    0 or more. The file can be written again by the run, so no damage to it stops a reader: what is not such a line, as
-    one that a crash has cut, is passed over, and of a line each number that is none is left out."""
+    """(the lines of a run's metrics.jsonl as dictionaries, how many others were passed over). The file can be written
+    again by the run, so no damage to it stops a reader: what is no line of MetricsLog is passed over."""
     try:
         path = Path(run) / "metrics.jsonl"
         content = path.read_bytes() if path.is_file() else b""  # not of a pipe, which may never end
@@ -204,16 +203,26 @@ def good_lines(run):
     for text in texts:
         try:
             line = json.loads(text)
+            if is_line(line):
+                lines.append(line)
         except (ValueError, RecursionError):  # no JSON, no UTF-8, more digits than Python converts, nested too deeply
             continue
-        if isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] < 2**63:
-            lines.append({key: value for key, value in line.items() if key not in NUMBERS or is_number(value)})
     return lines, len(texts) - len(lines)
 
 
+def is_line(line):
+    """Whether a JSON value can be a line of MetricsLog: an object with a whole step, each of NUMBERS in it a number
+    that a float can hold, or null, which stands for one that is not finite."""
+    if not isinstance(line, dict) or "step" not in line:
+        return False
+    for key in line.keys() & {"step", "tokens"}:
+        if type(line[key]) is not int or not 0 <= line[key] < 2**63:
+            return False
+    return all(is_number(line[key]) for key in line.keys() & NUMBERS)
+
+
 def is_number(value):
-    """Whether it is what a line of metrics.jsonl holds as a number; null stands for one that is not finite."""
-    return value is None or (type(value) in (int, float) and abs(value) < 2.0**1000)
+    return value is None or (type(value) is int and abs(value) < 2**1023) or type(value) is float
 
 
 def numbers_of(line):

@@ -9,7 +9,11 @@ refuses every tokenizer that is not published: here it is told which of llama.cp
 the tokenizer's ids. And it is told what else it would pass over, see `tell`.
 """
 
-import argparse
+from commands import begin
+
+if __name__ == "__main__":
+    begin()
+
 import importlib.util
 import json
 import logging
@@ -21,6 +25,7 @@ from pathlib import Path
 from config import ModelConfig, UserError, read_json, run_command
 from data.tokenizer import GPT2_PATTERNS, PATTERN
 from export import FAMILIES, family_of, is_published, open_published
+from flags import FlagParser, a_path
 
 # what llama.cpp calls these patterns (`tokenizer.ggml.pre`), and whether it takes a piece that is a token as it is
 PRE_TOKENIZERS = {PATTERN: ("llama-bpe", True)} | dict.fromkeys(GPT2_PATTERNS, ("gpt-2", False))
@@ -190,10 +195,10 @@ def convert(folder, out, llama_cpp, outtype=None):
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="of export.py's")
-    parser.add_argument("out", help="file to write, as tiny.gguf; must not be there yet")
-    parser.add_argument("--llama_cpp", default="llama.cpp", help="folder with convert_hf_to_gguf.py")
+    parser = FlagParser(__doc__)
+    parser.add_argument("folder", type=a_path, help="of export.py's")
+    parser.add_argument("out", type=a_path, help="file to write, as tiny.gguf; must not be there yet")
+    parser.add_argument("--llama_cpp", type=a_path, default="llama.cpp", help="folder with convert_hf_to_gguf.py")
     parser.add_argument("--outtype", choices=["f32", "bf16", "f16", "q8_0"], help="default: as the folder's weights")
     args = parser.parse_args(arguments)
     print(f"{args.folder} -> {args.out}: {convert(args.folder, args.out, args.llama_cpp, args.outtype)}")

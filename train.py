@@ -151,16 +151,9 @@ def train_in(folder, config, watch, device, rank, world_size):
 
     with dist.all_or_none():
         # ---- data: batch(windows) gives inputs and targets, both (micro_batch_size, block_size)
+        sizes = config.model.block_size, config.model.vocab_size
         train_data, val_data = (
-            Mixture(
-                config.data.path,
-                split,
-                config.model.block_size,
-                config.model.vocab_size,
-                train.seed,
-                config.data.verify,
-            )
-            for split in ("train", "val")
+            Mixture(config.data.path, split, *sizes, train.seed, config.data.verify) for split in ("train", "val")
         )
 
         # ---- batch arithmetic: tokens a step = micro_batch_size x block_size x ranks x accumulation
@@ -384,9 +377,14 @@ def command(arguments):
             if fault:
                 raise fault
         main(config, watch)
+    except UserError as error:
+        watch.tell(error)
+        raise
     except RuntimeError as error:  # torch's DistBackendError, which NCCL raises, is one as well
         if not any(word in str(error) for word in ("gloo", "Connection closed", "NCCL", "onnection reset")):
             raise
+        if told := watch.told():
+            raise told from None
         reason = " ".join(str(error).split())[:400]
         guard.end(f"lost contact with another rank ({reason})", 1, train.out_dir, watch.folder)
     finally:

@@ -16,7 +16,6 @@ At the end meta.json is written and progress.json removed. A document that canno
 with --on_bad_document skip is left out and named in skipped.jsonl, of which progress.json says the length.
 """
 
-import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -61,25 +60,29 @@ from data.tokenizer import (
     missing_characters,
     without_surrogates,
 )
+from flags import FlagParser, a_number, a_path, at_least
 
 BATCH = 1 << 20  # characters handed to a worker at a time: large enough to hide the hand-over
 BATCH_DOCUMENTS = 1 << 14  # and at most so many documents, which take memory even when they are empty
 
+MOST_IDS = 10_000_000  # of a tokenizer that is learned: the library takes memory for all of them at once
 SMALL_PIECE = 10_000  # characters that the tokenizer is given at a time where it fails on a whole text
 
 
 def options(description, folder, tokenizer="gpt2", val_fraction=0.05, **extra):
     """The flags every prepare script has, with the defaults of this one. `extra`: further flags."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description)
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--tokenizer", default=tokenizer, help="tiktoken's name, 'bytes', or a trained one's folder")
-    parser.add_argument("--out", type=Path, default=Path(os.path.relpath(folder)), help="folder for the shards")
-    parser.add_argument("--val_fraction", type=float, default=val_fraction, help="share of documents for validation")
-    parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="a shard ends with the batch past it")
-    parser.add_argument("--workers", type=int, default=cores, help="processes that tokenize")
+    parser.add_argument("--out", type=a_path, default=Path(os.path.relpath(folder)), help="folder for the shards")
+    share = a_number(0, 1)
+    parser.add_argument("--val_fraction", type=share, default=val_fraction, help="share of documents for validation")
+    tokens = at_least(1, 2**30)
+    parser.add_argument("--shard_tokens", type=tokens, default=100_000_000, help="a shard ends with the batch past it")
+    parser.add_argument("--workers", type=at_least(1, 4096), default=cores, help="processes that tokenize")
     parser.add_argument("--input", nargs="+", help="local copies of the source: files, folders, quoted globs")
     parser.add_argument("--column", default="text", help="the column that holds the text")
-    parser.add_argument("--limit", type=int, help="take only the first documents")
+    parser.add_argument("--limit", type=at_least(1), help="take only the first documents")
     parser.add_argument("--streaming", action="store_true", help="read from the hub without keeping a copy")
     parser.add_argument(
         "--on_bad_document",
@@ -88,18 +91,8 @@ def options(description, folder, tokenizer="gpt2", val_fraction=0.05, **extra):
         help="one that cannot be read or tokenized ends the preparation, or is left out and named in skipped.jsonl",
     )
     for name, default in extra.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
+        parser.add_argument(f"--{name}", type=at_least(1, MOST_IDS) if type(default) is int else str, default=default)
     return parser
-
-
-def check_options(args):
-    for name, low, high in (("val_fraction", 0, 1), ("shard_tokens", 1, 2**30), ("workers", 1, 4096)):
-        if not low <= getattr(args, name) <= high:
-            raise UserError(f"--{name}: found {getattr(args, name)}, expected {low} to {high}")
-    if args.limit is not None and not 1 <= args.limit <= 2**62:
-        raise UserError(f"--limit: found {args.limit}, expected at least 1 document, at most 2^62")
-    if not os.path.exists(args.out / "meta.json"):  # what is finished may be on a disk that cannot be written
-        check_path("--out", args.out)
 
 
 def split_of(key, val_fraction):
@@ -373,7 +366,8 @@ def prepare(documents, tokenizer, args, side=None, loss_mask=False):
     args: what `options` parses. side: key -> "train" or "val"; default: `split_of`. loss_mask: the texts have marks
     (data/conversations.py), and the loss is of what stands between them alone. Raises UserError on bad input; what
     is finished stays and is not made again."""
-    check_options(args)
+    if not os.path.exists(args.out / "meta.json"):  # what is finished may be on a disk that cannot be written
+        check_path("--out", args.out)
     encoding = load_tokenizer(str(tokenizer))
     if END_OF_TEXT not in encoding._special_tokens:
         raise UserError(f"--tokenizer: {encoding.name} has no {END_OF_TEXT} token; choose one that has, as gpt2")

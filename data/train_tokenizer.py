@@ -22,12 +22,11 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from config import UserError, did_you_mean, run_command
+from data.pipeline import MOST_IDS
 from data.shards import check_path
 from data.sources import BadDocument, plural
 from data.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
 from flags import FlagParser, a_path, at_least
-
-MOST_IDS = 10_000_000  # the library takes memory for all of them at once
 
 
 def main(arguments):

@@ -6,7 +6,6 @@ Prints one line a folder, or one for each fault, which names the file. Ends with
 Shards without meta.json (nanoGPT's, llm.c's) have no checksums: of them sizes and headers are checked.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -15,8 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from commands import begin
+
+if __name__ == "__main__":
+    begin()
+
 from config import UserError, run_command
 from data.shards import read_meta, shards_of, verify_shard
+from flags import FlagParser
 
 
 def verify(folder):
@@ -63,7 +68,7 @@ def verify(folder):
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(__doc__)
     parser.add_argument("folders", nargs="+", metavar="DIR", help="folders of token shards")
     args = parser.parse_args(arguments)
     wrong = []

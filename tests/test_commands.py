@@ -57,6 +57,7 @@ def test_a_command_begins_before_the_imports_that_take_seconds(command):
     begins = next(place for place, line in enumerate(lines) if ast.unparse(line).endswith("begin()"))
     before = {name.name for line in lines[:begins] if isinstance(line, ast.Import) for name in line.names}
     before |= {line.module for line in lines[:begins] if isinstance(line, ast.ImportFrom)}
+    before = {name.partition(".")[0] for name in before}
     assert before <= {*sys.stdlib_module_names, "commands"}
 
 
@@ -303,8 +304,8 @@ def test_numbers_of_any_length_in_a_config_name_the_file_or_key(tmp_path):
     [
         ("--vocab_size", "1000000000000", "--vocab_size: found 1000000000000, expected 1 to 10000000"),
         ("--limit", "-1", "--limit: found -1, expected 1 or more"),
-        ("--special_tokens", "\udcff", "--special_tokens: found '\\udcff', expected UTF-8 text"),
-        ("--out", "file", "file: could not be written (Not a directory); choose another --out"),
+        ("--special_tokens", "\udcff", "--special_tokens: found '\\udcff', expected names"),
+        ("--out", "file", "--out: file: Not a directory; choose a folder that can be written"),
     ],
 )
 def test_a_tokenizer_is_not_learned_for_nothing(tmp_path, monkeypatch, capsys, flag, value, expected):
