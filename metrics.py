@@ -13,17 +13,33 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from flops import flops_per_token, peak_flops, recomputed_flops_per_token
+from config import UserError
+from flops import count_parameters, flops_per_token, peak_flops, recomputed_flops_per_token
 
 # Seconds that W&B may take to begin, which is how long a run without a network waits, and to end, where it would
 # wait for the network for ever. In between it never waits.
 WANDB_PATIENCE = {"init_timeout": 20, "finish_timeout": 60}
 
 
-def throughput(config, step_seconds, devices, device_name):
-    """What a step line says of speed. config: of the run; devices: how many took part. tflops: model FLOPs
-    of one device; mfu, hfu: its model and hardware FLOPs over its peak, None where that is unknown."""
+def formula_fault(model, parameters):
+    """Why flops.py's formulas are not those of the model that is trained, in words, or None if they are.
+    parameters: how many that model has."""
+    try:
+        counted, _ = count_parameters(model)
+    except UserError as error:
+        return str(error)
+    if counted != parameters:
+        return f"flops.py counts {counted:,} parameters, but the model has {parameters:,}"
+    return None
+
+
+def throughput(config, step_seconds, devices, device_name, parameters=None):
+    """What a step line says of speed. config: of the run; devices: how many took part; parameters: of the real model.
+    tflops: model FLOPs per second of one device, in 10^12; mfu, hfu: its model and hardware FLOPs over its peak, None
+    where that is unknown. All three are None for a model that the formulas do not describe."""
     tokens_per_second = config.train.global_batch_tokens / step_seconds
+    if parameters is not None and formula_fault(config.model, parameters):
+        return {"tokens_per_second": tokens_per_second, "tflops": None, "mfu": None, "hfu": None}
     flops, peak = flops_per_token(config.model), peak_flops(device_name)
     recomputed = recomputed_flops_per_token(config.model, int(config.train.activation_checkpointing))
     per_device = tokens_per_second * flops / devices

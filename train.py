@@ -46,8 +46,14 @@ from config import (
 )
 from data.mixture import Mixture
 from data.shards import cannot_write, make_folder, write_json
-from engine import build_engine, check_deepspeed, choose_kernels, resolve_precision, why_not_compiled
-from flops import count_parameters
+from engine import (
+    build_engine,
+    check_deepspeed,
+    choose_kernels,
+    count_real_parameters,
+    resolve_precision,
+    why_not_compiled,
+)
 from model import IGNORE
 from pieces import optimizers
 
@@ -219,7 +225,7 @@ def main(config, watch=None):
     record = {"config": config.to_dict(), "versions": made_with, "data": train_data.fingerprint()}
     record |= {"world_size": world_size, "stage": stage, "precision": precision}
     record |= {"kernels": kernels, "compiled": not not_compiled}
-    parameters, _ = count_parameters(config.model)
+    parameters = count_real_parameters(engine.module)
     if rank == 0:
         write_json(run / "config.json", config.to_dict() | {key: record[key] for key in record if key != "config"})
         log = metrics.MetricsLog(run, first_step, train.loggers, config.to_dict())
@@ -231,6 +237,8 @@ def main(config, watch=None):
         f"{train.global_batch_tokens:,} tokens a step = {world_size} ranks x {accumulation} micro-batches x "
         f"{train.micro_batch_size} sequences x {config.model.block_size}; {total_steps:,} steps; run in {run}"
     )
+    if not_counted := metrics.formula_fault(config.model, parameters):
+        say(f"FLOP/s and MFU are null: {not_counted}")
 
     def finish(save):
         path, seconds, stalled = save.finish()
@@ -291,7 +299,7 @@ def main(config, watch=None):
         if step % train.log_every == 0 or step == 1 or step == total_steps:
             line = {"step": step, "tokens": tokens_seen, "loss": loss, "lr": lr}
             line |= {"grad_norm": steps.grad_norm, "skipped": steps.skipped} | clock.read()
-            line |= metrics.throughput(config, line["step_seconds"], world_size, made_with["device"])
+            line |= metrics.throughput(config, line["step_seconds"], world_size, made_with["device"], parameters)
             line |= metrics.peak_memory()
             if rank == 0:
                 log.write(line)
