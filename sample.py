@@ -48,7 +48,7 @@ class WithoutCache(PreTrainedModel, GenerationMixin):
 def load_writer(trained: Trained):
     """The model in float32 as one that transformers' `generate` takes, on the fastest device here."""
     try:
-        export.family_of(trained.model)
+        export.check_expressible(trained.model)
     except UserError:
         return WithoutCache(load_model(trained)).eval()
     model = export.build_transformers(trained.model, trained.load())
