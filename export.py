@@ -611,7 +611,7 @@ def export(found, folder, dtype="float32"):
         write_json(temporary / "generation_config.json", generation_settings(end_of_text))
         if tokenizer:
             parts = tokenizer._mergeable_ranks, tokenizer._special_tokens, tokenizer._pat_str
-            more = {"bos_token": END_OF_TEXT, "model_max_length": config.model.block_size}
+            more = {"model_max_length": config.model.block_size}
             more |= {"chat_template": CHAT_TEMPLATE} if read_meta(data).get("loss_mask") else {}
             save_for_transformers(temporary, *parts, **more)
         write_weights(temporary, config.model, read, getattr(torch, dtype))
