@@ -81,10 +81,14 @@ def write_model_card(folder, found, state, config: Config, dtype):
     tokenizer = (folder / "tokenizer.json").exists()
     loading = ['model = AutoModelForCausalLM.from_pretrained("PATH")']
     if tokenizer:
+        from tokenizers import Tokenizer
+
+        prompt = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("Once").ids
+        room = max(1, min(50, config.model.block_size - len(prompt)))
         loading += [
             'tokenizer = AutoTokenizer.from_pretrained("PATH")',
             'inputs = tokenizer("Once", return_tensors="pt")',
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=True)[0]))",
+            f"print(tokenizer.decode(model.generate(**inputs, max_new_tokens={room}, do_sample=True)[0]))",
         ]
     parts = [
         f"---\n{front.to_yaml()}\n---",
