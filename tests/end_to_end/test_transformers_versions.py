@@ -185,3 +185,39 @@ def test_every_version_masks_what_is_learned(read_by):
             expected_ids += tokens
             expected_mask += [number % 2] * len(tokens)
         assert (ids, mask) == (expected_ids, expected_mask)
+
+
+CONVERT = """
+import sys, json, ctranslate2, numpy
+from pathlib import Path
+from ctranslate2.converters import TransformersConverter
+folder, found = Path(sys.argv[1]), {}
+for name in json.loads(sys.argv[2]):
+    TransformersConverter(str(folder / name)).convert(str(folder / name / "converted"))
+    generator = ctranslate2.Generator(str(folder / name / "converted"), device="cpu", compute_type="float32")
+    words = json.loads((folder / name / "words.json").read_text())
+    written = generator.generate_batch([words], max_length=6, include_prompt_in_result=False)[0].sequences_ids[0]
+    with open(folder / name / "found.json", "w") as file:
+        json.dump([numpy.array(generator.forward_batch([words])).tolist(), list(written)], file)
+"""
+
+
+def test_ctranslate2_computes_what_our_model_does(exports, tmp_path):
+    """With what it takes: as many ids as the tokenizer has, the usual epsilon and, in GPT-NeoX, rotary_theta."""
+    names = {"gpt2": MODELS["gpt2"], "llama": MODELS["llama"], "gpt_neox": NEOX}
+    for name, config in names.items():
+        write_run(tmp_path / "runs" / name, dataclasses.replace(config, vocab_size=257), str(exports / "data"))
+        export.main([str(tmp_path / "runs" / name), str(tmp_path / name)])
+        vocabulary = json.loads((tmp_path / name / "tokenizer.json").read_text())["model"]["vocab"]
+        words = {index: word for word, index in vocabulary.items()}
+        (tmp_path / name / "words.json").write_text(json.dumps([words[index] for index in b"abc xyz"]))
+    other = beside("transformers-4.57.6", "transformers==4.57.6", *VERSIONS["4.57.6"])
+    run_with([other, beside("ctranslate2-4.8.5", "ctranslate2==4.8.5")], "-c", CONVERT, tmp_path, json.dumps([*names]))
+    for name in names:
+        logits, written = json.loads((tmp_path / name / "found.json").read_text())
+        model = load_model(open_trained(tmp_path / "runs" / name))
+        with torch.no_grad():
+            worst = (model(torch.tensor([list(b"abc xyz")])) - torch.tensor(logits)).abs().max().item()
+        print(f"{name} in CTranslate2: {worst:.1e}")
+        expected = greedy(model, b"abc xyz", 6)
+        assert worst < 2e-5 and written == expected[: expected.index(256) if 256 in expected else 6]
