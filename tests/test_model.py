@@ -18,8 +18,8 @@ VARIANTS = [
     dataclasses.replace(SMALL, bias=False, tie_embeddings=False),
     dataclasses.replace(SMALL, position="rotary", mlp_hidden=40),
     dataclasses.replace(LLAMA, n_kv_head=1, bias=True),
-    *variants(SMALL).values(),
-    *variants(LLAMA).values(),
+    *(pytest.param(config, id=f"GPT-2 {name}") for name, config in variants(SMALL).items()),
+    *(pytest.param(config, id=f"Llama {name}") for name, config in variants(LLAMA).items()),
 ]
 
 

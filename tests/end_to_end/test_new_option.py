@@ -26,7 +26,7 @@ CHANGES = {
             "        self.proj.writes_to_residual = True\n",
             "        self.proj.writes_to_residual = True\n"
             "        if config.qk_norm:\n"
-            "            self.q_norm, self.k_norm = (nn.RMSNorm(self.head_size, eps=config.norm_eps) for _ in range(2))\n",
+            "            self.q_norm, self.k_norm = nn.RMSNorm(self.head_size), nn.RMSNorm(self.head_size)\n",
         ),
         (
             "        if angles is not None:\n            q, k =",
@@ -61,7 +61,7 @@ def copy(tmp_path_factory):
 
 
 def run(copy, code, *command):
-    """Run a command in the copy. Returns its output, which is one line where it is refused with code 2."""
+    """Run a command in the copy. Returns its output, which is one line where a command of ours is refused."""
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=copy,
@@ -71,7 +71,7 @@ def run(copy, code, *command):
         timeout=300,
     )
     assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
-    if code == 2:
+    if code == 2 and command[0] != "-m":
         assert len(done.stderr.splitlines()) == 1, done.stderr
         return done.stderr
     return done.stdout
@@ -116,13 +116,13 @@ def test_the_tests_try_it(copy):
         command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}", "-k", names]
         output = run(copy, 1 if file == "test_model.py" else 0, *command)
         assert "qk_norm=True" in output if file == "test_model.py" else "3 passed" in output, output
+    # a number has no values that could be guessed
     config = (copy / "config.py").read_text()
     number = config.replace("    qk_norm: bool = key(False,", "    qk_norm: float = key(1.5,")
+    assert number != config
     (copy / "config.py").write_text(number)
     try:
         output = run(copy, 2, "-m", "pytest", "-q", "tests/test_model.py", "-k", "count")
-    except AssertionError as error:
-        output = str(error)
     finally:
         (copy / "config.py").write_text(config)
     assert "model.qk_norm is tested with no value but its default: add others to tests/variants.py" in output
