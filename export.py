@@ -345,6 +345,12 @@ def published_model(folder):
     settings = {ours: getattr(theirs, name) for ours, name in of_family(SETTINGS, family)} | FAMILIES[family].wanted
     settings |= {"rotary_theta": theta} if theta is not None else {}
     rope = {"rope_type": "default", "rope_theta": theta}
+    for name in ("rope_theta", "rotary_emb_base"):  # of transformers 4, which does not read rope_parameters
+        if theta is not None and raw.get(name) not in (None, theta):
+            raise UserError(
+                f"{path}: {name}: found {raw[name]!r}, expected {theta!r} as in rope_parameters; versions of "
+                "transformers read one or the other, so make them equal"
+            )
     wanted, activation = {"quantization_config": None}, "activation_function" if family == "gpt2" else "hidden_act"
     if family == "gpt2":
         wanted |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
@@ -364,7 +370,8 @@ def published_model(folder):
 
 
 def refuse_differences(source, model: ModelConfig, published: ModelConfig):
-    """Raises UserError with every key in which `model` is not the published one, and the flags that mend it."""
+    """Raises UserError with every key in which `model` is not the published one, and the flags that set it right.
+    Keys of training count for nothing, and so does the base of rotary positions where there are none."""
     passed_over = NOT_THE_FUNCTION | {"block_size"} | (set() if published.position == "rotary" else {"rotary_theta"})
     names = dict.fromkeys([ours for ours, *_ in SETTINGS] + [one.name for one in dataclasses.fields(model)])
     names = [name for name in names if name not in passed_over]
@@ -535,7 +542,7 @@ def saved_model(found):
 
 @contextlib.contextmanager
 def written_whole(folder, temporary):
-    """Inside, `temporary` is there to write into; behind, it is `folder`, or is not there at all."""
+    """Inside, `temporary` is there to write into; afterwards it is `folder`, or is not there at all."""
     from safetensors import SafetensorError
 
     try:
@@ -543,7 +550,7 @@ def written_whole(folder, temporary):
         yield
         os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: could not be written ({error}); mend that and export again") from None
+        raise UserError(f"{folder}: could not be written ({error}); fix that and export again") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -568,7 +575,7 @@ def write_weights(folder, model: ModelConfig, read, dtype):
     for name, tensor in to_transformers(model, read):
         stored = in_files.get(name, name)
         file = split.tensor_to_filename[stored]
-        if file not in parts:  # made at once, lest what is read in between leave holes in memory
+        if file not in parts:  # made at once, so that what is read in between leaves no holes in memory
             parts[file] = {name: torch.empty(shapes[name].shape, dtype=dtype) for name in missing[file]}
         parts[file][stored].copy_(tensor)
         if parts[file][stored].isinf().any() and not tensor.isinf().any():
@@ -604,7 +611,7 @@ def export(found, folder, dtype="float32"):
     if read_meta(data):
         tokenizer = tokenizer_of(data)
         check_tokenizer(state, data, fingerprint(tokenizer))
-        end_of_text = tokenizer._special_tokens[END_OF_TEXT]
+        end_of_text = tokenizer._special_tokens.get(END_OF_TEXT)
     theirs = transformers_config(config.model, dtype, end_of_text)
     with written_whole(folder, temporary):
         write_json(temporary / "config.json", in_all_words(theirs))

@@ -5,7 +5,7 @@ import math
 import shutil
 from pathlib import Path
 
-from config import Config
+from config import Config, read_json
 from flops import flops_per_token
 from metrics import formula_fault, read_metrics
 
@@ -79,6 +79,10 @@ def write_model_card(folder, found, state, config: Config, dtype):
     front = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["minzero", "deepspeed"])
     settings = [(key, json.dumps(value)) for key, value in config.to_dict()["model"].items()]
     tokenizer = (folder / "tokenizer.json").exists()
+    if tokenizer and "chat_template" in read_json(folder / "tokenizer_config.json"):
+        purpose = "It was trained on conversations: ask it in the form of the tokenizer's chat template."
+    else:
+        purpose = "It continues text; it was not taught to answer or to refuse."
     loading = ['model = AutoModelForCausalLM.from_pretrained("PATH")']
     if tokenizer:
         from tokenizers import Tokenizer
@@ -94,8 +98,7 @@ def write_model_card(folder, found, state, config: Config, dtype):
         f"---\n{front.to_yaml()}\n---",
         f"# {name}",
         f"A language model of {parameters:,} parameters{cost}, trained from {start} with minZeRO and exported in "
-        f"{dtype} from the checkpoint of step {state['step']:,}. It continues text; it was not taught to answer or to "
-        "refuse.",
+        f"{dtype} from the checkpoint of step {state['step']:,}. {purpose}",
         "![training and validation loss](loss.png)" if draw_loss(run, folder / "loss.png") else "",
         "## How to load it",
         "With PATH the folder of this file or its name on the hub:",

@@ -150,11 +150,13 @@ def own_tokenizer(folder):
 
 def open_tokenizer(trained: Trained, data=None):
     """(the model's tokenizer as transformers', a function from a text to the characters in it that no token stands
-    for). data: a folder made with that tokenizer. Raises UserError if it is not known or not the model's."""
+    for, whether it is that of a folder of data). data: a folder made with that tokenizer. Raises UserError if it is
+    not known or not the model's."""
     folders = [data] if data else trained.data
     for folder in folders[:1]:
         trained.check_tokenizer(folder)
-    if folders and not any((trained.path / name).exists() for name in TOKENIZER_FILES):
+    of_data = bool(folders) and not any((trained.path / name).exists() for name in TOKENIZER_FILES)
+    if of_data:
         where, (tokenizer, missing) = folders[0], own_tokenizer(folders[0])
     else:
         where, missing = trained.path / "tokenizer.json", lambda text: []
@@ -169,7 +171,7 @@ def open_tokenizer(trained: Trained, data=None):
             f"{where}: found token ids up to {largest}, expected ids below the model's vocab_size "
             f"{trained.model.vocab_size}; give its own tokenizer"
         )
-    return tokenizer, missing
+    return tokenizer, missing, of_data
 
 
 def open_generation(folder):
@@ -264,9 +266,9 @@ def main(arguments):
     check_flags(args)
     trained = open_trained(args.path, args.checkpoint)
     model = load_writer(trained)
-    tokenizer, missing = open_tokenizer(trained, args.data)
+    tokenizer, missing, of_data = open_tokenizer(trained, args.data)
     block_size, settings = trained.model.block_size, {"do_sample": args.temperature > 0}
-    if trained.state:
+    if of_data:
         settings |= dict.fromkeys(("eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
         # embeddings are often made wider than the vocabulary: nobody could read those tokens
         unknown = sorted(set(range(trained.model.vocab_size)) - set(tokenizer.get_vocab().values()))

@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (
 
 
 def question(text):
-    """What the model is given to answer a user's text, behind an end of text."""
+    """What the model is given to answer a user's text, after an end of text."""
     return f"{HEADINGS['user']}{text}\n\n{HEADINGS['assistant']}"
 
 

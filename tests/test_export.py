@@ -456,6 +456,12 @@ def test_what_is_not_the_published_model_is_named_with_the_flags_that_mend_it(pu
         ("llama", {"attention_bias": True}, "mlp_bias: found False, expected True"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters: found {'type': 'linear'"),
         ("llama", {"rope_scaling": None, "rope_theta": "x"}, "config.json: not a configuration of llama"),
+        ("llama", {"rope_theta": 5e5}, "rope_theta: found 500000.0, expected 10000.0 as in rope_parameters"),
+        (
+            "gpt_neox",
+            {"rotary_emb_base": 5e5},
+            "rotary_emb_base: found 500000.0, expected 10000.0 as in rope_parameters",
+        ),
         ("llama", {"model_type": ["llama"]}, "model_type: found ['llama'], expected gpt2 or llama"),
         ("gpt_neox", {"hidden_act": "gelu"}, "hidden_act: found 'gelu', expected 'gelu_new'"),
         ("gpt_neox", {"use_parallel_residual": True}, "use_parallel_residual: found True, expected False"),
