@@ -39,6 +39,7 @@ from config import ROOT, UserError, gradient_accumulation, load_config, run_comm
 from data.mixture import Mixture
 from data.shards import make_folder, token_dtype, write_atomically, write_json, write_shard
 from flags import FlagParser, a_path, at_least
+from flops import check_counted
 from memory import simulate
 from metrics import read_metrics
 from plan import in_units, settings_of, with_choice
@@ -342,6 +343,7 @@ def read_options(arguments):
 def main(arguments):
     options, rest = read_options(arguments)
     config = load_config(rest)
+    check_counted(config.model)
     device, options.gpus_found = this_device()
     gpus = options.gpus or options.gpus_found or 2
     if options.gpus_found and gpus > options.gpus_found:

@@ -807,7 +807,10 @@ def refuse_other_parameters(path, state, expected):
     for name in [*expected, *found]:
         if found.get(name) != expected.get(name):
             shapes = f"found {found.get(name, 'none')}, expected {expected.get(name, 'none')}"
-            raise UserError(f"{path}/state.json: {name[:100]}: {shapes} as in its model; use another checkpoint")
+            raise UserError(
+                f"{path}/state.json: {name[:100]}: {shapes} as in the model that model.py makes of its settings; use the "
+                "model.py that it was trained with, or another checkpoint"
+            )
 
 
 def open_weights(path):

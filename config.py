@@ -46,10 +46,12 @@ class SharedError(UserError):
         self.said_by = said_by
 
 
-def key(default, meaning, choices=None, minimum=None, maximum=None):
-    """A configuration key: its default, its meaning with the unit, and the values it may take."""
+def key(default, meaning, choices=None, minimum=None, maximum=None, off=None):
+    """A configuration key: its default, its meaning with the unit, and the values it may take. off: of the model
+    section, the value with which the model is the one without this key (see `switched_on`)."""
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**factory, metadata={"meaning": meaning, "choices": choices, "minimum": minimum, "maximum": maximum})
+    metadata = {"meaning": meaning, "choices": choices, "minimum": minimum, "maximum": maximum, "off": off}
+    return field(**factory, metadata=metadata)
 
 
 @dataclass
@@ -108,6 +110,20 @@ class ModelConfig:
         if self.mlp_hidden:
             return self.mlp_hidden
         return 4 * self.n_embd if self.mlp == "gelu" else -(-8 * self.n_embd // 3 // 64) * 64
+
+
+def switched_on(model: ModelConfig, known):
+    """Keys of the model section that are not in `known` and may change what the model computes, as a list of
+    (key, value, the value that changes nothing or None). That value is a key's `off`, or a default that says it:
+    false, null, 0, none. A key with neither is always in the list."""
+    found = []
+    for one in dataclasses.fields(model):
+        off, value = one.metadata.get("off"), getattr(model, one.name)
+        says_off = off is not None or one.default in (False, None, 0, "none", "off")
+        off = one.default if off is None and says_off else off
+        if one.name not in known and not (says_off and value == off):
+            found.append((one.name, value, off))
+    return found
 
 
 @dataclass

@@ -131,6 +131,12 @@ def choose_kernels(wanted, device):
     return "apex", "NVIDIA Apex is installed"
 
 
+def count_real_parameters(module):
+    """How many parameters a model has, each counted once and whole: under ZeRO-3 a rank holds a stand-in with
+    ds_numel, the number of elements."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
+
+
 def parameter_groups(model, weight_decay):
     """Decay matrices and embeddings; spare biases and the weights of norms, which are vectors. Under
     ZeRO-3 a parameter here is an empty stand-in whose true shape is ds_shape."""

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from config import ModelConfig, UserError, build, read_json, run_command
+from config import ModelConfig, UserError, build, read_json, run_command, switched_on
 from data.shards import read_meta, write_json
 from flags import FlagParser, a_checkpoint, a_path, check_can_write
 from model import GPT
@@ -84,6 +84,10 @@ SETTINGS = [  # keys of our model section, and theirs
     ("bias", "", "attention_bias", ""),
     ("tie_embeddings", "tie_word_embeddings", "tie_word_embeddings", "tie_word_embeddings"),
 ]
+# The other keys of our model section that every family takes into account, here or in the functions below. A key that
+# a family does not take into account must be switched off, or the model is none of that family.
+IN_EVERY_FAMILY = {"n_kv_head", "bias", "dropout", "rotary_theta", "init_std"}
+NOT_THE_FUNCTION = {"dropout", "init_std"}  # keys of training: the trained model computes the same with any value
 HEAD = "lm_head.weight"
 HEAD_IN_FILES = {"gpt_neox": "embed_out.weight"}  # its name in published files, which other libraries look for
 # in old files; computed, not learned
@@ -99,6 +103,11 @@ def of_family(table, family):
 # -- the two forms of the weights ----------------------------------------------------------------
 
 
+def consumed(family):
+    """The keys of our model section that a family takes into account."""
+    return set(dict(of_family(SETTINGS, family))) | set(FAMILIES[family].wanted) | IN_EVERY_FAMILY
+
+
 def family_of(model: ModelConfig):
     """`gpt2`, `llama` or `gpt_neox`. Raises UserError, which names the keys, if the model is none of them."""
     wrong = {}  # family: [(key, found, expected)]
@@ -107,6 +116,7 @@ def family_of(model: ModelConfig):
         if "n_kv_head" not in dict(of_family(SETTINGS, family)):
             pairs.append(("n_kv_head", model.kv_heads, model.n_head))
         wrong[family] = [(key, found, value) for key, found, value in pairs if found != value]
+        wrong[family] += switched_on(model, consumed(family))
     nearest = min(FAMILIES, key=lambda family: len(wrong[family]))
     if wrong[nearest]:
         keys = "; ".join(f"model.{key}: found {found}, expected {value}" for key, found, value in wrong[nearest])
@@ -199,6 +209,73 @@ def build_transformers(model: ModelConfig, read):
     return theirs
 
 
+def differences(found, expected):
+    """What differs between two {name of a parameter: its shape}, in words, or None."""
+    wrong = [
+        f"{name}: found {found.get(name, 'none')}, expected {expected.get(name, 'none')}"
+        for name in dict.fromkeys((*found, *expected))
+        if found.get(name) != expected.get(name)
+    ]
+    return "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "") if wrong else None
+
+
+def own_shapes(model: ModelConfig):
+    """{name of a parameter: its shape} of model.py's model."""
+    with torch.device("meta"):  # shapes without memory
+        return {name: tuple(parameter.shape) for name, parameter in GPT(model).named_parameters()}
+
+
+def check_parameters(model: ModelConfig):
+    """Raises UserError, which names the parameters, unless the model's family has a place for each parameter of
+    model.py's model and needs no other."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        theirs = dict(AutoModelForCausalLM.from_config(transformers_config(model)).named_parameters())
+    make, expected = from_transformers(model, theirs.get), {}
+    for name in correspondence(model):
+        if model.bias or not name.endswith(".bias"):  # else it is made of zeros
+            expected[name] = tuple(make(name).shape)
+    if wrong := differences(own_shapes(model), expected):
+        raise UserError(
+            f"model.py: its parameters are not those of transformers' {FAMILIES[family_of(model)].architecture}: "
+            f"{wrong}; add them to export.py's tables if that has them"
+        )
+
+
+def smaller(model: ModelConfig):
+    """The same settings with small sizes: at most two layers, heads of 8 channels in as many groups as fit."""
+    groups = min(2, model.kv_heads)
+    heads = groups * model.n_head // model.kv_heads
+    sizes = {"n_layer": min(2, model.n_layer), "n_head": heads, "n_kv_head": groups, "n_embd": 8 * heads}
+    sizes |= {"block_size": 64, "vocab_size": 64, "mlp_hidden": 40 if model.mlp_hidden else None}
+    return dataclasses.replace(model, **sizes, init_std=0.2)
+
+
+@torch.no_grad()
+def check_expressible(model: ModelConfig):
+    """Raises UserError unless transformers' model can be the same as model.py's with these settings: every key of the
+    model section and every parameter is taken into account, and a small model of these settings with random weights
+    gives the same logits. The last finds what has neither a key nor a parameter, such as another activation."""
+    check_parameters(model)
+    small = smaller(model)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        ours = GPT(small, seed=1).eval()
+        for parameter in ours.parameters():
+            if parameter.dim() == 1:  # norms of ones and biases of zeros would hide a difference
+                parameter.add_(0.3 * torch.randn(parameter.shape))
+        tokens = torch.randint(small.vocab_size, (2, small.block_size))
+    expected = ours(tokens)
+    found = build_transformers(small, ours.state_dict().__getitem__).eval()(tokens).logits
+    worst, scale = (found - expected).abs().max().item(), expected.abs().max().item()
+    if not worst <= 1e-4 * scale:
+        raise UserError(
+            f"model.py: with random weights in a small model of these settings its logits differ by {worst:.2g} of "
+            f"{scale:.2g} from those of transformers' {FAMILIES[family_of(model)].architecture}; model.py was changed "
+            "in a way that export.py does not know"
+        )
+
+
 # -- the two forms of the settings ---------------------------------------------------------------
 
 
@@ -217,13 +294,43 @@ def transformers_config(model: ModelConfig, dtype="float32", end_of_text=None):
     if family == "gpt2":
         settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model.dropout)
     elif family == "llama":  # has no dropout but in attention
-        settings |= {"mlp_bias": model.bias, "rope_parameters": rope}
+        settings |= {"mlp_bias": model.bias, "head_dim": model.n_embd // model.n_head, "rope_parameters": rope}
     else:
         settings |= dict.fromkeys(("hidden_dropout", "attention_dropout"), model.dropout)
         settings |= {"hidden_act": "gelu_new", "use_parallel_residual": False}
         settings |= {"rope_parameters": rope | {"partial_rotary_factor": 1.0}}
-    settings |= {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    settings |= {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "initializer_range": model.init_std}
+    if family != "llama":  # there it would name a row of the embedding that no gradient reaches
+        settings["pad_token_id"] = end_of_text
     return AutoConfig.for_model(family, **settings, architectures=[FAMILIES[family].architecture], dtype=dtype)
+
+
+def in_all_words(theirs):
+    """transformers' configuration as config.json holds it: every setting of the architecture, those at their defaults
+    too, in the words of transformers 5 and of 4, which other programs read as well (llama.cpp's converter,
+    CTranslate2)."""
+    from transformers import PreTrainedConfig
+
+    of_any_model = PreTrainedConfig().to_dict()
+    found = {name: value for name, value in theirs.to_dict().items() if value != of_any_model.get(name, ...)}
+    found |= {"torch_dtype": found["dtype"], "tie_word_embeddings": theirs.tie_word_embeddings}
+    found["transformers_version"] = of_any_model["transformers_version"]
+    found |= {name: getattr(theirs, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if theirs.model_type == "gpt2":
+        found["n_ctx"] = theirs.n_positions
+    else:
+        found |= {"rope_theta": theirs.rope_parameters["rope_theta"], "rope_scaling": None}
+    if theirs.model_type == "gpt_neox":
+        part = theirs.rope_parameters["partial_rotary_factor"]
+        found |= {"rotary_pct": part, "partial_rotary_factor": part, "rotary_emb_base": found["rope_theta"]}
+    return found
+
+
+def generation_settings(end_of_text):
+    """generation_config.json, in words that transformers 4 and 5 share."""
+    if end_of_text is None:
+        return {}
+    return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text) | {"do_sample": False}
 
 
 def published_model(folder):
@@ -244,6 +351,12 @@ def published_model(folder):
     settings = {ours: getattr(theirs, name) for ours, name in of_family(SETTINGS, family)} | FAMILIES[family].wanted
     settings |= {"rotary_theta": theta} if theta is not None else {}
     rope = {"rope_type": "default", "rope_theta": theta}
+    for name in ("rope_theta", "rotary_emb_base"):  # of transformers 4, which does not read rope_parameters
+        if theta is not None and raw.get(name) not in (None, theta):
+            raise UserError(
+                f"{path}: {name}: found {raw[name]!r}, expected {theta!r} as in rope_parameters; versions of "
+                "transformers read one or the other, so make them equal"
+            )
     wanted, activation = {"quantization_config": None}, "activation_function" if family == "gpt2" else "hidden_act"
     if family == "gpt2":
         wanted |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
@@ -263,9 +376,11 @@ def published_model(folder):
 
 
 def refuse_differences(source, model: ModelConfig, published: ModelConfig):
-    """Raises UserError with every key in which `model` is not the published one, and the flags that mend it."""
-    names = [ours for ours, *_ in SETTINGS if ours != "block_size"] + ["norm", "position", "mlp"]
-    names += ["rotary_theta"] if published.position == "rotary" else []
+    """Raises UserError with every key in which `model` is not the published one, and the flags that set it right.
+    Keys of training count for nothing, and so does the base of rotary positions where there are none."""
+    passed_over = NOT_THE_FUNCTION | {"block_size"} | (set() if published.position == "rotary" else {"rotary_theta"})
+    names = dict.fromkeys([ours for ours, *_ in SETTINGS] + [one.name for one in dataclasses.fields(model)])
+    names = [name for name in names if name not in passed_over]
     pairs = [(name, getattr(explicit(model), name), getattr(explicit(published), name)) for name in names]
     pairs = [pair for pair in pairs if pair[1] != pair[2]]
     if model.block_size > published.block_size:  # fewer positions than it learned are the same model
@@ -385,6 +500,7 @@ def open_published(folder, model: ModelConfig | None = None):
     folder = Path(folder)
     published = published_model(folder)
     family = family_of(published)
+    check_expressible(published)
     if model:
         # no biases are biases of zero, which is for the tensors to say
         like = dataclasses.replace(published, bias=model.bias) if FAMILIES[family].always_biased else published
@@ -446,7 +562,7 @@ def saved_model(found):
 
 @contextlib.contextmanager
 def written_whole(folder, temporary):
-    """Inside, `temporary` is there to write into; behind, it is `folder`, or is not there at all."""
+    """Inside, `temporary` is there to write into; afterwards it is `folder`, or is not there at all."""
     from safetensors import SafetensorError
 
     try:
@@ -454,7 +570,7 @@ def written_whole(folder, temporary):
         yield
         os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: could not be written ({error}); mend that and export again") from None
+        raise UserError(f"{folder}: could not be written ({error}); fix that and export again") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -479,7 +595,7 @@ def write_weights(folder, model: ModelConfig, read, dtype):
     for name, tensor in to_transformers(model, read):
         stored = in_files.get(name, name)
         file = split.tensor_to_filename[stored]
-        if file not in parts:  # made at once, lest what is read in between leave holes in memory
+        if file not in parts:  # made at once, so that what is read in between leaves no holes in memory
             parts[file] = {name: torch.empty(shapes[name].shape, dtype=dtype) for name in missing[file]}
         parts[file][stored].copy_(tensor)
         if parts[file][stored].isinf().any() and not tensor.isinf().any():
@@ -496,8 +612,6 @@ def write_weights(folder, model: ModelConfig, read, dtype):
 def export(found, folder, dtype="float32"):
     """A checkpoint -> a folder in transformers' format, which must not be there yet, or be empty. Returns in
     words what it is. Raises UserError."""
-    from transformers import GenerationConfig
-
     from data.conversations import CHAT_TEMPLATE
     from data.pipeline import tokenizer_of
     from data.tokenizer import END_OF_TEXT, fingerprint, save_for_transformers
@@ -510,20 +624,21 @@ def export(found, folder, dtype="float32"):
         raise UserError(f"{folder}: already there, expected a new or an empty folder; choose another")
     if temporary.exists():
         raise UserError(f"{temporary}: left by an export that was killed, or one is under way; remove it")
-    family_of(saved_model(found))  # before the weights are looked at
+    model = saved_model(found)  # before the weights are looked at
+    check_expressible(model)
     state, config, read = checkpoint.open_weights(found)
     data, tokenizer, end_of_text = sorted(config.data.weights)[0], None, None
     if read_meta(data):
         tokenizer = tokenizer_of(data)
         check_tokenizer(state, data, fingerprint(tokenizer))
-        end_of_text = tokenizer._special_tokens[END_OF_TEXT]
+        end_of_text = tokenizer._special_tokens.get(END_OF_TEXT)
     theirs = transformers_config(config.model, dtype, end_of_text)
     with written_whole(folder, temporary):
-        theirs.save_pretrained(temporary)
-        GenerationConfig.from_model_config(theirs).save_pretrained(temporary)
+        write_json(temporary / "config.json", in_all_words(theirs))
+        write_json(temporary / "generation_config.json", generation_settings(end_of_text))
         if tokenizer:
             parts = tokenizer._mergeable_ranks, tokenizer._special_tokens, tokenizer._pat_str
-            more = {"bos_token": END_OF_TEXT, "model_max_length": config.model.block_size}
+            more = {"model_max_length": config.model.block_size}
             more |= {"chat_template": CHAT_TEMPLATE} if read_meta(data).get("loss_mask") else {}
             save_for_transformers(temporary, *parts, **more)
         write_weights(temporary, config.model, read, getattr(torch, dtype))

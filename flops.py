@@ -1,8 +1,9 @@
 """What a model costs by arithmetic alone: parameters, FLOPs, and what devices can do. Needs no torch."""
 
+import json
 import re
 
-from config import ModelConfig
+from config import ModelConfig, UserError, switched_on
 
 # Dense peak of the tensor cores in bf16 with float32 sums, without sparsity, in FLOP/s, from NVIDIA's data
 # sheets. A pattern is searched in the device's name, and the first that is found counts. A device that is
@@ -21,13 +22,31 @@ PEAK_FLOPS = {
 }
 
 
+# The keys of the model section that the formulas here and memory.py's replay take into account.
+COUNTED = set(
+    "n_layer n_head n_kv_head n_embd block_size vocab_size mlp_hidden dropout bias norm norm_eps position rotary_theta "
+    "mlp tie_embeddings init_std".split()
+)
+
+
 def peak_flops(device_name):
     """Peak bf16 FLOP/s of one device, or None for one that is not in the table."""
     return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}", device_name)), None)
 
 
+def check_counted(config: ModelConfig):
+    """Raises UserError for a key of the model section that the formulas do not take into account."""
+    for name, value, _ in switched_on(config, COUNTED):
+        raise UserError(
+            f"model.{name}: found {json.dumps(value)}, which the formulas for parameters, FLOPs and memory do not "
+            "know; add it to flops.py and memory.py, and its name to flops.COUNTED"
+        )
+
+
 def count_parameters(config: ModelConfig):
-    """Parameters of a GPT, from its configuration alone: (all, those that multiply activations)."""
+    """Parameters of a GPT, from its configuration alone: (all, those that multiply activations). Raises UserError
+    for a key that is not in these formulas."""
+    check_counted(config)
     c, kv = config.n_embd, config.kv_heads * (config.n_embd // config.n_head)
     width, up = config.mlp_width, config.mlp_width * (2 if config.mlp == "swiglu" else 1)
     matrices = c * (c + 2 * kv) + c * c + c * up + width * c

@@ -15,6 +15,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from config import ModelConfig, tokens_at_a_time, width_of_logits
+from flops import check_counted
 
 PARTS = ("parameters", "gradients", "optimizer", "gathered", "buckets", "activations", "logits", "overhead")
 PHASES = ("forward", "loss", "backward", "reduction", "step")
@@ -775,6 +776,8 @@ class Gathered(Engine):
 
 
 def simulate(settings):
-    """Replay one step of `settings`. Returns the Memory, with its peak of each phase, and the number of parameters."""
+    """Replay one step of `settings`. Returns the Memory, with its peak of each phase, and the number of parameters.
+    Raises UserError for a key of the model section that the replay does not know."""
+    check_counted(settings.model)
     engine = {0: Replicated, 1: Sharded, 2: Sharded, 3: Gathered}[settings.stage](settings)
     return engine.run(), engine.size

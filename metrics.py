@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import distributed
 
+from config import UserError
 from data.shards import make_way, write_atomically
-from flops import flops_per_token, peak_flops, recomputed_flops_per_token
+from flops import count_parameters, flops_per_token, peak_flops, recomputed_flops_per_token
 
 # Seconds that W&B may take to begin, which is how long a run without a network waits, and to end, where it would
 # wait for the network for ever. In between it never waits.
@@ -29,10 +30,25 @@ NUMBERS = set(
 )
 
 
-def throughput(config, step_seconds, devices, device_name):
-    """What a step line says of speed. config: of the run; devices: how many took part. tflops: model FLOPs
-    of one device; mfu, hfu: its model and hardware FLOPs over its peak, None where that is unknown."""
+def formula_fault(model, parameters):
+    """Why flops.py's formulas are not those of the model that is trained, in words, or None if they are.
+    parameters: how many that model has."""
+    try:
+        counted, _ = count_parameters(model)
+    except UserError as error:
+        return str(error)
+    if counted != parameters:
+        return f"flops.py counts {counted:,} parameters, but the model has {parameters:,}"
+    return None
+
+
+def throughput(config, step_seconds, devices, device_name, parameters=None):
+    """What a step line says of speed. config: of the run; devices: how many took part; parameters: of the real model.
+    tflops: model FLOPs per second of one device, in 10^12; mfu, hfu: its model and hardware FLOPs over its peak, None
+    where that is unknown. All three are None for a model that the formulas do not describe."""
     tokens_per_second = config.train.global_batch_tokens / step_seconds
+    if parameters is not None and formula_fault(config.model, parameters):
+        return {"tokens_per_second": tokens_per_second, "tflops": None, "mfu": None, "hfu": None}
     flops, peak = flops_per_token(config.model), peak_flops(device_name)
     recomputed = recomputed_flops_per_token(config.model, int(config.train.activation_checkpointing))
     per_device = tokens_per_second * flops / devices
@@ -227,7 +243,8 @@ def is_number(value):
 
 def numbers_of(line):
     """What a logger is sent of a line of metrics.jsonl."""
-    return {key: value for key, value in line.items() if key != "step" and is_number(value) and value is not None}
+    numbers = {key: value for key, value in line.items() if key != "step" and type(value) in (int, float)}
+    return {key: value for key, value in numbers.items() if is_number(value) and math.isfinite(value)}
 
 
 class MetricsLog:

@@ -1,11 +1,12 @@
 """The README.md of an exported model: what it is, how it was trained, how good it is, how to load it."""
 
 import json
+import math
 from pathlib import Path
 
-from config import Config
-from flops import count_parameters, flops_per_token
-from metrics import read_metrics
+from config import Config, read_json
+from flops import flops_per_token
+from metrics import formula_fault, read_metrics
 
 
 def table(heads, rows):
@@ -68,25 +69,33 @@ def write_model_card(folder, found, state, config: Config, dtype):
 
     run = run_of(found)
     name = run.name if run else Path(found).name
-    all_parameters, _ = count_parameters(config.model)
+    parameters = sum(math.prod(shape) for shape in state["parameters"].values())
+    fault = formula_fault(config.model, parameters)  # then its FLOPs are not known
+    cost = "" if fault else f" ({flops_per_token(config.model):,} FLOPs per training token)"
     loss, start = validation_loss(run, state["step"]), "other weights" if config.train.init_from else "scratch"
     front = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["minzero", "deepspeed"])
     settings = [(key, json.dumps(value)) for key, value in config.to_dict()["model"].items()]
     tokenizer = (folder / "tokenizer.json").exists()
+    if tokenizer and "chat_template" in read_json(folder / "tokenizer_config.json"):
+        purpose = "It was trained on conversations: ask it in the form of the tokenizer's chat template."
+    else:
+        purpose = "It continues text; it was not taught to answer or to refuse."
     loading = ['model = AutoModelForCausalLM.from_pretrained("PATH")']
     if tokenizer:
+        from tokenizers import Tokenizer
+
+        prompt = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("Once").ids
+        room = max(1, min(50, config.model.block_size - len(prompt)))
         loading += [
             'tokenizer = AutoTokenizer.from_pretrained("PATH")',
             'inputs = tokenizer("Once", return_tensors="pt")',
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=True)[0]))",
+            f"print(tokenizer.decode(model.generate(**inputs, max_new_tokens={room}, do_sample=True)[0]))",
         ]
     parts = [
         f"---\n{front.to_yaml()}\n---",
         f"# {name}",
-        f"A language model of {all_parameters:,} parameters ({flops_per_token(config.model):,} FLOPs per training "
-        f"token), trained from {start} with minZeRO and "
-        f"exported in {dtype} from the checkpoint of step {state['step']:,}. It continues text; it was not taught to "
-        "answer or to refuse.",
+        f"A language model of {parameters:,} parameters{cost}, trained from {start} with minZeRO and exported in "
+        f"{dtype} from the checkpoint of step {state['step']:,}. {purpose}",
         "![training and validation loss](loss.png)" if draw_loss(run, folder / "loss.png") else "",
         "## How to load it",
         "With PATH the folder of this file or its name on the hub:",

@@ -41,8 +41,15 @@ from config import (
 )
 from data.mixture import Mixture
 from data.shards import make_way, write_json
-from engine import build_engine, check_deepspeed, check_memory, choose_kernels, resolve_precision, why_not_compiled
-from flops import count_parameters
+from engine import (
+    build_engine,
+    check_deepspeed,
+    check_memory,
+    choose_kernels,
+    count_real_parameters,
+    resolve_precision,
+    why_not_compiled,
+)
 from model import IGNORE
 from pieces import optimizers
 from run_folder import RunFolder
@@ -220,7 +227,7 @@ def train_in(folder, config, watch, device, rank, world_size):
     record = {"config": config.to_dict(), "versions": made_with, "data": train_data.fingerprint()}
     record |= {"world_size": world_size, "stage": stage, "precision": precision}
     record |= {"kernels": kernels, "compiled": not not_compiled}
-    parameters, _ = count_parameters(config.model)
+    parameters = count_real_parameters(engine.module)
     if rank == 0:
         make_way(run / "config.json")
         write_json(run / "config.json", config.to_dict() | {key: record[key] for key in record if key != "config"})
@@ -234,6 +241,8 @@ def train_in(folder, config, watch, device, rank, world_size):
         f"{train.global_batch_tokens:,} tokens a step = {world_size} ranks x {accumulation} micro-batches x "
         f"{train.micro_batch_size} sequences x {config.model.block_size}; {total_steps:,} steps; run in {run}"
     )
+    if not_counted := metrics.formula_fault(config.model, parameters):
+        say(f"FLOP/s and MFU are null: {not_counted}")
 
     def finish(save):
         path, seconds, stalled = save.finish()
@@ -296,7 +305,7 @@ def train_in(folder, config, watch, device, rank, world_size):
         if step % train.log_every == 0 or step == 1 or step == total_steps:
             line = {"step": step, "tokens": tokens_seen, "loss": loss, "lr": lr}
             line |= {"grad_norm": steps.grad_norm, "skipped": steps.skipped} | clock.read()
-            line |= metrics.throughput(config, line["step_seconds"], world_size, made_with["device"])
+            line |= metrics.throughput(config, line["step_seconds"], world_size, made_with["device"], parameters)
             line |= metrics.peak_memory()
             folder.report("running", step)
             if rank == 0:

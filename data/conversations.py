@@ -13,17 +13,22 @@ from data.tokenizer import END_OF_TEXT
 HEADINGS = {"system": "### System:\n", "user": "### User:\n", "assistant": "### Assistant:\n"}
 # ASCII's record separator: what stands between the first and the second, the third and the fourth ... is learned
 LEARNED = "\x1e"
-# the same for transformers' tokenizers (Jinja)
+# The same for transformers' tokenizers, in Jinja. `generation` encloses what is learned, for transformers'
+# `return_assistant_tokens_mask` and TRL's `assistant_only_loss`.
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}"
-    f"{HEADINGS['assistant']}{{{{ message.content }}}}{END_OF_TEXT}"
-    "{% else %}{{ '### ' + message.role.title() + ':\n' + message.content + '\n\n' }}{% endif %}{% endfor %}"
-    f"{{% if add_generation_prompt %}}{HEADINGS['assistant']}{{% endif %}}"
+    f"{{% set headings = {HEADINGS!r} %}}{{{{ bos_token }}}}{{% for message in messages %}}"
+    "{% if message['role'] not in headings %}"
+    "{{ raise_exception('a role other than " + ", ".join(HEADINGS) + "') }}{% endif %}"
+    "{% if message['content'] is not string %}{{ raise_exception('a message whose content is no text') }}{% endif %}"
+    f"{{{{ headings[message['role']] }}}}{{% set content = message['content'].replace('{LEARNED}', '') %}}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ content }}" + END_OF_TEXT + "{% endgeneration %}"
+    "{% else %}{{ content + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ headings['assistant'] }}{% endif %}"
 )
 
 
 def question(text):
-    """What the model is given to answer a user's text, behind an end of text."""
+    """What the model is given to answer a user's text, after an end of text."""
     return f"{HEADINGS['user']}{text}\n\n{HEADINGS['assistant']}"
 
 

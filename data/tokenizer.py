@@ -242,12 +242,27 @@ def save_tokenizer(folder, ranks, special_tokens, pattern=PATTERN):
 
 
 def save_for_transformers(folder, ranks, special_tokens, pattern, **settings):
-    """Write tokenizer.json and tokenizer_config.json, with which transformers' AutoTokenizer gives the ids of
-    the tiktoken encoding that these make. settings: more keys of tokenizer_config.json."""
+    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, with which AutoTokenizer of
+    transformers 4 and 5 gives the ids of the tiktoken encoding that these make. settings: more keys of
+    tokenizer_config.json.
+
+    The end of text is all four special tokens, as GPT-2 has it for three: there is no other id to pad with. Batches
+    are padded on the left, so that `generate` continues the text."""
     write_atomically(folder / "tokenizer.json", huggingface_json(ranks, special_tokens, pattern).encode())
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config |= {"eos_token": END_OF_TEXT} if END_OF_TEXT in special_tokens else {}
-    write_json(folder / "tokenizer_config.json", config | settings)
+    names = ("bos_token", "eos_token", "unk_token", "pad_token") if END_OF_TEXT in special_tokens else ()
+    special = dict.fromkeys(names, END_OF_TEXT)
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # a class of both versions
+        "model_input_names": ["input_ids", "attention_mask"],  # else transformers 4 adds token_type_ids
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": {str(index): {"content": token} | flags for token, index in special_tokens.items()},
+    }
+    write_json(folder / "tokenizer_config.json", config | special | settings)
+    write_json(folder / "special_tokens_map.json", special)
 
 
 def byte_level_names(ranks):

@@ -305,7 +305,7 @@ def test_numbers_of_any_length_in_a_config_name_the_file_or_key(tmp_path):
         ("--vocab_size", "1000000000000", "--vocab_size: found 1000000000000, expected 1 to 10000000"),
         ("--limit", "-1", "--limit: found -1, expected 1 or more"),
         ("--special_tokens", "\udcff", "--special_tokens: found '\\udcff', expected names"),
-        ("--out", "file", "--out: file: Not a directory; choose a folder that can be written"),
+        ("--out", "file", "is not a folder; choose a folder that can be written"),
     ],
 )
 def test_a_tokenizer_is_not_learned_for_nothing(tmp_path, monkeypatch, capsys, flag, value, expected):

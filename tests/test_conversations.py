@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import datasets
+import jinja2
 import numpy as np
 import pyarrow
 import pytest
@@ -185,6 +186,32 @@ def test_sampling_and_the_exported_template_begin_as_the_data_does(data, tmp_pat
     writer = sample.load_writer(open_trained(tmp_path / "run"))
     written = sample.write(writer, start, 6, 16, None, do_sample=False, eos_token_id=256, pad_token_id=256)
     assert answer == tokenizer.decode(start + written, skip_special_tokens=True)[len(question("7?")) :] + "\n"
+
+
+def test_the_template_masks_what_is_learned_and_refuses_what_is_no_conversation(data, tmp_path):
+    """Token by token what is stored for training; in other versions: tests/end_to_end/test_transformers_versions.py."""
+    write_run(tmp_path / "run", LLAMA, str(data))
+    export.main([str(tmp_path / "run"), str(tmp_path / "hf")])
+    tokenizer, encoding = AutoTokenizer.from_pretrained(tmp_path / "hf"), load_tokenizer("bytes")
+    odd = [{"role": "assistant", "content": ""}, {"role": "user", "content": "{{ bos_token }} \n"}, TALK[2]]
+    for talk in (TALK, odd):
+        found = tokenizer.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)
+        ids, mask = [256], [0]
+        for number, part in enumerate(with_marks("", talk).split(LEARNED)):
+            tokens = encoding.encode_ordinary(part) + [256] * (number % 2)
+            ids += tokens
+            mask += [number % 2] * len(tokens)
+        assert found["input_ids"] == ids and found["assistant_masks"] == mask
+    for message in (
+        {"role": "tool", "content": "x"},
+        {"content": "x"},
+        {"role": "user"},
+        {"role": "user", "content": []},
+    ):
+        with pytest.raises(UserError):
+            with_marks("", [message])
+        with pytest.raises(jinja2.TemplateError, match=r"a role other than|whose content is no text"):
+            tokenizer.apply_chat_template([message], tokenize=False)
 
 
 @pytest.mark.parametrize(

@@ -14,20 +14,25 @@ import tiktoken
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import checkpoint
 import export
-from config import ROOT, ModelConfig, UserError, load_config
+import model
+from config import ROOT, ModelConfig, UserError, key, load_config
 from data.mixture import Mixture
+from data.shards import write_json
 from data.tokenizer import END_OF_TEXT, load_tokenizer, save_for_transformers
 from eval import load_model, open_trained
+from flops import count_parameters
 from metrics import read_metrics
 from model import GPT
 from tests.conftest import deepspeed_command, run
-from tests.trained_runs import FAMILIES, LLAMA, NEOX, write_data
+from tests.trained_runs import FAMILIES, LLAMA, NEOX, write_data, write_run
 from tests.trained_runs import GPT2 as SMALL
+from tests.variants import variants
 
 MODELS = [
     SMALL,
@@ -100,6 +105,154 @@ def test_logits_loss_and_gradients_are_those_of_transformers(config, seed):
         scale = parameter.grad.abs().max().item()
         difference = (parameter.grad - read(name)).abs().max().item()
         assert scale > 0 and difference < 1e-5 * max(scale, 0.1), f"{name}: {difference:.1e} of {scale:.1e}"
+
+
+VARIANTS = {f"{family} {name}": config for family, base in FAMILIES.items() for name, config in variants(base).items()}
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_every_value_of_every_key_is_exported_right_or_refused(config, tmp_path):
+    """The variants come from ModelConfig's own fields, so that a new key cannot be passed over."""
+    try:
+        export.check_expressible(config)
+    except UserError as error:
+        assert "is the nearest to this model" in str(error)
+        with pytest.raises(UserError):
+            to_transformers(config, GPT(config))
+        return
+    ours, theirs = randomised(GPT(config)), their_model(config)
+    theirs.load_state_dict(to_transformers(config, ours), strict=False)
+    theirs.tie_weights()
+    tokens = torch.randint(config.vocab_size, (2, config.block_size), generator=torch.Generator().manual_seed(0))
+    assert (ours(tokens) - theirs(tokens).logits).abs().max().item() < 1e-5
+    write_json(tmp_path / "config.json", export.in_all_words(export.transformers_config(config)))
+    published = dataclasses.replace(export.published_model(tmp_path), bias=config.bias)
+    of_training = {"dropout": 0.0, "init_std": 0.02}
+    of_training |= {"rotary_theta": 10000.0} if config.position == "learned" else {}
+    assert published == export.explicit(dataclasses.replace(config, **of_training))
+
+
+def with_key(base, default, value, **settings):
+    """`base` with a key more, as somebody adds one to ModelConfig."""
+    fields = [("new", type(default), key(default, "something new", **settings))]
+    cls = dataclasses.make_dataclass("ModelConfig", fields, bases=(ModelConfig,))
+    return cls(**vars(base), new=value)
+
+
+@pytest.mark.parametrize("base", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize(
+    ("default", "value", "settings", "known"),
+    [
+        (False, False, {}, True),
+        (False, True, {}, False),
+        (True, True, {}, False),
+        (0.0, 0.0, {}, True),
+        (0.0, 30.0, {}, False),
+        (1.0, 1.0, {}, False),  # nothing says that 1 changes nothing
+        (1.0, 1.0, {"off": 1.0}, True),
+        (1.0, 2.0, {"off": 1.0}, False),
+        (True, False, {"off": False}, True),
+        ("none", "none", {}, True),
+        ("none", "alibi", {"choices": ["none", "alibi"]}, False),
+    ],
+)
+def test_a_key_that_nobody_takes_into_account_must_be_off(base, default, value, settings, known):
+    config = with_key(base, default, value, **settings)
+    for refuse in (export.family_of, export.transformers_config, export.check_expressible, count_parameters):
+        if known:
+            refuse(config)
+        else:
+            with pytest.raises(UserError, match=r"^model\.new: found [^\n]+$"):
+                refuse(config)
+    off = with_key(base, default, default, **settings)
+    if value != default:
+        with pytest.raises(UserError, match=r"set --model\.new "):
+            export.refuse_differences("there", config, off)
+
+
+class MoreParameters(GPT):
+    def __init__(self, config, *arguments, **more):
+        super().__init__(config, *arguments, **more)
+        self.blocks[0].attention.q_norm = nn.RMSNorm(config.n_embd // config.n_head)
+
+
+class OtherShapes(GPT):
+    def __init__(self, config, *arguments, **more):
+        super().__init__(config, *arguments, **more)
+        self.final_norm.weight = nn.Parameter(torch.ones(1, device=self.final_norm.weight.device))
+
+
+class FewerParameters(GPT):
+    def __init__(self, config, *arguments, **more):
+        super().__init__(config, *arguments, **more)
+        self.blocks[-1].mlp.down = self.blocks[0].mlp.down
+
+
+def exact_gelu(self, x):
+    return self.down(F.gelu(self.up(x)))
+
+
+def capped(self, x, targets=None):
+    return 5 * torch.tanh(F.linear(x, self.weight) / 5)
+
+
+@pytest.mark.parametrize("base", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize(
+    ("where", "name", "value", "expected"),
+    [
+        (export, "GPT", MoreParameters, "blocks.0.attention.q_norm.weight: found (8,), expected none"),
+        (export, "GPT", OtherShapes, "final_norm.weight: found (1,), expected (32,)"),
+        (export, "GPT", FewerParameters, "blocks.1.mlp.down.weight: found none, expected (32, 128)"),
+        (model.Head, "forward", capped, "its logits differ by"),
+        (model.MLP, "forward", exact_gelu, "its logits differ by"),
+    ],
+)
+def test_a_model_py_that_was_changed_without_a_key_is_refused(base, where, name, value, expected, monkeypatch):
+    if value is exact_gelu and base.mlp == "swiglu":
+        pytest.skip("has no gelu")
+    export.check_expressible(base)
+    monkeypatch.setattr(where, name, value)
+    with pytest.raises(UserError, match=r"^model\.py: [^\n]+$") as error:
+        export.check_expressible(base)
+    assert expected in str(error.value)
+
+
+def test_a_checkpoint_of_another_model_py_is_refused(tmp_path, monkeypatch):
+    """Its parameters would be passed over: by export, eval, sample and the start of a run."""
+    write_run(tmp_path / "run", LLAMA, write_data(tmp_path / "data"))
+    for changed, expected in ((MoreParameters, "expected (8,)"), (OtherShapes, "found (32,), expected (1,)")):
+        with monkeypatch.context() as patch:
+            patch.setattr(export, "GPT", changed)
+            for refuse in (open_trained, lambda path: export.open_weights(str(path), LLAMA)):
+                with pytest.raises(UserError, match=r"^[^\n]*parameters that are not those of model.py") as error:
+                    refuse(tmp_path / "run")
+                assert expected in str(error.value)
+    open_trained(tmp_path / "run")
+
+
+def test_config_json_speaks_the_words_of_transformers_4_and_5(tmp_path):
+    """What the versions make of them: tests/end_to_end/test_transformers_versions.py."""
+    expected = {
+        "gpt2": {"n_ctx": 16, "n_inner": 128, "activation_function": "gelu_new", "scale_attn_weights": True},
+        "llama": {"num_key_value_heads": 2, "head_dim": 8, "attention_bias": False, "mlp_bias": False},
+        "gpt_neox": {"rotary_pct": 1.0, "partial_rotary_factor": 1.0, "rotary_emb_base": 5e5, "attention_bias": True},
+    }
+    for family, base in FAMILIES.items():
+        config = dataclasses.replace(base, rotary_theta=5e5)
+        found = export.in_all_words(export.transformers_config(config, "bfloat16", 256))
+        same = expected[family] | {"dtype": "bfloat16", "torch_dtype": "bfloat16", "model_type": family}
+        same |= {"bos_token_id": 256, "eos_token_id": 256, "tie_word_embeddings": base.tie_embeddings}
+        # transformers' Llama learns nothing of the pad token's row, which is the end of text's
+        same["pad_token_id"] = None if family == "llama" else 256
+        if family != "gpt2":
+            same |= {"rope_theta": 5e5, "rope_scaling": None}
+            assert found["rope_parameters"]["rope_theta"] == 5e5
+        assert {name: found[name] for name in same} == same
+        write_json(tmp_path / "config.json", found)
+        assert export.published_model(tmp_path).rotary_theta == (10000.0 if family == "gpt2" else 5e5)
+    of_4 = {name: value for name, value in found.items() if name != "rope_parameters"}
+    write_json(tmp_path / "config.json", of_4)
+    assert export.published_model(tmp_path).rotary_theta == 5e5
 
 
 @pytest.mark.parametrize("config", MODELS)
@@ -285,8 +438,8 @@ def test_what_is_not_the_published_model_is_named_with_the_flags_that_mend_it(pu
     )
     assert message.endswith("--model.tie_embeddings true --model.rotary_theta 10000.0 --model.block_size 16")
     message = refused(published / "gpt2", LLAMA)
-    for key in ("norm: rmsnorm, expected layernorm", "position: rotary", "mlp: swiglu", "n_kv_head: 2, expected 4"):
-        assert f"model.{key}" in message
+    for part in ("norm: rmsnorm, expected layernorm", "position: rotary", "mlp: swiglu", "n_kv_head: 2, expected 4"):
+        assert f"model.{part}" in message
     assert "mlp_hidden: 128, expected 128" not in message
 
 
@@ -303,6 +456,12 @@ def test_what_is_not_the_published_model_is_named_with_the_flags_that_mend_it(pu
         ("llama", {"attention_bias": True}, "mlp_bias: found False, expected True"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters: found {'type': 'linear'"),
         ("llama", {"rope_scaling": None, "rope_theta": "x"}, "config.json: not a configuration of llama"),
+        ("llama", {"rope_theta": 5e5}, "rope_theta: found 500000.0, expected 10000.0 as in rope_parameters"),
+        (
+            "gpt_neox",
+            {"rotary_emb_base": 5e5},
+            "rotary_emb_base: found 500000.0, expected 10000.0 as in rope_parameters",
+        ),
         ("llama", {"model_type": ["llama"]}, "model_type: found ['llama'], expected gpt2 or llama"),
         ("gpt_neox", {"hidden_act": "gelu"}, "hidden_act: found 'gelu', expected 'gelu_new'"),
         ("gpt_neox", {"use_parallel_residual": True}, "use_parallel_residual: found True, expected False"),

@@ -364,6 +364,18 @@ def test_utilisation_is_of_one_device_and_only_where_its_peak_is_known():
     assert line["tflops"] == pytest.approx(per_device / 1e12) and line["mfu"] is line["hfu"] is None
 
 
+def test_a_formula_that_is_not_the_models_gives_no_utilisation():
+    config = build({}, "x")
+    parameters, _ = count_parameters(config.model)
+    arguments = config, 2.0, 8, "NVIDIA H100 80GB HBM3"
+    assert metrics.throughput(*arguments, parameters) == metrics.throughput(*arguments)
+    line = metrics.throughput(*arguments, parameters + 768)
+    assert line == {"tokens_per_second": config.train.global_batch_tokens / 2, "tflops": None, "mfu": None, "hfu": None}
+    assert metrics.formula_fault(config.model, parameters) is None
+    fault = f"flops.py counts {parameters:,} parameters, but the model has {parameters + 768:,}"
+    assert metrics.formula_fault(config.model, parameters + 768) == fault
+
+
 @pytest.mark.parametrize(
     ("resumed_at", "ended_at", "expected"),
     [(0, 9, "steps_3_to_5"), (3, 9, "steps_4_to_5"), (0, 4, "steps_3_to_4"), (5, 9, None), (0, 2, None)],

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from config import ROOT, ModelConfig, build, read_json, tokens_at_a_time
 from flops import count_parameters, flops_per_token, recomputed_flops_per_token
 from model import GPT, IGNORE, LinearCrossEntropy, attention_backends, cross_entropy, rotary_angles
+from tests.variants import variants
 
 SMALL = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=50, init_std=0.1)
 LLAMA = dataclasses.replace(SMALL, norm="rmsnorm", position="rotary", mlp="swiglu", bias=False, n_kv_head=2)
@@ -17,6 +18,8 @@ VARIANTS = [
     dataclasses.replace(SMALL, bias=False, tie_embeddings=False),
     dataclasses.replace(SMALL, position="rotary", mlp_hidden=40),
     dataclasses.replace(LLAMA, n_kv_head=1, bias=True),
+    *(pytest.param(config, id=f"GPT-2 {name}") for name, config in variants(SMALL).items()),
+    *(pytest.param(config, id=f"Llama {name}") for name, config in variants(LLAMA).items()),
 ]
 
 

@@ -6,12 +6,20 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import export
 import sample
 from config import UserError
+from data.conversations import CHAT_TEMPLATE
 from data.tokenizer import huggingface_json, load_tokenizer
 from eval import load_model, open_trained
 from tests.trained_runs import FAMILIES, OF_NO_FAMILY, write_data, write_run, write_runs
@@ -102,6 +110,132 @@ def test_the_end_of_text_ends_it(trained):
     written = sample.write(model, [1, 2, 3], 12, 16, Recorder(), do_sample=False)
     cut = written.index(written[5]) + 1
     assert sample.write(model, [1, 2, 3], 12, 16, Recorder(), do_sample=False, eos_token_id=written[5]) == written[:cut]
+
+
+# -- published models: their own tokenizer, generation settings and chat template ------------------
+
+CORPUS = ["the cat sat on the mat . it 's a cat , isn 't it ?", "abc xyz hello world the the the cat's"] * 20
+BEGIN = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+CHAT = (
+    "{{ bos_token }}{% for message in messages %}<{{ message.role }}>{{ message.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def byte_level(folder, prefix=False, post_processor=BEGIN, **settings):
+    """As GPT-2's and Llama 3's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=280, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    if post_processor:
+        tokenizer.post_processor = post_processor
+    settings = {"bos_token": "<s>", "eos_token": "</s>"} | settings
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings).save_pretrained(folder)
+
+
+def words(folder):
+    """In lower case, and cleaned up when it is decoded."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
+    tokenizer.train_from_iterator(CORPUS, trainers.WordLevelTrainer(special_tokens=["<s>", "</s>", "<unk>"]))
+    tokenizer.post_processor = BEGIN
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "clean_up_tokenization_spaces": True}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings).save_pretrained(folder)
+
+
+def sentence_piece(folder):
+    """As Llama 2's: a space before the text, bytes for what has no token, and a class that adds the BOS."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    special = ["<s>", "</s>", "<unk>", *(f"<0x{value:02X}>" for value in range(256))]
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, special_tokens=special))
+    tokenizer.post_processor = BEGIN
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings |= {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def publish(folder, write_tokenizer, generation):
+    """A random Llama as transformers saves it. generation: of generation_config.json; None: there is no such file."""
+    folder.mkdir()
+    write_tokenizer(folder)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "vocab_size": 320, "initializer_range": 0.4}
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(LlamaConfig(**shape, bos_token_id=0, eos_token_id=1))
+    model.generation_config = GenerationConfig(**{"bos_token_id": 0, "eos_token_id": 1} | (generation or {}))
+    model.save_pretrained(folder)
+    if generation is None:
+        (folder / "generation_config.json").unlink()
+    return folder
+
+
+PUBLISHED = {
+    "a BOS by the template": (byte_level, {}),
+    "a BOS by the template, no generation_config.json": (byte_level, None),
+    "a BOS by the flag": (lambda folder: byte_level(folder, post_processor=None, add_bos_token=True), {}),
+    "no BOS": (lambda folder: byte_level(folder, post_processor=None), {}),
+    "a space before the text": (lambda folder: byte_level(folder, prefix=True), {"eos_token_id": [1, 7]}),
+    "lower case and clean-up": (words, {"repetition_penalty": 1.5}),
+    "Llama 2": (sentence_piece, {"no_repeat_ngram_size": 2}),
+    "several ends": (byte_level, {"eos_token_id": [1, *range(40, 200)]}),
+    "suppressed": (byte_level, {"suppress_tokens": [*range(50, 150)], "begin_suppress_tokens": [*range(150, 320)]}),
+    "forced": (byte_level, {"forced_eos_token_id": 1, "min_new_tokens": 20}),
+    "beams": (byte_level, {"num_beams": 3, "bad_words_ids": [[33]]}),
+    "sampled by default": (byte_level, {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 3}),
+}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_a_published_model_is_continued_as_transformers_continues_it(kind, tmp_path, capsys):
+    folder = publish(tmp_path / "hf", *PUBLISHED[kind])
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for prompt in ("The cat sat", "isn 't it .", ""):
+        ids = tokenizer(prompt)["input_ids"] or [0]
+        assert (ids[0] == 0) == (kind != "no BOS" or not prompt)
+        inputs = torch.tensor([ids])
+        mask = torch.ones_like(inputs)
+        written = model.generate(inputs, attention_mask=mask, max_new_tokens=20, do_sample=False)[0]
+        expected = tokenizer.decode(written, skip_special_tokens=True)
+        assert sampled(capsys, folder, "--prompt", prompt, "--tokens", 20, "--temperature", 0) == expected + "\n"
+
+
+@pytest.mark.parametrize("template", [CHAT, None])
+def test_a_published_chat_template_is_used(template, tmp_path, capsys):
+    folder = publish(tmp_path / "hf", lambda folder: byte_level(folder, chat_template=template), {})
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template or CHAT_TEMPLATE
+    settings = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = tokenizer.apply_chat_template([{"role": "user", "content": "the cat ?"}], **settings)
+    written = model.generate(**inputs, max_new_tokens=20 if template else 5, do_sample=False)[0]
+    answer = tokenizer.decode(written[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    flags = ["--chat", "--prompt", "the cat ?", "--tokens", 20 if template else 5, "--temperature", 0]
+    assert sampled(capsys, folder, *flags) == answer + "\n"
+    sample.main([str(folder), *map(str, flags)])
+    assert ("no chat template" in capsys.readouterr().err) == (template is None)
+
+
+def test_broken_generation_settings_are_one_line(tmp_path):
+    folder = publish(tmp_path / "hf", byte_level, {})
+    for content in ("{", "[]", '{"max_new_tokens": -1}'):
+        (folder / "generation_config.json").write_text(content)
+        with pytest.raises(UserError, match=r"^[^\n]*generation_config.json: [^\n]+$"):
+            sample.main([str(folder), "--prompt", "a"])
+
+
+def test_a_start_without_a_token_for_it_is_one_line(tmp_path):
+    folder = publish(
+        tmp_path / "hf", lambda folder: byte_level(folder, post_processor=None, bos_token=None), {"bos_token_id": None}
+    )
+    for flags, expected in ((["--prompt", ""], "an empty prompt needs"), (["--prompt", "a", "--chat"], "--chat needs")):
+        with pytest.raises(UserError, match=rf"^prompt: {expected} a token for the start"):
+            sample.main([str(folder), *flags])
 
 
 # -- chance --------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ off, in one process group. Leaves {setting: [loss of each step]} in FOLDER/losse
     options.py FOLDER
 """
 
+import dataclasses
 import json
 import math
 import sys
@@ -19,8 +20,10 @@ import dist
 import model
 from config import build, deepspeed_config
 from engine import build_engine, why_not_compiled
+from tests.variants import all_changed
 
 FOLDER, STEPS, IDS, BLOCK = Path(sys.argv[-1]), 50, 64, 32
+SHAPE = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": BLOCK, "vocab_size": IDS, "init_std": 0.05}
 LLAMA = {"norm": "rmsnorm", "position": "rotary", "mlp": "swiglu", "bias": False, "n_kv_head": 2}
 
 
@@ -60,11 +63,10 @@ PLAIN += [(model.Head, "forward", plain_head)]
 def losses(stage, architecture, settings, adam=None, replaced=()):
     """50 losses, each the mean over both ranks, with (object, name, value) replaced meanwhile."""
     device, rank, world_size = dist.find_place()
-    shape = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": BLOCK, "vocab_size": IDS, "init_std": 0.05}
     zero = {"stage": stage, "stage3_param_persistence_threshold": 100, "reduce_bucket_size": 4096}
     zero |= {"stage3_prefetch_bucket_size": 4096}
     batch = {"micro_batch_size": 4, "global_batch_tokens": 4 * BLOCK * world_size, "lr": 3e-3}
-    sections = {"model": shape | architecture, "train": batch | settings, "deepspeed": {"zero_optimization": zero}}
+    sections = {"model": SHAPE | architecture, "train": batch | settings, "deepspeed": {"zero_optimization": zero}}
     config = build(sections, "")
     before = [(where, name, getattr(where, name)) for where, name, _ in replaced]
     for where, name, value in replaced:
@@ -102,7 +104,9 @@ def main():
     few_logits = [(config, "LOGITS_AT_A_TIME", 4 * 32 * IDS)]
     unfused = {"fused": False, "foreach": False}
     found = {}
-    for name, architecture in (("gpt2", {}), ("llama", LLAMA)):
+    # with every key changed, but for dropout: two ways of computing drop other activations
+    changed = dataclasses.asdict(all_changed(**SHAPE, dropout=0.0, n_kv_head=2))
+    for name, architecture in (("gpt2", {}), ("llama", LLAMA), ("changed", changed)):
         found[f"{name} plain"] = losses(3, architecture, {}, unfused, PLAIN)
         found[f"{name} default"] = losses(3, architecture, {})
     found["llama chunked loss"] = losses(3, LLAMA, {}, None, few_logits)

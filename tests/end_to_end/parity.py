@@ -4,6 +4,7 @@ every ZeRO stage in one process group, goes on from checkpoints, and moves runs 
     parity.py DATA FOLDER first|second|third
 """
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -19,7 +20,9 @@ import dist
 import train
 from config import build, deepspeed_config
 from data import mixture
+from engine import count_real_parameters
 from tests.end_to_end.parity_settings import MOVES, SETTINGS
+from tests.variants import all_changed
 
 DATA, FOLDER, PART = sys.argv[-3], Path(sys.argv[-2]), sys.argv[-1]
 MODEL = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "vocab_size": 64, "init_std": 0.05}
@@ -51,9 +54,11 @@ def engine_of(stage, precision="fp32", offload="none", **more):
 
 def initial_weights(stage, precision):
     """Every parameter, whole, right after the engine was made."""
-    engine = engine_of(stage, precision, model={"bias": False, "norm": "rmsnorm"})
+    engine = engine_of(stage, precision, model=dataclasses.asdict(all_changed(**MODEL)))
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-        return {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+        weights = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+    assert count_real_parameters(engine.module) == sum(weight.numel() for weight in weights.values())
+    return weights
 
 
 def loaded_and_saved_again(stage, offload):
