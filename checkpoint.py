@@ -808,8 +808,8 @@ def refuse_other_parameters(path, state, expected):
         if found.get(name) != expected.get(name):
             shapes = f"found {found.get(name, 'none')}, expected {expected.get(name, 'none')}"
             raise UserError(
-                f"{path}/state.json: {name[:100]}: {shapes} as in the model that model.py makes of its settings; use the "
-                "model.py that it was trained with, or another checkpoint"
+                f"{path}/state.json: {name[:100]}: {shapes} as in the model that model.py makes of its settings; use "
+                "the model.py that it was trained with, or another checkpoint"
             )
 
 

@@ -224,7 +224,7 @@ def test_a_checkpoint_of_another_model_py_is_refused(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(export, "GPT", changed)
             for refuse in (open_trained, lambda path: export.open_weights(str(path), LLAMA)):
-                with pytest.raises(UserError, match=r"^[^\n]*parameters that are not those of model.py") as error:
+                with pytest.raises(UserError, match=r"^[^\n]*use the model.py that it was trained with") as error:
                     refuse(tmp_path / "run")
                 assert expected in str(error.value)
     open_trained(tmp_path / "run")
