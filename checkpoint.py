@@ -594,6 +594,7 @@ def read_state(path, look_at_files=True):
         raise UserError(f"{file}: its checksum is wrong; the checkpoint is damaged, use another")
     if fault := fault_of_state(state):
         raise damaged(file, fault)
+    state.setdefault("best_val_loss", None)  # younger than some checkpoints
     for name, entry in state["files"].items() if look_at_files else ():
         check_size(Path(path) / name, entry["bytes"])
     return state
