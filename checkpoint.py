@@ -384,8 +384,9 @@ class Saved:
         folder = Path(folder)
         for _ in range(TRIES):
             states = {path: summary(path) for path in complete_checkpoints(folder)}
-            if all(is_complete(path) for path in states):
-                break  # else a run has deleted one meanwhile
+            # a run that saves and deletes meanwhile may have taken one from the list, or each from its place in it
+            if all(is_complete(path) for path in states) and (states or not os.path.lexists(folder / "latest")):
+                break
         named = {which: folder / (read_mark(folder / which) or "none") for which in ("latest", "best")}
         marked = {which: path for which, path in named.items() if path in states}
         last_step = step_and_suffix(marked["latest"])[0] if "latest" in marked else math.inf
