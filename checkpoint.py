@@ -386,8 +386,9 @@ class Saved:
         folder = Path(folder)
         for _ in range(TRIES):
             states = {path: summary(path) for path in complete_checkpoints(folder)}
-            if all(is_complete(path) for path in states):
-                break  # else a run has deleted one meanwhile
+            # a run that saves and deletes meanwhile may have taken one from the list, or each from its place in it
+            if all(is_complete(path) for path in states) and (states or not os.path.lexists(folder / "latest")):
+                break
         named = {which: folder / (read_mark(folder / which) or "none") for which in ("latest", "best")}
         marked = {which: path for which, path in named.items() if path in states}
         last_step = step_and_suffix(marked["latest"])[0] if "latest" in marked else math.inf
@@ -596,6 +597,7 @@ def read_state(path, look_at_files=True):
         raise UserError(f"{file}: its checksum is wrong; the checkpoint is damaged, use another")
     if fault := fault_of_state(state):
         raise damaged(file, fault)
+    state.setdefault("best_val_loss", None)  # younger than some checkpoints
     for name, entry in state["files"].items() if look_at_files else ():
         check_size(Path(path) / name, entry["bytes"])
     return state

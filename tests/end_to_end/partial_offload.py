@@ -7,7 +7,7 @@ checkpoints. On a CPU, DeepSpeed is told that some of its tensors are on a GPU, 
 import dist
 import guard
 import train
-from config import offload_ratio
+from config import UserError, offload_ratio
 from tests.end_to_end import parity
 
 deepspeed_config, build_engine = train.deepspeed_config, train.build_engine
@@ -49,7 +49,12 @@ def main():
         steps.fault = "said to be bad"
 
     guard.BadSteps.judge = judge_as_bad
-    run("bad", 4, 0.5, save_every=1)
+    try:
+        run("bad", 4, 0.5, save_every=1)
+    except UserError as error:
+        assert "step 4, the last: said to be bad; bad steps in a row: 4" in str(error), error
+    else:
+        raise AssertionError("a run whose every step was bad ended as a good one")
 
 
 if __name__ == "__main__":
