@@ -24,6 +24,7 @@ from pathlib import Path
 import commands
 import deepspeed_keys
 from commands import UserError
+from launchers import find_ranks
 
 ROOT = Path(__file__).resolve().parent
 IGNORE = -1  # a target that does not count
@@ -765,16 +766,32 @@ def deepspeed_config(config, world_size, precision, on_gpu):
     return merge(ours, config.deepspeed)
 
 
-def run_command(function, arguments=None):
+def refuse_several_tasks():
+    """Raise SharedError if a launcher has started this process as one of several, of a command that shares no work:
+    they would do the same, and write the same files."""
+    try:
+        found = find_ranks(dict(os.environ), may_be_alone=True)
+    except UserError:  # variables that only a command of several ranks needs
+        return
+    if found["WORLD_SIZE"] != "1":
+        os.environ["RANK"] = found["RANK"]  # so that one of them says it
+        tasks, remedy = found["WORLD_SIZE"], "start it without srun, mpirun, torchrun or deepspeed"
+        raise SharedError(f"found {tasks} tasks, expected one process; {remedy}")
+
+
+def run_command(function, arguments=None, may_be_many=False):
     """Run a command's main, and end it as commands.py says: what a user can cause in one line on stderr and code 2,
     Ctrl-C in one line and 130, a pipe whose reader has gone in silence. A fault in the program shows its traceback.
 
     Mostly every rank finds the same fault, and one line is enough: the others leave the word to rank 0,
-    whose exit makes the launcher end them. A rank that nobody ends is alone with its fault and says so."""
+    whose exit makes the launcher end them. A rank that nobody ends is alone with its fault and says so.
+    may_be_many: the command may run as several ranks."""
     commands.set_up_streams()
     handler = commands.handle_interrupts(commands.interrupt)
     try:
         try:
+            if not may_be_many:
+                refuse_several_tasks()
             function(sys.argv[1:] if arguments is None else arguments)
         except SystemExit:
             commands.flush_output()
@@ -784,7 +801,8 @@ def run_command(function, arguments=None):
         line, code = commands.ending(error)
         if code is None:
             raise
-        rank = int(os.environ.get("RANK") or 0)  # the function may have found it
+        rank = os.environ.get("RANK", "")  # the function may have found it
+        rank = int(rank) if rank.isdecimal() else 0
         shared = isinstance(error, SharedError)
         if rank and code == commands.REFUSED:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 import checkpoint
 import export
 from config import ModelConfig, UserError, data_weights, did_you_mean, run_command
+from data.mixture import content_digest
 from data.pipeline import tokenizer_of
 from data.shards import TokenStream, read_meta
 from data.tokenizer import byte_level_names
@@ -249,6 +250,34 @@ def run_tasks(trained: Trained, names, manager, limit):
 # -- the command ---------------------------------------------------------------------------------
 
 
+def open_all(args):
+    """(the Trained, the validation splits) that the command's flags name. Raises UserError."""
+    trained = open_trained(args.path, args.checkpoint)
+    folders = [args.data] if args.data else trained.data
+    if not folders and args.tasks is None:
+        raise UserError(f"--data: {args.path} does not say on what it was trained; give the folder of shards")
+    streams = open_streams(trained, folders)
+    if args.gzip and streams and streams[-1].loss_mask:
+        raise UserError(
+            f"--gzip: {streams[-1].folder} holds conversations, of which a part counts; expected plain text"
+        )
+    return trained, streams
+
+
+def evaluate_on_ranks(args):
+    """(rank, the Trained, the validation splits, what `evaluate` gives) on each rank of a launcher's. Raises UserError
+    on all of them if one cannot take part."""
+    import dist  # it alone needs DeepSpeed
+
+    device, rank, ranks = dist.start_process_group(may_be_alone=True)
+    with dist.all_or_none():
+        trained, streams = open_all(args)
+    facts = {"model": vars(trained.model), "code": dist.code_digests()}
+    facts["tokens"] = {str(stream.folder): content_digest(stream) for stream in streams}
+    dist.refuse_different_ranks(facts)
+    return rank, trained, streams, evaluate(load_sharded(trained, device), streams, args.batch_size, rank, ranks)
+
+
 def main(arguments):
     parser = FlagParser(__doc__)
     parser.add_argument("path", type=a_path, help="a run's folder, a checkpoint in it, or one in transformers' format")
@@ -264,39 +293,28 @@ def main(arguments):
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--local_rank", help=SUPPRESS)  # the launcher's
     args = parser.parse_args(arguments)
-    ranks = int(find_ranks(dict(os.environ), may_be_alone=True)["WORLD_SIZE"])
     names = [] if args.tasks is None else args.tasks.split(",")
     if "" in names:
         raise UserError(f"--tasks: found {args.tasks!r}, expected names of tasks: one,two")
-    trained = open_trained(args.path, args.checkpoint)
-    folders = [args.data] if args.data else trained.data
-    if not folders and not names:
-        raise UserError(f"--data: {args.path} does not say on what it was trained; give the folder of shards")
+    ranks = int(find_ranks(dict(os.environ), may_be_alone=True)["WORLD_SIZE"])
     if names and ranks > 1:
         raise UserError(f"--tasks: found {ranks} ranks, expected one process: python eval.py {args.path} --tasks ...")
-    manager = open_tasks(names, args.task_path) if names else None
-    streams = open_streams(trained, folders)
-    if args.gzip and streams and streams[-1].loss_mask:
-        raise UserError(
-            f"--gzip: {streams[-1].folder} holds conversations, of which a part counts; expected plain text"
-        )
     result = dict.fromkeys(("val_loss", "perplexity", "bits_per_byte", "tokens"))
-    rank = 0
-    if streams:
-        if ranks > 1:
-            import dist  # it alone needs DeepSpeed
-
-            device, rank, _ = dist.start_process_group(may_be_alone=True)
-            model = load_sharded(trained, device)
-        else:
+    if ranks > 1:
+        rank, trained, streams, measured = evaluate_on_ranks(args)
+        if rank:
+            return
+        result |= measured
+    else:
+        trained, streams = open_all(args)
+        manager = open_tasks(names, args.task_path) if names else None
+        if streams:
             model = load_model(trained)
-        result |= evaluate(model, streams, args.batch_size, rank, ranks)
-        del model  # makes room for the tasks
-    if rank:
-        return
+            result |= evaluate(model, streams, args.batch_size)
+            del model  # makes room for the tasks
     report(trained, streams, result)
     if args.gzip and streams:
-        joined, one_by_one = gzip_bits_per_byte(streams[-1], tokenizer_of(folders[-1]))
+        joined, one_by_one = gzip_bits_per_byte(streams[-1], tokenizer_of(streams[-1].folder))
         result |= {"gzip_bits_per_byte": joined, "gzip_one_by_one_bits_per_byte": one_by_one}
         print(f"gzip -9 on the same text: {joined:.4f} bits per byte joined, {one_by_one:.4f} file by file")
     if names:
@@ -336,4 +354,4 @@ def command(arguments):
 
 
 if __name__ == "__main__":
-    run_command(command)
+    run_command(command, may_be_many=True)

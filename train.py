@@ -22,7 +22,7 @@ from pathlib import Path
 from config import help_if_asked, run_command
 
 if __name__ == "__main__":
-    run_command(help_if_asked)  # before the imports that take seconds
+    run_command(help_if_asked, may_be_many=True)  # before the imports that take seconds
 import torch
 from torch import distributed
 
@@ -402,4 +402,4 @@ def command(arguments):
 
 
 if __name__ == "__main__":
-    run_command(command)
+    run_command(command, may_be_many=True)

@@ -15,7 +15,7 @@ from config import UserError, data_weights
 from data.order import Schedule, sample_numbers, windows_of
 from data.shards import TokenStream
 
-DIGEST_BLOCK = 4096  # tokens read at a time for a digest of the content
+DIGEST_TOKENS, DIGEST_BLOCK = 1 << 20, 4096  # of a digest of the content: tokens in all, and tokens read at a time
 
 
 def place_on_node():
@@ -96,10 +96,10 @@ class Mixture:
         parts = zip(self.streams, shares, self.first_windows, strict=False)
         return np.concatenate([s.validation_windows(int(n)) + first for s, n, first in parts if n])
 
-    def content_digests(self, tokens=1 << 20):
+    def content_digests(self):
         """{split of a folder: digest of its tokens}, by which ranks notice that they read other data: of all tokens of
-        a small data set, and of as many as this, spread evenly, of a large one."""
-        share = max(DIGEST_BLOCK, tokens // len(self.streams))
+        a small data set, and of a million, spread evenly, of a large one."""
+        share = max(DIGEST_BLOCK, DIGEST_TOKENS // len(self.streams))
         return {
             f"{folder}/{stream.split}": content_digest(stream, share)
             for folder, stream in zip(self.folders, self.streams, strict=True)
@@ -110,7 +110,7 @@ class Mixture:
         return {folder: stream.fingerprint() for folder, stream in zip(self.folders, self.streams, strict=True)}
 
 
-def content_digest(stream, tokens):
+def content_digest(stream, tokens=DIGEST_TOKENS):
     """A digest of a TokenStream's length and of about that many of its tokens, in blocks spread evenly over it."""
     blocks = min(-(-stream.tokens // DIGEST_BLOCK), max(1, tokens // DIGEST_BLOCK))
     length = min(DIGEST_BLOCK, stream.tokens)

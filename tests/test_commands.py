@@ -404,3 +404,18 @@ def test_of_several_ranks_the_first_speaks_of_ctrl_c(capsys, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     assert ended(capsys, lambda _: signal.raise_signal(signal.SIGINT)) == (130, "")
     signal.signal(signal.SIGTERM, before)
+
+
+def test_a_command_that_shares_no_work_is_one_process(monkeypatch, capsys):
+    """`srun -n 2 python export.py ...` would write the same folder twice."""
+    slurm = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
+    slurm |= {"SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    monkeypatch.setattr(os, "environ", os.environ.copy() | slurm)
+    called = []
+    code, text = ended(capsys, called.append, [])
+    assert code == 2 and not called and "found 2 tasks, expected one process" in text
+    run_command(called.append, [], may_be_many=True)
+    assert called == [[]]
+    monkeypatch.setattr(os, "environ", os.environ.copy() | {"SLURM_STEP_NUM_TASKS": "1", "RANK": ""})
+    run_command(called.append, [])
+    assert len(called) == 2
