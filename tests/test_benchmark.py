@@ -23,16 +23,16 @@ def config(tmp_path):
 
 
 def test_a_row_that_runs_and_one_that_fails(config, tmp_path):
-    """DeepSpeed's stage 2 refuses prescale_gradients, and its stage 0 does not."""
-    out, override = tmp_path / "results", "--deepspeed.prescale_gradients=true"
-    flags = ["--gpus", 1, "--steps", 2, "--warmup", 1, "--rows", "zero2", "ddp", "--out", out, "--json", override]
+    """Gradients in fp32 beside bf16 are for stages 2 and 3 alone."""
+    out, override = tmp_path / "results", ["--train.precision=bf16", "--deepspeed.data_types.grad_accum_dtype=fp32"]
+    flags = ["--gpus", 1, "--steps", 2, "--warmup", 1, "--rows", "ddp", "zero2", "--out", out, "--json", *override]
     ended = run([*COMMAND, config, *flags], timeout=200, CUDA_VISIBLE_DEVICES="")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     answer = json.loads(ended.stdout.splitlines()[-1])
     assert answer == json.loads((out / "small.json").read_text())
     failed, ran = answer["rows"]
-    assert failed["row"] == "zero2" and "\n" not in failed["failed"] and "step_seconds" not in failed
-    assert ran["row"] == "ddp" and ran["failed"] is None
+    assert failed["row"] == "ddp" and "\n" not in failed["failed"] and "step_seconds" not in failed
+    assert ran["row"] == "zero2" and ran["failed"] is None
     assert len(ran["all_step_seconds"]) == 2 and ran["step_seconds"] <= ran["slowest_seconds"]
     assert ran["tokens_per_second"] == pytest.approx(128 / ran["step_seconds"])
     assert ran["cpu_bytes"] > ran["predicted_bytes"] > 0

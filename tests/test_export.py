@@ -220,7 +220,7 @@ def test_a_model_py_that_was_changed_without_a_key_is_refused(base, where, name,
 def test_a_checkpoint_of_another_model_py_is_refused(tmp_path, monkeypatch):
     """Its parameters would be passed over: by export, eval, sample and the start of a run."""
     write_run(tmp_path / "run", LLAMA, write_data(tmp_path / "data"))
-    for changed, expected in ((MoreParameters, "expected (8,)"), (OtherShapes, "found (32,), expected (1,)")):
+    for changed, expected in ((MoreParameters, "expected [8]"), (OtherShapes, "found [32], expected [1]")):
         with monkeypatch.context() as patch:
             patch.setattr(export, "GPT", changed)
             for refuse in (open_trained, lambda path: export.open_weights(str(path), LLAMA)):

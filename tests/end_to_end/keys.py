@@ -5,6 +5,7 @@ one that resumes from the plain run's checkpoint at another ZeRO stage, in one p
 """
 
 import gc
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -16,9 +17,9 @@ from deepspeed.accelerator import get_accelerator
 
 import checkpoint
 import dist
-from config import build, deepspeed_config, merge
+from config import Config, build, deepspeed_config, merge
 from engine import build_engine
-from pieces import loss_scaler, saved_pieces
+from pieces import KINDS, SavedPieces, loss_scaler
 from tests.end_to_end import key_settings
 
 FOLDER, LIST = Path(sys.argv[-2]), sys.argv[-1]
@@ -50,18 +51,17 @@ def take_steps(engine, first):
 
 def saved(engine, name, step):
     """Save a checkpoint: (its path, {(kind, parameter): whole tensor, NaN where no rank saved it})."""
-    state = {"step": step, "tokens": 0, "config": {}, "data": {}, "world_size": 2, "precision": "", "stage": 0}
+    state = {"step": step, "tokens": 0, "config": Config().to_dict(), "data": {}, "best_val_loss": None}
+    state |= {"world_size": 2, "precision": "fp32", "stage": 0}
     checkpoint.save(engine, FOLDER / name, state, False, 2)
     comm.barrier()
     path, found = FOLDER / name / checkpoint.name_of(step), {}
     state = checkpoint.read_state(path)
-    for (kind, parameter), pieces in saved_pieces(path, state).items():
-        if kind != "random":
-            shape = torch.Size(state["parameters"][parameter])
-            flat = torch.full((shape.numel(),), torch.nan)
-            for start, length, piece in pieces:
-                flat[start : start + length] = piece[:]
-            found[kind, parameter] = flat.view(shape)
+    saved = SavedPieces(path, state, verify=True)
+    for kind, (parameter, shape) in itertools.product(KINDS, state["parameters"].items()):
+        flat = torch.full((torch.Size(shape).numel(),), torch.nan)
+        saved.fill(flat, 0, kind, parameter)
+        found[kind, parameter] = flat.view(shape)
     return path, found
 
 
