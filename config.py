@@ -804,10 +804,11 @@ def run_command(function, arguments=None, may_be_many=False):
         rank = os.environ.get("RANK", "")  # the function may have found it
         rank = int(rank) if rank.isdecimal() else 0
         shared = isinstance(error, SharedError)
-        if rank and code == commands.REFUSED:
+        says_it = rank == error.said_by if shared else not rank or code == commands.REFUSED
+        if code == commands.REFUSED and rank and not (shared and says_it):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(2 if shared else 10)
-        if line and (rank == error.said_by if shared else not rank or code == commands.REFUSED):
+        if line and says_it:
             commands.say(f"rank {rank}: {line}" if rank else line)
         raise SystemExit(code) from None
     finally:

@@ -5,12 +5,14 @@ import hashlib
 import os
 import platform
 import socket
+import threading
 import warnings
 from datetime import timedelta
 
 import torch
 from torch import distributed
 
+import commands
 from config import ROOT, SharedError, UserError, flat, git_commit
 from launchers import find_ranks
 
@@ -20,6 +22,8 @@ import deepspeed
 from deepspeed import comm
 from deepspeed.utils.logging import set_log_level_from_string
 
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")  # which say what a process may see
+local_place = 0, 1  # this process among those on its machine: (its number, how many)
 DIFFERENCES = 5  # as many are listed of two ranks that differ
 
 
@@ -29,8 +33,12 @@ DIFFERENCES = 5  # as many are listed of two ranks that differ
 def find_place(verbose=False, may_be_alone=False):
     """(device, rank, number of ranks) of this process; its environment then says the same in torch's variables.
     Starts no communication yet. Raises UserError."""
-    os.environ |= find_ranks(dict(os.environ), may_be_alone)
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    global local_place
+    if local_place == (0, 1):  # a second call finds the number of the GPU in LOCAL_RANK
+        os.environ |= find_ranks(dict(os.environ), may_be_alone)
+        local_place = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_SIZE"])
+    rank = int(os.environ["RANK"])
+    world_size = int(os.environ["WORLD_SIZE"])
     set_log_level_from_string("info" if verbose else "error")
     if not verbose:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed calls old names
@@ -43,15 +51,17 @@ def find_place(verbose=False, may_be_alone=False):
         # ZeRO-3 gathers and scatters, which it does not speed up: plain gloo is as fast here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         return torch.device("cpu"), rank, world_size
-    device = torch.device("cuda", gpu_of(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
+    device = torch.device("cuda", gpu_of(local_place[0], torch.cuda.device_count()))
     os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of the GPU
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # and compares it with this
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = os.environ["LOCAL_RANK"]
     torch.cuda.set_device(device)
     return device, rank, world_size
 
 
 def gpu_of(local_rank, gpus):
     """The number of the GPU of a rank on its machine. Raises UserError if there are fewer GPUs than ranks."""
-    if gpus == 1:
+    if gpus == 1 and any(os.environ.get(name) for name in VISIBLE):
         return 0  # srun --gpus-per-task=1 shows each task its own GPU alone, as number 0
     if local_rank >= gpus:
         raise UserError(f"rank {local_rank} of this machine has no GPU: it has {gpus}; start one process a GPU")
@@ -98,18 +108,92 @@ def gather(value):
     return everyone
 
 
+# -- how they end ----------------------------------------------------------------------------------
+
+
+def ask_store(action, seconds=5):
+    """What action(store) gives, or None if rank 0, which keeps the ranks' common store, does not answer."""
+    store, answers = distributed.distributed_c10d._get_default_store(), []
+
+    def ask():
+        with contextlib.suppress(RuntimeError):  # rank 0 is gone
+            answers.append(action(store))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return answers[0] if answers else None
+
+
+def tell(line):
+    """Let the other ranks, which will only see that this one has gone, know why. Returns the SharedError to end by:
+    that of the first rank which has told, where several have."""
+    mine = f"{os.environ['RANK']} {line}"
+    first = ask_store(lambda store: store.compare_set("fault", "", mine))
+    return shared(first.decode() if first else mine)
+
+
+def told():
+    """The SharedError of the rank that has ended and told why, else None."""
+    if not distributed.is_initialized() or not ask_store(lambda store: store.check(["fault"])):
+        return None
+    fault = ask_store(lambda store: store.get("fault").decode())
+    return shared(fault) if fault else None
+
+
+def shared(fault):
+    rank, _, line = fault.partition(" ")
+    return SharedError(line, int(rank))
+
+
+@contextlib.contextmanager
+def ending_together(on_lost_contact=lambda reason: None, on_own_fault=lambda: None):
+    """For all that a rank does: what a user can cause on one rank ends all of them, and one line says it.
+
+    on_lost_contact: called with the reason where another rank has gone and told nothing. on_own_fault: called where
+    this rank is the one that says the line, before it ends."""
+    try:
+        yield
+    except SharedError:
+        raise
+    except Exception as error:
+        if is_lost_contact(error):
+            if fault := told():
+                raise fault from None
+            reason = f"lost contact with another rank ({' '.join(str(error).split())[:400]})"
+            on_lost_contact(reason)
+            raise UserError(reason) from None
+        line = commands.explain(error)
+        if line is None or not distributed.is_initialized() or distributed.get_world_size() == 1:
+            raise
+        fault = tell(line)
+        if fault.said_by == distributed.get_rank():
+            on_own_fault()
+        raise fault from None
+
+
+def is_lost_contact(error):
+    """Whether an exception says that another rank has gone."""
+    if isinstance(error, distributed.DistError):
+        return True
+    words = ("gloo", "Connection closed", "NCCL", "onnection reset")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 # -- what they must agree on -----------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def all_or_none():
-    """For a block that every rank runs: a UserError of one rank is raised on all (as SharedError), so that none waits
-    for a rank that has ended. It names the rank and its machine, unless all ranks found the same."""
+    """For a block that every rank runs: what a user can cause on one rank is raised on all, as SharedError, so that
+    none waits for a rank that has ended. It names the rank and its machine, unless all ranks found the same."""
     fault = None
     try:
         yield
-    except UserError as error:
-        fault = str(error)
+    except Exception as error:
+        fault = commands.explain(error)
+        if fault is None or is_lost_contact(error):
+            raise
     faults = gather((fault, socket.gethostname()) if fault else None)
     first = next((rank for rank, found in enumerate(faults) if found), None)
     if first is None:

@@ -81,22 +81,25 @@ def check_memory(config, ds_config, device, world_size):
     """Raises UserError for a model, micro-batch or buffer that is larger than the memory of a rank: one line in place
     of the allocator's traceback. A lower bound of what a rank needs; plan.py says what it takes."""
     model, train, zero = config.model, config.train, ds_config.get("zero_optimization", {})
-    stage, width = zero_stage(ds_config), 4 if not ds_config["bf16"]["enabled"] | ds_config["fp16"]["enabled"] else 2
+    stage = zero_stage(ds_config)
+    width = 2 if ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"] else 4
     parameters, _ = count_parameters(model)
     here = ("none",) if device.type == "cuda" else ("none", "cpu")
-    weights, moments = parameters * width, parameters * 8  # Adam's two in float32
-    weights = weights // (world_size if stage == 3 else 1) if offload_device(zero, "offload_param") in here else 0
-    moments = moments // (world_size if stage else 1) if offload_device(zero, "offload_optimizer") in here else 0
+    weights = moments = bucket = 0
+    if offload_device(zero, "offload_param") in here:
+        weights = parameters * width // (world_size if stage == 3 else 1)
+    if offload_device(zero, "offload_optimizer") in here:
+        moments = parameters * 8 // (world_size if stage else 1)  # Adam's two in float32
+    if stage and zero.get("contiguous_gradients", True):
+        bucket = zero.get("reduce_bucket_size", 5 * 10**8)
     tokens = train.micro_batch_size * model.block_size
+    sequences = f"{train.micro_batch_size} sequences of {model.block_size} tokens"
     needs = {
         f"model: {parameters:,} parameters and their optimizer, at stage {stage} on {world_size} ranks,": weights
         + moments,
-        f"train.micro_batch_size: {train.micro_batch_size} sequences of {model.block_size} tokens": (
-            tokens * (8 + 2 * model.n_embd * width)  # the ids, and the embeddings with their gradient
-        ),
-        f"deepspeed.zero_optimization.reduce_bucket_size: {zero.get('reduce_bucket_size', 5 * 10**8):,} elements": (
-            width * zero.get("reduce_bucket_size", 0) if stage and zero.get("contiguous_gradients", True) else 0
-        ),
+        # the ids, and the embeddings with their gradient
+        f"train.micro_batch_size: {sequences}": tokens * (8 + 2 * model.n_embd * width),
+        f"deepspeed.zero_optimization.reduce_bucket_size: {bucket:,} elements": bucket * width,
     }
     there, (what, need) = memory_of(device), max(needs.items(), key=lambda item: item[1])
     if sum(needs.values()) > there:

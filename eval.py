@@ -347,10 +347,14 @@ def report(trained: Trained, streams, result):
 
 
 def command(arguments):
-    main(arguments)
-    if distributed.is_initialized():
-        distributed.barrier()  # gloo aborts at exit if a peer still talks
-        distributed.destroy_process_group()
+    if find_ranks(dict(os.environ), may_be_alone=True)["WORLD_SIZE"] == "1":
+        main(arguments)
+        return
+    import dist  # it alone needs DeepSpeed
+
+    with dist.ending_together():
+        main(arguments)
+    dist.stop_process_group()
 
 
 if __name__ == "__main__":

@@ -534,12 +534,21 @@ def copy_into(model, load):
     hands rank 0's on."""
     import deepspeed
 
-    first = deepspeed.comm.get_rank() == 0
-    read = load() if first else None
+    import dist
+
+    first, fault, read = deepspeed.comm.get_rank() == 0, None, None
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if first:
+            if not first or fault:
+                continue  # all ranks gather, whatever rank 0 finds
+            try:
+                read = read or load()
                 parameter.copy_(read(name)[: len(parameter)])  # learned positions past block_size are left out
+            except UserError as error:
+                fault = error
+    with dist.all_or_none():
+        if fault:
+            raise fault
 
 
 # -- there: the command --------------------------------------------------------------------------

@@ -18,7 +18,8 @@ import psutil
 from torch import distributed
 
 import checkpoint
-from config import SharedError, UserError
+import dist
+from config import UserError
 from pieces import first_not_finite, forget_powers, optimizers
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -73,10 +74,10 @@ class Watch:
 
     def __init__(self, out_dir, timeout):
         self.out_dir, self.timeout, self.reason = Path(out_dir), timeout, None
-        self.rank = int(os.environ.get("RANK", 0))
+        self.rank = int(os.environ.get("RANK") or 0)
         self.folder = None  # the RunFolder, once there is one
         self.peers, self.beats, self.last_beat, self.finished = None, 0, time.monotonic(), False
-        self.beats_of_all, self.last_look = None, 0.0
+        self.beats_of_all, self.last_look, self.last_asked = None, 0.0, 0.0
         self.loop_has_begun, self.first_ctrl_c = False, None
 
     def start(self):
@@ -93,12 +94,10 @@ class Watch:
 
     def meet(self):
         """From here on a rank that makes no progress is noticed. Every rank must call this."""
-        everyone = [None] * distributed.get_world_size()
+        self.rank = distributed.get_rank()
         machine = socket.gethostname(), Path("/proc/sys/kernel/random/boot_id").read_text()  # names may repeat
-        distributed.all_gather_object(everyone, (machine, os.getpid()))
-        here = {rank: pid for rank, (other, pid) in enumerate(everyone) if other == machine}
-        self.store = distributed.distributed_c10d._get_default_store()
-        self.store.set(f"beat/{self.rank}", str(self.beats))
+        here = {rank: pid for rank, (other, pid) in enumerate(dist.gather((machine, os.getpid()))) if other == machine}
+        dist.ask_store(lambda store: store.set(f"beat/{self.rank}", str(self.beats)))
         self.last_beat = time.monotonic()
         with contextlib.suppress(psutil.NoSuchProcess):  # it will be missed soon enough
             self.peers = {rank: psutil.Process(pid) for rank, pid in here.items()}
@@ -138,8 +137,12 @@ class Watch:
                 end(f"stopped by {self.reason}: rank {dead[0]} is gone", 1, self.out_dir, self.folder)
             if self.beats > told:
                 told = self.beats
-                self.ask_store(lambda: self.store.set(f"beat/{self.rank}", str(self.beats)))
+                dist.ask_store(lambda store: store.set(f"beat/{self.rank}", str(self.beats)))
             waited = time.monotonic() - self.last_beat
+            if waited > 2 and time.monotonic() - self.last_asked > max(1, distributed.get_world_size() / 100):
+                self.last_asked = time.monotonic()
+                if (fault := dist.told()) and fault.said_by != self.rank and not self.finished:
+                    os._exit(2)  # of which another rank says the reason
             if waited > self.timeout / 2:
                 self.look_at_others()
                 waited = time.monotonic() - self.last_beat
@@ -161,30 +164,25 @@ class Watch:
             self.first_ctrl_c = self.first_ctrl_c or time.monotonic()
         self.reason = self.reason or name
 
-    def ask_store(self, action):
-        """What the ranks' common store, which rank 0 keeps, answers within 5 seconds, or None."""
-        answers = []
-        asking = threading.Thread(target=lambda: answers.append(action()), daemon=True)
-        asking.start()
-        asking.join(5)
-        return answers[0] if answers else None
+    def end_alone(self, reason):
+        """End this rank, which has lost contact with another."""
+        end(reason, 1, self.out_dir, self.folder)
 
-    def tell(self, error):
-        """Let the other ranks, which will only see that this one has gone, know why. error: what it will say."""
-        if self.peers is not None:
-            self.ask_store(lambda: self.store.set("fault", f"{self.rank} {error}"))
-
-    def told(self):
-        """The SharedError of another rank that has ended and told why, else None."""
-        if self.peers is None or not self.ask_store(lambda: self.store.check(["fault"])):
-            return None
-        rank, _, message = self.ask_store(lambda: self.store.get("fault").decode()).partition(" ")
-        return SharedError(message, int(rank))
+    def stop_watching(self):
+        """This rank ends by a fault of its own, which it says itself. Rank 0 keeps the store until the others have read
+        why: until those on this machine are gone, or for ten seconds."""
+        self.finished = True
+        began = time.monotonic()
+        others = [process for rank, process in (self.peers or {}).items() if rank != self.rank]
+        while self.rank == 0 and time.monotonic() - began < 10 and self.peers and distributed.get_world_size() > 1:
+            if len(others) + 1 == distributed.get_world_size() and all(map(is_gone, others)):
+                break
+            time.sleep(0.2)
 
     def all_beats(self):
         """How often each rank has called `beat`, or None if rank 0 does not answer."""
         keys = [f"beat/{rank}" for rank in range(distributed.get_world_size())]
-        return self.ask_store(lambda: [int(value) for value in self.store.multi_get(keys)])
+        return dist.ask_store(lambda store: [int(value) for value in store.multi_get(keys)])
 
     def look_at_others(self):
         """Progress of another rank, which this one may be waiting for, counts as its own."""

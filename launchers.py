@@ -93,7 +93,7 @@ def find_ranks(environ, may_be_alone=False):
     not enough to bring them together."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
     alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # 0: whichever port is free
-    if "RANK" in environ or "WORLD_SIZE" in environ:
+    if environ.get("RANK") or environ.get("WORLD_SIZE"):
         return torch_variables(environ, alone)
     launcher = find_launcher(environ)
     if launcher is None:
@@ -133,20 +133,25 @@ def find_ranks(environ, may_be_alone=False):
 
 def torch_variables(environ, alone):
     """The variables that torchrun and DeepSpeed's launchers set, checked. Raises UserError."""
-    missing = [name for name in TORCH_VARIABLES if not environ.get(name)]
-    if environ.get("WORLD_SIZE", "1") == "1" and environ.get("RANK", "0") == "0":
-        return alone | {name: environ[name] for name in TORCH_VARIABLES if environ.get(name)}
+    found = {name: environ[name] for name in TORCH_VARIABLES if environ.get(name)}
+    for name in found.keys() - {"MASTER_ADDR"}:
+        number_of(environ, name)
+    if int(found.get("MASTER_PORT", 0)) > 65535:
+        raise UserError(f"MASTER_PORT: found {found['MASTER_PORT']}, expected at most 65535")
+    rank, world_size = int(found.get("RANK", 0)), int(found.get("WORLD_SIZE", 1))
+    if rank >= world_size:
+        raise UserError(f"RANK: found {rank}, expected less than WORLD_SIZE {world_size}")
+    local_size = environ.get("LOCAL_SIZE") or environ.get("LOCAL_WORLD_SIZE") or "1"
+    found["LOCAL_SIZE"] = str(number_of({"LOCAL_SIZE": local_size}, "LOCAL_SIZE"))
+    if world_size == 1:
+        return alone | found
+    missing = [name for name in TORCH_VARIABLES if name not in found]
     if missing:
         raise UserError(
-            f"RANK is {environ.get('RANK')!r} and WORLD_SIZE {environ.get('WORLD_SIZE')!r}, but {', '.join(missing)} "
-            "not set; start with deepspeed or torchrun, or unset them for one process"
+            f"WORLD_SIZE is {world_size}, but {', '.join(missing)} not set; start with deepspeed or torchrun, or unset "
+            "it for one process"
         )
-    found = {name: environ[name] for name in TORCH_VARIABLES}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
-        number_of(environ, name)
-    if int(found["RANK"]) >= int(found["WORLD_SIZE"]):
-        raise UserError(f"RANK: found {found['RANK']}, expected less than WORLD_SIZE {found['WORLD_SIZE']}")
-    return found | {"LOCAL_SIZE": environ.get("LOCAL_SIZE") or environ.get("LOCAL_WORLD_SIZE") or "1"}
+    return found
 
 
 def slurm_step(environ, may_be_alone):

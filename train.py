@@ -32,6 +32,7 @@ import export
 import guard
 import metrics
 from config import (
+    SharedError,
     TrainConfig,
     UserError,
     deepspeed_config,
@@ -159,8 +160,9 @@ def train_in(folder, config, watch, device, rank, world_size):
     with dist.all_or_none():
         # ---- data: batch(windows) gives inputs and targets, both (micro_batch_size, block_size)
         sizes = config.model.block_size, config.model.vocab_size
+        verify = dist.local_place if config.data.verify else None  # the ranks of a machine share the reading
         train_data, val_data = (
-            Mixture(config.data.path, split, *sizes, train.seed, config.data.verify) for split in ("train", "val")
+            Mixture(config.data.path, split, *sizes, train.seed, verify) for split in ("train", "val")
         )
 
         # ---- batch arithmetic: tokens a step = micro_batch_size x block_size x ranks x accumulation
@@ -179,12 +181,14 @@ def train_in(folder, config, watch, device, rank, world_size):
         weights, load_weights = None, None
         if train.init_from and not resume_from:
             weights, load_weights = export.open_weights(train.init_from, config.model)
+        digests = train_data.content_digests() | val_data.content_digests()
+        code = dist.code_digests()
 
     # ---- what all ranks must have in common
     made_with = dist.versions()
     facts = config.to_dict() | {"precision": precision, "kernels": kernels, "checkpoint": str(resume_from)}
     facts |= {"versions": {name: made_with[name] for name in ("python", "torch", "deepspeed")}}
-    facts |= {"code": dist.code_digests(), "tokens": train_data.content_digests() | val_data.content_digests()}
+    facts |= {"code": code, "tokens": digests, "shards": train_data.fingerprint() | val_data.fingerprint()}
     dist.refuse_different_ranks(facts)
     known_faults = {}
     while resume_from and (fault := checkpoint.fault_of(resume_from, state)):
@@ -196,6 +200,9 @@ def train_in(folder, config, watch, device, rank, world_size):
     tokens_before = state["tokens"] - first_step * train.global_batch_tokens
     total_steps = (train.max_tokens - tokens_before) // train.global_batch_tokens
     if first_step >= total_steps:
+        if state.get("suspect"):
+            reason = "it ended after steps whose numbers were bad"
+            raise SharedError(f"{resume_from}: {reason}; look at the data, or lower train.lr, in another train.out_dir")
         say(f"{run} is complete: {first_step} of {total_steps} steps; raise train.max_tokens to train it longer")
         return best_val_loss
 
@@ -203,8 +210,11 @@ def train_in(folder, config, watch, device, rank, world_size):
     for its_turn in (rank == 0, rank != 0):  # rank 0 makes the folder and locks it, the others share the lock
         with dist.all_or_none():
             say(folder.hold() if its_turn else None)
-    if rank == 0:
-        checkpoint.tidy(run / "checkpoints")
+    with dist.all_or_none():
+        if rank == 0 and not resume_from and checkpoint.find(run):
+            raise UserError(f"train.out_dir: another run has just saved into {run}; start again to continue it")
+        if rank == 0:
+            checkpoint.tidy(run / "checkpoints")
     not_compiled = why_not_compiled(train.compile, config.model, device, kernels, precision)
     engine = build_engine(config, ds_config, device, kernels, not not_compiled, load_weights)
     plain = stage == 0 and precision == "fp32"  # the one case in which DeepSpeed keeps no gradient norm
@@ -228,11 +238,12 @@ def train_in(folder, config, watch, device, rank, world_size):
     record |= {"world_size": world_size, "stage": stage, "precision": precision}
     record |= {"kernels": kernels, "compiled": not not_compiled}
     parameters = count_real_parameters(engine.module)
-    if rank == 0:
-        make_way(run / "config.json")
-        write_json(run / "config.json", config.to_dict() | {key: record[key] for key in record if key != "config"})
-        log = metrics.MetricsLog(run, first_step, train.loggers, config.to_dict())
-    folder.report("running", first_step)
+    with dist.all_or_none():
+        if rank == 0:
+            make_way(run / "config.json")
+            write_json(run / "config.json", config.to_dict() | {key: record[key] for key in record if key != "config"})
+            log = metrics.MetricsLog(run, first_step, train.loggers, config.to_dict())
+        folder.report("running", first_step)
     for section, content in config.to_dict().items():
         say(f"{section}: {json.dumps(content)}")
     say(f"kernels: {kernels} ({why_kernels}); compiled: {f'no ({not_compiled})' if not_compiled else 'yes'}")
@@ -373,6 +384,7 @@ def train_in(folder, config, watch, device, rank, world_size):
 
 def command(arguments):
     """main from the command line."""
+    dist.find_place()
     config, fault = None, None
     try:
         config = load_config(arguments)
@@ -381,21 +393,12 @@ def command(arguments):
     train = config.train if config else TrainConfig(out_dir=".")
     watch = guard.Watch(train.out_dir, train.timeout_seconds).start()
     try:
-        dist.start_process_group(train.verbose, patience(train))
-        with dist.all_or_none():
-            if fault:
-                raise fault
-        main(config, watch)
-    except UserError as error:
-        watch.tell(error)
-        raise
-    except RuntimeError as error:  # torch's DistBackendError, which NCCL raises, is one as well
-        if not any(word in str(error) for word in ("gloo", "Connection closed", "NCCL", "onnection reset")):
-            raise
-        if told := watch.told():
-            raise told from None
-        reason = " ".join(str(error).split())[:400]
-        guard.end(f"lost contact with another rank ({reason})", 1, train.out_dir, watch.folder)
+        with dist.ending_together(watch.end_alone, watch.stop_watching):
+            dist.start_process_group(train.verbose, patience(train))
+            with dist.all_or_none():
+                if fault:
+                    raise fault
+            main(config, watch)
     finally:
         watch.finish()
     dist.stop_process_group()

@@ -7,7 +7,6 @@ A single folder is a mixture of one, so nothing else in the code tells them apar
 """
 
 import hashlib
-import os
 
 import numpy as np
 
@@ -18,25 +17,15 @@ from data.shards import TokenStream
 DIGEST_TOKENS, DIGEST_BLOCK = 1 << 20, 4096  # of a digest of the content: tokens in all, and tokens read at a time
 
 
-def place_on_node():
-    """(rank on this node, ranks on it), as the launcher says; (0, 1) if it does not. Nodes may have disks of their own,
-    so what must be right on each is shared by its ranks alone."""
-    rank, ranks = (os.environ.get(name, "") for name in ("LOCAL_RANK", "LOCAL_SIZE"))
-    ranks = ranks or os.environ.get("LOCAL_WORLD_SIZE", "")
-    if rank.isdigit() and ranks.isdigit() and int(rank) < int(ranks):
-        return int(rank), int(ranks)
-    return 0, 1
-
-
 class Mixture:
     """One split of the data. Its windows are numbered through: those of the first folder, then the next.
 
     path: a folder, or {folder: weight}; the order in which they are written does not matter. Each folder
-    goes through epochs of its own. verify: read every shard as a whole and compare its checksum, shared among the
-    ranks of this node, each of which must do this. Raises UserError for shards that are broken, too short, made with
+    goes through epochs of its own. verify: (number, ranks) of this rank on its machine, whose ranks share the
+    reading of every shard as a whole to compare its checksum; None: no such reading. Raises UserError for shards that are broken, too short, made with
     different tokenizers, or with ids at or above `vocab_size`."""
 
-    def __init__(self, path, split, block_size, vocab_size, seed, verify=False):
+    def __init__(self, path, split, block_size, vocab_size, seed, verify=None):
         weights = data_weights(path)
         self.folders, self.block_size, self.seed = sorted(weights), block_size, seed
         self.streams = [TokenStream(folder, split, block_size) for folder in self.folders]
@@ -54,7 +43,7 @@ class Mixture:
             raise UserError(f"data.path: found {found}; expected one tokenizer for all; prepare one of them again")
         if verify:
             for stream in self.streams:
-                stream.verify(*place_on_node())
+                stream.verify(*verify)
 
     def windows_of(self, samples):
         """Sample numbers of a run (k,) -> window numbers (k,) int64."""

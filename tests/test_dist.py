@@ -38,6 +38,7 @@ PLACES = [  # environment; RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR
     (TORCH | SLURM | THIRD, "1 2 0 1 n1"),  # torchrun or deepspeed started by srun
     (TORCH | {"LOCAL_WORLD_SIZE": "4"}, "1 2 0 4 n1"),
     ({"RANK": "0", "WORLD_SIZE": "1"}, "0 1 0 1 127.0.0.1"),
+    ({"RANK": "", "WORLD_SIZE": ""}, "0 1 0 1 127.0.0.1"),
 ]
 
 
@@ -56,6 +57,9 @@ REFUSED = [
     ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "PMI_SIZE: says 2 tasks, but MPI_LOCALRANKID"),
     ({"PMI_RANK": "1"}, "PMI_RANK: found 1, but PMI_SIZE is not set"),
     (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "4"}, "MASTER_ADDR: not set, and Open MPI does not say"),
+    ({"RANK": "abc"}, "RANK: found 'abc'"),
+    ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}, "LOCAL_RANK: found 'x'"),
+    (TORCH | {"MASTER_PORT": "99999"}, "MASTER_PORT: found 99999, expected at most 65535"),
     ({"RANK": "1", "WORLD_SIZE": "2"}, "but LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"),
     ({"WORLD_SIZE": "2"}, "but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"),
     (TORCH | {"RANK": "2"}, "RANK: found 2, expected less than WORLD_SIZE 2"),
@@ -95,8 +99,12 @@ def test_the_first_host_of_a_list_of_nodes(nodes, first):
     assert launchers.first_host(nodes) == first
 
 
-def test_each_rank_has_a_gpu_of_its_own():
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert [dist.gpu_of(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="rank 1 of this machine has no GPU: it has 1"):
+        dist.gpu_of(1, 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     assert dist.gpu_of(3, 1) == 0, "srun --gpus-per-task=1 shows one to each"
     with pytest.raises(UserError, match="rank 4 of this machine has no GPU: it has 4"):
         dist.gpu_of(4, 4)
@@ -110,3 +118,18 @@ def test_what_differs_between_ranks_is_listed():
     assert dist.differences({"train.lr": 1, "train.seed": 2}, first) == ["code.train.py is nothing instead of 'ab'"]
     many = {f"key{number}": number for number in range(9)}
     assert dist.differences({}, many)[-1] == "4 more"
+
+
+def test_a_rank_keeps_its_place_on_its_machine_when_deepspeed_is_told_its_gpu(monkeypatch):
+    """srun --gpus-per-task=1: each rank has a GPU number 0, and its share of what a machine's ranks do together."""
+    environ = SLURM | THIRD | {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "2"}
+    environ |= {"CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    monkeypatch.setattr(dist.os, "environ", environ)
+    monkeypatch.setattr(dist, "local_place", (0, 1))
+    monkeypatch.setattr(dist.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dist.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(dist.torch.cuda, "set_device", lambda device: None)
+    for _ in range(2):  # a second call finds what the first has written
+        device, rank, world_size = dist.find_place()
+        assert (device.index, rank, world_size, dist.local_place) == (0, 5, 6, (1, 2))
+    assert environ["LOCAL_RANK"] == environ["OMPI_COMM_WORLD_LOCAL_RANK"] == "0"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import checkpoint
+import dist
 import engine
 import guard
 import train
@@ -115,7 +116,8 @@ class Store:
 def test_progress_of_another_rank_is_no_hang_and_none_of_any_is(monkeypatch, tmp_path):
     monkeypatch.setattr(guard.distributed, "get_world_size", lambda: 3)
     watch = guard.Watch(tmp_path, timeout=10)
-    watch.store = Store({"beat/0": 5, "beat/1": 5, "beat/2": 4})
+    store = Store({"beat/0": 5, "beat/1": 5, "beat/2": 4})
+    monkeypatch.setattr(dist, "ask_store", lambda action: action(store))
     long_ago = watch.last_beat - 9
 
     def look():
@@ -125,6 +127,6 @@ def test_progress_of_another_rank_is_no_hang_and_none_of_any_is(monkeypatch, tmp
 
     assert not look(), "the first look has nothing to compare with"
     assert not look() and watch.who_is_behind() == "rank 2 hangs"
-    watch.store.beats["beat/2"] = 5
+    store.beats["beat/2"] = 5
     assert look(), "rank 2 moved"
     assert not look() and watch.who_is_behind() == "no rank moves on"

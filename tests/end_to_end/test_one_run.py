@@ -122,21 +122,35 @@ def two_ranks(rank, port):
     }
 
 
-def test_ranks_of_slurm_and_mpi_are_one_run(place, train):
-    """What srun and mpirun set; nothing else tells the two processes of each other."""
+def ranks_of(train, name, *arguments):
+    """Two ranks that know of each other by what srun or mpirun sets alone."""
     slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
     slurm |= {"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "node1"}
     mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": f"mpi{os.getpid()}"}
-    for name, (variables, *own) in {
+    variables, *own = {
         "slurm": (slurm, "SLURM_PROCID", "SLURM_LOCALID"),
         "mpi": (mpi, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    }.items():
-        ranks = [train("--train.out_dir", name, **variables, **dict.fromkeys(own, str(rank))) for rank in (0, 1)]
-        said = [ended(rank) for rank in ranks]
-        assert [code for code, _ in said] == [0, 0], said
-        assert "ZeRO-1 on 2 x" in said[0][1] and "| loss " not in said[1][1]
-        state = checkpoint.read_state(checkpoint.find(place / name))
-        assert state["world_size"] == 2 and len(state["files"]) == 2
+    }[name]
+    return [train(*arguments, **variables, **dict.fromkeys(own, str(rank))) for rank in (0, 1)]
+
+
+def test_ranks_of_slurm_are_one_run(place, train):
+    said = [ended(rank) for rank in ranks_of(train, "slurm")]
+    assert [code for code, _ in said] == [0, 0], said
+    assert "ZeRO-1 on 2 x" in said[0][1] and "| loss " not in said[1][1]
+    state = checkpoint.read_state(checkpoint.find(place / "out"))
+    assert state["world_size"] == 2 and len(state["files"]) == 2
+
+
+def test_what_one_rank_meets_in_mid_run_is_one_line_of_all(place, train):
+    """Of mpirun's ranks: rank 0, which keeps what the others ask, finds the run's folder gone."""
+    ranks = ranks_of(train, "mpi", *LONG)
+    wait_for(ranks[0], " 3/100000")
+    (place / "out").rename(place / "moved")
+    said = [ended(rank) for rank in ranks]
+    assert [code for code, _ in said] == [2, 2], said
+    lines = [line for _, text in said for line in text.splitlines() if "error: " in line or "rank 1" in line]
+    assert len(lines) == 1 and "train.out_dir: out is gone" in lines[0], said
 
 
 @pytest.mark.parametrize(
