@@ -21,9 +21,9 @@ class Mixture:
     """One split of the data. Its windows are numbered through: those of the first folder, then the next.
 
     path: a folder, or {folder: weight}; the order in which they are written does not matter. Each folder
-    goes through epochs of its own. verify: (number, ranks) of this rank on its machine, whose ranks share the
-    reading of every shard as a whole to compare its checksum; None: no such reading. Raises UserError for shards that are broken, too short, made with
-    different tokenizers, or with ids at or above `vocab_size`."""
+    goes through epochs of its own. verify: (number, ranks) of this rank on its machine, whose ranks share the reading
+    of every shard as a whole to compare its checksum; None: no such reading. Raises UserError for shards that are
+    broken, too short, made with different tokenizers, or with ids at or above `vocab_size`."""
 
     def __init__(self, path, split, block_size, vocab_size, seed, verify=None):
         weights = data_weights(path)

@@ -100,6 +100,7 @@ def test_one_run_at_a_time_holds_a_folder_until_it_dies(place, train):
     assert status(place)["state"] == "complete" and status(place)["step"] == steps[-1] + 2
 
 
+@pytest.mark.slow
 def test_a_run_whose_last_rank_still_lives_holds_its_folder(place, train):
     """As when a job is requeued while ranks of the old one are left on another node."""
     port = free_port()
@@ -157,7 +158,7 @@ def test_what_one_rank_meets_in_mid_run_is_one_line_of_all(place, train):
     ("what", "expected"),
     [
         ("config", "train.lr is 0.5 instead of 0.01"),
-        ("a missing config", "config.json: no such file"),
+        pytest.param("a missing config", "config.json: no such file", marks=pytest.mark.slow),
         ("tokens", "tokens.data/train is "),
         pytest.param("missing data", "data.path: no folder data", marks=pytest.mark.slow),
         pytest.param("deepspeed", "deepspeed.zero_optimization.stage is 2 instead of 1", marks=pytest.mark.slow),
@@ -195,6 +196,8 @@ def test_ranks_that_differ_are_refused_with_what_differs_and_where(place, train,
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(place, train):
     first = train(*LONG)
     wait_for(first, " 3/100000")
+    listening = [c.laddr.ip for c in psutil.Process(first.pid).net_connections("all") if c.status == "LISTEN"]
+    assert all(address == "127.0.0.1" for address in listening), "a run of one process opens no port to the network"
     first.send_signal(signal.SIGINT)
     code, said = ended(first)
     assert code == 0 and "Ctrl-C: saving and ending after this step; once more ends at once" in said
@@ -214,9 +217,8 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(place, train):
     assert json.loads((place / "slow" / "status.json").read_text())["state"] == "stopped"
 
 
-@pytest.mark.parametrize(
-    "how", ["renamed", *(pytest.param(how, marks=pytest.mark.slow) for how in ("deleted", "replaced"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["renamed", "deleted", "replaced"])
 def test_a_folder_that_goes_away_under_a_run_ends_it_in_one_line(place, train, how):
     first = train(*LONG, "--train.save_every", 20)
     wait_for(first, "saved ")
@@ -238,15 +240,6 @@ def test_a_folder_that_goes_away_under_a_run_ends_it_in_one_line(place, train, h
         )
         assert code == 2  # the folder under its new name is free: only the profile is wrong
         assert "train.profile" in said
-
-
-def test_a_run_of_one_process_opens_no_port_to_the_network(train):
-    process = train(*LONG)
-    wait_for(process, " 2/100000")
-    listening = [c.laddr.ip for c in psutil.Process(process.pid).net_connections("all") if c.status == "LISTEN"]
-    assert all(address == "127.0.0.1" for address in listening), listening
-    process.send_signal(signal.SIGTERM)
-    assert ended(process)[0] == 0
 
 
 def test_the_environment_of_these_tests_starts_one_process():
