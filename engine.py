@@ -83,7 +83,10 @@ def check_memory(config, ds_config, device, world_size):
     model, train, zero = config.model, config.train, ds_config.get("zero_optimization", {})
     stage = zero_stage(ds_config)
     width = 2 if ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"] else 4
-    parameters, _ = count_parameters(model)
+    try:
+        parameters, _ = count_parameters(model)
+    except UserError:  # an option that no formula knows yet
+        return
     here = ("none",) if device.type == "cuda" else ("none", "cpu")
     weights = moments = bucket = 0
     if offload_device(zero, "offload_param") in here:
