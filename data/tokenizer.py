@@ -284,6 +284,26 @@ def pre_tokenizer(pattern):
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
+def open_huggingface(path):
+    """The tokenizer in a tokenizer.json, as one of the `tokenizers` library. Raises UserError if there is none or it
+    is damaged."""
+    from tokenizers import Tokenizer
+
+    path = Path(path)
+    remedy = "export or copy it again"
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: no such file; {remedy}")
+    if not is_regular(path):
+        raise UserError(f"{path}: not a regular file; {remedy}")
+    try:
+        return Tokenizer.from_buffer(path.read_bytes())
+    except BaseException as error:  # the library has no class of its own for it, and its panics are no Exceptions
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: broken tokenizer ({reason}); {remedy}") from None
+
+
 def huggingface_json(ranks, special_tokens, pattern):
     """The same tokenizer in the form of the `tokenizers` library.
 
