@@ -43,7 +43,9 @@ from data.shards import (
     check_path,
     check_progress,
     checksum,
+    is_regular,
     make_folder,
+    make_way,
     read_meta,
     shard_header,
     shard_layout,
@@ -251,7 +253,7 @@ class Split:
                 raise UserError(f"{self.folder / shard['file']}: not the {shard['tokens']} tokens of progress.json")
         if self.waiting:
             size = HEADER_BYTES + self.waiting * self.dtype.itemsize
-            if not self.temporary.exists() or self.temporary.stat().st_size < size:
+            if not is_regular(self.temporary) or self.temporary.stat().st_size < size:
                 raise UserError(
                     f"{self.temporary}: missing or cut, expected at least {size} bytes; remove progress.json from "
                     f"{self.folder} to start again"
@@ -307,10 +309,17 @@ class Skipped:
         self.path = folder / "skipped.jsonl"
         self.documents, self.size = progress.get("documents", 0), progress.get("bytes", 0)
 
-    def recover(self):
+    def recover(self, ours):
+        """Make the file what progress.json says, after a kill. ours: whether there was a progress.json, else what lies
+        there is not known to be of a preparation and is moved to another name. Raises UserError."""
         if not self.size:
-            self.path.unlink(missing_ok=True)
-        elif not self.path.exists() or self.path.stat().st_size < self.size:
+            if not ours or self.path.is_dir():
+                make_way(self.path, for_a_folder=True)
+            try:
+                self.path.unlink(missing_ok=True)
+            except OSError as error:
+                raise cannot_write(self.path, error) from None
+        elif not is_regular(self.path) or self.path.stat().st_size < self.size:
             raise UserError(
                 f"{self.path}: missing or cut, expected at least {self.size} bytes; remove progress.json from "
                 f"{self.path.parent} to start again"
@@ -412,6 +421,7 @@ def prepare_alone(documents, tokenizer, encoding, args, side, loss_mask):
     settings = {"tokenizer": fingerprint(encoding), "source": getattr(documents, "description", str(args.input))}
     settings |= {name: getattr(args, name) for name in ("val_fraction", "shard_tokens", "limit", "column")}
     meta_file, progress_file = args.out / "meta.json", args.out / "progress.json"
+    begun = os.path.lexists(progress_file)  # by an earlier call, whether it finished anything or not
     found, progress = earlier_work(meta_file, progress_file)
     recorded, by_default = progress.get("settings", {}), side is None
     side, cut = choose_sides(documents, args, side, may_cut=not found or "cut_files" in recorded)
@@ -445,7 +455,7 @@ def prepare_alone(documents, tokenizer, encoding, args, side, loss_mask):
     def documents_done():
         return sum(split.documents for split in splits.values()) + skipped.documents
 
-    skipped.recover()
+    skipped.recover(ours=begun)
     if found:
         for split in splits.values():
             split.recover()

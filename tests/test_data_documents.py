@@ -366,6 +366,39 @@ def faulty():
         yield f"row {number}", text
 
 
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "pipe"])
+@pytest.mark.parametrize("flags", [[], ["--on_bad_document", "skip"]], ids=["stop", "skip"])
+def test_a_skipped_jsonl_of_the_users_own_is_kept(tmp_path, kind, flags):
+    """It was there before the preparation, which moves it to another name and does not read, empty or remove it."""
+    path = tmp_path / "skipped.jsonl"
+    if kind == "file":
+        path.write_text("mine\n")
+    elif kind == "folder":
+        path.mkdir()
+        (path / "mine").write_text("mine\n")
+    elif kind == "link":
+        (tmp_path / "elsewhere").write_text("mine\n")
+        path.symlink_to("elsewhere")
+    else:
+        os.mkfifo(path)
+    before = os.lstat(path)
+    documents = [("a", "text"), ("b", "more"), *([("c", BadDocument("c", "bad"))] if flags else [])]
+    prepare(documents, tmp_path, *flags, side=lambda key: "train")
+    moved = os.lstat(tmp_path / "skipped.jsonl.moved1")
+    assert (moved.st_ino, moved.st_size) == (before.st_ino, before.st_size)
+    assert kind != "link" or (tmp_path / "elsewhere").read_text() == "mine\n"
+    named = [json.loads(line)["key"] for line in path.read_text().splitlines()] if flags else []
+    assert named == (["c"] if flags else []) and path.exists() == bool(flags)
+
+
+def test_the_skipped_jsonl_of_a_killed_preparation_is_written_over(tmp_path):
+    """progress.json says that it is one of ours, of which nothing is finished."""
+    (tmp_path / "progress.json").write_text(json.dumps({"settings": {}}))
+    (tmp_path / "skipped.jsonl").write_text('{"key": "old", "reason": "old"}\n')
+    prepare([("a", "text"), ("b", "more")], tmp_path, side=lambda key: "train")
+    assert not list(tmp_path.glob("skipped.jsonl*"))
+
+
 def test_skipped_documents_are_named_once_after_any_kill(quick):  # noqa: F811
     """SIGKILL before the first, second, third ... file operation, as test_kill_before_each_file_operation does."""
     tokenizer.save_tokenizer(quick / "ab", *tokenizer.characters("ab"))
