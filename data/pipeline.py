@@ -40,7 +40,6 @@ from data.shards import (
     HEADER_BYTES,
     NO_LOSS,
     cannot_write,
-    check_path,
     check_progress,
     checksum,
     is_regular,
@@ -62,7 +61,7 @@ from data.tokenizer import (
     missing_characters,
     without_surrogates,
 )
-from flags import FlagParser, a_number, a_path, at_least
+from flags import FlagParser, a_number, a_path, at_least, check_can_write
 
 BATCH = 1 << 20  # characters handed to a worker at a time: large enough to hide the hand-over
 BATCH_DOCUMENTS = 1 << 14  # and at most so many documents, which take memory even when they are empty
@@ -376,7 +375,7 @@ def prepare(documents, tokenizer, args, side=None, loss_mask=False):
     (data/conversations.py), and the loss is of what stands between them alone. Raises UserError on bad input; what
     is finished stays and is not made again."""
     if not os.path.exists(args.out / "meta.json"):  # what is finished may be on a disk that cannot be written
-        check_path("--out", args.out)
+        check_can_write("--out", args.out, folder=True)
     encoding = load_tokenizer(str(tokenizer))
     if END_OF_TEXT not in encoding._special_tokens:
         raise UserError(f"--tokenizer: {encoding.name} has no {END_OF_TEXT} token; choose one that has, as gpt2")

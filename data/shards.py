@@ -23,6 +23,7 @@ import numpy as np
 
 from config import IGNORE, UserError, read_json
 from data.order import validation_windows
+from flags import check_can_write
 
 HEADER_BYTES = 256 * 4
 FORMATS = {np.dtype("<u2"): (20240520, 1), np.dtype("<u4"): (20240801, 7)}  # dtype: (magic, version)
@@ -70,35 +71,11 @@ def make_way(path, for_a_folder=False):
 
 def make_folder(key, path):
     """Make a folder, if it is not there, that this key of the configuration or flag names. Raises UserError."""
-    check_path(key, path)
+    check_can_write(key, path, folder=True)
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{key}: {path}: {error.strerror}; choose a folder that can be written") from None
-
-
-def check_path(key, path):
-    """Raise UserError if this key's path cannot become a folder that can be written. Makes nothing."""
-    path, remedy = os.fspath(path), "choose a folder that can be written"
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{key}: {path!a}: found a name that is not UTF-8; {remedy}") from None
-    if "\0" in path:
-        raise UserError(f"{key}: {path!a}: found a NUL byte in the name; {remedy}")
-    place = os.path.abspath(path)
-    try:
-        os.stat(place)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise UserError(f"{key}: {path}: {error.strerror}; {remedy}") from None
-    while not os.path.lexists(place):
-        place = os.path.dirname(place)
-    if not os.path.isdir(place):
-        raise UserError(f"{key}: {path}: {place} is not a folder; {remedy}")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{key}: {path}: {place} cannot be written; {remedy}")
 
 
 def cannot_write(path, error):
