@@ -25,7 +25,7 @@ from pathlib import Path
 from config import ModelConfig, UserError, read_json, run_command
 from data.tokenizer import GPT2_PATTERNS, PATTERN, open_huggingface
 from export import FAMILIES, family_of, is_published, open_published
-from flags import FlagParser, a_path
+from flags import FlagParser, a_path, check_can_write
 
 # what llama.cpp calls these patterns (`tokenizer.ggml.pre`), and whether it takes a piece that is a token as it is
 PRE_TOKENIZERS = {PATTERN: ("llama-bpe", True)} | dict.fromkeys(GPT2_PATTERNS, ("gpt-2", False))
@@ -160,8 +160,9 @@ def convert(folder, out, llama_cpp, outtype=None):
 
     To be called once in a process: it changes the converter's classes."""
     folder, out = Path(folder), Path(out)
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"{out}: already there; choose another name, or remove it")
+    check_can_write("out", out)  # before the model and the converter are loaded
     if not is_published(folder):
         raise UserError(
             f"{folder}: found no config.json of transformers' in it; expected a folder that export.py wrote"

@@ -75,7 +75,7 @@ def options(description, folder, tokenizer="gpt2", val_fraction=0.05, **extra):
     parser = FlagParser(description)
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--tokenizer", default=tokenizer, help="tiktoken's name, 'bytes', or a trained one's folder")
-    parser.add_argument("--out", type=a_path, default=Path(os.path.relpath(folder)), help="folder for the shards")
+    parser.add_argument("--out", type=a_data_folder, default=os.path.relpath(folder), help="folder for the shards")
     share = a_number(0, 1)
     parser.add_argument("--val_fraction", type=share, default=val_fraction, help="share of documents for validation")
     tokens = at_least(1, 2**30)
@@ -94,6 +94,15 @@ def options(description, folder, tokenizer="gpt2", val_fraction=0.05, **extra):
     for name, default in extra.items():
         parser.add_argument(f"--{name}", type=at_least(1, MOST_IDS) if type(default) is int else str, default=default)
     return parser
+
+
+def a_data_folder(text):
+    """The type of --out: a folder that can be written, which is looked at before a source is opened, a tokenizer
+    learned or a document read. One that is finished may be on a disk that cannot be written."""
+    folder = a_path(text)
+    if not os.path.exists(folder / "meta.json"):
+        check_can_write("--out", folder, folder=True)
+    return folder
 
 
 def split_of(key, val_fraction):
@@ -374,8 +383,6 @@ def prepare(documents, tokenizer, args, side=None, loss_mask=False):
     args: what `options` parses. side: key -> "train" or "val"; default: `split_of`. loss_mask: the texts have marks
     (data/conversations.py), and the loss is of what stands between them alone. Raises UserError on bad input; what
     is finished stays and is not made again."""
-    if not os.path.exists(args.out / "meta.json"):  # what is finished may be on a disk that cannot be written
-        check_can_write("--out", args.out, folder=True)
     encoding = load_tokenizer(str(tokenizer))
     if END_OF_TEXT not in encoding._special_tokens:
         raise UserError(f"--tokenizer: {encoding.name} has no {END_OF_TEXT} token; choose one that has, as gpt2")

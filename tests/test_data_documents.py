@@ -3,6 +3,7 @@ texts that the tokenizer cannot take at once, flags and paths that lead nowhere.
 
 import contextlib
 import gzip
+import importlib
 import io
 import json
 import os
@@ -647,3 +648,16 @@ def test_a_source_without_files_says_nothing_of_them(tmp_path):
     with contextlib.redirect_stdout(out):
         prepare([("a", "text of a"), ("b", "text of b")], tmp_path, side=lambda key: "train")
     assert "passed over" not in out.getvalue()
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py")))
+def test_where_the_shards_go_is_looked_at_before_the_source(tmp_path, monkeypatch, name):
+    """A download or a learned tokenizer would be for nothing."""
+    command = importlib.import_module(f"data.{name}.prepare")
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(command, "documents", lambda args: pytest.fail("opened"))
+    for out, words in (("file", "Not a directory"), ("file/below", "Not a directory"), ("", "expected a path")):
+        flags = ["--input", str(tmp_path / "file"), "--out", out and str(tmp_path / out)]
+        with pytest.raises(UserError, match=f"^--out: .*{words}"):
+            command.main(flags)
+    assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
