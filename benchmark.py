@@ -132,7 +132,8 @@ def as_measured(config, folder):
 def run_until(finished, command, log_path, seconds=math.inf, environment=None):
     """Run a command in a process group of its own until finished() is true, it ends by itself, or its seconds are
     over; then end the whole group. Returns its exit code, or None if the time was over."""
-    deadline, out_of_time = time.monotonic() + seconds, False
+    deadline = time.monotonic() + seconds
+    out_of_time = False
     with open(log_path, "w") as log:
         process = subprocess.Popen(
             [str(word) for word in command],
@@ -352,7 +353,8 @@ def main(arguments):
     given = next((argument for argument in rest if argument.endswith(".json")), "configs/1p5b.json")
     make_folder("--out", options.out)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    results, interrupted = [], False
+    results = []
+    interrupted = False
     conditions = {"config": given, "gpus": gpus, "gpus_found": options.gpus_found, "device": device}
     conditions |= {"steps": options.steps, "warmup": options.warmup, "date": date.today().isoformat()}
     conditions |= {"command": f"python benchmark.py {shlex.join(arguments)}"}
@@ -362,7 +364,8 @@ def main(arguments):
         data = find_data(planned, Path(temporary))
         for row in options.rows:
             print(f"{ROWS[row][0]} ...", file=sys.stderr, flush=True)
-            folder, on_gpu = Path(temporary) / row, bool(options.gpus_found)
+            folder = Path(temporary) / row
+            on_gpu = bool(options.gpus_found)
             try:
                 config_of_row = configure(planned, row)
                 measured = measure(config_of_row, gpus, options.steps, options.warmup, folder, on_gpu)

@@ -172,7 +172,8 @@ def convert(folder, out, llama_cpp, outtype=None):
     config = read_json(folder / "config.json")
     outtype = outtype or OUTTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), "f32")
     pre_tokenizer = pre_tokenizer_name(folder)
-    converter, own_arguments = load_converter(llama_cpp), sys.argv
+    converter = load_converter(llama_cpp)
+    own_arguments = sys.argv
     try:
         with tempfile.TemporaryDirectory(prefix=".to_gguf_", dir=out.parent) as temporary:
             written = Path(temporary) / "model.gguf"

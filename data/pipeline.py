@@ -116,7 +116,8 @@ def split_of(key, val_fraction):
 
 def start_worker(tokenizer, loss_mask):
     global encoding, with_loss_mask
-    encoding, with_loss_mask = faster(load_tokenizer(tokenizer)), loss_mask
+    encoding = faster(load_tokenizer(tokenizer))
+    with_loss_mask = loss_mask
     parent = multiprocessing.parent_process()
     if parent is not None:
         # a worker whose parent was killed would wait for work for ever
@@ -126,7 +127,10 @@ def start_worker(tokenizer, loss_mask):
 def encode(batch):
     """[(split, key, text or BadDocument)] -> {split: (tokens, number of documents, bytes of text)} and a list of (key,
     BadDocument): what cannot be used, in order."""
-    end_of_text, parts, counts, bad = np.array([encoding._special_tokens[END_OF_TEXT]], dtype=np.uint32), {}, {}, []
+    end_of_text = np.array([encoding._special_tokens[END_OF_TEXT]], dtype=np.uint32)
+    parts = {}
+    counts = {}
+    bad = []
     for split, key, text in batch:
         try:
             if isinstance(text, BadDocument):
@@ -429,7 +433,8 @@ def prepare_alone(documents, tokenizer, encoding, args, side, loss_mask):
     meta_file, progress_file = args.out / "meta.json", args.out / "progress.json"
     begun = os.path.lexists(progress_file)  # by an earlier call, whether it finished anything or not
     found, progress = earlier_work(meta_file, progress_file)
-    recorded, by_default = progress.get("settings", {}), side is None
+    recorded = progress.get("settings", {})
+    by_default = side is None
     side, cut = choose_sides(documents, args, side, may_cut=not found or "cut_files" in recorded)
     if cut:
         settings["cut_files"] = len(documents.cuts)

@@ -415,7 +415,11 @@ def verify_shard(path, entry, vocab_size=None, loss_mask=False):
     UserError if its header, size, checksum or an id is not as it should be."""
     dtype, offset, tokens = layout = shard_layout(path)
     check_layout(path, layout, dtype, entry, path)
-    digest, chunk, largest, place, done = hashlib.sha256(), bytearray(4 << 20), None, 0, 0
+    digest = hashlib.sha256()
+    chunk = bytearray(4 << 20)
+    largest = None
+    place = 0  # of the largest id
+    done = 0  # bytes
     file = open_regular(path)
     try:
         while done < offset + tokens * dtype.itemsize:
