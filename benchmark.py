@@ -5,7 +5,7 @@
 
 Every row is a process group of its own, started by DeepSpeed's launcher on this machine and ended as soon as its
 steps are in metrics.jsonl: nothing is evaluated or saved, and the runs live in a temporary folder. A row that fails
-shows why, and the others go on. Writes FOLDER/<config>.md, .json and .png (default out/benchmark) after each row.
+shows why, and the others continue. Writes FOLDER/<config>.md, .json and .png (default out/benchmark) after each row.
 Without a GPU the ranks are CPU processes.
 """
 
@@ -120,7 +120,7 @@ def configure(config, row):
 
 def as_measured(config, folder):
     """A copy of the configuration for a run in this folder of which nothing but speed and memory is wanted: nothing is
-    evaluated or saved, every step is logged, and the run goes on until it is ended."""
+    evaluated or saved, every step is logged, and the run continues until it is ended."""
     config = copy.deepcopy(config)
     train = config.train
     train.out_dir, train.resume, train.init_from, train.loggers = str(folder), "never", None, []
@@ -301,7 +301,7 @@ def describe(config, gpus, device, data, options, results):
     accumulation = gradient_accumulation(config, gpus)
     notes = [
         f"{gpus} rank{'s' if gpus > 1 else ''} on {device}; {date.today().isoformat()}. Average of {options.steps} "
-        f"steps behind {options.warmup} that are not counted; {config.train.global_batch_tokens:,} tokens a step "
+        f"steps after {options.warmup} that are not counted; {config.train.global_batch_tokens:,} tokens a step "
         f"= {gpus} x {accumulation} micro-batches x {config.train.micro_batch_size} x {config.model.block_size}; "
         f"{data}."
     ]

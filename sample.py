@@ -251,7 +251,7 @@ def main(arguments):
     parser.add_argument("path", type=a_path, help="a run's folder, a checkpoint in it, or one in transformers' format")
     parser.add_argument("--checkpoint", type=a_checkpoint, default="best", help="best, latest or a step")
     parser.add_argument("--data", type=a_path, help="data made with the model's tokenizer; default: the run's own")
-    parser.add_argument("--prompt", help="text to go on from; empty: the start of a document")
+    parser.add_argument("--prompt", help="text to continue; empty: the start of a document")
     parser.add_argument("--file", type=a_path, help="a file of prompts, one a line")
     parser.add_argument("--chat", action="store_true", help="each prompt is what a user says; the assistant answers")
     parser.add_argument("--tokens", type=at_least(1), default=200, help="how many to write at most")

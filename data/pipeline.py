@@ -1,5 +1,5 @@
 """Documents -> token shards: in parallel, in bounded memory, the same bytes whatever the number of
-processes, and safe to kill: a second call goes on behind the last finished shard.
+processes, and safe to kill: a second call continues after the last finished shard.
 
 A document is a pair (key, text). A hash of the key decides whether it goes to training or validation,
 so a document keeps its side whatever comes before it. Its tokens follow one end-of-text token.
@@ -229,8 +229,8 @@ def encoded(batches, tokenizer, workers, loss_mask):
             yield pending.popleft().result()
     except BrokenProcessPool:
         raise UserError(
-            "--workers: a worker process was killed, perhaps for want of memory; run the same command again, it goes "
-            "on behind the last finished shard; fewer --workers need less memory"
+            "--workers: a worker process was killed, perhaps for want of memory; run the same command again, it "
+            "continues after the last finished shard; fewer --workers need less memory"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -270,7 +270,7 @@ class Split:
                     f"{self.temporary}: missing or cut, expected at least {size} bytes; remove progress.json from "
                     f"{self.folder} to start again"
                 )
-            os.truncate(self.temporary, size)  # what was appended behind the last finished shard comes again
+            os.truncate(self.temporary, size)  # what was appended after the last finished shard comes again
 
     def add(self, tokens, documents, size):
         new = not self.waiting
@@ -394,7 +394,7 @@ def prepare(documents, tokenizer, args, side=None, loss_mask=False):
         with alone_in(args.out):
             prepare_alone(documents, tokenizer, encoding, args, side, loss_mask)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on behind the last finished shard")
+        print("\nstopped; the same command continues after the last finished shard")
         raise SystemExit(130) from None
 
 
@@ -473,7 +473,7 @@ def prepare_alone(documents, tokenizer, encoding, args, side, loss_mask):
     else:
         save()  # from now on the folder shows that it is not finished, whatever older shards it holds
     if done := documents_done():
-        print(f"going on behind document {done:,}, where an earlier call finished a shard")
+        print(f"resuming after document {done:,}, where an earlier call finished a shard")
     if hasattr(documents, "yield_bad"):
         documents.yield_bad = True  # so that the next one can be read, and those of an earlier call are passed over
     todo = documents.skip(done) if hasattr(documents, "skip") else itertools.islice(documents, done, None)

@@ -79,7 +79,7 @@ def make_folder(key, path):
 
 
 def cannot_write(path, error):
-    return UserError(f"{path}: could not be written ({error.strerror}); mend that and run the same command again")
+    return UserError(f"{path}: could not be written ({error.strerror}); fix that and run the same command again")
 
 
 def write_json(path, content):
@@ -87,7 +87,7 @@ def write_json(path, content):
 
 
 def shard_header(dtype, tokens):
-    """The 1,024 bytes in front of `tokens` tokens."""
+    """The 1,024 bytes before `tokens` tokens."""
     header = np.zeros(256, dtype="<u4")
     header[:3] = *FORMATS[np.dtype(dtype)], tokens
     return header.tobytes()
@@ -246,7 +246,7 @@ class TokenStream:
         script = self.folder / "prepare.py"
         command = f"python {script}" if script.exists() else "the script that prepares it"
         if self.meta is None and (self.folder / "progress.json").exists():
-            raise UserError(f"data.path: {folder} is only half prepared; run {command} again, it goes on from there")
+            raise UserError(f"data.path: {folder} is only half prepared; run {command} again, it resumes there")
         if not self.entries:
             remedy = f"run {command}"
             if self.meta:
