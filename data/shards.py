@@ -120,24 +120,34 @@ def is_regular(path):
         return False
 
 
-def open_regular(path):
-    """The descriptor of a file that is open for reading. Does not wait at a pipe. Raises UserError."""
+def open_regular(path, links=True):
+    """The descriptor of a plain file that is open for reading. links: whether a link to one will do. Opens no device
+    and does not wait at a pipe. Raises OSError that says what was found."""
+    found = os.stat(path) if links else os.lstat(path)  # before it is opened, which some devices would notice
+    if stat.S_ISREG(found.st_mode):
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        file = os.open(path, flags if links else flags | os.O_NOFOLLOW)
+        if stat.S_ISREG(os.fstat(file).st_mode):  # it may have been replaced meanwhile
+            return file
+        os.close(file)
+    wrong = "folder, pipe or device" if links else "link, folder, pipe or device"
+    raise OSError(0, f"found a {wrong}, not a regular file")
+
+
+def open_shard(path):
+    """`open_regular`, whose errors become a UserError."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError) as error:
+        return open_regular(path)
+    except (OSError, ValueError) as error:  # a ValueError: a name that holds a NUL byte
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path}: {reason}; expected a token shard; copy or prepare it again") from None
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        raise UserError(f"{path}: not a regular file; expected a token shard; copy or prepare it again")
-    return file
 
 
 def shard_layout(path):
     """What a shard's header and size say: (dtype, bytes before the tokens, number of tokens).
 
     Raises UserError for a file that is not a whole shard."""
-    file = open_regular(path)
+    file = open_shard(path)
     try:
         dtype, offset, tokens = layout_of(file, path)
         size = os.fstat(file).st_size
@@ -197,7 +207,7 @@ class OpenFiles:
         if key in self.files:
             self.files.move_to_end(key)
             return self.files[key]
-        file = open_regular(path)
+        file = open_shard(path)
         try:
             check(file)
         except UserError:
@@ -420,7 +430,7 @@ def verify_shard(path, entry, vocab_size=None, loss_mask=False):
     largest = None
     place = 0  # of the largest id
     done = 0  # bytes
-    file = open_regular(path)
+    file = open_shard(path)
     try:
         while done < offset + tokens * dtype.itemsize:
             # the header by itself, so that what follows is whole tokens
@@ -505,10 +515,7 @@ def read_object(path, remedy="prepare the data again"):
         raise UserError(f"{path}: no such file; {remedy}")
     if not is_regular(path):
         raise UserError(f"{path}: not a regular file; {remedy}")
-    try:
-        content = read_json(path)
-    except ValueError as error:  # a number of thousands of digits
-        raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:80]}); {remedy}") from None
+    content = read_json(path)
     if not isinstance(content, dict):
         raise damaged(path, "its content", content, "an object", remedy)
     return content

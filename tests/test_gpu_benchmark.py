@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py on a CPU, tiny: it measures, goes on with what is missing, and says what cannot be had; and what it
+"""benchmarks/gpu.py on a CPU, tiny: it measures, continues with what is missing, says what cannot be had; and what it
 would measure on a GPU are settings that train.py takes."""
 
 import json

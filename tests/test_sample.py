@@ -95,7 +95,7 @@ def test_a_model_of_no_family_writes_what_is_most_likely(trained):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_text_is_longer_than_the_context(trained, name):
-    """Behind the end of the context it goes on as from its last half."""
+    """After the end of the context it continues as from its last half."""
     model, recorder = sample.load_writer(open_trained(trained / name)), Recorder()
     written = sample.write(model, [1, 2, 3], 40, 16, recorder, do_sample=False)
     assert len(written) == 40
