@@ -187,7 +187,7 @@ def test_only_a_regular_file_is_opened(tmp_path):
     for name, links in itertools.product(("folder", "pipe", "/dev/null"), (True, False)):
         with pytest.raises(OSError, match="folder, pipe or device, not a regular file"):
             open_regular(tmp_path / name, links=links)
-    with pytest.raises(OSError, match="found a link, .*not a regular file"):
+    with pytest.raises(OSError, match=r"found a link, .*not a regular file"):
         open_regular(tmp_path / "link", links=False)
     with pytest.raises(FileNotFoundError):
         open_regular(tmp_path / "gone")
