@@ -175,8 +175,14 @@ def test_any_text_can_be_printed_on_an_ascii_terminal():
     assert (code, out, error) == (0, b"\\U0001f600 \\udcff \\xe9\n", b"")
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("sample.py", "export.py")])
-def test_help_into_head(command):  # those two, which take as long to load torch, end as eval.py does
+LOAD_TORCH = ("sample.py", "export.py", "to_gguf.py")  # before --help, as eval.py does, which the fast tests call
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(name, marks=pytest.mark.slow) if name in LOAD_TORCH else name for name in COMMANDS],
+)
+def test_help_into_head(command):
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {sys.executable} {command} --help | head -1"],
         cwd=ROOT,
