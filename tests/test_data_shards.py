@@ -28,6 +28,25 @@ def make(folder, parts, split="train", meta=True, vocab_size=1000):
     return folder
 
 
+def test_only_a_regular_file_is_opened(tmp_path):
+    """A pipe is not waited at, and a link is followed only where that is asked for."""
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name, links in (("file", True), ("file", False), ("link", True)):
+        file = open_regular(tmp_path / name, links=links)
+        assert os.read(file, 100) == b"content"
+        os.close(file)
+    for name, links in itertools.product(("folder", "pipe", "/dev/null"), (True, False)):
+        with pytest.raises(OSError, match="folder, pipe or device, not a regular file"):
+            open_regular(tmp_path / name, links=links)
+    with pytest.raises(OSError, match=r"found a link, .*not a regular file"):
+        open_regular(tmp_path / "link", links=False)
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "gone")
+
+
 @given(st.data())
 def test_round_trip(tmp_path_factory, data):
     """Any tokens, cut into any shards, of either width, read from any place in any length."""
@@ -172,22 +191,3 @@ def test_a_damaged_meta_json_is_named(tmp_path, content):
     write_json(folder / "meta.json", meta | content if content else content)
     with pytest.raises(UserError, match=r"meta.json: damaged|holds no train shards"):
         TokenStream(folder, "train", 8)
-
-
-def test_only_a_regular_file_is_opened(tmp_path):
-    """A pipe is not waited at, and a link is followed only where that is asked for."""
-    (tmp_path / "file").write_bytes(b"content")
-    (tmp_path / "link").symlink_to("file")
-    (tmp_path / "folder").mkdir()
-    os.mkfifo(tmp_path / "pipe")
-    for name, links in (("file", True), ("file", False), ("link", True)):
-        file = open_regular(tmp_path / name, links=links)
-        assert os.read(file, 100) == b"content"
-        os.close(file)
-    for name, links in itertools.product(("folder", "pipe", "/dev/null"), (True, False)):
-        with pytest.raises(OSError, match="folder, pipe or device, not a regular file"):
-            open_regular(tmp_path / name, links=links)
-    with pytest.raises(OSError, match=r"found a link, .*not a regular file"):
-        open_regular(tmp_path / "link", links=False)
-    with pytest.raises(FileNotFoundError):
-        open_regular(tmp_path / "gone")
