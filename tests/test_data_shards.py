@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config import UserError
+from data import shards
 from data.mixture import Mixture, check_same_data
-from data.shards import TokenStream, open_regular, shard_layout, write_json, write_shard
+from data.shards import TokenStream, shard_layout, write_json, write_shard
 
 
 def make(folder, parts, split="train", meta=True, vocab_size=1000):
@@ -35,16 +36,16 @@ def test_only_a_regular_file_is_opened(tmp_path):
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     for name, links in (("file", True), ("file", False), ("link", True)):
-        file = open_regular(tmp_path / name, links=links)
+        file = shards.open_regular(tmp_path / name, links=links)
         assert os.read(file, 100) == b"content"
         os.close(file)
     for name, links in itertools.product(("folder", "pipe", "/dev/null"), (True, False)):
         with pytest.raises(OSError, match="folder, pipe or device, not a regular file"):
-            open_regular(tmp_path / name, links=links)
+            shards.open_regular(tmp_path / name, links=links)
     with pytest.raises(OSError, match=r"found a link, .*not a regular file"):
-        open_regular(tmp_path / "link", links=False)
+        shards.open_regular(tmp_path / "link", links=False)
     with pytest.raises(FileNotFoundError):
-        open_regular(tmp_path / "gone")
+        shards.open_regular(tmp_path / "gone")
 
 
 @given(st.data())
