@@ -503,7 +503,8 @@ def prepare_alone(documents, tokenizer, encoding, args, side, loss_mask):
         if not any(split.shards for split in splits.values()):  # nothing is finished: leave nothing
             for split in splits.values():
                 split.temporary.unlink(missing_ok=True)
-            progress_file.unlink(missing_ok=True)
+            if not skipped.documents:  # else it says that skipped.jsonl is of a preparation
+                progress_file.unlink(missing_ok=True)
         raise
     save(*splits.values())
     meta = {

@@ -392,6 +392,16 @@ def test_a_skipped_jsonl_of_the_users_own_is_kept(tmp_path, kind, flags):
     assert named == (["c"] if flags else []) and path.exists() == bool(flags)
 
 
+def test_the_skipped_jsonl_of_a_preparation_without_a_use_is_written_over(tmp_path):
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"found no text.*skipped 1 document: see .*skipped\.jsonl"):
+            prepare([("a", BadDocument("a", "bad"))], tmp_path, "--on_bad_document", "skip")
+        assert [path.name for path in tmp_path.glob("skipped.jsonl*")] == ["skipped.jsonl"]
+        assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 1
+    prepare([("a", "text"), ("b", "more")], tmp_path, side=lambda key: "train")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train_000000.bin"]
+
+
 def test_the_skipped_jsonl_of_a_killed_preparation_is_written_over(tmp_path):
     """progress.json says that it is one of ours, of which nothing is finished."""
     (tmp_path / "progress.json").write_text(json.dumps({"settings": {}}))
