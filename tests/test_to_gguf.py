@@ -120,6 +120,16 @@ OTHER_FILES = {
         "something else than a pattern",
     ),
     "no cutting": (lambda content: content.update(pre_tokenizer=None), "something else than a pattern"),
+    "an empty sequence": (
+        lambda content: content["pre_tokenizer"].update(pretokenizers=[]),
+        "something else than a pattern",
+    ),
+    "cutting at punctuation": (
+        lambda content: content["pre_tokenizer"]["pretokenizers"].__setitem__(
+            0, {"type": "Punctuation", "behavior": "Isolated"}
+        ),
+        "something else than a pattern",
+    ),
     "broken": (lambda content: content.pop("model"), "broken tokenizer"),
 }
 
