@@ -5,7 +5,7 @@
 
 Every row is a process group of its own, started by DeepSpeed's launcher on this machine and ended as soon as its
 steps are in metrics.jsonl: nothing is evaluated or saved, and the runs live in a temporary folder. A row that fails
-shows why, and the others go on. Writes FOLDER/<config>.md, .json and .png (default out/benchmark) after each row.
+shows why, and the others continue. Writes FOLDER/<config>.md, .json and .png (default out/benchmark) after each row.
 Without a GPU the ranks are CPU processes.
 """
 
@@ -120,7 +120,7 @@ def configure(config, row):
 
 def as_measured(config, folder):
     """A copy of the configuration for a run in this folder of which nothing but speed and memory is wanted: nothing is
-    evaluated or saved, every step is logged, and the run goes on until it is ended."""
+    evaluated or saved, every step is logged, and the run continues until it is ended."""
     config = copy.deepcopy(config)
     train = config.train
     train.out_dir, train.resume, train.init_from, train.loggers = str(folder), "never", None, []
@@ -132,7 +132,8 @@ def as_measured(config, folder):
 def run_until(finished, command, log_path, seconds=math.inf, environment=None):
     """Run a command in a process group of its own until finished() is true, it ends by itself, or its seconds are
     over; then end the whole group. Returns its exit code, or None if the time was over."""
-    deadline, out_of_time = time.monotonic() + seconds, False
+    deadline = time.monotonic() + seconds
+    out_of_time = False
     with open(log_path, "w") as log:
         process = subprocess.Popen(
             [str(word) for word in command],
@@ -300,7 +301,7 @@ def describe(config, gpus, device, data, options, results):
     accumulation = gradient_accumulation(config, gpus)
     notes = [
         f"{gpus} rank{'s' if gpus > 1 else ''} on {device}; {date.today().isoformat()}. Average of {options.steps} "
-        f"steps behind {options.warmup} that are not counted; {config.train.global_batch_tokens:,} tokens a step "
+        f"steps after {options.warmup} that are not counted; {config.train.global_batch_tokens:,} tokens a step "
         f"= {gpus} x {accumulation} micro-batches x {config.train.micro_batch_size} x {config.model.block_size}; "
         f"{data}."
     ]
@@ -352,7 +353,8 @@ def main(arguments):
     given = next((argument for argument in rest if argument.endswith(".json")), "configs/1p5b.json")
     make_folder("--out", options.out)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    results, interrupted = [], False
+    results = []
+    interrupted = False
     conditions = {"config": given, "gpus": gpus, "gpus_found": options.gpus_found, "device": device}
     conditions |= {"steps": options.steps, "warmup": options.warmup, "date": date.today().isoformat()}
     conditions |= {"command": f"python benchmark.py {shlex.join(arguments)}"}
@@ -362,7 +364,8 @@ def main(arguments):
         data = find_data(planned, Path(temporary))
         for row in options.rows:
             print(f"{ROWS[row][0]} ...", file=sys.stderr, flush=True)
-            folder, on_gpu = Path(temporary) / row, bool(options.gpus_found)
+            folder = Path(temporary) / row
+            on_gpu = bool(options.gpus_found)
             try:
                 config_of_row = configure(planned, row)
                 measured = measure(config_of_row, gpus, options.steps, options.warmup, folder, on_gpu)

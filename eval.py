@@ -34,7 +34,7 @@ from config import ModelConfig, UserError, data_weights, did_you_mean, run_comma
 from data.mixture import content_digest
 from data.pipeline import tokenizer_of
 from data.shards import TokenStream, read_meta
-from data.tokenizer import byte_level_names
+from data.tokenizer import byte_level_names, open_huggingface
 from flags import SUPPRESS, FlagParser, a_checkpoint, a_path, at_least
 from launchers import find_ranks
 from model import GPT, IGNORE
@@ -60,9 +60,7 @@ class Trained:
         if meta and self.state:
             check_tokenizer(self.state, folder, meta["tokenizer"]["fingerprint"])
         elif meta and (self.path / "tokenizer.json").exists():
-            from tokenizers import Tokenizer
-
-            theirs = Tokenizer.from_file(str(self.path / "tokenizer.json")).get_vocab()
+            theirs = open_huggingface(self.path / "tokenizer.json").get_vocab()
             ranks = tokenizer_of(folder)._mergeable_ranks
             wrong = sum(theirs.get(name) != ranks[token] for token, name in byte_level_names(ranks).items())
             if wrong:

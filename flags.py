@@ -4,6 +4,7 @@ import argparse
 import errno
 import math
 import os
+import stat
 from pathlib import Path
 
 from commands import UserError
@@ -87,19 +88,42 @@ def a_checkpoint(text):
 
 def check_can_write(flag, path, folder=False):
     """Raise UserError unless a file, or with `folder` a folder that need not be there, can be written at this path:
-    before the work that makes its content. flag: what names it."""
-    path, reason = Path(path), None
+    before the work that makes its content. Makes nothing. flag: the flag or key of the config that names the path."""
+    path = os.fspath(path)
     try:
-        above = path if folder else path.parent
-        while folder and not above.exists():
-            above = above.parent
-        if path.exists() and path.is_dir() != folder:
-            reason = errno.ENOTDIR if folder else errno.EISDIR
-        elif not above.is_dir():
-            reason = errno.ENOTDIR if above.exists() else errno.ENOENT
-        elif not os.access(above, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
-            reason = errno.EACCES
+        reason = obstacle(path, folder)
     except OSError as error:
-        reason = error.errno
+        reason = error.strerror
+    except UnicodeEncodeError:
+        reason = "found a name that is not UTF-8"
+    except ValueError:
+        reason = "found a NUL byte in the name"
     if reason:
-        raise UserError(f"{path}: could not be written ({os.strerror(reason)}); choose another {flag}")
+        name = path if path.isprintable() else ascii(path)
+        raise UserError(f"{flag}: {name}: could not be written ({reason}); choose another {flag}")
+
+
+def obstacle(path, folder):
+    """Why no file, or no folder, can be written at a path; None if it can. Raises OSError, or ValueError for a name
+    that is none."""
+    if folder:
+        path.encode()  # the libraries that write into it take nothing else
+    place = os.path.abspath(path)
+    try:
+        is_folder = stat.S_ISDIR(os.stat(place).st_mode)
+    except FileNotFoundError:
+        pass
+    else:
+        if is_folder != folder:
+            return os.strerror(errno.ENOTDIR if folder else errno.EISDIR)
+        if not os.access(place, os.W_OK):
+            return os.strerror(errno.EACCES)
+    above = place if folder else os.path.dirname(place)
+    while folder and not os.path.lexists(above):
+        above = os.path.dirname(above)
+    where = "" if above == place or not folder else f": {above}"
+    if not os.path.isdir(above):
+        return os.strerror(errno.ENOTDIR if os.path.lexists(above) else errno.ENOENT) + where
+    if not os.access(above, os.W_OK | os.X_OK):
+        return os.strerror(errno.EACCES) + where
+    return None

@@ -119,7 +119,8 @@ def write(model, tokens, most, block_size, streamer, **settings):
     settings: of transformers' `generate`, over those that the model comes with."""
     own = model.generation_config
     end = settings.get("eos_token_id", own.eos_token_id)  # one id, several or None
-    written, ends = [], {end} if isinstance(end, int) else set(end or ())
+    written = []
+    ends = {end} if isinstance(end, int) else set(end or ())
     beams = (own.num_beams or 1) > 1  # which cannot be streamed
     settings |= {} if beams else {"streamer": streamer}
     while len(written) < most and not ends.intersection(written[-1:]):
@@ -164,9 +165,14 @@ def open_tokenizer(trained: Trained, data=None):
         trained.check_tokenizer(folder)
     of_data = bool(folders) and not any((trained.path / name).exists() for name in TOKENIZER_FILES)
     if of_data:
-        where, (tokenizer, missing) = folders[0], own_tokenizer(folders[0])
+        where = folders[0]
+        tokenizer, missing = own_tokenizer(where)
     else:
-        where, missing = trained.path / "tokenizer.json", lambda text: []
+        where = trained.path / "tokenizer.json"
+
+        def missing(text):
+            return []
+
         try:
             tokenizer = AutoTokenizer.from_pretrained(trained.path, trust_remote_code=False)
         except Exception as error:  # of many classes, some of them libraries' own
@@ -240,11 +246,12 @@ def read_prompts(args):
 
 
 def main(arguments):
-    parser, top_k = FlagParser(__doc__), at_least(0, expected="0 (all) or more")
+    parser = FlagParser(__doc__)
+    top_k = at_least(0, expected="0 (all) or more")
     parser.add_argument("path", type=a_path, help="a run's folder, a checkpoint in it, or one in transformers' format")
     parser.add_argument("--checkpoint", type=a_checkpoint, default="best", help="best, latest or a step")
     parser.add_argument("--data", type=a_path, help="data made with the model's tokenizer; default: the run's own")
-    parser.add_argument("--prompt", help="text to go on from; empty: the start of a document")
+    parser.add_argument("--prompt", help="text to continue; empty: the start of a document")
     parser.add_argument("--file", type=a_path, help="a file of prompts, one a line")
     parser.add_argument("--chat", action="store_true", help="each prompt is what a user says; the assistant answers")
     parser.add_argument("--tokens", type=at_least(1), default=200, help="how many to write at most")
@@ -263,7 +270,8 @@ def main(arguments):
     trained = open_trained(args.path, args.checkpoint)
     model = load_writer(trained)
     tokenizer, missing, of_data = open_tokenizer(trained, args.data)
-    block_size, settings = trained.model.block_size, {"do_sample": args.temperature > 0}
+    block_size = trained.model.block_size
+    settings = {"do_sample": args.temperature > 0}
     if of_data:
         settings |= dict.fromkeys(("eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
         # embeddings are often made wider than the vocabulary: nobody could read those tokens

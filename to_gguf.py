@@ -23,9 +23,9 @@ import tempfile
 from pathlib import Path
 
 from config import ModelConfig, UserError, read_json, run_command
-from data.tokenizer import GPT2_PATTERNS, PATTERN
+from data.tokenizer import GPT2_PATTERNS, PATTERN, open_huggingface
 from export import FAMILIES, family_of, is_published, open_published
-from flags import FlagParser, a_path
+from flags import FlagParser, a_path, check_can_write
 
 # what llama.cpp calls these patterns (`tokenizer.ggml.pre`), and whether it takes a piece that is a token as it is
 PRE_TOKENIZERS = {PATTERN: ("llama-bpe", True)} | dict.fromkeys(GPT2_PATTERNS, ("gpt-2", False))
@@ -38,12 +38,14 @@ OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # which cha
 def pattern_of(tokenizer):
     """The pattern by which a tokenizer.json of byte-level BPE cuts text; None if it does something else."""
     cut = tokenizer["pre_tokenizer"] or {}
-    *before, last = cut["pretokenizers"] if cut.get("type") == "Sequence" else [cut]
+    *before, last = (cut["pretokenizers"] or [{}]) if cut.get("type") == "Sequence" else [cut]
     if tokenizer["normalizer"] or last.get("type") != "ByteLevel" or last["add_prefix_space"]:
         return None
     if last["use_regex"]:
         return None if before else GPT2_PATTERNS[-1]
-    if len(before) != 1 or before[0].get("behavior") != "Isolated" or before[0]["invert"]:
+    if len(before) != 1 or before[0].get("type") != "Split" or before[0]["behavior"] != "Isolated":
+        return None
+    if before[0]["invert"]:
         return None
     return before[0]["pattern"].get("Regex")
 
@@ -51,15 +53,10 @@ def pattern_of(tokenizer):
 def pre_tokenizer_name(folder):
     """llama.cpp's name for the way in which the tokenizer of `folder` cuts text. Raises UserError if no way of
     llama.cpp's gives its ids."""
-    from tokenizers import Tokenizer
-
     path = folder / "tokenizer.json"
     if not path.exists():
         raise UserError(f"{path}: no such file; export a run whose data has a meta.json, which names the tokenizer")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library has no class of its own for it
-        raise UserError(f"{path}: broken tokenizer ({' '.join(str(error).split())}); export again") from None
+    tokenizer = open_huggingface(path)
     content = json.loads(tokenizer.to_str())
     pattern = pattern_of(content)
     if content["model"]["type"] != "BPE" or pattern not in PRE_TOKENIZERS:
@@ -163,8 +160,9 @@ def convert(folder, out, llama_cpp, outtype=None):
 
     To be called once in a process: it changes the converter's classes."""
     folder, out = Path(folder), Path(out)
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"{out}: already there; choose another name, or remove it")
+    check_can_write("out", out)  # before the model and the converter are loaded
     if not is_published(folder):
         raise UserError(
             f"{folder}: found no config.json of transformers' in it; expected a folder that export.py wrote"
@@ -174,7 +172,8 @@ def convert(folder, out, llama_cpp, outtype=None):
     config = read_json(folder / "config.json")
     outtype = outtype or OUTTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), "f32")
     pre_tokenizer = pre_tokenizer_name(folder)
-    converter, own_arguments = load_converter(llama_cpp), sys.argv
+    converter = load_converter(llama_cpp)
+    own_arguments = sys.argv
     try:
         with tempfile.TemporaryDirectory(prefix=".to_gguf_", dir=out.parent) as temporary:
             written = Path(temporary) / "model.gguf"

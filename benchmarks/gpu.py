@@ -12,7 +12,7 @@ stages and of nanoGPT's step on the same batches.
 Each part is a list of measurements, the most important first (--first N: only so many of each). Every measurement is
 a process group of its own: a run of train.py by DeepSpeed's launcher, as benchmark.py makes them, or a process of this
 file. The time that is left is shared out evenly among the parts to come, and what is not done by then is ended.
-FOLDER/results.json is written after every measurement, and the same command goes on with what is missing (--again:
+FOLDER/results.json is written after every measurement, and the same command continues with what is missing (--again:
 also with what failed). FOLDER/report.md has all tables and their conditions. --tiny shrinks models and steps, and
 is for two CPU cores: it shows that everything runs, and its figures mean nothing.
 """
@@ -481,7 +481,7 @@ def nanogpt_losses(config, path, precision, steps):
 
 
 def median_seconds(function, device, repeats=20):
-    """Of one call, over so many behind three that warm up."""
+    """Of one call, over so many after three that warm up."""
     from tests.bench_model import now
 
     seconds = []
@@ -669,7 +669,7 @@ def unpadded():
 
 
 def whole_model():
-    """One graph for everything, the chunks of the loss one behind the other; for stages 0 to 2."""
+    """One graph for everything, the chunks of the loss one after the other; for stages 0 to 2."""
     import torch
 
     import model

@@ -27,11 +27,6 @@ CHAT_TEMPLATE = (
 )
 
 
-def question(text):
-    """What the model is given to answer a user's text, after an end of text."""
-    return f"{HEADINGS['user']}{text}\n\n{HEADINGS['assistant']}"
-
-
 def with_marks(key, messages):
     """A list of {"role": system, user or assistant, "content": text} as one text, with LEARNED around each answer of
     the assistant. Raises BadDocument, which names the conversation by its key."""

@@ -51,7 +51,7 @@ class Mixture:
         windows = np.empty(len(sets), dtype=np.int64)
         for number in set(sets.tolist()):
             mine = sets == number
-            # a seed for each, lest two folders of the same size be walked through in step
+            # a seed for each, so that two folders of the same size are not walked through in step
             order = windows_of(draws[mine], self.streams[number].windows, self.seed + (number << 32))
             windows[mine] = order + self.first_windows[number]
         return windows
@@ -112,7 +112,7 @@ def content_digest(stream, tokens=DIGEST_TOKENS):
 
 
 def check_same_data(recorded, data, where):
-    """Refuse to go on with other data than a checkpoint was trained on. recorded: the `fingerprint` in the
+    """Refuse to continue with other data than a checkpoint was trained on. recorded: the `fingerprint` in the
     checkpoint `where`. Raises UserError that names the folder, what was found and what was expected."""
     for folder, now in data.fingerprint().items():
         was = recorded.get(folder, {})

@@ -1,5 +1,5 @@
 """Documents -> token shards: in parallel, in bounded memory, the same bytes whatever the number of
-processes, and safe to kill: a second call goes on behind the last finished shard.
+processes, and safe to kill: a second call continues after the last finished shard.
 
 A document is a pair (key, text). A hash of the key decides whether it goes to training or validation,
 so a document keeps its side whatever comes before it. Its tokens follow one end-of-text token.
@@ -40,10 +40,11 @@ from data.shards import (
     HEADER_BYTES,
     NO_LOSS,
     cannot_write,
-    check_path,
     check_progress,
     checksum,
+    is_regular,
     make_folder,
+    make_way,
     read_meta,
     shard_header,
     shard_layout,
@@ -60,7 +61,7 @@ from data.tokenizer import (
     missing_characters,
     without_surrogates,
 )
-from flags import FlagParser, a_number, a_path, at_least
+from flags import FlagParser, a_number, a_path, at_least, check_can_write
 
 BATCH = 1 << 20  # characters handed to a worker at a time: large enough to hide the hand-over
 BATCH_DOCUMENTS = 1 << 14  # and at most so many documents, which take memory even when they are empty
@@ -74,7 +75,7 @@ def options(description, folder, tokenizer="gpt2", val_fraction=0.05, **extra):
     parser = FlagParser(description)
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--tokenizer", default=tokenizer, help="tiktoken's name, 'bytes', or a trained one's folder")
-    parser.add_argument("--out", type=a_path, default=Path(os.path.relpath(folder)), help="folder for the shards")
+    parser.add_argument("--out", type=a_data_folder, default=os.path.relpath(folder), help="folder for the shards")
     share = a_number(0, 1)
     parser.add_argument("--val_fraction", type=share, default=val_fraction, help="share of documents for validation")
     tokens = at_least(1, 2**30)
@@ -95,6 +96,15 @@ def options(description, folder, tokenizer="gpt2", val_fraction=0.05, **extra):
     return parser
 
 
+def a_data_folder(text):
+    """The type of --out: a folder that can be written, which is looked at before a source is opened, a tokenizer
+    learned or a document read. One that is finished may be on a disk that cannot be written."""
+    folder = a_path(text)
+    if not os.path.exists(folder / "meta.json"):
+        check_can_write("--out", folder, folder=True)
+    return folder
+
+
 def split_of(key, val_fraction):
     """`val` for about val_fraction of all keys, else `train`."""
     position = int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
@@ -106,7 +116,8 @@ def split_of(key, val_fraction):
 
 def start_worker(tokenizer, loss_mask):
     global encoding, with_loss_mask
-    encoding, with_loss_mask = faster(load_tokenizer(tokenizer)), loss_mask
+    encoding = faster(load_tokenizer(tokenizer))
+    with_loss_mask = loss_mask
     parent = multiprocessing.parent_process()
     if parent is not None:
         # a worker whose parent was killed would wait for work for ever
@@ -116,7 +127,10 @@ def start_worker(tokenizer, loss_mask):
 def encode(batch):
     """[(split, key, text or BadDocument)] -> {split: (tokens, number of documents, bytes of text)} and a list of (key,
     BadDocument): what cannot be used, in order."""
-    end_of_text, parts, counts, bad = np.array([encoding._special_tokens[END_OF_TEXT]], dtype=np.uint32), {}, {}, []
+    end_of_text = np.array([encoding._special_tokens[END_OF_TEXT]], dtype=np.uint32)
+    parts = {}
+    counts = {}
+    bad = []
     for split, key, text in batch:
         try:
             if isinstance(text, BadDocument):
@@ -215,8 +229,8 @@ def encoded(batches, tokenizer, workers, loss_mask):
             yield pending.popleft().result()
     except BrokenProcessPool:
         raise UserError(
-            "--workers: a worker process was killed, perhaps for want of memory; run the same command again, it goes "
-            "on behind the last finished shard; fewer --workers need less memory"
+            "--workers: a worker process was killed, perhaps for want of memory; run the same command again, it "
+            "continues after the last finished shard; fewer --workers need less memory"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -251,12 +265,12 @@ class Split:
                 raise UserError(f"{self.folder / shard['file']}: not the {shard['tokens']} tokens of progress.json")
         if self.waiting:
             size = HEADER_BYTES + self.waiting * self.dtype.itemsize
-            if not self.temporary.exists() or self.temporary.stat().st_size < size:
+            if not is_regular(self.temporary) or self.temporary.stat().st_size < size:
                 raise UserError(
                     f"{self.temporary}: missing or cut, expected at least {size} bytes; remove progress.json from "
                     f"{self.folder} to start again"
                 )
-            os.truncate(self.temporary, size)  # what was appended behind the last finished shard comes again
+            os.truncate(self.temporary, size)  # what was appended after the last finished shard comes again
 
     def add(self, tokens, documents, size):
         new = not self.waiting
@@ -307,10 +321,17 @@ class Skipped:
         self.path = folder / "skipped.jsonl"
         self.documents, self.size = progress.get("documents", 0), progress.get("bytes", 0)
 
-    def recover(self):
+    def recover(self, ours):
+        """Make the file what progress.json says, after a kill. ours: whether there was a progress.json, else what lies
+        there is not known to be of a preparation and is moved to another name. Raises UserError."""
         if not self.size:
-            self.path.unlink(missing_ok=True)
-        elif not self.path.exists() or self.path.stat().st_size < self.size:
+            if not ours or self.path.is_dir():
+                make_way(self.path, for_a_folder=True)
+            try:
+                self.path.unlink(missing_ok=True)
+            except OSError as error:
+                raise cannot_write(self.path, error) from None
+        elif not is_regular(self.path) or self.path.stat().st_size < self.size:
             raise UserError(
                 f"{self.path}: missing or cut, expected at least {self.size} bytes; remove progress.json from "
                 f"{self.path.parent} to start again"
@@ -366,8 +387,6 @@ def prepare(documents, tokenizer, args, side=None, loss_mask=False):
     args: what `options` parses. side: key -> "train" or "val"; default: `split_of`. loss_mask: the texts have marks
     (data/conversations.py), and the loss is of what stands between them alone. Raises UserError on bad input; what
     is finished stays and is not made again."""
-    if not os.path.exists(args.out / "meta.json"):  # what is finished may be on a disk that cannot be written
-        check_path("--out", args.out)
     encoding = load_tokenizer(str(tokenizer))
     if END_OF_TEXT not in encoding._special_tokens:
         raise UserError(f"--tokenizer: {encoding.name} has no {END_OF_TEXT} token; choose one that has, as gpt2")
@@ -375,7 +394,7 @@ def prepare(documents, tokenizer, args, side=None, loss_mask=False):
         with alone_in(args.out):
             prepare_alone(documents, tokenizer, encoding, args, side, loss_mask)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on behind the last finished shard")
+        print("\nstopped; the same command continues after the last finished shard")
         raise SystemExit(130) from None
 
 
@@ -412,8 +431,10 @@ def prepare_alone(documents, tokenizer, encoding, args, side, loss_mask):
     settings = {"tokenizer": fingerprint(encoding), "source": getattr(documents, "description", str(args.input))}
     settings |= {name: getattr(args, name) for name in ("val_fraction", "shard_tokens", "limit", "column")}
     meta_file, progress_file = args.out / "meta.json", args.out / "progress.json"
+    begun = os.path.lexists(progress_file)  # by an earlier call, whether it finished anything or not
     found, progress = earlier_work(meta_file, progress_file)
-    recorded, by_default = progress.get("settings", {}), side is None
+    recorded = progress.get("settings", {})
+    by_default = side is None
     side, cut = choose_sides(documents, args, side, may_cut=not found or "cut_files" in recorded)
     if cut:
         settings["cut_files"] = len(documents.cuts)
@@ -445,14 +466,14 @@ def prepare_alone(documents, tokenizer, encoding, args, side, loss_mask):
     def documents_done():
         return sum(split.documents for split in splits.values()) + skipped.documents
 
-    skipped.recover()
+    skipped.recover(ours=begun)
     if found:
         for split in splits.values():
             split.recover()
     else:
         save()  # from now on the folder shows that it is not finished, whatever older shards it holds
     if done := documents_done():
-        print(f"going on behind document {done:,}, where an earlier call finished a shard")
+        print(f"resuming after document {done:,}, where an earlier call finished a shard")
     if hasattr(documents, "yield_bad"):
         documents.yield_bad = True  # so that the next one can be read, and those of an earlier call are passed over
     todo = documents.skip(done) if hasattr(documents, "skip") else itertools.islice(documents, done, None)
@@ -482,7 +503,8 @@ def prepare_alone(documents, tokenizer, encoding, args, side, loss_mask):
         if not any(split.shards for split in splits.values()):  # nothing is finished: leave nothing
             for split in splits.values():
                 split.temporary.unlink(missing_ok=True)
-            progress_file.unlink(missing_ok=True)
+            if not skipped.documents:  # else it says that skipped.jsonl is of a preparation
+                progress_file.unlink(missing_ok=True)
         raise
     save(*splits.values())
     meta = {

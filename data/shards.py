@@ -23,6 +23,7 @@ import numpy as np
 
 from config import IGNORE, UserError, read_json
 from data.order import validation_windows
+from flags import check_can_write
 
 HEADER_BYTES = 256 * 4
 FORMATS = {np.dtype("<u2"): (20240520, 1), np.dtype("<u4"): (20240801, 7)}  # dtype: (magic, version)
@@ -70,39 +71,15 @@ def make_way(path, for_a_folder=False):
 
 def make_folder(key, path):
     """Make a folder, if it is not there, that this key of the configuration or flag names. Raises UserError."""
-    check_path(key, path)
+    check_can_write(key, path, folder=True)
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{key}: {path}: {error.strerror}; choose a folder that can be written") from None
 
 
-def check_path(key, path):
-    """Raise UserError if this key's path cannot become a folder that can be written. Makes nothing."""
-    path, remedy = os.fspath(path), "choose a folder that can be written"
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{key}: {path!a}: found a name that is not UTF-8; {remedy}") from None
-    if "\0" in path:
-        raise UserError(f"{key}: {path!a}: found a NUL byte in the name; {remedy}")
-    place = os.path.abspath(path)
-    try:
-        os.stat(place)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise UserError(f"{key}: {path}: {error.strerror}; {remedy}") from None
-    while not os.path.lexists(place):
-        place = os.path.dirname(place)
-    if not os.path.isdir(place):
-        raise UserError(f"{key}: {path}: {place} is not a folder; {remedy}")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{key}: {path}: {place} cannot be written; {remedy}")
-
-
 def cannot_write(path, error):
-    return UserError(f"{path}: could not be written ({error.strerror}); mend that and run the same command again")
+    return UserError(f"{path}: could not be written ({error.strerror}); fix that and run the same command again")
 
 
 def write_json(path, content):
@@ -110,7 +87,7 @@ def write_json(path, content):
 
 
 def shard_header(dtype, tokens):
-    """The 1,024 bytes in front of `tokens` tokens."""
+    """The 1,024 bytes before `tokens` tokens."""
     header = np.zeros(256, dtype="<u4")
     header[:3] = *FORMATS[np.dtype(dtype)], tokens
     return header.tobytes()
@@ -143,24 +120,34 @@ def is_regular(path):
         return False
 
 
-def open_regular(path):
-    """The descriptor of a file that is open for reading. Does not wait at a pipe. Raises UserError."""
+def open_regular(path, links=True):
+    """The descriptor of a plain file that is open for reading. links: whether a link to one will do. Opens no device
+    and does not wait at a pipe. Raises OSError that says what was found."""
+    found = os.stat(path) if links else os.lstat(path)  # before it is opened, which some devices would notice
+    if stat.S_ISREG(found.st_mode):
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        file = os.open(path, flags if links else flags | os.O_NOFOLLOW)
+        if stat.S_ISREG(os.fstat(file).st_mode):  # it may have been replaced meanwhile
+            return file
+        os.close(file)
+    wrong = "folder, pipe or device" if links else "link, folder, pipe or device"
+    raise OSError(0, f"found a {wrong}, not a regular file")
+
+
+def open_shard(path):
+    """`open_regular`, whose errors become a UserError."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError) as error:
+        return open_regular(path)
+    except (OSError, ValueError) as error:  # a ValueError: a name that holds a NUL byte
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path}: {reason}; expected a token shard; copy or prepare it again") from None
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        raise UserError(f"{path}: not a regular file; expected a token shard; copy or prepare it again")
-    return file
 
 
 def shard_layout(path):
     """What a shard's header and size say: (dtype, bytes before the tokens, number of tokens).
 
     Raises UserError for a file that is not a whole shard."""
-    file = open_regular(path)
+    file = open_shard(path)
     try:
         dtype, offset, tokens = layout_of(file, path)
         size = os.fstat(file).st_size
@@ -220,7 +207,7 @@ class OpenFiles:
         if key in self.files:
             self.files.move_to_end(key)
             return self.files[key]
-        file = open_regular(path)
+        file = open_shard(path)
         try:
             check(file)
         except UserError:
@@ -269,7 +256,7 @@ class TokenStream:
         script = self.folder / "prepare.py"
         command = f"python {script}" if script.exists() else "the script that prepares it"
         if self.meta is None and (self.folder / "progress.json").exists():
-            raise UserError(f"data.path: {folder} is only half prepared; run {command} again, it goes on from there")
+            raise UserError(f"data.path: {folder} is only half prepared; run {command} again, it resumes there")
         if not self.entries:
             remedy = f"run {command}"
             if self.meta:
@@ -438,8 +425,12 @@ def verify_shard(path, entry, vocab_size=None, loss_mask=False):
     UserError if its header, size, checksum or an id is not as it should be."""
     dtype, offset, tokens = layout = shard_layout(path)
     check_layout(path, layout, dtype, entry, path)
-    digest, chunk, largest, place, done = hashlib.sha256(), bytearray(4 << 20), None, 0, 0
-    file = open_regular(path)
+    digest = hashlib.sha256()
+    chunk = bytearray(4 << 20)
+    largest = None
+    place = 0  # of the largest id
+    done = 0  # bytes
+    file = open_shard(path)
     try:
         while done < offset + tokens * dtype.itemsize:
             # the header by itself, so that what follows is whole tokens
@@ -524,10 +515,7 @@ def read_object(path, remedy="prepare the data again"):
         raise UserError(f"{path}: no such file; {remedy}")
     if not is_regular(path):
         raise UserError(f"{path}: not a regular file; {remedy}")
-    try:
-        content = read_json(path)
-    except ValueError as error:  # a number of thousands of digits
-        raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:80]}); {remedy}") from None
+    content = read_json(path)
     if not isinstance(content, dict):
         raise damaged(path, "its content", content, "an object", remedy)
     return content

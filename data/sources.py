@@ -111,7 +111,8 @@ class Hub(Source):
 
     def skip(self, documents):
         """Iterate from the document after the first `documents` on."""
-        self.row, dataset = documents, self.dataset
+        self.row = documents
+        dataset = self.dataset
         if dataset.column_names and self.column not in dataset.column_names:
             raise no_columns(self.description, self.column, dataset.column_names)
         if self.rows is not None:
@@ -195,7 +196,8 @@ class Files(Source):
         "val". Returns a line that says so, or None if none is cut; decided by names and sizes alone."""
         if self.kind is not str or not sum(self.sizes) or not 0 < val_fraction < 1:
             return None
-        by_hash, texts = val_fraction * sum(self.sizes), []
+        by_hash = val_fraction * sum(self.sizes)
+        texts = []
         for path, size in zip(self.paths, self.sizes, strict=True):
             if kind_of(path) not in (".txt", None) or compression(path) or not size:
                 continue
@@ -204,7 +206,9 @@ class Files(Source):
             in_val = sum(length for key, length in keys if split_of(key) == "val")
             texts.append((size, self.name(path), in_val))
             by_hash += in_val - val_fraction * size
-        cuts, share, total = set(), by_hash, sum(self.sizes)
+        cuts = set()
+        share = by_hash
+        total = sum(self.sizes)
         for size, name, in_val in sorted(texts, key=lambda file: (-file[0], file[1])):
             if not is_far(share / total, val_fraction):
                 break
@@ -227,7 +231,10 @@ class Files(Source):
     def __iter__(self):
         before = 0
         for path, size in zip(self.paths, self.sizes, strict=True):
-            reader, name, row, position = READERS.get(kind_of(path), read_text), self.name(path), 0, 0
+            reader = READERS.get(kind_of(path), read_text)
+            name = self.name(path)
+            row = 0
+            position = 0
             try:
                 parts = halves(path, size, self.val_fraction) if name in self.cuts else [("", {})]
                 for part, bounds in parts:

@@ -13,7 +13,8 @@ from pathlib import Path
 import tiktoken
 
 from config import UserError, did_you_mean
-from data.shards import check_path, is_regular, make_folder, read_object, write_atomically, write_json
+from data.shards import is_regular, make_folder, read_object, write_atomically, write_json
+from flags import check_can_write
 
 END_OF_TEXT = "<|endoftext|>"
 LONGEST_RUN = 100_000  # characters without a change between blanks and others that the tokenizer gets at once
@@ -284,6 +285,26 @@ def pre_tokenizer(pattern):
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
+def open_huggingface(path):
+    """The tokenizer in a tokenizer.json, as one of the `tokenizers` library. Raises UserError if there is none or it
+    is damaged."""
+    from tokenizers import Tokenizer
+
+    path = Path(path)
+    remedy = "export or copy it again"
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: no such file; {remedy}")
+    if not is_regular(path):
+        raise UserError(f"{path}: not a regular file; {remedy}")
+    try:
+        return Tokenizer.from_buffer(path.read_bytes())
+    except BaseException as error:  # the library has no class of its own for it, and its panics are no Exceptions
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: broken tokenizer ({reason}); {remedy}") from None
+
+
 def huggingface_json(ranks, special_tokens, pattern):
     """The same tokenizer in the form of the `tokenizers` library.
 
@@ -312,7 +333,7 @@ def own_tokenizer(folder, make, vocab_size=None):
     """The folder of a data set's own tokenizer: the one that is there, or what make() -> (ranks, special
     tokens, ...) gives. Raises UserError if the one that is there has not `vocab_size` ids."""
     if not os.path.lexists(os.path.join(folder, "tokenizer.tiktoken")):
-        check_path("--out", folder)  # before the training
+        check_can_write("--out", folder, folder=True)  # before the training
         save_tokenizer(folder, *make())
     found = load_tokenizer(str(folder)).n_vocab
     if vocab_size not in (None, found):

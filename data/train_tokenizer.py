@@ -23,10 +23,9 @@ from tqdm import tqdm
 
 from config import UserError, did_you_mean, run_command
 from data.pipeline import MOST_IDS
-from data.shards import check_path
 from data.sources import BadDocument, plural
 from data.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
-from flags import FlagParser, a_path, at_least
+from flags import FlagParser, a_path, at_least, check_can_write
 
 
 def main(arguments):
@@ -54,7 +53,7 @@ def main(arguments):
         raise UserError(f"--source: no data set {args.source!r}; {did_you_mean(args.source, names)}")
     if args.source == "text" and not args.input:
         raise UserError("--input: none given; name your files, or a data set: --source fineweb_edu")
-    check_path("--out", args.out)  # before the training
+    check_can_write("--out", args.out, folder=True)  # before the training
     for token in args.special_tokens:
         if len(token) < 2 or not token.isprintable() or args.special_tokens.count(token) > 1:
             raise UserError(

@@ -175,8 +175,14 @@ def test_any_text_can_be_printed_on_an_ascii_terminal():
     assert (code, out, error) == (0, b"\\U0001f600 \\udcff \\xe9\n", b"")
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("sample.py", "export.py")])
-def test_help_into_head(command):  # those two, which take as long to load torch, end as eval.py does
+LOAD_TORCH = ("sample.py", "export.py", "to_gguf.py")  # before --help, as eval.py does, which the fast tests call
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(name, marks=pytest.mark.slow) if name in LOAD_TORCH else name for name in COMMANDS],
+)
+def test_help_into_head(command):
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {sys.executable} {command} --help | head -1"],
         cwd=ROOT,
@@ -275,18 +281,29 @@ def test_a_flag_takes_what_is_in_its_range():
 
 def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("nowhere")
     flags.check_can_write("--out", tmp_path / "new.png")
+    flags.check_can_write("--out", tmp_path / "\udcff.png")
     flags.check_can_write("--out", tmp_path / "new" / "folder", folder=True)
     for path, folder, reason in (
         (tmp_path, False, "Is a directory"),
         (tmp_path / "file", True, "Not a directory"),
         (tmp_path / "file" / "below", True, "Not a directory"),
+        (tmp_path / "file" / "x.png", False, "Not a directory"),
+        (tmp_path / "link", True, "Not a directory"),
+        (tmp_path / "\udcff", True, "found a name that is not UTF-8"),
+        (tmp_path / "a\0b", True, "found a NUL byte in the name"),
+        (tmp_path / "a\0b", False, "found a NUL byte in the name"),
         (tmp_path / "none" / "x.png", False, "No such file or directory"),
         (tmp_path / N, False, "File name too long"),
         (tmp_path / N, True, "File name too long"),
     ):
         with pytest.raises(UserError, match=rf"could not be written \({reason}\); choose another --out$"):
             flags.check_can_write("--out", path, folder)
+    if os.geteuid():  # root may write everywhere
+        (tmp_path / "shut").mkdir(mode=0o500)
+        with pytest.raises(UserError, match=rf"^--out: .*\(Permission denied: {tmp_path / 'shut'}\)"):
+            flags.check_can_write("--out", tmp_path / "shut" / "new" / "folder", folder=True)
 
 
 def test_numbers_of_any_length_in_a_config_name_the_file_or_key(tmp_path):
@@ -305,7 +322,7 @@ def test_numbers_of_any_length_in_a_config_name_the_file_or_key(tmp_path):
         ("--vocab_size", "1000000000000", "--vocab_size: found 1000000000000, expected 1 to 10000000"),
         ("--limit", "-1", "--limit: found -1, expected 1 or more"),
         ("--special_tokens", "\udcff", "--special_tokens: found '\\udcff', expected names"),
-        ("--out", "file", "is not a folder; choose a folder that can be written"),
+        ("--out", "file", "--out: file: could not be written (Not a directory)"),
     ],
 )
 def test_a_tokenizer_is_not_learned_for_nothing(tmp_path, monkeypatch, capsys, flag, value, expected):

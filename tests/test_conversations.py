@@ -20,7 +20,7 @@ import sample
 import train
 from config import IGNORE, ROOT, UserError
 from data import pipeline
-from data.conversations import LEARNED, Conversations, question, with_marks
+from data.conversations import HEADINGS, LEARNED, Conversations, with_marks
 from data.mixture import Mixture
 from data.shards import TokenStream
 from data.sources import Files, Hub
@@ -174,18 +174,19 @@ def test_sampling_and_the_exported_template_begin_as_the_data_does(data, tmp_pat
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     stream = TokenStream(data, "train", 16)
     stored = stream.read(0, stream.tokens).tolist()
-    start = load_tokenizer("bytes").encode(END + question("7?"), allowed_special="all")
+    question = f"{HEADINGS['user']}7?\n\n{HEADINGS['assistant']}"
+    start = load_tokenizer("bytes").encode(END + question, allowed_special="all")
     assert any(stored[place : place + len(start)] == start for place in range(len(stored)))
     asked = [{"role": "user", "content": "7?"}]
     assert tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"] == start
     whole = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": "7!"}], tokenize=False)
-    assert whole == f"{END}{question('7?')}7!{END}"
+    assert whole == f"{END}{question}7!{END}"
     capsys.readouterr()
     sample.main([str(tmp_path / "run"), "--chat", "--prompt", "7?", "--tokens", "6", "--temperature", "0"])
     answer = capsys.readouterr().out
     writer = sample.load_writer(open_trained(tmp_path / "run"))
     written = sample.write(writer, start, 6, 16, None, do_sample=False, eos_token_id=256, pad_token_id=256)
-    assert answer == tokenizer.decode(start + written, skip_special_tokens=True)[len(question("7?")) :] + "\n"
+    assert answer == tokenizer.decode(start + written, skip_special_tokens=True)[len(question) :] + "\n"
 
 
 def test_the_template_masks_what_is_learned_and_refuses_what_is_no_conversation(data, tmp_path):

@@ -3,6 +3,7 @@ texts that the tokenizer cannot take at once, flags and paths that lead nowhere.
 
 import contextlib
 import gzip
+import importlib
 import io
 import json
 import os
@@ -366,6 +367,49 @@ def faulty():
         yield f"row {number}", text
 
 
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "pipe"])
+@pytest.mark.parametrize("flags", [[], ["--on_bad_document", "skip"]], ids=["stop", "skip"])
+def test_a_skipped_jsonl_of_the_users_own_is_kept(tmp_path, kind, flags):
+    """It was there before the preparation, which moves it to another name and does not read, empty or remove it."""
+    path = tmp_path / "skipped.jsonl"
+    if kind == "file":
+        path.write_text("mine\n")
+    elif kind == "folder":
+        path.mkdir()
+        (path / "mine").write_text("mine\n")
+    elif kind == "link":
+        (tmp_path / "elsewhere").write_text("mine\n")
+        path.symlink_to("elsewhere")
+    else:
+        os.mkfifo(path)
+    before = os.lstat(path)
+    documents = [("a", "text"), ("b", "more"), *([("c", BadDocument("c", "bad"))] if flags else [])]
+    prepare(documents, tmp_path, *flags, side=lambda key: "train")
+    moved = os.lstat(tmp_path / "skipped.jsonl.moved1")
+    assert (moved.st_ino, moved.st_size) == (before.st_ino, before.st_size)
+    assert kind != "link" or (tmp_path / "elsewhere").read_text() == "mine\n"
+    named = [json.loads(line)["key"] for line in path.read_text().splitlines()] if flags else []
+    assert named == (["c"] if flags else []) and path.exists() == bool(flags)
+
+
+def test_the_skipped_jsonl_of_a_preparation_without_a_use_is_written_over(tmp_path):
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"found no text.*skipped 1 document: see .*skipped\.jsonl"):
+            prepare([("a", BadDocument("a", "bad"))], tmp_path, "--on_bad_document", "skip")
+        assert [path.name for path in tmp_path.glob("skipped.jsonl*")] == ["skipped.jsonl"]
+        assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 1
+    prepare([("a", "text"), ("b", "more")], tmp_path, side=lambda key: "train")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train_000000.bin"]
+
+
+def test_the_skipped_jsonl_of_a_killed_preparation_is_written_over(tmp_path):
+    """progress.json says that it is one of ours, of which nothing is finished."""
+    (tmp_path / "progress.json").write_text(json.dumps({"settings": {}}))
+    (tmp_path / "skipped.jsonl").write_text('{"key": "old", "reason": "old"}\n')
+    prepare([("a", "text"), ("b", "more")], tmp_path, side=lambda key: "train")
+    assert not list(tmp_path.glob("skipped.jsonl*"))
+
+
 def test_skipped_documents_are_named_once_after_any_kill(quick):  # noqa: F811
     """SIGKILL before the first, second, third ... file operation, as test_kill_before_each_file_operation does."""
     tokenizer.save_tokenizer(quick / "ab", *tokenizer.characters("ab"))
@@ -614,3 +658,16 @@ def test_a_source_without_files_says_nothing_of_them(tmp_path):
     with contextlib.redirect_stdout(out):
         prepare([("a", "text of a"), ("b", "text of b")], tmp_path, side=lambda key: "train")
     assert "passed over" not in out.getvalue()
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py")))
+def test_where_the_shards_go_is_looked_at_before_the_source(tmp_path, monkeypatch, name):
+    """A download or a learned tokenizer would be for nothing."""
+    command = importlib.import_module(f"data.{name}.prepare")
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(command, "documents", lambda args: pytest.fail("opened"))
+    for out, words in (("file", "Not a directory"), ("file/below", "Not a directory"), ("", "expected a path")):
+        flags = ["--input", str(tmp_path / "file"), "--out", out and str(tmp_path / out)]
+        with pytest.raises(UserError, match=f"^--out: .*{words}"):
+            command.main(flags)
+    assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1

@@ -286,7 +286,7 @@ def test_kill_at_twenty_random_moments(quick):
 
 
 def test_kill_again_and_again(quick):
-    """The same folder, killed until it is done: each run must go on from the last, not start anew."""
+    """The same folder, killed until it is done: each run must resume from the last, not start again."""
     prepare(numbered(), quick / "whole")
     expected, folder, seen = contents(quick / "whole"), quick / "again", []
     for _ in range(200):
@@ -350,7 +350,7 @@ def test_kill_the_command_with_its_workers(tmp_path, large):
     process.wait()
     assert not looks_finished(tmp_path / "killed")
     again = run("text", *large, "--out", tmp_path / "killed", "--workers", 2)
-    assert again.returncode == 0 and "going on behind document" in again.stdout
+    assert again.returncode == 0 and "resuming after document" in again.stdout
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     for worker in workers:
         worker.wait(timeout=10)
@@ -359,7 +359,7 @@ def test_kill_the_command_with_its_workers(tmp_path, large):
 def test_a_killed_worker_and_ctrl_c(tmp_path, large):
     for end, code, words in (
         (lambda process: children_of(process.pid)[-1].kill(), 2, "a worker process was killed"),
-        (lambda process: os.killpg(process.pid, signal.SIGINT), 130, "stopped; the same command goes on"),
+        (lambda process: os.killpg(process.pid, signal.SIGINT), 130, "stopped; the same command continues"),
     ):
         process = subprocess.Popen(
             command("text", *large, "--out", tmp_path / str(code), "--workers", 2),

@@ -1,5 +1,6 @@
 """Shards: what is written is read again, whatever the borders; what is broken is refused by name."""
 
+import itertools
 import json
 import os
 
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config import UserError
+from data import shards
 from data.mixture import Mixture, check_same_data
 from data.shards import TokenStream, shard_layout, write_json, write_shard
 
@@ -25,6 +27,25 @@ def make(folder, parts, split="train", meta=True, vocab_size=1000):
         splits = {split: {"tokens": sum(map(len, parts)), "shards": entries}}
         write_json(folder / "meta.json", {"tokenizer": tokenizer, "vocab_size": vocab_size, "splits": splits})
     return folder
+
+
+def test_only_a_regular_file_is_opened(tmp_path):
+    """A pipe is not waited at, and a link is followed only where that is asked for."""
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name, links in (("file", True), ("file", False), ("link", True)):
+        file = shards.open_regular(tmp_path / name, links=links)
+        assert os.read(file, 100) == b"content"
+        os.close(file)
+    for name, links in itertools.product(("folder", "pipe", "/dev/null"), (True, False)):
+        with pytest.raises(OSError, match="folder, pipe or device, not a regular file"):
+            shards.open_regular(tmp_path / name, links=links)
+    with pytest.raises(OSError, match=r"found a link, .*not a regular file"):
+        shards.open_regular(tmp_path / "link", links=False)
+    with pytest.raises(FileNotFoundError):
+        shards.open_regular(tmp_path / "gone")
 
 
 @given(st.data())

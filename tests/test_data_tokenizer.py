@@ -25,8 +25,10 @@ from data.tokenizer import (
     characters,
     faster,
     fingerprint,
+    huggingface_json,
     load_tokenizer,
     missing_characters,
+    open_huggingface,
     own_tokenizer,
     save_tokenizer,
     train_tokenizer,
@@ -275,6 +277,28 @@ def test_a_tokenizer_file_that_is_no_file_is_named(tmp_path, name, how):
     with pytest.raises(UserError, match=str(tmp_path)) as caught:
         load_tokenizer(str(tmp_path / "t"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", "5", b"\xff\x00", "missing", "pipe", "folder"])
+def test_a_damaged_tokenizer_json_is_one_line(tmp_path, content):
+    """What eval.py, sample.py and to_gguf.py open."""
+    file = tmp_path / "tokenizer.json"
+    if content == "pipe":
+        os.mkfifo(file)
+    elif content == "folder":
+        file.mkdir()
+    elif content != "missing":
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=rf"^{file}: [^\n]+; export or copy it again$"):
+        open_huggingface(file)
+
+
+def test_a_whole_tokenizer_json_is_opened_wherever_it_lies(tmp_path):
+    ranks, special, pattern = characters("abc")
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(huggingface_json(ranks, special, pattern))
+    assert open_huggingface(folder / "tokenizer.json").get_vocab() == {"a": 0, "b": 1, "c": 2, END_OF_TEXT: 3}
 
 
 def test_a_damaged_file_in_tiktokens_cache_is_named(monkeypatch):

@@ -82,6 +82,7 @@ def other_tokenizer(folder):
         (["llama", "--batch_size", "0"], "--batch_size: found 0, expected 1 or more"),
         (["data"], "no complete checkpoint"),
         (["hf_renumbered", "--data", "data"], "of which 2 of 256 tokens differ from"),
+        (["hf_broken", "--data", "data"], "hf_broken/tokenizer.json: broken tokenizer ("),
         pytest.param(
             ["llama", "--tasks", "nothing_like_it"],
             "--tasks: 'nothing_like_it' is neither one of lm-eval's nor",
@@ -102,7 +103,10 @@ def test_what_cannot_be_evaluated_is_one_line(trained, arguments, expected):
         vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
         (trained / "hf_renumbered" / "tokenizer.json").write_text(json.dumps(tokenizer))
         assert Tokenizer.from_str(json.dumps(tokenizer)).token_to_id("a") == ord("b")
-    folders = ("llama", "data", "other", "hf_llama", "hf_renumbered", "gone")
+    if "hf_broken" in arguments:
+        export.main([str(trained / "llama"), str(trained / "hf_broken")])
+        (trained / "hf_broken" / "tokenizer.json").write_text("{")
+    folders = ("llama", "data", "other", "hf_llama", "hf_renumbered", "hf_broken", "gone")
     with pytest.raises(UserError, match=r"^[^\n]+$") as error:
         eval.main([str(trained / part) if part in folders else part for part in arguments])
     assert expected in str(error.value)

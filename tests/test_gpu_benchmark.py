@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py on a CPU, tiny: it measures, goes on with what is missing, and says what cannot be had; and what it
+"""benchmarks/gpu.py on a CPU, tiny: it measures, continues with what is missing, says what cannot be had; and what it
 would measure on a GPU are settings that train.py takes."""
 
 import json
@@ -159,45 +159,53 @@ def test_weights_copied_into_nanogpts_names():
     assert torch.equal(theirs.transformer.h[1].attn.c_attn.weight, ours.blocks[1].attention.qkv.weight)
 
 
-@pytest.mark.parametrize(
-    "switch",
-    [
-        pytest.param("whole_loss", marks=pytest.mark.slow),
-        "torch_attention",
-        "deepspeed_adam",
-        "large_chunks",
-        "small_chunks",
-        "unpadded",
-        "whole_model",
-        "tuned",
-    ],
-)
-def test_switches_change_what_they_say(switch):
-    """In a process of its own, because a switch changes modules."""
-    test = {
-        "whole_loss": "g = model.GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=9));"
-        "t = torch.arange(8)[None]; t[0, 3] = model.IGNORE; i = t.clamp(min=0);"
-        "a = g(i, t); gpu.SWITCHES[name](); b = g(i, t);"
-        "assert model.Head.forward.__name__ == 'forward' and torch.allclose(a, b) and a != 0;"
-        "assert 'whole_loss' in model.Head.forward.__qualname__",
-        "torch_attention": "model.torch.cuda.get_device_capability = lambda device: (9, 0); d = torch.device('cuda');"
-        "assert model.attention_backends(d); gpu.SWITCHES[name](); assert model.attention_backends(d) is None",
-        "deepspeed_adam": "gpu.SWITCHES[name](); import train; c = gpu.Bench(1, 1, 1).config('gpt2-124m', 1);"
-        "p = train.deepspeed_config(c, 1, 'bf16', on_gpu=True)['optimizer']['params'];"
-        "assert p['lr'] == c.train.lr and not {'torch_adam', 'fused'} & p.keys()",
-        "large_chunks": "assert model.tokens_at_a_time(gpu.VOCABULARY, True) == 4096; gpu.SWITCHES[name]();"
-        "assert model.tokens_at_a_time(gpu.VOCABULARY, True) == 16384",
-        "small_chunks": "gpu.SWITCHES[name](); assert model.tokens_at_a_time(gpu.VOCABULARY, True) == 1024",
-        "unpadded": "assert model.width_of_logits(50257, True) == gpu.VOCABULARY; gpu.SWITCHES[name]();"
-        "assert model.width_of_logits(50257, True) == 50257",
-        "whole_model": "g = model.GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8)); gpu.SWITCHES[name](); g.compile();"
-        "assert 'forward' in vars(g) and 'forward' not in vars(g.blocks[0]) and 'cross_entropy' not in vars(g.head)",
-        "tuned": "import torch._inductor.config as c; assert not c.coordinate_descent_tuning; gpu.SWITCHES[name]();"
-        "assert c.coordinate_descent_tuning",
-    }[switch]
-    code = f"import torch, model; from config import ModelConfig; from benchmarks import gpu; name = {switch!r}; {test}"
-    ended = run([sys.executable, "-c", code])
-    assert ended.returncode == 0, ended.stderr
+SWITCHES = {
+    "whole_loss": "g = model.GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=9));"
+    "t = torch.arange(8)[None]; t[0, 3] = model.IGNORE; i = t.clamp(min=0);"
+    "a = g(i, t); gpu.SWITCHES[name](); b = g(i, t);"
+    "assert model.Head.forward.__name__ == 'forward' and torch.allclose(a, b) and a != 0;"
+    "assert 'whole_loss' in model.Head.forward.__qualname__",
+    "torch_attention": "model.torch.cuda.get_device_capability = lambda device: (9, 0); d = torch.device('cuda');"
+    "assert model.attention_backends(d); gpu.SWITCHES[name](); assert model.attention_backends(d) is None",
+    "deepspeed_adam": "gpu.SWITCHES[name](); import train; c = gpu.Bench(1, 1, 1).config('gpt2-124m', 1);"
+    "p = train.deepspeed_config(c, 1, 'bf16', on_gpu=True)['optimizer']['params'];"
+    "assert p['lr'] == c.train.lr and not {'torch_adam', 'fused'} & p.keys()",
+    "large_chunks": "assert model.tokens_at_a_time(gpu.VOCABULARY, True) == 4096; gpu.SWITCHES[name]();"
+    "assert model.tokens_at_a_time(gpu.VOCABULARY, True) == 16384",
+    "small_chunks": "gpu.SWITCHES[name](); assert model.tokens_at_a_time(gpu.VOCABULARY, True) == 1024",
+    "unpadded": "assert model.width_of_logits(50257, True) == gpu.VOCABULARY; gpu.SWITCHES[name]();"
+    "assert model.width_of_logits(50257, True) == 50257",
+    "whole_model": "g = model.GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8)); gpu.SWITCHES[name](); g.compile();"
+    "assert 'forward' in vars(g) and 'forward' not in vars(g.blocks[0]) and 'cross_entropy' not in vars(g.head)",
+    "tuned": "import torch._inductor.config as c; assert not c.coordinate_descent_tuning; gpu.SWITCHES[name]();"
+    "assert c.coordinate_descent_tuning",
+}
+ALL_IN_ONE_CALL = """
+import os, torch, model
+from benchmarks import gpu
+from config import ModelConfig
+failed = []
+for name, test in tests.items():
+    child = os.fork()
+    if not child:
+        try:
+            exec(test)
+            os._exit(0)
+        except BaseException as error:
+            print(name, repr(error), flush=True)
+            os._exit(1)
+    if os.waitpid(child, 0)[1]:
+        failed.append(name)
+assert not failed, failed
+"""
+
+
+@pytest.mark.parametrize("names", [[*SWITCHES][1:], pytest.param([*SWITCHES][:1], marks=pytest.mark.slow)])
+def test_switches_change_what_they_say(names):
+    """Each in a process of its own, because a switch changes modules: a copy of one that has loaded torch already."""
+    tests = {name: SWITCHES[name] for name in names}
+    ended = run([sys.executable, "-c", f"tests = {tests!r}\n{ALL_IN_ONE_CALL}"])
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 @pytest.mark.slow

@@ -208,11 +208,12 @@ def test_kept_activations_are_those_of_the_model(changes, dtype, precision):
     assert predicted == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=0.02)
 
 
-@pytest.fixture(scope="module")
-def real_engines(tmp_path_factory):
+@pytest.fixture(scope="module", params=["some", pytest.param("all", marks=pytest.mark.slow)])
+def real_engines(tmp_path_factory, request):
     """What memory_of_engine.py found on each of two ranks, in one launch."""
     folder = tmp_path_factory.mktemp("memory")
-    done = run(deepspeed_command("tests/memory_of_engine.py", folder, port=29612), timeout=250, DS_ACCELERATOR="cpu")
+    command = deepspeed_command("tests/memory_of_engine.py", folder, request.param, port=29612)
+    done = run(command, timeout=250, DS_ACCELERATOR="cpu")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return [found for rank in range(2) for found in json.loads((folder / f"rank{rank}.json").read_text())]
 

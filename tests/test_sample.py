@@ -95,7 +95,7 @@ def test_a_model_of_no_family_writes_what_is_most_likely(trained):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_text_is_longer_than_the_context(trained, name):
-    """Behind the end of the context it goes on as from its last half."""
+    """After the end of the context it continues as from its last half."""
     model, recorder = sample.load_writer(open_trained(trained / name)), Recorder()
     written = sample.write(model, [1, 2, 3], 40, 16, recorder, do_sample=False)
     assert len(written) == 40
@@ -320,6 +320,7 @@ def test_prompts_come_from_a_file_a_pipe_or_the_flag(trained, tmp_path, capsys, 
         (["hf_llama", "--data", "other"], "tokens differ from"),
         (["larger"], "tokenizer.json: found token ids up to 999, expected ids below the model's vocab_size 270"),
         (["broken"], "tokenizer.json: "),
+        (["broken", "--data", "data"], "tokenizer.json: broken tokenizer ("),
         (["gone"], "no complete checkpoint"),
     ],
 )
@@ -327,7 +328,7 @@ def test_bad_input_is_one_line(trained, arguments, expected):
     names = [part for part in ("gone", "empty", "other", "larger", "broken") if part in arguments]
     for name in names:
         prepare_fault(trained, name)
-    folders = (*MODELS, "hf_llama", *names)
+    folders = (*MODELS, "hf_llama", "data", *names)
     with pytest.raises(UserError, match=r"^[^\n]+$") as error:
         sample.main([str(trained / part) if part in folders else part for part in arguments])
     assert expected in str(error.value)

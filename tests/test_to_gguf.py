@@ -120,6 +120,16 @@ OTHER_FILES = {
         "something else than a pattern",
     ),
     "no cutting": (lambda content: content.update(pre_tokenizer=None), "something else than a pattern"),
+    "an empty sequence": (
+        lambda content: content["pre_tokenizer"].update(pretokenizers=[]),
+        "something else than a pattern",
+    ),
+    "cutting at punctuation": (
+        lambda content: content["pre_tokenizer"]["pretokenizers"].__setitem__(
+            0, {"type": "Punctuation", "behavior": "Isolated"}
+        ),
+        "something else than a pattern",
+    ),
     "broken": (lambda content: content.pop("model"), "broken tokenizer"),
 }
 
@@ -155,7 +165,8 @@ def test_the_commands_faults(tmp_path, ranks, monkeypatch):
         ([tmp_path / "hf", "new.gguf", "--llama_cpp", missing], "pip download --no-deps --no-binary :all: llama-cpp"),
         ([tmp_path / "hf", "new.gguf", "--llama_cpp", torn], "needs a_package_that_is_not_here"),
         ([tmp_path / "hf", "new.gguf", "--llama_cpp", other], "try another version of llama.cpp"),
-        ([tmp_path / "hf", "no/folder/new.gguf", "--llama_cpp", other], "new.gguf: could not be written"),
+        ([tmp_path / "hf", "no/folder/new.gguf", "--llama_cpp", missing], "new.gguf: could not be written"),
+        ([tmp_path / "nothing", "no/folder/new.gguf", "--llama_cpp", missing], "new.gguf: could not be written"),
     ):
         folder, out, *rest = map(str, flags)
         with pytest.raises(UserError, match=re.escape(words)):

@@ -18,7 +18,6 @@ if __name__ == "__main__":
 from config import UserError, run_command
 from data import pipeline
 from data.tokenizer import own_tokenizer, train_tokenizer
-from flags import check_can_write
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -41,7 +40,6 @@ def documents(args):
 
 def main(arguments):
     args = pipeline.options(__doc__, Path(__file__).parent, tokenizer=None, vocab_size=4096).parse_args(arguments)
-    check_can_write("--out", args.out, folder=True)  # before a tokenizer is learned
     tokenizer = args.tokenizer or own_tokenizer(
         args.out / "tokenizer",
         lambda: train_tokenizer((text for _, text in documents(args)), args.vocab_size),
