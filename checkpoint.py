@@ -33,6 +33,7 @@ import shutil
 import stat
 import threading
 import time
+import traceback
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +42,7 @@ import numpy as np
 import torch
 from torch import distributed
 
+import commands
 from config import Config, ModelConfig, UserError, build, flat, read_json
 from data.mixture import check_same_data
 from data.shards import cannot_write, make_way, write_atomically, write_json
@@ -111,8 +113,11 @@ class Saving:
         self.pieces = pieces_in({name: elements for name, (_, elements) in sizes.items()})
         self.writer = None
         if background and not only_on_nvme(engine):
-            copies = [tensor.to("cpu", copy=True) for tensor in tensors]
-            self.writer = threading.Thread(target=self.write, args=(sizes, copies, fault))
+            try:
+                tensors = [tensor.to("cpu", copy=True) for tensor in tensors]
+            except Exception as error:  # there is no room for a copy
+                fault = fault or self.in_words(error)
+            self.writer = threading.Thread(target=self.write, args=(sizes, tensors, fault))
             self.writer.start()
         else:
             self.write(sizes, tensors, fault)
@@ -122,10 +127,21 @@ class Saving:
         try:
             tensors = (self.progress() or tensor for tensor in tensors)
             self.written = fault or write_tensors(self.temporary / self.file, sizes, tensors)
-        except OSError as error:
-            self.written = str(cannot_write(self.temporary / self.file, error))
-        except UserError as error:
-            self.written = f"step {self.state['step']}: {not_finite(error, self.folder)}"
+        except Exception as error:
+            self.written = self.in_words(error)
+
+    def in_words(self, error):
+        """Why this rank cannot save, whatever it is: an error that only ended the thread, or this rank, would leave
+        the others waiting, or a checkpoint without this rank's part."""
+        file = self.temporary / self.file
+        if isinstance(error, OSError):
+            return str(cannot_write(file, error))
+        if isinstance(error, UserError):
+            return f"step {self.state['step']}: {not_finite(error, self.folder)}"
+        explained = commands.explain(error)
+        if explained is None:
+            traceback.print_exception(error)  # a fault of the program
+        return f"{file}: could not be written: {explained or repr(error)}"
 
     def finish(self):
         """Commit what all ranks have written, and only then delete what is older. Returns its path, the seconds
@@ -140,7 +156,12 @@ class Saving:
         distributed.gather_object((self.file, self.written, self.pieces), everyone)
         fault = [None]
         if everyone:
-            fault = [next((written for _, written, _ in everyone if isinstance(written, str)), None)]
+            faults = [
+                written if isinstance(written, str) else f"{self.temporary / file}: was not written"
+                for file, written, _ in everyone
+                if not isinstance(written, dict)
+            ]
+            fault = faults[:1] or [None]
         if everyone and not fault[0]:
             files = {file: written for file, written, _ in everyone}
             pieces = index_of(own for _, _, own in sorted(everyone, key=lambda entry: entry[0]))

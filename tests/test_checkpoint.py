@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import dist
 import pieces
 from config import Config, UserError
 from data.shards import write_json
@@ -740,3 +741,53 @@ def test_a_number_that_is_not_finite_is_never_written(tmp_path, kind, spoilt):
     tensors[name][7] = spoilt
     with pytest.raises(UserError, match=f"^{kind} of a.weight holds a NaN or an infinity$"):
         write_file(tmp_path / "a.safetensors", tensors)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The process group of one rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "environ", {name: os.environ[name] for name in os.environ if name != "RANK"})
+        dist.start_process_group(may_be_alone=True)
+        yield
+        dist.stop_process_group()
+
+
+class Unwritable(torch.Tensor):
+    """A tensor with which a writer ends by an error of this kind, in the copy or as it is written."""
+
+    def to(self, *_, **__):
+        return self if self.at == "write" else self.cpu()
+
+    def cpu(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("at", ["write", "copy"])
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("odd"), ValueError("odd"), OSError(28, "full")])
+def test_a_writer_that_ends_by_any_error_commits_nothing(tmp_path, monkeypatch, alone, error, background, at, capsys):
+    before = save(tmp_path, 5)
+    spoilt = torch.arange(10.0).as_subclass(Unwritable)
+    spoilt.error, spoilt.at = error, at
+    header = {"fp32/a.weight/0": (torch.float32, 10)}
+    monkeypatch.setattr(checkpoint, "description", lambda engine: {})
+    monkeypatch.setattr(checkpoint, "own_tensors", lambda engine: (header, iter([spoilt])))
+    monkeypatch.setattr(checkpoint, "only_on_nvme", lambda engine: False)
+    saving = checkpoint.Saving(None, tmp_path / "checkpoints", state_of(10, {}), False, 2, background)
+    with pytest.raises(UserError, match=r"step_00000010.tmp/rank_00000.safetensors: could not be written") as raised:
+        saving.finish()
+    assert ("out of memory" if isinstance(error, MemoryError) else str(error.args[-1])) in str(raised.value)
+    assert checkpoint.find(tmp_path) == before and steps_of(tmp_path) == [5]
+    assert ("Traceback" in capsys.readouterr().err) == ("odd" in error.args), "a fault of the program can be found"
+
+
+def test_a_writer_that_says_nothing_commits_nothing(tmp_path, monkeypatch, alone):
+    """As one that was ended by what is no Exception."""
+    monkeypatch.setattr(checkpoint, "description", lambda engine: {})
+    monkeypatch.setattr(checkpoint, "own_tensors", lambda engine: ({}, iter([])))
+    monkeypatch.setattr(checkpoint.Saving, "write", lambda *_: None)
+    saving = checkpoint.Saving(None, tmp_path / "checkpoints", state_of(10, {}), False, 2)
+    with pytest.raises(UserError, match=r"step_00000010.tmp/rank_00000.safetensors: was not written$"):
+        saving.finish()
+    assert steps_of(tmp_path) == []
