@@ -43,7 +43,7 @@ import torch
 from torch import distributed
 
 import commands
-from config import Config, ModelConfig, UserError, build, flat, read_json
+from config import Config, DataConfig, ModelConfig, TrainConfig, UserError, build, flat, read_json
 from data.mixture import check_same_data
 from data.shards import cannot_write, make_way, write_atomically, write_json
 from pieces import (
@@ -68,6 +68,8 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # wh
 RANK_FILE = re.compile(r"rank_[0-9]{5,7}\.safetensors")
 FOLDER = re.compile(r"step_([0-9]{8,15})(\.tmp|\.old\.tmp|\.deleted\.tmp)?")  # names that a run gives
 MOST_STATE_BYTES = 1 << 28  # of state.json, which takes kilobytes
+# keys of the train section; the first is no number
+SHAPES_THE_RATE = ("schedule", "lr", "min_lr_ratio", "warmup_tokens", "max_tokens")
 TRIES = 100  # of a reader that a run deletes checkpoints from under
 
 
@@ -679,11 +681,16 @@ def is_data(value):
 
 
 def is_config(config):
-    """Whether it has the sections, and names its data, as train.py records a config."""
+    """Whether it has the sections, names its data, and holds numbers where the learning rate needs them, as train.py
+    records a config. Which values are taken is for the code that trains: a checkpoint may be older."""
     path = config["data"].get("path") if isinstance(config.get("data"), dict) else None
     sections = all(isinstance(config.get(section), dict) for section in ("model", "data", "train"))
     weights = isinstance(path, dict) and path and all(is_number(weight) for weight in path.values())
-    return sections and (isinstance(path, str) or bool(weights))
+    if not sections or not (isinstance(path, str) or weights):
+        return False
+    train = config["train"]
+    numbers = (train.get(name, 0) for name in (*SHAPES_THE_RATE[1:], "global_batch_tokens"))
+    return isinstance(train.get("schedule", ""), str) and all(is_number(number, 1e300) for number in numbers)
 
 
 def fault_of_state(state):
@@ -839,11 +846,15 @@ def refuse_other_parameters(path, state, expected):
 def open_weights(path):
     """A checkpoint of any ZeRO stage -> (its state, Config, a function from a parameter's name to its whole
     float32 value), in one process and without DeepSpeed. Reads a parameter when it is asked for, compares the
-    checksum of what it reads and of nothing else, and keeps none. Both raise UserError if it is damaged."""
+    checksum of what it reads and of nothing else, and keeps none. Both raise UserError if it is damaged.
+
+    Of the Config only the model section is checked: data and train are as they were saved, by a version of this code
+    that may have taken other values than this one does, and the weights are what they are."""
     path = Path(path)
     state = read_state(path)
     check_sums(path, {name: entry for name, entry in state["files"].items() if "header_crc32" not in entry})
-    config = build({name: state["config"][name] for name in ("model", "data", "train")}, path / "state.json")
+    config = build({"model": state["config"]["model"]}, path / "state.json")
+    config.data, config.train = DataConfig(state["config"]["data"]["path"]), as_saved(state, vars(TrainConfig()))
     saved = SavedPieces(path, state, verify=True)
     if os.environ.get("RANK", "0") == "0":  # which reads for the others
         saved.hold()
@@ -899,9 +910,22 @@ def changed_settings(saved, now):
     return changed
 
 
+def as_saved(state, names):
+    """A TrainConfig in which these keys have the values that a checkpoint was saved with, whichever this code takes.
+    The others, and those that are younger than the checkpoint, have their defaults."""
+    saved = state["config"]["train"]
+    return TrainConfig(**{name: saved[name] for name in names if name in saved})
+
+
 def saved_train_config(state):
-    """The TrainConfig that a checkpoint was saved with."""
-    return build({"train": state["config"]["train"]}, "state.json").train
+    """What shapes the learning rate of the TrainConfig that a checkpoint was saved with. Raises UserError for a
+    schedule that this code does not know."""
+    train = as_saved(state, [*SHAPES_THE_RATE, "global_batch_tokens"])
+    schedules = TrainConfig.__dataclass_fields__["schedule"].metadata["choices"]
+    if train.schedule not in schedules:
+        found = f"the checkpoint was saved with {train.schedule[:40]!r}"
+        raise UserError(f"train.schedule: {found}, expected {', '.join(schedules)}; start another run")
+    return train
 
 
 def setting(world_size, stage, precision):

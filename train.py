@@ -54,7 +54,7 @@ from model import IGNORE
 from pieces import optimizers
 from run_folder import RunFolder
 
-SHAPES_THE_RATE = [f"train.{name}" for name in ("lr", "min_lr_ratio", "schedule", "warmup_tokens", "max_tokens")]
+SHAPES_THE_RATE = [f"train.{name}" for name in checkpoint.SHAPES_THE_RATE]
 
 
 def learning_rate(train, tokens):

@@ -613,6 +613,11 @@ CRAFTED = [  # key of state.json, value, or a function of the one that is there
     ("config", {"model": [], "data": {}, "train": {}}),
     ("config", {"model": {}, "data": {"path": 5}, "train": {}}),
     ("config", {"model": {}, "data": {"path": {"a": "b"}}, "train": {}}),
+    ("config", lambda config: config | {"train": config["train"] | {"lr": "1e-3"}}),
+    ("config", lambda config: config | {"train": config["train"] | {"max_tokens": 10**400}}),
+    ("config", lambda config: config | {"train": config["train"] | {"warmup_tokens": None}}),
+    ("config", lambda config: config | {"train": config["train"] | {"global_batch_tokens": [1]}}),
+    ("config", lambda config: config | {"train": config["train"] | {"schedule": ["cosine"]}}),
     ("config", deep(50)),
 ]
 
