@@ -264,7 +264,6 @@ def write_marks(folder):
     for which, path in (("latest", saved.latest), ("best", saved.best)):
         mark = folder / which
         if path and read_mark(mark) != path.name:
-            make_way(mark)
             write_atomically(mark, path.name.encode())
 
 

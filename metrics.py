@@ -15,7 +15,7 @@ import torch
 from torch import distributed
 
 from config import UserError
-from data.shards import make_way, write_atomically
+from data.shards import write_atomically
 from flops import count_parameters, flops_per_token, peak_flops, recomputed_flops_per_token
 
 # Seconds that W&B may take to begin, which is how long a run without a network waits, and to end, where it would
@@ -257,7 +257,6 @@ class MetricsLog:
     def __init__(self, run, resumed_at, loggers=(), config=None):
         self.path = Path(run) / "metrics.jsonl"
         self.kept = [line for line in read_metrics(run) if line["step"] <= resumed_at] if resumed_at else []
-        make_way(self.path)
         write_atomically(self.path, *(f"{json.dumps(line)}\n".encode() for line in self.kept))
         self.loggers = {}  # name -> (send(numbers, step), close())
         for name in loggers:
@@ -288,13 +287,12 @@ class MetricsLog:
             raise ConnectionError("no API key; call `wandb login` first, or set WANDB_MODE=offline")
         id_file = run / "wandb_id"
         try:
-            last_id = id_file.read_text()
+            last_id = id_file.read_text() if id_file.is_file() else ""  # not of a pipe, which may never end
         except (OSError, ValueError):
             last_id = ""
         last_id = last_id if re.fullmatch("[0-9a-f]{8}", last_id) else ""  # a damaged one is that of no run
-        make_way(id_file)
         run_id = last_id if resumed_at and last_id else secrets.token_hex(4)
-        id_file.write_text(run_id)
+        write_atomically(id_file, run_id.encode())
         superseded = list((run / "wandb").glob(f"offline-run-*-{last_id}")) if last_id else []
         session = wandb.init(
             project="minzero",

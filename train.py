@@ -40,7 +40,7 @@ from config import (
     zero_stage,
 )
 from data.mixture import Mixture
-from data.shards import make_way, write_json
+from data.shards import write_json
 from engine import (
     build_engine,
     check_deepspeed,
@@ -229,7 +229,6 @@ def train_in(folder, config, watch, device, rank, world_size):
     record |= {"kernels": kernels, "compiled": not not_compiled}
     parameters = count_real_parameters(engine.module)
     if rank == 0:
-        make_way(run / "config.json")
         write_json(run / "config.json", config.to_dict() | {key: record[key] for key in record if key != "config"})
         log = metrics.MetricsLog(run, first_step, train.loggers, config.to_dict())
     folder.report("running", first_step)

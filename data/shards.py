@@ -41,9 +41,12 @@ def token_dtype(vocab_size, loss_mask=False):
 
 def write_atomically(path, *chunks):
     """Write bytes under a temporary name, flush them to the disk, rename. A crash leaves either the
-    old file or the new one, never a part. Raises UserError if the disk is full or not writable."""
+    old file or the new one, never a part. What lies under either name and is no file is moved (see `make_way`).
+    Raises UserError if the disk is full or not writable."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
+    make_way(path)
+    make_way(temporary, unless_plain=True)  # a pipe would block, and a link lead elsewhere
     try:
         with open(temporary, "wb") as file:
             for chunk in chunks:
@@ -55,15 +58,18 @@ def write_atomically(path, *chunks):
         raise cannot_write(path, error) from None
 
 
-def make_way(path, for_a_folder=False):
+def make_way(path, unless_plain=False, for_a_folder=False):
     """Rename to NAME.moved1 (2, ...) what lies where a file is to be written and cannot be replaced by one: a folder;
-    for_a_folder: whatever it is. Raises UserError."""
+    unless_plain: also a link, pipe or device; for_a_folder: whatever it is. Raises UserError."""
     path = Path(path)
-    if not os.path.lexists(path) or not (for_a_folder or (path.is_dir() and not path.is_symlink())):
-        return
-    names = (path.with_name(f"{path.name}.moved{number}") for number in itertools.count(1))
     try:
+        mode = os.lstat(path).st_mode
+        if not (for_a_folder or stat.S_ISDIR(mode) or (unless_plain and not stat.S_ISREG(mode))):
+            return
+        names = (path.with_name(f"{path.name}.moved{number}") for number in itertools.count(1))
         os.rename(path, next(name for name in names if not os.path.lexists(name)))
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise cannot_write(path, error) from None
 
@@ -102,7 +108,7 @@ def check_path(key, path):
 
 
 def cannot_write(path, error):
-    return UserError(f"{path}: could not be written ({error.strerror}); mend that and run the same command again")
+    return UserError(f"{path}: could not be written ({error.strerror}); fix that and run the same command again")
 
 
 def write_json(path, content):
@@ -110,7 +116,7 @@ def write_json(path, content):
 
 
 def shard_header(dtype, tokens):
-    """The 1,024 bytes in front of `tokens` tokens."""
+    """The 1,024 bytes before `tokens` tokens."""
     header = np.zeros(256, dtype="<u4")
     header[:3] = *FORMATS[np.dtype(dtype)], tokens
     return header.tobytes()

@@ -362,7 +362,8 @@ ODD_LINES = [  # of metrics.jsonl
 
 
 def damage_what_can_be_rebuilt(run):
-    """All of it at once: the marks, metrics.jsonl, config.json and the picture."""
+    """All of it at once: the marks, metrics.jsonl, config.json, status.json, the picture, and folders under the names
+    that files have while they are written."""
     metrics = run / "metrics.jsonl"
     lines = metrics.read_bytes().splitlines()
     metrics.write_bytes(b"\n".join([*ODD_LINES, *lines, *ODD_LINES]))
@@ -373,6 +374,11 @@ def damage_what_can_be_rebuilt(run):
     (run / "checkpoints" / "latest" / "file").touch()
     (run / "loss.png").unlink(missing_ok=True)
     (run / "loss.png").mkdir()
+    (run / "status.json").unlink(missing_ok=True)
+    (run / "status.json").mkdir()
+    for name in ("status.json", "config.json", "metrics.jsonl", "loss.png", "checkpoints/latest", "checkpoints/best"):
+        (run / f"{name}.tmp").mkdir()
+        (run / f"{name}.tmp" / "file").touch()
 
 
 def test_damage_to_files_that_can_be_rebuilt_stops_no_reader(tmp_path, monkeypatch, capsys):
@@ -409,6 +415,7 @@ def test_damage_to_files_that_can_be_rebuilt_stops_no_run(place):
     lines = [json.loads(line) for line in (place / "run/metrics.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines} == {line["step"] for line in lines if "loss" in line} == {1, 2}
     assert json.loads((place / "run/config.json").read_text())["model"]["n_layer"] == 1
+    assert json.loads((place / "run/status.json").read_text())["state"] == "complete"
 
 
 @pytest.mark.parametrize("file", ["../data/model.safetensors", "/etc/passwd", "data/x.safetensors", "pipe.safetensors"])

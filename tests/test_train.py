@@ -141,5 +141,5 @@ def test_a_change_of_settings_is_said_whatever_the_checkpoint_was_set_to():
     half, quarter = (1e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * part))) for part in (0.5, 0.2505))
     assert f"from {half:.2e} at step 500 to {quarter:.2e} at step 501 and to 1.00e-04 at the end" in line
     was["train"]["schedule"] = "steps"
-    with pytest.raises(UserError, match="train.schedule: the checkpoint was saved with 'steps', expected cosine"):
+    with pytest.raises(UserError, match=r"^train\.schedule: the checkpoint was saved with 'steps', expected cosine"):
         train.changed_settings(state, now, 0)
