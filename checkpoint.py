@@ -561,8 +561,9 @@ def newest_usable(run, known_faults=(), look_at_files=True):
     return None, None, passed_over
 
 
-def newest_whole(run):
-    """As `newest_usable`, with all bytes read and compared, and the same on all ranks, which must all call this."""
+def newest_whole(run, progress=lambda: None):
+    """As `newest_usable`, with all bytes read and compared, and the same on all ranks, which must all call this.
+    progress: called for each part that is read."""
     known_faults = {}
     while True:
         answer = [None]
@@ -575,7 +576,7 @@ def newest_whole(run):
         if isinstance(answer[0], str):
             raise UserError(answer[0])
         found, state, passed_over = answer[0]
-        fault = found and fault_of(found, state)
+        fault = found and fault_of(found, state, progress)
         if not fault:
             return found, state, [line for line in passed_over if ".tmp: " not in line]
         known_faults[found] = fault
@@ -731,24 +732,25 @@ def fault_of_state(state):
     return fault_of_index(state.get("pieces", {}), elements, len(files))
 
 
-def check_sums(path, files):
-    """Read files of a checkpoint and compare their checksums. files: {name: entry of state.json}.
-    Raises UserError for the first that differs."""
+def check_sums(path, files, progress=lambda: None):
+    """Read files of a checkpoint and compare their checksums. files: {name: entry of state.json}. progress: called for
+    each part that is read. Raises UserError for the first that differs."""
     for name, entry in files.items():
+        progress()
         file = TensorFile(Path(path) / name, entry)
         if "header_crc32" in entry:
             for tensor in file.tensors:
-                file.check(tensor)
-        elif (found := file.checksum()) != entry["crc32"]:
+                file.check(tensor, progress)
+        elif (found := file.checksum(progress)) != entry["crc32"]:
             raise damaged(file.path, f"found checksum {found}, expected {entry['crc32']}")
 
 
-def fault_of(path, state):
+def fault_of(path, state, progress=lambda: None):
     """What is wrong with the bytes of a checkpoint, as a line, or None. The ranks share the reading, every
-    one of them must call this, and all get the same answer."""
+    one of them must call this, and all get the same answer. progress: as `check_sums` has it."""
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     try:
-        check_sums(path, dict(sorted(state["files"].items())[rank::ranks]))
+        check_sums(path, dict(sorted(state["files"].items())[rank::ranks]), progress)
         fault = None
     except UserError as error:
         fault = str(error)

@@ -273,21 +273,22 @@ class BadSteps:
             self.bad = [*self.bad, list(samples)]
         return self.fault
 
-    def answer(self, step, train):
+    def answer(self, step, train, progress=lambda: None):
         """What the config says to do about a bad step: skips it; goes back to the weights of the last whole checkpoint
         and continues with the samples after it (going through those in between once more would end in the same
         weights); or raises UserError, also where the weights themselves are spoilt, so that no later step can be
-        good. Returns what was done, in words. Every rank must call this."""
+        good. Returns what was done, in words. progress: called for each part that is read. Every rank
+        must call this."""
         if len(self.bad) >= (1 if train.bad_step == "stop" else train.max_bad_steps):
             raise UserError(f"step {step}: {self.fault}; bad steps in a row: {len(self.bad)}, {self.remedy(train)}")
         if train.bad_step == "rollback" and self.bad:
-            found, state, passed_over = checkpoint.newest_whole(train.out_dir)
+            found, state, passed_over = checkpoint.newest_whole(train.out_dir, progress)
             if found:
-                checkpoint.load(self.engine, found, state, train.seed)
+                checkpoint.load(self.engine, found, state, train.seed, progress)
                 return "; ".join([f"passed over, and back to the weights of {found}", *passed_over])
         if not math.isfinite(self.loss):
             everyone = [None] * distributed.get_world_size()
-            distributed.all_gather_object(everyone, first_not_finite(self.engine))
+            distributed.all_gather_object(everyone, first_not_finite(self.engine, progress))
             if found := next(filter(None, everyone), None):
                 found = f"step {step}: {self.fault}, and {found} holds a NaN or an infinity"
                 raise UserError(checkpoint.not_finite(found, Path(train.out_dir) / "checkpoints"))

@@ -299,7 +299,7 @@ def train_in(folder, config, watch, device, rank, world_size):
         if fault := steps.outcome(samples):
             if rank == 0:
                 log.write({"step": step, "tokens": tokens_seen, "bad_step": fault, "samples": samples})
-            say(f"step {step}: {fault}; samples {samples[0]} to {samples[1]} {steps.answer(step, train)}")
+            say(f"step {step}: {fault}; samples {samples[0]} to {samples[1]} {steps.answer(step, train, watch.beat)}")
 
         if step % train.log_every == 0 or step == 1 or step == total_steps:
             line = {"step": step, "tokens": tokens_seen, "loss": loss, "lr": lr}

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import dist
+import guard
 import pieces
-from config import Config, UserError
+from config import Config, TrainConfig, UserError
 from data.shards import write_json
 from tests.trained_runs import write_file
 
@@ -796,3 +797,34 @@ def test_a_writer_that_says_nothing_commits_nothing(tmp_path, monkeypatch, alone
     with pytest.raises(UserError, match=r"step_00000010.tmp/rank_00000.safetensors: was not written$"):
         saving.finish()
     assert steps_of(tmp_path) == []
+
+
+def spiked(run, monkeypatch, **settings):
+    """BadSteps after a bad step, without an engine, and its train section. What is loaded is found in .loaded."""
+    steps = object.__new__(guard.BadSteps)
+    steps.bad, steps.fault, steps.loss, steps.engine, steps.loaded = [[0, 3]], "loss 99", 99.0, None, []
+    steps.skipped_in_a_row = 1
+
+    def load(engine, path, state, seed, progress=lambda: None):
+        progress()
+        steps.loaded.append(path)
+
+    monkeypatch.setattr(checkpoint, "load", load)
+    return steps, TrainConfig(out_dir=str(run), **settings)
+
+
+@pytest.mark.parametrize("older_code", [False, True])
+def test_a_rollback_makes_progress_with_each_part_that_it_reads(tmp_path, monkeypatch, alone, older_code):
+    """Else the watch takes a large checkpoint for a hang."""
+    monkeypatch.setattr(pieces, "CHUNK", 16)  # of 3 tensors of 40 bytes
+    found = save(tmp_path, 5)
+    if older_code:
+        file = found / "rank_00000.safetensors"
+        files = {file.name: {"bytes": file.stat().st_size, "crc32": f"{zlib.crc32(file.read_bytes()):08x}"}}
+        state = state_of(5, files) | {"world_size": 1}
+        write_json(found / "state.json", state | {"crc32": checkpoint.seal(state)})
+    steps, train = spiked(tmp_path, monkeypatch, bad_step="rollback")
+    beats = []
+    done = steps.answer(7, train, lambda: beats.append(len(steps.loaded)))
+    assert done == f"passed over, and back to the weights of {found}" and steps.loaded == [found]
+    assert len(beats) >= 3 * 3 + 1, "for each part, and in loading"
