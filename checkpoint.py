@@ -43,7 +43,7 @@ import torch
 from torch import distributed
 
 import commands
-from config import Config, DataConfig, ModelConfig, TrainConfig, UserError, build, flat, read_json
+from config import Config, DataConfig, ModelConfig, SharedError, TrainConfig, UserError, build, flat, read_json
 from data.mixture import check_same_data
 from data.shards import cannot_write, make_way, write_atomically, write_json
 from pieces import (
@@ -147,7 +147,7 @@ class Saving:
 
     def finish(self):
         """Commit what all ranks have written, and only then delete what is older. Returns its path, the seconds
-        from the beginning to here, and those in which the run stood still. Raises UserError on every rank
+        from the beginning to here, and those in which the run stood still. Raises SharedError on every rank
         if one of them could not write, or holds a number that is not finite; the checkpoints that were there stay
         as they are."""
         waited_from = time.perf_counter()
@@ -178,7 +178,7 @@ class Saving:
         if fault[0]:
             if distributed.get_rank() == 0:
                 shutil.rmtree(self.temporary, ignore_errors=True)  # room for what the user does next
-            raise UserError(fault[0])
+            raise SharedError(fault[0])
         now = time.perf_counter()
         return self.folder / self.name, now - self.began, self.stalled + now - waited_from
 
@@ -563,23 +563,30 @@ def newest_usable(run, known_faults=(), look_at_files=True):
 
 def newest_whole(run, progress=lambda: None):
     """As `newest_usable`, with all bytes read and compared, and the same on all ranks, which must all call this.
-    progress: called for each part that is read."""
+    progress: called for each part that is read. Raises SharedError."""
     known_faults = {}
     while True:
-        answer = [None]
-        if distributed.get_rank() == 0:
-            try:
-                answer = [newest_usable(run, known_faults)]
-            except UserError as error:
-                answer = [str(error)]
-        distributed.broadcast_object_list(answer)  # whatever each rank's file system has heard
-        if isinstance(answer[0], str):
-            raise UserError(answer[0])
-        found, state, passed_over = answer[0]
+        found, state, passed_over = as_rank_0(lambda: newest_usable(run, known_faults))
         fault = found and fault_of(found, state, progress)
         if not fault:
             return found, state, [line for line in passed_over if ".tmp: " not in line]
         known_faults[found] = fault
+
+
+def as_rank_0(choose):
+    """What choose() returns on rank 0, on every rank, which must all call this: each rank's file system may have heard
+    something else. A UserError of rank 0 is raised on all, as SharedError."""
+    answer = [None, None]  # value, fault
+    if distributed.get_rank() == 0:
+        try:
+            answer[0] = choose()
+        except UserError as error:
+            answer[1] = str(error)
+    distributed.broadcast_object_list(answer)
+    value, fault = answer
+    if fault is not None:
+        raise SharedError(fault)
+    return value
 
 
 # -- state.json ----------------------------------------------------------------------------------

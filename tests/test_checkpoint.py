@@ -15,7 +15,7 @@ import checkpoint
 import dist
 import guard
 import pieces
-from config import Config, TrainConfig, UserError
+from config import Config, SharedError, TrainConfig, UserError
 from data.shards import write_json
 from tests.trained_runs import write_file
 
@@ -828,3 +828,32 @@ def test_a_rollback_makes_progress_with_each_part_that_it_reads(tmp_path, monkey
     done = steps.answer(7, train, lambda: beats.append(len(steps.loaded)))
     assert done == f"passed over, and back to the weights of {found}" and steps.loaded == [found]
     assert len(beats) >= 3 * 3 + 1, "for each part, and in loading"
+
+
+def test_what_all_ranks_find_is_said_by_one(tmp_path, monkeypatch, alone):
+    steps, train = spiked(tmp_path, monkeypatch, bad_step="stop")
+    for end in (steps.answer, steps.check_end):
+        with pytest.raises(SharedError, match=r"none reached the weights; no checkpoint was saved; look"):
+            end(7, train)
+    found = save(tmp_path, 5, val_loss=float("nan"))
+    with pytest.raises(SharedError, match=rf"; the last checkpoint is {found}, and none was saved before those steps;"):
+        steps.answer(7, train)
+    found = save(tmp_path, 6)
+    with pytest.raises(SharedError, match=rf"; the last checkpoint is {found}; look"):
+        steps.answer(7, train)
+    spoilt = save(tmp_path, 7, val_loss=float("nan"))
+    with pytest.raises(SharedError, match=rf"is {spoilt}, the last from before those steps {found}; look"):
+        steps.answer(7, train)
+    monkeypatch.setattr(guard, "first_not_finite", lambda engine, progress: "fp32 of a.weight")
+    steps.loss, (_, skip) = float("nan"), spiked(tmp_path, monkeypatch, bad_step="skip")
+    with pytest.raises(SharedError, match=r"fp32 of a\.weight holds a NaN or an infinity"):
+        steps.answer(7, skip)
+    for path in (tmp_path / "checkpoints").glob("step_*/state.json"):
+        path.write_text("{")
+    with pytest.raises(SharedError, match="no checkpoint of this run is whole"):
+        checkpoint.newest_whole(tmp_path)
+    monkeypatch.setattr(checkpoint, "description", lambda engine: {})
+    monkeypatch.setattr(checkpoint, "own_tensors", lambda engine: ({}, iter([])))
+    monkeypatch.setattr(checkpoint.Saving, "write", lambda saving, *_: setattr(saving, "written", "the disk is full"))
+    with pytest.raises(SharedError, match=r"^the disk is full$"):
+        checkpoint.save(None, tmp_path / "checkpoints", state_of(10, {}), False, 2)
