@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from config import ModelConfig, UserError, build, read_json, run_command, switched_on
+from config import ModelConfig, UserError, build, read_json, refuse_pipe, run_command, switched_on
 from data.shards import read_meta, write_json
 from flags import FlagParser, a_checkpoint, a_path, check_can_write
 from model import GPT
@@ -498,6 +498,9 @@ def open_published(folder, model: ModelConfig | None = None):
     that gives what `copy_into` needs). model: the one that is to have its weights, if that is another. Reads
     no weights yet, but has looked at all that could be wrong: raises UserError."""
     folder = Path(folder)
+    for path in sorted(folder.iterdir()):  # transformers and tokenizers, which read them, would wait at a pipe
+        if path.suffix in (".json", ".model", ".txt", ".jinja"):
+            refuse_pipe(path)
     published = published_model(folder)
     family = family_of(published)
     check_expressible(published)

@@ -58,7 +58,7 @@ def read_config(run):
         for section in ("model", "data", "train", "deepspeed"):
             if not isinstance(config, dict) or not isinstance(config.get(section), dict):
                 raise UserError(f"{path}: no section {section}")
-    except (UserError, ValueError) as error:
+    except UserError as error:
         import checkpoint  # takes seconds to import
 
         for entry in reversed(checkpoint.Saved(Path(run) / "checkpoints").entries):
