@@ -767,26 +767,13 @@ def fault_of(path, state, progress=lambda: None):
 
 
 def where_to_start(config, data, known_faults=()):
-    """The checkpoint to continue from, or None, and its state. known_faults: {path: what is wrong with it}.
-    data: the run's training Mixture. Raises UserError if the run folder holds what this run must not
-    continue or overwrite."""
-    run, resume = Path(config.train.out_dir), config.train.resume
-    if resume == "never" and find(run):
-        raise UserError(f"train.out_dir: {run} already holds a run; choose another, or drop --train.resume never")
-    restore_replaced(run / "checkpoints")
-    look_at_files = os.environ.get("WORLD_SIZE", "1") == "1"  # many ranks share that in `fault_of`
-    passed_over = []
-    # of another run: only the beginning, else the same command would begin there again and again
-    begins = resume not in ("auto", "never") and run.resolve() not in (Path(resume) / "state.json").resolve().parents
-    if resume in ("auto", "never") or (begins and find(run)):
-        found, state, passed_over = newest_usable(run, known_faults, look_at_files)
+    """The checkpoint to continue from, or None, and its state. known_faults: {path: what is wrong with it}: where there
+    are any, all ranks get rank 0's choice, and every rank must call this. data: the run's training Mixture. Raises
+    UserError if the run folder holds what this run must not continue or overwrite."""
+    if known_faults:
+        found, state, passed_over = as_rank_0(lambda: choose_start(config.train, known_faults))
     else:
-        found = find(resume)
-        if found is None:
-            raise UserError(f"train.resume: {resume} holds no complete checkpoint; expected auto, never or one's path")
-        if found in known_faults:
-            raise UserError(known_faults[found])
-        state = read_state(found, look_at_files)
+        found, state, passed_over = choose_start(config.train)
     news = [line for line in passed_over if not known_faults or str([*known_faults][-1]) in line]
     for line in news if os.environ["RANK"] == "0" else []:
         print(line, flush=True)
@@ -795,6 +782,25 @@ def where_to_start(config, data, known_faults=()):
         if "data.path" not in config.train.allow_changed:
             check_same_data(state["data"], data, found)
     return found, state or {"step": 0, "tokens": 0, "best_val_loss": None}
+
+
+def choose_start(train, known_faults=()):
+    """What `where_to_start` considers: as `newest_usable`, of the train section's run or of what it resumes."""
+    run, resume = Path(train.out_dir), train.resume
+    if resume == "never" and find(run):
+        raise UserError(f"train.out_dir: {run} already holds a run; choose another, or drop --train.resume never")
+    restore_replaced(run / "checkpoints")
+    look_at_files = os.environ.get("WORLD_SIZE", "1") == "1"  # many ranks share that in `fault_of`
+    # of another run: only the beginning, else the same command would begin there again and again
+    begins = resume not in ("auto", "never") and run.resolve() not in (Path(resume) / "state.json").resolve().parents
+    if resume in ("auto", "never") or (begins and find(run)):
+        return newest_usable(run, known_faults, look_at_files)
+    found = find(resume)
+    if found is None:
+        raise UserError(f"train.resume: {resume} holds no complete checkpoint; expected auto, never or one's path")
+    if found in known_faults:
+        raise UserError(known_faults[found])
+    return found, read_state(found, look_at_files), []
 
 
 # -- loading -------------------------------------------------------------------------------------

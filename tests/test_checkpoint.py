@@ -857,3 +857,39 @@ def test_what_all_ranks_find_is_said_by_one(tmp_path, monkeypatch, alone):
     monkeypatch.setattr(checkpoint.Saving, "write", lambda saving, *_: setattr(saving, "written", "the disk is full"))
     with pytest.raises(SharedError, match=r"^the disk is full$"):
         checkpoint.save(None, tmp_path / "checkpoints", state_of(10, {}), False, 2)
+
+
+def test_a_second_choice_of_a_checkpoint_is_rank_0s(tmp_path, monkeypatch):
+    """On a network file system one rank may still see a checkpoint that another no longer sees."""
+    on_this_rank, on_rank_0 = tmp_path / "as_this_rank_sees_it", tmp_path / "run"
+    for step in (5, 10, 15):
+        make(on_rank_0, step)
+        if step != 10:
+            make(on_this_rank, step)
+    faults = {on_rank_0 / "checkpoints" / checkpoint.name_of(15): "a wrong checksum"}
+    told = []
+
+    def broadcast(values):
+        """What rank 0 sends: the first call is rank 0's, which is remembered."""
+        if not told:
+            told.extend(values)
+        values[:] = told
+
+    monkeypatch.setattr(checkpoint.distributed, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(os, "environ", os.environ | {"RANK": "1", "WORLD_SIZE": "2"})
+    config, answers = Config(), []
+    config.train.allow_changed = ["data.path"]
+    for rank, folder in enumerate((on_rank_0, on_this_rank)):
+        monkeypatch.setattr(checkpoint.distributed, "get_rank", lambda rank=rank: rank)
+        config.train.out_dir = str(folder)
+        answers.append(checkpoint.where_to_start(config, None, faults))
+    assert answers[0] == answers[1] and answers[0][1]["step"] == 10
+
+    told.clear()
+    for folder in (on_rank_0 / "checkpoints").iterdir():
+        (folder / "state.json").write_text("{")
+    for rank, folder in enumerate((on_rank_0, on_this_rank)):
+        monkeypatch.setattr(checkpoint.distributed, "get_rank", lambda rank=rank: rank)
+        config.train.out_dir = str(folder)
+        with pytest.raises(SharedError, match="no checkpoint of this run is whole"):
+            checkpoint.where_to_start(config, None, faults)
