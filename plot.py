@@ -1,4 +1,4 @@
-"""Pictures of runs, from what they left behind: python plot.py out/a [out/b ...]
+"""Pictures of runs, from what they wrote: python plot.py out/a [out/b ...]
 
 python plot.py out/a out/b --x flops --out both.png --html both.html
 """

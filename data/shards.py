@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import stat
@@ -547,6 +548,11 @@ def damaged(path, name, value, expected, remedy="prepare the data again"):
 
 def is_count(value):
     return type(value) is int and 0 <= value < 2**63
+
+
+def is_number(value, most=math.inf):
+    """Whether a JSON value is a number from -most to most, which NaN is not."""
+    return type(value) in (int, float) and -most <= value <= most
 
 
 def check_split(path, where, content):
