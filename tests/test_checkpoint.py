@@ -893,3 +893,17 @@ def test_a_second_choice_of_a_checkpoint_is_rank_0s(tmp_path, monkeypatch):
         config.train.out_dir = str(folder)
         with pytest.raises(SharedError, match="no checkpoint of this run is whole"):
             checkpoint.where_to_start(config, None, faults)
+
+
+def test_all_parameters_that_differ_are_named_and_a_long_list_is_cut(tmp_path):
+    shapes = {f"p{number}": [number, 2] for number in range(9)}
+    checkpoint.refuse_other_parameters(tmp_path, {"parameters": shapes}, dict(shapes))
+    with pytest.raises(
+        UserError, match=rf"^{tmp_path}/state\.json: q: found none, expected \[3\]; p1: found \[1, 2\], "
+    ):
+        fewer = {name: shape for name, shape in shapes.items() if name != "p1"} | {"q": [3]}
+        checkpoint.refuse_other_parameters(tmp_path, {"parameters": shapes}, fewer)
+    with pytest.raises(
+        UserError, match=r"p3: found none, expected \[3, 2\]; and 5 more as in the model that model\.py"
+    ):
+        checkpoint.refuse_other_parameters(tmp_path, {"parameters": {}}, shapes)

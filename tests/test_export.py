@@ -201,7 +201,7 @@ def capped(self, x, targets=None):
     ("where", "name", "value", "expected"),
     [
         (export, "GPT", MoreParameters, "blocks.0.attention.q_norm.weight: found [8], expected none"),
-        (export, "GPT", OtherShapes, "final_norm.weight: found (1,), expected (32,)"),
+        (export, "GPT", OtherShapes, "final_norm.weight: found [1], expected [32]"),
         (export, "GPT", FewerParameters, "blocks.1.mlp.down.weight: found none, expected [32, 128]"),
         (model.Head, "forward", capped, "its logits differ by"),
         (model.MLP, "forward", exact_gelu, "its logits differ by"),
