@@ -18,7 +18,7 @@ Which checkpoint is the latest and which the best follows from what each state.j
 `val_loss`: the files `latest` and `best` are for people, and what is wrong in them is corrected by the next start
 or save.
 
-A run that is resumed from an older checkpoint leaves later ones behind, which are stale: they are never the
+A run that is resumed from an older checkpoint leaves later ones in the folder, which are stale: they are never the
 latest, and are deleted as soon as the continuation has saved as many of its own as train.keep_checkpoints keeps.
 The best one is kept whichever it is. What is deleted is exactly what a run wrote (see `is_ours`), and is renamed
 to step_00001000.deleted.tmp first, so that a deletion that was killed is finished by a later start or save.
@@ -33,6 +33,7 @@ import shutil
 import stat
 import threading
 import time
+import traceback
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -41,9 +42,10 @@ import numpy as np
 import torch
 from torch import distributed
 
-from config import Config, ModelConfig, UserError, build, flat, read_json
+import commands
+from config import Config, DataConfig, ModelConfig, SharedError, TrainConfig, UserError, build, flat, read_json
 from data.mixture import check_same_data
-from data.shards import cannot_write, make_way, write_atomically, write_json
+from data.shards import cannot_write, is_count, is_number, make_way, write_atomically, write_json
 from pieces import (
     SavedPieces,
     TensorFile,
@@ -66,6 +68,8 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # wh
 RANK_FILE = re.compile(r"rank_[0-9]{5,7}\.safetensors")
 FOLDER = re.compile(r"step_([0-9]{8,15})(\.tmp|\.old\.tmp|\.deleted\.tmp)?")  # names that a run gives
 MOST_STATE_BYTES = 1 << 28  # of state.json, which takes kilobytes
+# keys of the train section; the first is no number
+SHAPES_THE_RATE = ("schedule", "lr", "min_lr_ratio", "warmup_tokens", "max_tokens")
 TRIES = 100  # of a reader that a run deletes checkpoints from under
 
 
@@ -111,8 +115,11 @@ class Saving:
         self.pieces = pieces_in({name: elements for name, (_, elements) in sizes.items()})
         self.writer = None
         if background and not only_on_nvme(engine):
-            copies = [tensor.to("cpu", copy=True) for tensor in tensors]
-            self.writer = threading.Thread(target=self.write, args=(sizes, copies, fault))
+            try:
+                tensors = [tensor.to("cpu", copy=True) for tensor in tensors]
+            except Exception as error:  # there is no room for a copy
+                fault = fault or self.in_words(error)
+            self.writer = threading.Thread(target=self.write, args=(sizes, tensors, fault))
             self.writer.start()
         else:
             self.write(sizes, tensors, fault)
@@ -122,14 +129,25 @@ class Saving:
         try:
             tensors = (self.progress() or tensor for tensor in tensors)
             self.written = fault or write_tensors(self.temporary / self.file, sizes, tensors)
-        except OSError as error:
-            self.written = str(cannot_write(self.temporary / self.file, error))
-        except UserError as error:
-            self.written = f"step {self.state['step']}: {not_finite(error, self.folder)}"
+        except Exception as error:
+            self.written = self.in_words(error)
+
+    def in_words(self, error):
+        """Why this rank cannot save, whatever it is: an error that only ended the thread, or this rank, would leave
+        the others waiting, or a checkpoint without this rank's part."""
+        file = self.temporary / self.file
+        if isinstance(error, OSError):
+            return str(cannot_write(file, error))
+        if isinstance(error, UserError):
+            return f"step {self.state['step']}: {not_finite(error, self.folder)}"
+        explained = commands.explain(error)
+        if explained is None:
+            traceback.print_exception(error)  # a fault of the program
+        return f"{file}: could not be written: {explained or repr(error)}"
 
     def finish(self):
         """Commit what all ranks have written, and only then delete what is older. Returns its path, the seconds
-        from the beginning to here, and those in which the run stood still. Raises UserError on every rank
+        from the beginning to here, and those in which the run stood still. Raises SharedError on every rank
         if one of them could not write, or holds a number that is not finite; the checkpoints that were there stay
         as they are."""
         waited_from = time.perf_counter()
@@ -140,7 +158,12 @@ class Saving:
         distributed.gather_object((self.file, self.written, self.pieces), everyone)
         fault = [None]
         if everyone:
-            fault = [next((written for _, written, _ in everyone if isinstance(written, str)), None)]
+            faults = [
+                written if isinstance(written, str) else f"{self.temporary / file}: was not written"
+                for file, written, _ in everyone
+                if not isinstance(written, dict)
+            ]
+            fault = faults[:1] or [None]
         if everyone and not fault[0]:
             files = {file: written for file, written, _ in everyone}
             pieces = index_of(own for _, _, own in sorted(everyone, key=lambda entry: entry[0]))
@@ -155,7 +178,7 @@ class Saving:
         if fault[0]:
             if distributed.get_rank() == 0:
                 shutil.rmtree(self.temporary, ignore_errors=True)  # room for what the user does next
-            raise UserError(fault[0])
+            raise SharedError(fault[0])
         now = time.perf_counter()
         return self.folder / self.name, now - self.began, self.stalled + now - waited_from
 
@@ -241,7 +264,6 @@ def write_marks(folder):
     for which, path in (("latest", saved.latest), ("best", saved.best)):
         mark = folder / which
         if path and read_mark(mark) != path.name:
-            make_way(mark)
             write_atomically(mark, path.name.encode())
 
 
@@ -377,7 +399,7 @@ class Saved:
     """The complete checkpoints in out/<run>/checkpoints, `entries` in the order in which they were saved, and what
     follows from what their state.json record: the paths `latest` and `best` (None where there is none, or none was
     evaluated); `own`, those that led to the latest one and it; of these the `good` ones and the path of the
-    `last_good` one; `stale`, those left behind when the run was resumed from an older one.
+    `last_good` one; `stale`, those left there when the run was resumed from an older one.
 
     The files `latest` and `best` count where that is not recorded: in checkpoints of older code, and where a
     state.json is damaged."""
@@ -539,24 +561,32 @@ def newest_usable(run, known_faults=(), look_at_files=True):
     return None, None, passed_over
 
 
-def newest_whole(run):
-    """As `newest_usable`, with all bytes read and compared, and the same on all ranks, which must all call this."""
+def newest_whole(run, progress=lambda: None):
+    """As `newest_usable`, with all bytes read and compared, and the same on all ranks, which must all call this.
+    progress: called for each part that is read. Raises SharedError."""
     known_faults = {}
     while True:
-        answer = [None]
-        if distributed.get_rank() == 0:
-            try:
-                answer = [newest_usable(run, known_faults)]
-            except UserError as error:
-                answer = [str(error)]
-        distributed.broadcast_object_list(answer)  # whatever each rank's file system has heard
-        if isinstance(answer[0], str):
-            raise UserError(answer[0])
-        found, state, passed_over = answer[0]
-        fault = found and fault_of(found, state)
+        found, state, passed_over = as_rank_0(lambda: newest_usable(run, known_faults))
+        fault = found and fault_of(found, state, progress)
         if not fault:
             return found, state, [line for line in passed_over if ".tmp: " not in line]
         known_faults[found] = fault
+
+
+def as_rank_0(choose):
+    """What choose() returns on rank 0, on every rank, which must all call this: each rank's file system may have heard
+    something else. A UserError of rank 0 is raised on all, as SharedError."""
+    answer = [None, None]  # value, fault
+    if distributed.get_rank() == 0:
+        try:
+            answer[0] = choose()
+        except UserError as error:
+            answer[1] = str(error)
+    distributed.broadcast_object_list(answer)
+    value, fault = answer
+    if fault is not None:
+        raise SharedError(fault)
+    return value
 
 
 # -- state.json ----------------------------------------------------------------------------------
@@ -582,8 +612,8 @@ def read_state(path, look_at_files=True):
         raise damaged(file, f"found {size} bytes, expected at most {MOST_STATE_BYTES}")
     try:
         state = read_json(file)
-    except (ValueError, RecursionError, MemoryError) as error:  # numbers of thousands of digits
-        raise damaged(file, " ".join(str(error).split())[:100] or type(error).__name__) from None
+    except MemoryError:
+        raise damaged(file, f"found {size} bytes that no memory here holds as JSON") from None
     kinds = {"step": int, "tokens": int, "optimizer_steps": int, "world_size": int, "stage": int, "precision": str}
     kinds |= dict.fromkeys(("config", "data", "files", "parameters", "tied", "loss_scaler"), dict)
     for name, kind in kinds.items():
@@ -617,20 +647,12 @@ def check_size(file, size):
         raise damaged(file, f"{status.st_size} bytes, expected {size} bytes")
 
 
-def is_number(value, most=math.inf):
-    return isinstance(value, int | float) and not isinstance(value, bool) and -most <= value <= most
-
-
-def is_count(value, most=2**63):
-    return type(value) is int and 0 <= value < most
-
-
 def is_checksum(value):
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{8}", value) is not None
 
 
 def is_loss(value):
-    return value is None or (is_number(value) and abs(value) < 1e300)
+    return value is None or is_number(value, 1e300)
 
 
 def is_file_entry(entry):
@@ -658,11 +680,16 @@ def is_data(value):
 
 
 def is_config(config):
-    """Whether it has the sections, and names its data, as train.py records a config."""
+    """Whether it has the sections, names its data, and holds numbers where the learning rate needs them, as train.py
+    records a config. Which values are taken is for the code that trains: a checkpoint may be older."""
     path = config["data"].get("path") if isinstance(config.get("data"), dict) else None
     sections = all(isinstance(config.get(section), dict) for section in ("model", "data", "train"))
     weights = isinstance(path, dict) and path and all(is_number(weight) for weight in path.values())
-    return sections and (isinstance(path, str) or bool(weights))
+    if not sections or not (isinstance(path, str) or weights):
+        return False
+    train = config["train"]
+    numbers = (train.get(name, 0) for name in (*SHAPES_THE_RATE[1:], "global_batch_tokens"))
+    return isinstance(train.get("schedule", ""), str) and all(is_number(number, 1e300) for number in numbers)
 
 
 def fault_of_state(state):
@@ -673,7 +700,7 @@ def fault_of_state(state):
         ("step", is_count(state["step"]), "0 or more"),
         ("tokens", is_count(state["tokens"]), "0 or more"),
         ("optimizer_steps", is_count(state["optimizer_steps"]), "0 or more"),
-        ("world_size", is_count(state["world_size"] - 1, 10**7), "a number of ranks"),
+        ("world_size", 0 < state["world_size"] <= 10**7, "a number of ranks"),
         ("stage", type(state["stage"]) is int and state["stage"] in range(4), "0 to 3"),
         ("save_number", is_count(state.get("save_number", 0)), "0 or more"),
         ("best_val_loss", is_loss(state.get("best_val_loss")), "a number or null"),
@@ -704,24 +731,25 @@ def fault_of_state(state):
     return fault_of_index(state.get("pieces", {}), elements, len(files))
 
 
-def check_sums(path, files):
-    """Read files of a checkpoint and compare their checksums. files: {name: entry of state.json}.
-    Raises UserError for the first that differs."""
+def check_sums(path, files, progress=lambda: None):
+    """Read files of a checkpoint and compare their checksums. files: {name: entry of state.json}. progress: called for
+    each part that is read. Raises UserError for the first that differs."""
     for name, entry in files.items():
+        progress()
         file = TensorFile(Path(path) / name, entry)
         if "header_crc32" in entry:
             for tensor in file.tensors:
-                file.check(tensor)
-        elif (found := file.checksum()) != entry["crc32"]:
+                file.check(tensor, progress)
+        elif (found := file.checksum(progress)) != entry["crc32"]:
             raise damaged(file.path, f"found checksum {found}, expected {entry['crc32']}")
 
 
-def fault_of(path, state):
+def fault_of(path, state, progress=lambda: None):
     """What is wrong with the bytes of a checkpoint, as a line, or None. The ranks share the reading, every
-    one of them must call this, and all get the same answer."""
+    one of them must call this, and all get the same answer. progress: as `check_sums` has it."""
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     try:
-        check_sums(path, dict(sorted(state["files"].items())[rank::ranks]))
+        check_sums(path, dict(sorted(state["files"].items())[rank::ranks]), progress)
         fault = None
     except UserError as error:
         fault = str(error)
@@ -731,26 +759,13 @@ def fault_of(path, state):
 
 
 def where_to_start(config, data, known_faults=()):
-    """The checkpoint to continue from, or None, and its state. known_faults: {path: what is wrong with it}.
-    data: the run's training Mixture. Raises UserError if the run folder holds what this run must not
-    continue or overwrite."""
-    run, resume = Path(config.train.out_dir), config.train.resume
-    if resume == "never" and find(run):
-        raise UserError(f"train.out_dir: {run} already holds a run; choose another, or drop --train.resume never")
-    restore_replaced(run / "checkpoints")
-    look_at_files = os.environ.get("WORLD_SIZE", "1") == "1"  # many ranks share that in `fault_of`
-    passed_over = []
-    # of another run: only the beginning, else the same command would begin there again and again
-    begins = resume not in ("auto", "never") and run.resolve() not in (Path(resume) / "state.json").resolve().parents
-    if resume in ("auto", "never") or (begins and find(run)):
-        found, state, passed_over = newest_usable(run, known_faults, look_at_files)
+    """The checkpoint to continue from, or None, and its state. known_faults: {path: what is wrong with it}: where there
+    are any, all ranks get rank 0's choice, and every rank must call this. data: the run's training Mixture. Raises
+    UserError if the run folder holds what this run must not continue or overwrite."""
+    if known_faults:
+        found, state, passed_over = as_rank_0(lambda: choose_start(config.train, known_faults))
     else:
-        found = find(resume)
-        if found is None:
-            raise UserError(f"train.resume: {resume} holds no complete checkpoint; expected auto, never or one's path")
-        if found in known_faults:
-            raise UserError(known_faults[found])
-        state = read_state(found, look_at_files)
+        found, state, passed_over = choose_start(config.train)
     news = [line for line in passed_over if not known_faults or str([*known_faults][-1]) in line]
     for line in news if os.environ["RANK"] == "0" else []:
         print(line, flush=True)
@@ -759,6 +774,25 @@ def where_to_start(config, data, known_faults=()):
         if "data.path" not in config.train.allow_changed:
             check_same_data(state["data"], data, found)
     return found, state or {"step": 0, "tokens": 0, "best_val_loss": None}
+
+
+def choose_start(train, known_faults=()):
+    """What `where_to_start` considers: as `newest_usable`, of the train section's run or of what it resumes."""
+    run, resume = Path(train.out_dir), train.resume
+    if resume == "never" and find(run):
+        raise UserError(f"train.out_dir: {run} already holds a run; choose another, or drop --train.resume never")
+    restore_replaced(run / "checkpoints")
+    look_at_files = os.environ.get("WORLD_SIZE", "1") == "1"  # many ranks share that in `fault_of`
+    # of another run: only the beginning, else the same command would begin there again and again
+    begins = resume not in ("auto", "never") and run.resolve() not in (Path(resume) / "state.json").resolve().parents
+    if resume in ("auto", "never") or (begins and find(run)):
+        return newest_usable(run, known_faults, look_at_files)
+    found = find(resume)
+    if found is None:
+        raise UserError(f"train.resume: {resume} holds no complete checkpoint; expected auto, never or one's path")
+    if found in known_faults:
+        raise UserError(known_faults[found])
+    return found, read_state(found, look_at_files), []
 
 
 # -- loading -------------------------------------------------------------------------------------
@@ -803,26 +837,37 @@ def load(engine, path, state, seed, progress=lambda: None):
         raise damaged(file.path, f"random/cpu/0: {' '.join(str(error).split())[:100]}") from None
 
 
+def differences(found, expected):
+    """What differs between two {name of a parameter: its shape}, in words, or None."""
+    wrong = [
+        f"{name[:100]}: found {found.get(name, 'none')}, expected {expected.get(name, 'none')}"
+        for name in dict.fromkeys((*expected, *found))
+        if found.get(name) != expected.get(name)
+    ]
+    return "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "") if wrong else None
+
+
 def refuse_other_parameters(path, state, expected):
     """Raises UserError unless a checkpoint holds these parameters, {name: shape as a list}, and no others."""
-    found = state["parameters"]
-    for name in [*expected, *found]:
-        if found.get(name) != expected.get(name):
-            shapes = f"found {found.get(name, 'none')}, expected {expected.get(name, 'none')}"
-            raise UserError(
-                f"{path}/state.json: {name[:100]}: {shapes} as in the model that model.py makes of its settings; use "
-                "the model.py that it was trained with, or another checkpoint"
-            )
+    if wrong := differences(state["parameters"], expected):
+        raise UserError(
+            f"{path}/state.json: {wrong} as in the model that model.py makes of its settings; use the model.py that it "
+            "was trained with, or another checkpoint"
+        )
 
 
 def open_weights(path):
     """A checkpoint of any ZeRO stage -> (its state, Config, a function from a parameter's name to its whole
     float32 value), in one process and without DeepSpeed. Reads a parameter when it is asked for, compares the
-    checksum of what it reads and of nothing else, and keeps none. Both raise UserError if it is damaged."""
+    checksum of what it reads and of nothing else, and keeps none. Both raise UserError if it is damaged.
+
+    Of the Config only the model section is checked: data and train are as they were saved, by a version of this code
+    that may have taken other values than this one does, and the weights are what they are."""
     path = Path(path)
     state = read_state(path)
     check_sums(path, {name: entry for name, entry in state["files"].items() if "header_crc32" not in entry})
-    config = build({name: state["config"][name] for name in ("model", "data", "train")}, path / "state.json")
+    config = build({"model": state["config"]["model"]}, path / "state.json")
+    config.data, config.train = DataConfig(state["config"]["data"]["path"]), as_saved(state, vars(TrainConfig()))
     saved = SavedPieces(path, state, verify=True)
     if os.environ.get("RANK", "0") == "0":  # which reads for the others
         saved.hold()
@@ -878,9 +923,22 @@ def changed_settings(saved, now):
     return changed
 
 
+def as_saved(state, names):
+    """A TrainConfig in which these keys have the values that a checkpoint was saved with, whichever this code takes.
+    The others, and those that are younger than the checkpoint, have their defaults."""
+    saved = state["config"]["train"]
+    return TrainConfig(**{name: saved[name] for name in names if name in saved})
+
+
 def saved_train_config(state):
-    """The TrainConfig that a checkpoint was saved with."""
-    return build({"train": state["config"]["train"]}, "state.json").train
+    """What shapes the learning rate of the TrainConfig that a checkpoint was saved with. Raises UserError for a
+    schedule that this code does not know."""
+    train = as_saved(state, [*SHAPES_THE_RATE, "global_batch_tokens"])
+    schedules = TrainConfig.__dataclass_fields__["schedule"].metadata["choices"]
+    if train.schedule not in schedules:
+        found = f"the checkpoint was saved with {train.schedule[:40]!r}"
+        raise UserError(f"train.schedule: {found}, expected {', '.join(schedules)}; start another run")
+    return train
 
 
 def setting(world_size, stage, precision):

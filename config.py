@@ -5,6 +5,7 @@ its meaning and unit) and `deepspeed` (DeepSpeed's own keys, merged over `ds_con
 can be overridden on the command line: `--train.lr 1e-4 --deepspeed.zero_optimization.stage 2`.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -12,6 +13,7 @@ import math
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -551,8 +553,19 @@ def nearest_file(path):
     return f"; did you mean {os.path.relpath(file) if file.is_relative_to(Path.cwd()) else file}?"
 
 
-def read_json(path):
-    """The content of a JSON file. Raises UserError that names the file, line and column."""
+def refuse_pipe(path):
+    """Raises UserError if there is a pipe, socket or device, which a reader could wait at without end."""
+    with contextlib.suppress(OSError, ValueError):  # nothing there, or no path: for the reader to say
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise UserError(f"{path}: found a pipe, socket or device, expected a plain file; put the file there")
+
+
+def read_json(path, regular=True):
+    """The content of a JSON file. regular: only of a plain file; else a pipe may be read as well. Raises UserError
+    that names the file, line and column."""
+    if regular:
+        refuse_pipe(path)
 
     def without_repeats(pairs):
         found = dict(pairs)
@@ -711,7 +724,7 @@ def load_config(arguments, default="configs/1p5b.json"):
     # each by itself first, so that an error names its file
     below = {"deepspeed": read_json(ROOT / "ds_config.json")}
     build(below, "ds_config.json")
-    values = read_json(path)
+    values = read_json(path, regular=False)  # a shell's <(...) is a pipe
     if isinstance(values, dict):
         values = merge(below, values)
     build(values, path)

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from config import ModelConfig, UserError, build, read_json, run_command, switched_on
+from config import ModelConfig, UserError, build, read_json, refuse_pipe, run_command, switched_on
 from data.shards import read_meta, write_json
 from flags import FlagParser, a_checkpoint, a_path, check_can_write
 from model import GPT
@@ -209,20 +209,10 @@ def build_transformers(model: ModelConfig, read):
     return theirs
 
 
-def differences(found, expected):
-    """What differs between two {name of a parameter: its shape}, in words, or None."""
-    wrong = [
-        f"{name}: found {found.get(name, 'none')}, expected {expected.get(name, 'none')}"
-        for name in dict.fromkeys((*found, *expected))
-        if found.get(name) != expected.get(name)
-    ]
-    return "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "") if wrong else None
-
-
 def own_shapes(model: ModelConfig):
-    """{name of a parameter: its shape} of model.py's model."""
+    """{name of a parameter: its shape as a list} of model.py's model."""
     with torch.device("meta"):  # shapes without memory
-        return {name: tuple(parameter.shape) for name, parameter in GPT(model).named_parameters()}
+        return checkpoint.shapes_of(dict(GPT(model).named_parameters()))
 
 
 def check_parameters(model: ModelConfig):
@@ -235,8 +225,8 @@ def check_parameters(model: ModelConfig):
     make, expected = from_transformers(model, theirs.get), {}
     for name in correspondence(model):
         if model.bias or not name.endswith(".bias"):  # else it is made of zeros
-            expected[name] = tuple(make(name).shape)
-    if wrong := differences(own_shapes(model), expected):
+            expected[name] = list(make(name).shape)
+    if wrong := checkpoint.differences(own_shapes(model), expected):
         raise UserError(
             f"model.py: its parameters are not those of transformers' {FAMILIES[family_of(model)].architecture}: "
             f"{wrong}; add them to export.py's tables if that has them"
@@ -498,6 +488,9 @@ def open_published(folder, model: ModelConfig | None = None):
     that gives what `copy_into` needs). model: the one that is to have its weights, if that is another. Reads
     no weights yet, but has looked at all that could be wrong: raises UserError."""
     folder = Path(folder)
+    for path in sorted(folder.iterdir()):  # transformers and tokenizers, which read them, would wait at a pipe
+        if path.suffix in (".json", ".model", ".txt", ".jinja"):
+            refuse_pipe(path)
     published = published_model(folder)
     family = family_of(published)
     check_expressible(published)
@@ -561,8 +554,7 @@ def saved_model(found):
     if model.n_layer > len(parameters):  # which would take long to build
         raise UserError(f"{found}/state.json: {model.n_layer} layers, but {len(parameters)} parameters; use another")
     try:
-        with torch.device("meta"):  # shapes without memory
-            expected = checkpoint.shapes_of(dict(GPT(model).named_parameters()))
+        expected = own_shapes(model)
     except RuntimeError as error:  # torch's, of sizes that no number holds
         raise UserError(f"{found}/state.json: config.model: {' '.join(str(error).split())[:200]}") from None
     checkpoint.refuse_other_parameters(found, state, expected)

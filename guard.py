@@ -227,7 +227,7 @@ class BadSteps:
         return seen | {"skipped": self.skipped, "bad": self.bad, "skipped_in_a_row": self.skipped_in_a_row}
 
     def expect(self, loss, grad_norm=None):
-        """In front of DeepSpeed's step: its loss, over all ranks, and where DeepSpeed finds none, its norm."""
+        """Before DeepSpeed's step: its loss, over all ranks, and where DeepSpeed finds none, its norm."""
         self.loss, self.grad_norm, self.judged = loss, grad_norm, False
 
     def update_if_good(self, optimizer, update):
@@ -271,42 +271,47 @@ class BadSteps:
             self.bad = [*self.bad, list(samples)]
         return self.fault
 
-    def answer(self, step, train):
+    def answer(self, step, train, progress=lambda: None):
         """What the config says to do about a bad step: skips it; goes back to the weights of the last whole checkpoint
         and continues with the samples after it (going through those in between once more would end in the same
-        weights); or raises UserError, also where the weights themselves are spoilt, so that no later step can be
-        good. Returns what was done, in words. Every rank must call this."""
+        weights); or raises SharedError, also where the weights themselves are spoilt, so that no later step can be
+        good. Returns what was done, in words. progress: called for each part that is read. Every rank
+        must call this."""
         if len(self.bad) >= (1 if train.bad_step == "stop" else train.max_bad_steps):
-            raise UserError(f"step {step}: {self.fault}; bad steps in a row: {len(self.bad)}, {self.remedy(train)}")
+            raise SharedError(f"step {step}: {self.fault}; bad steps in a row: {len(self.bad)}, {self.remedy(train)}")
         if train.bad_step == "rollback" and self.bad:
-            found, state, passed_over = checkpoint.newest_whole(train.out_dir)
+            found, state, passed_over = checkpoint.newest_whole(train.out_dir, progress)
             if found:
-                checkpoint.load(self.engine, found, state, train.seed)
+                checkpoint.load(self.engine, found, state, train.seed, progress)
                 return "; ".join([f"passed over, and back to the weights of {found}", *passed_over])
         if not math.isfinite(self.loss):
             everyone = [None] * distributed.get_world_size()
-            distributed.all_gather_object(everyone, first_not_finite(self.engine))
+            distributed.all_gather_object(everyone, first_not_finite(self.engine, progress))
             if found := next(filter(None, everyone), None):
                 found = f"step {step}: {self.fault}, and {found} holds a NaN or an infinity"
-                raise UserError(checkpoint.not_finite(found, Path(train.out_dir) / "checkpoints"))
+                raise SharedError(checkpoint.not_finite(found, Path(train.out_dir) / "checkpoints"))
         return "passed over"
 
     def check_end(self, step, train):
-        """At the end of a run, after its last step and save: raises UserError, on all ranks, if its last steps were
+        """At the end of a run, after its last step and save: raises SharedError, on all ranks, if its last steps were
         bad, so that nobody takes the run for a good one. fp16 skips a step now and then to find its loss scale:
         there, only if it skipped max_bad_steps in a row, or every step of the run."""
         if self.bad or self.skipped_in_a_row >= min(step, train.max_bad_steps):
             count = len(self.bad) or self.skipped_in_a_row
-            raise UserError(f"step {step}, the last: {self.fault}; bad steps in a row: {count}, {self.remedy(train)}")
+            raise SharedError(f"step {step}, the last: {self.fault}; bad steps in a row: {count}, {self.remedy(train)}")
 
     def remedy(self, train):
         """The rest of a line on bad steps. Every rank must call this."""
         samples = ", ".join(f"{first} to {last}" for first, last in self.bad) or "that overflowed in fp16"
-        last = [None]
-        if distributed.get_rank() == 0:  # the same on all ranks, whatever their file systems have heard
+
+        def last_ones():
             saved = checkpoint.Saved(Path(train.out_dir) / "checkpoints")
-            last = [f"the last checkpoint is {saved.latest}"]
-            if saved.last_good != saved.latest:
-                last[0] += f", the last from before those steps {saved.last_good}"
-        distributed.broadcast_object_list(last)
-        return f"of samples {samples}; none reached the weights; {last[0]}; look at the data, or lower train.lr"
+            if saved.latest is None:
+                return "no checkpoint was saved"
+            if saved.last_good is None:
+                return f"the last checkpoint is {saved.latest}, and none was saved before those steps"
+            before = "" if saved.last_good == saved.latest else f", the last from before those steps {saved.last_good}"
+            return f"the last checkpoint is {saved.latest}{before}"
+
+        last = checkpoint.as_rank_0(last_ones)
+        return f"of samples {samples}; none reached the weights; {last}; look at the data, or lower train.lr"

@@ -15,7 +15,7 @@ import torch
 from torch import distributed
 
 from config import UserError
-from data.shards import make_way, write_atomically
+from data.shards import is_number, write_atomically
 from flops import count_parameters, flops_per_token, peak_flops, recomputed_flops_per_token
 
 # Seconds that W&B may take to begin, which is how long a run without a network waits, and to end, where it would
@@ -157,7 +157,7 @@ class Profiler:
     """Records what this process does in some steps with torch's profiler: run/profile/ then holds a trace, to be
     opened in ui.perfetto.dev or chrome://tracing, and a table of the ten operators that took the longest.
     steps: first and last, or None for no profile. A run that is resumed between them records the rest,
-    one that is resumed behind them nothing."""
+    one that is resumed after them nothing."""
 
     def __init__(self, run, steps):
         self.folder, self.recording = Path(run) / "profile", None
@@ -169,7 +169,7 @@ class Profiler:
             self.recording.start()
 
     def end_step(self, step, ending=False):
-        """Behind the last of the steps, or where the run ends before it, writes what was recorded. Returns the
+        """After the last of the steps, or where the run ends before it, writes what was recorded. Returns the
         table and where it is, or None if there is nothing to write."""
         if not self.recording or (step < self.last and not ending):
             return None
@@ -234,17 +234,17 @@ def is_line(line):
     for key in line.keys() & {"step", "tokens"}:
         if type(line[key]) is not int or not 0 <= line[key] < 2**63:
             return False
-    return all(is_number(line[key]) for key in line.keys() & NUMBERS)
+    return all(is_number_or_null(line[key]) for key in line.keys() & NUMBERS)
 
 
-def is_number(value):
-    return value is None or (type(value) is int and abs(value) < 2**1023) or type(value) is float
+def is_number_or_null(value):
+    return value is None or type(value) is float or is_number(value, 2**1023)
 
 
 def numbers_of(line):
     """What a logger is sent of a line of metrics.jsonl."""
     numbers = {key: value for key, value in line.items() if key != "step" and type(value) in (int, float)}
-    return {key: value for key, value in numbers.items() if is_number(value) and math.isfinite(value)}
+    return {key: value for key, value in numbers.items() if is_number_or_null(value) and math.isfinite(value)}
 
 
 class MetricsLog:
@@ -257,7 +257,6 @@ class MetricsLog:
     def __init__(self, run, resumed_at, loggers=(), config=None):
         self.path = Path(run) / "metrics.jsonl"
         self.kept = [line for line in read_metrics(run) if line["step"] <= resumed_at] if resumed_at else []
-        make_way(self.path)
         write_atomically(self.path, *(f"{json.dumps(line)}\n".encode() for line in self.kept))
         self.loggers = {}  # name -> (send(numbers, step), close())
         for name in loggers:
@@ -268,7 +267,7 @@ class MetricsLog:
     def start_tensorboard(self, run, resumed_at, config):
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(run / "tensorboard", purge_step=resumed_at + 1)  # readers drop what lies behind it
+        writer = SummaryWriter(run / "tensorboard", purge_step=resumed_at + 1)  # readers drop what lies after it
 
         def send(numbers, step):
             for key, number in numbers.items():
@@ -288,13 +287,12 @@ class MetricsLog:
             raise ConnectionError("no API key; call `wandb login` first, or set WANDB_MODE=offline")
         id_file = run / "wandb_id"
         try:
-            last_id = id_file.read_text()
+            last_id = id_file.read_text() if id_file.is_file() else ""  # not of a pipe, which may never end
         except (OSError, ValueError):
             last_id = ""
         last_id = last_id if re.fullmatch("[0-9a-f]{8}", last_id) else ""  # a damaged one is that of no run
-        make_way(id_file)
         run_id = last_id if resumed_at and last_id else secrets.token_hex(4)
-        id_file.write_text(run_id)
+        write_atomically(id_file, run_id.encode())
         superseded = list((run / "wandb").glob(f"offline-run-*-{last_id}")) if last_id else []
         session = wandb.init(
             project="minzero",
@@ -307,7 +305,7 @@ class MetricsLog:
         )
 
         def send(numbers, step):
-            if step >= session.step:  # the line of a save in the background may come behind later ones
+            if step >= session.step:  # the line of a save in the background may come after later ones
                 session.log(numbers, step=step)
 
         for line in sorted(self.kept, key=lambda line: line["step"]):
@@ -324,7 +322,7 @@ class MetricsLog:
             self.loggers.pop(name, None)
             reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
             with contextlib.suppress(OSError):  # of a lost terminal
-                print(f"{name}: {reason}; the run goes on without it", flush=True)
+                print(f"{name}: {reason}; the run continues without it", flush=True)
             return None
 
     def write(self, line):

@@ -35,17 +35,23 @@ def draw_loss(run, picture):
     return picture.exists()
 
 
+def shown(value, form):
+    """A number in this form (as Python's format has it), and whatever else a config may hold as JSON."""
+    return format(value, form) if type(value) in (int, float) else json.dumps(value)
+
+
 def training_facts(state, config: Config, loss):
-    """Rows of (what, value) about the run up to the checkpoint."""
+    """Rows of (what, value) about the run up to the checkpoint. config: of `checkpoint.open_weights`, whose train
+    section may hold what this code does not take."""
     versions, train = state.get("versions", {}), config.train
     data = ", ".join(Path(folder).name for folder in sorted(config.data.weights))
     batch = f"{train.global_batch_tokens:,} tokens, {train.global_batch_tokens / config.model.block_size:,g} sequences"
+    decay, clipping = shown(train.weight_decay, "g"), shown(train.grad_clip, "g")
     rate = f"{train.schedule} from {train.lr:g} to {train.lr * train.min_lr_ratio:g}" + (
         f", {train.warmup_tokens:,} tokens of warm-up" if train.warmup_tokens else ""
     )
-    loss = (
-        "not measured at this step" if loss is None else f"{loss:.4f} nats per token, over {train.eval_tokens:,} tokens"
-    )
+    eval_tokens = shown(train.eval_tokens, ",")
+    loss = "not measured at this step" if loss is None else f"{loss:.4f} nats per token, over {eval_tokens} tokens"
     hardware = f"{state['world_size']} x {versions.get('device', 'unknown device')}, ZeRO stage {state['stage']}"
     software = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "deepspeed") if name in versions)
     return [
@@ -54,7 +60,7 @@ def training_facts(state, config: Config, loss):
         ("validation loss", loss),
         ("batch", batch),
         ("learning rate", rate),
-        ("optimizer", f"AdamW, betas {train.betas}, weight decay {train.weight_decay:g}, clipping {train.grad_clip:g}"),
+        ("optimizer", f"AdamW, betas {train.betas}, weight decay {decay}, clipping {clipping}"),
         ("precision", state["precision"]),
         ("hardware", hardware),
         ("software", software),

@@ -198,9 +198,11 @@ def all_finite(tensor):
     return not tensor.numel() or all(math.isfinite(value) for value in map(float, torch.aminmax(tensor)))
 
 
-def first_not_finite(engine):
-    """The kind and parameter of a piece of this rank that holds a NaN or an infinity, in words, or None."""
+def first_not_finite(engine, progress=lambda: None):
+    """The kind and parameter of a piece of this rank that holds a NaN or an infinity, in words, or None. progress:
+    called for each piece."""
     for piece, parts, _ in pieces_in_memory(engine, own_layout(engine)):
+        progress()
         for kind, part in parts.items():
             if not all_finite(part):
                 return f"{kind} of {piece.parameter}"
@@ -357,22 +359,25 @@ class TensorFile:
             self.check(name)
         return out
 
-    def check(self, name):
-        """Read a whole tensor, a little at a time, and compare its checksum. Raises UserError."""
+    def check(self, name, progress=lambda: None):
+        """Read a whole tensor, a little at a time, and compare its checksum. progress: called for each part that is
+        read. Raises UserError."""
         dtype, begin, length, expected = self.tensors[name]
         place, left = self.first_byte + begin, length * dtype.itemsize
         found, chunk = 0, bytearray(CHUNK)
         while left:
+            progress()
             part = memoryview(chunk)[: min(left, CHUNK)]
             self.read_into(place, part)
             found = zlib.crc32(part, found)
             place, left = place + len(part), left - len(part)
         self.compare(name, found, expected)
 
-    def checksum(self):
-        """Of the whole file, as older code recorded it."""
+    def checksum(self, progress=lambda: None):
+        """Of the whole file, as older code recorded it. progress: called for each part that is read."""
         size, found = os.fstat(self.file.fileno()).st_size, 0
         for place in range(0, size, CHUNK):
+            progress()
             found = zlib.crc32(self.read_bytes(place, min(CHUNK, size - place)), found)
         return f"{found:08x}"
 

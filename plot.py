@@ -1,4 +1,4 @@
-"""Pictures of runs, from what they left behind: python plot.py out/a [out/b ...]
+"""Pictures of runs, from what they wrote: python plot.py out/a [out/b ...]
 
 python plot.py out/a out/b --x flops --out both.png --html both.html
 """
@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from config import UserError, build, read_json, run_command
-from data.shards import cannot_write, make_way
+from data.shards import cannot_write, write_atomically
 from flags import FlagParser, a_path, check_can_write
 from flops import flops_per_token
 from metrics import duration, good_lines
@@ -58,7 +58,7 @@ def read_config(run):
         for section in ("model", "data", "train", "deepspeed"):
             if not isinstance(config, dict) or not isinstance(config.get(section), dict):
                 raise UserError(f"{path}: no section {section}")
-    except (UserError, ValueError) as error:
+    except UserError as error:
         import checkpoint  # takes seconds to import
 
         for entry in reversed(checkpoint.Saved(Path(run) / "checkpoints").entries):
@@ -214,14 +214,12 @@ def draw_curve(axes, runs, x, key):
         axes.set_ylim(bottom=0)
 
 
-def save(figure, picture, **how):
-    make_way(picture)
-    try:
-        figure.savefig(picture, **how)
-    except OSError as error:
-        raise cannot_write(picture, error) from None
-    finally:
-        plt.close(figure)
+def save(figure, picture):
+    """Write a figure as a picture in the format that its name ends in. Raises UserError."""
+    content = io.BytesIO()
+    figure.savefig(content, format=picture.suffix[1:], dpi=120)
+    plt.close(figure)
+    write_atomically(picture, content.getvalue())
 
 
 def plot_loss(runs, picture):
@@ -230,7 +228,7 @@ def plot_loss(runs, picture):
     draw_loss(axes, [read_run(run, name=name) for run, name in zip(runs, names_of(runs), strict=True)], "tokens")
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
-    save(figure, picture, dpi=120)
+    save(figure, picture)
 
 
 def draw_panels(runs, x):
@@ -355,7 +353,7 @@ def main(arguments):
     figure = draw_panels(runs, args.x)
     if args.html:
         write_page(runs, figure, args.html)
-    save(figure, picture, dpi=120)
+    save(figure, picture)
     print(f"{picture}\n{args.html}" if args.html else picture)
 
 

@@ -41,7 +41,7 @@ from config import (
     zero_stage,
 )
 from data.mixture import Mixture
-from data.shards import make_way, write_json
+from data.shards import write_json
 from engine import (
     build_engine,
     check_deepspeed,
@@ -55,7 +55,7 @@ from model import IGNORE
 from pieces import optimizers
 from run_folder import RunFolder
 
-SHAPES_THE_RATE = [f"train.{name}" for name in ("lr", "min_lr_ratio", "schedule", "warmup_tokens", "max_tokens")]
+SHAPES_THE_RATE = [f"train.{name}" for name in checkpoint.SHAPES_THE_RATE]
 
 
 def learning_rate(train, tokens):
@@ -240,7 +240,6 @@ def train_in(folder, config, watch, device, rank, world_size):
     parameters = count_real_parameters(engine.module)
     with dist.all_or_none():
         if rank == 0:
-            make_way(run / "config.json")
             write_json(run / "config.json", config.to_dict() | {key: record[key] for key in record if key != "config"})
             log = metrics.MetricsLog(run, first_step, train.loggers, config.to_dict())
         folder.report("running", first_step)
@@ -311,7 +310,7 @@ def train_in(folder, config, watch, device, rank, world_size):
         if fault := steps.outcome(samples):
             if rank == 0:
                 log.write({"step": step, "tokens": tokens_seen, "bad_step": fault, "samples": samples})
-            say(f"step {step}: {fault}; samples {samples[0]} to {samples[1]} {steps.answer(step, train)}")
+            say(f"step {step}: {fault}; samples {samples[0]} to {samples[1]} {steps.answer(step, train, watch.beat)}")
 
         if step % train.log_every == 0 or step == 1 or step == total_steps:
             line = {"step": step, "tokens": tokens_seen, "loss": loss, "lr": lr}

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import stat
@@ -42,9 +43,12 @@ def token_dtype(vocab_size, loss_mask=False):
 
 def write_atomically(path, *chunks):
     """Write bytes under a temporary name, flush them to the disk, rename. A crash leaves either the
-    old file or the new one, never a part. Raises UserError if the disk is full or not writable."""
+    old file or the new one, never a part. What lies under either name and is no file is moved (see `make_way`).
+    Raises UserError if the disk is full or not writable."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
+    make_way(path)
+    make_way(temporary, unless_plain=True)  # a pipe would block, and a link lead elsewhere
     try:
         with open(temporary, "wb") as file:
             for chunk in chunks:
@@ -56,15 +60,18 @@ def write_atomically(path, *chunks):
         raise cannot_write(path, error) from None
 
 
-def make_way(path, for_a_folder=False):
+def make_way(path, unless_plain=False, for_a_folder=False):
     """Rename to NAME.moved1 (2, ...) what lies where a file is to be written and cannot be replaced by one: a folder;
-    for_a_folder: whatever it is. Raises UserError."""
+    unless_plain: also a link, pipe or device; for_a_folder: whatever it is. Raises UserError."""
     path = Path(path)
-    if not os.path.lexists(path) or not (for_a_folder or (path.is_dir() and not path.is_symlink())):
-        return
-    names = (path.with_name(f"{path.name}.moved{number}") for number in itertools.count(1))
     try:
+        mode = os.lstat(path).st_mode
+        if not (for_a_folder or stat.S_ISDIR(mode) or (unless_plain and not stat.S_ISREG(mode))):
+            return
+        names = (path.with_name(f"{path.name}.moved{number}") for number in itertools.count(1))
         os.rename(path, next(name for name in names if not os.path.lexists(name)))
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise cannot_write(path, error) from None
 
@@ -529,6 +536,11 @@ def damaged(path, name, value, expected, remedy="prepare the data again"):
 
 def is_count(value):
     return type(value) is int and 0 <= value < 2**63
+
+
+def is_number(value, most=math.inf):
+    """Whether a JSON value is a number from -most to most, which NaN is not."""
+    return type(value) in (int, float) and -most <= value <= most
 
 
 def check_split(path, where, content):

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import dist
+import guard
 import pieces
-from config import Config, UserError
+from config import Config, SharedError, TrainConfig, UserError
 from data.shards import write_json
 from tests.trained_runs import write_file
 
@@ -612,6 +614,11 @@ CRAFTED = [  # key of state.json, value, or a function of the one that is there
     ("config", {"model": [], "data": {}, "train": {}}),
     ("config", {"model": {}, "data": {"path": 5}, "train": {}}),
     ("config", {"model": {}, "data": {"path": {"a": "b"}}, "train": {}}),
+    ("config", lambda config: config | {"train": config["train"] | {"lr": "1e-3"}}),
+    ("config", lambda config: config | {"train": config["train"] | {"max_tokens": 10**400}}),
+    ("config", lambda config: config | {"train": config["train"] | {"warmup_tokens": None}}),
+    ("config", lambda config: config | {"train": config["train"] | {"global_batch_tokens": [1]}}),
+    ("config", lambda config: config | {"train": config["train"] | {"schedule": ["cosine"]}}),
     ("config", deep(50)),
 ]
 
@@ -740,3 +747,163 @@ def test_a_number_that_is_not_finite_is_never_written(tmp_path, kind, spoilt):
     tensors[name][7] = spoilt
     with pytest.raises(UserError, match=f"^{kind} of a.weight holds a NaN or an infinity$"):
         write_file(tmp_path / "a.safetensors", tensors)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The process group of one rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "environ", {name: os.environ[name] for name in os.environ if name != "RANK"})
+        dist.start_process_group(may_be_alone=True)
+        yield
+        dist.stop_process_group()
+
+
+class Unwritable(torch.Tensor):
+    """A tensor with which a writer ends by an error of this kind, in the copy or as it is written."""
+
+    def to(self, *_, **__):
+        return self if self.at == "write" else self.cpu()
+
+    def cpu(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("at", ["write", "copy"])
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("odd"), ValueError("odd"), OSError(28, "full")])
+def test_a_writer_that_ends_by_any_error_commits_nothing(tmp_path, monkeypatch, alone, error, background, at, capsys):
+    before = save(tmp_path, 5)
+    spoilt = torch.arange(10.0).as_subclass(Unwritable)
+    spoilt.error, spoilt.at = error, at
+    header = {"fp32/a.weight/0": (torch.float32, 10)}
+    monkeypatch.setattr(checkpoint, "description", lambda engine: {})
+    monkeypatch.setattr(checkpoint, "own_tensors", lambda engine: (header, iter([spoilt])))
+    monkeypatch.setattr(checkpoint, "only_on_nvme", lambda engine: False)
+    saving = checkpoint.Saving(None, tmp_path / "checkpoints", state_of(10, {}), False, 2, background)
+    with pytest.raises(UserError, match=r"step_00000010.tmp/rank_00000.safetensors: could not be written") as raised:
+        saving.finish()
+    assert ("out of memory" if isinstance(error, MemoryError) else str(error.args[-1])) in str(raised.value)
+    assert checkpoint.find(tmp_path) == before and steps_of(tmp_path) == [5]
+    assert ("Traceback" in capsys.readouterr().err) == ("odd" in error.args), "a fault of the program can be found"
+
+
+def test_a_writer_that_says_nothing_commits_nothing(tmp_path, monkeypatch, alone):
+    """As one that was ended by what is no Exception."""
+    monkeypatch.setattr(checkpoint, "description", lambda engine: {})
+    monkeypatch.setattr(checkpoint, "own_tensors", lambda engine: ({}, iter([])))
+    monkeypatch.setattr(checkpoint.Saving, "write", lambda *_: None)
+    saving = checkpoint.Saving(None, tmp_path / "checkpoints", state_of(10, {}), False, 2)
+    with pytest.raises(UserError, match=r"step_00000010.tmp/rank_00000.safetensors: was not written$"):
+        saving.finish()
+    assert steps_of(tmp_path) == []
+
+
+def spiked(run, monkeypatch, **settings):
+    """BadSteps after a bad step, without an engine, and its train section. What is loaded is found in .loaded."""
+    steps = object.__new__(guard.BadSteps)
+    steps.bad, steps.fault, steps.loss, steps.engine, steps.loaded = [[0, 3]], "loss 99", 99.0, None, []
+    steps.skipped_in_a_row = 1
+
+    def load(engine, path, state, seed, progress=lambda: None):
+        progress()
+        steps.loaded.append(path)
+
+    monkeypatch.setattr(checkpoint, "load", load)
+    return steps, TrainConfig(out_dir=str(run), **settings)
+
+
+@pytest.mark.parametrize("older_code", [False, True])
+def test_a_rollback_makes_progress_with_each_part_that_it_reads(tmp_path, monkeypatch, alone, older_code):
+    """Else the watch takes a large checkpoint for a hang."""
+    monkeypatch.setattr(pieces, "CHUNK", 16)  # of 3 tensors of 40 bytes
+    found = save(tmp_path, 5)
+    if older_code:
+        file = found / "rank_00000.safetensors"
+        files = {file.name: {"bytes": file.stat().st_size, "crc32": f"{zlib.crc32(file.read_bytes()):08x}"}}
+        state = state_of(5, files) | {"world_size": 1}
+        write_json(found / "state.json", state | {"crc32": checkpoint.seal(state)})
+    steps, train = spiked(tmp_path, monkeypatch, bad_step="rollback")
+    beats = []
+    done = steps.answer(7, train, lambda: beats.append(len(steps.loaded)))
+    assert done == f"passed over, and back to the weights of {found}" and steps.loaded == [found]
+    assert len(beats) >= 3 * 3 + 1, "for each part, and in loading"
+
+
+def test_what_all_ranks_find_is_said_by_one(tmp_path, monkeypatch, alone):
+    steps, train = spiked(tmp_path, monkeypatch, bad_step="stop")
+    for end in (steps.answer, steps.check_end):
+        with pytest.raises(SharedError, match=r"none reached the weights; no checkpoint was saved; look"):
+            end(7, train)
+    found = save(tmp_path, 5, val_loss=float("nan"))
+    with pytest.raises(SharedError, match=rf"; the last checkpoint is {found}, and none was saved before those steps;"):
+        steps.answer(7, train)
+    found = save(tmp_path, 6)
+    with pytest.raises(SharedError, match=rf"; the last checkpoint is {found}; look"):
+        steps.answer(7, train)
+    spoilt = save(tmp_path, 7, val_loss=float("nan"))
+    with pytest.raises(SharedError, match=rf"is {spoilt}, the last from before those steps {found}; look"):
+        steps.answer(7, train)
+    monkeypatch.setattr(guard, "first_not_finite", lambda engine, progress: "fp32 of a.weight")
+    steps.loss, (_, skip) = float("nan"), spiked(tmp_path, monkeypatch, bad_step="skip")
+    with pytest.raises(SharedError, match=r"fp32 of a\.weight holds a NaN or an infinity"):
+        steps.answer(7, skip)
+    for path in (tmp_path / "checkpoints").glob("step_*/state.json"):
+        path.write_text("{")
+    with pytest.raises(SharedError, match="no checkpoint of this run is whole"):
+        checkpoint.newest_whole(tmp_path)
+    monkeypatch.setattr(checkpoint, "description", lambda engine: {})
+    monkeypatch.setattr(checkpoint, "own_tensors", lambda engine: ({}, iter([])))
+    monkeypatch.setattr(checkpoint.Saving, "write", lambda saving, *_: setattr(saving, "written", "the disk is full"))
+    with pytest.raises(SharedError, match=r"^the disk is full$"):
+        checkpoint.save(None, tmp_path / "checkpoints", state_of(10, {}), False, 2)
+
+
+def test_a_second_choice_of_a_checkpoint_is_rank_0s(tmp_path, monkeypatch):
+    """On a network file system one rank may still see a checkpoint that another no longer sees."""
+    on_this_rank, on_rank_0 = tmp_path / "as_this_rank_sees_it", tmp_path / "run"
+    for step in (5, 10, 15):
+        make(on_rank_0, step)
+        if step != 10:
+            make(on_this_rank, step)
+    faults = {on_rank_0 / "checkpoints" / checkpoint.name_of(15): "a wrong checksum"}
+    told = []
+
+    def broadcast(values):
+        """What rank 0 sends: the first call is rank 0's, which is remembered."""
+        if not told:
+            told.extend(values)
+        values[:] = told
+
+    monkeypatch.setattr(checkpoint.distributed, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(os, "environ", os.environ | {"RANK": "1", "WORLD_SIZE": "2"})
+    config, answers = Config(), []
+    config.train.allow_changed = ["data.path"]
+    for rank, folder in enumerate((on_rank_0, on_this_rank)):
+        monkeypatch.setattr(checkpoint.distributed, "get_rank", lambda rank=rank: rank)
+        config.train.out_dir = str(folder)
+        answers.append(checkpoint.where_to_start(config, None, faults))
+    assert answers[0] == answers[1] and answers[0][1]["step"] == 10
+
+    told.clear()
+    for folder in (on_rank_0 / "checkpoints").iterdir():
+        (folder / "state.json").write_text("{")
+    for rank, folder in enumerate((on_rank_0, on_this_rank)):
+        monkeypatch.setattr(checkpoint.distributed, "get_rank", lambda rank=rank: rank)
+        config.train.out_dir = str(folder)
+        with pytest.raises(SharedError, match="no checkpoint of this run is whole"):
+            checkpoint.where_to_start(config, None, faults)
+
+
+def test_all_parameters_that_differ_are_named_and_a_long_list_is_cut(tmp_path):
+    shapes = {f"p{number}": [number, 2] for number in range(9)}
+    checkpoint.refuse_other_parameters(tmp_path, {"parameters": shapes}, dict(shapes))
+    with pytest.raises(
+        UserError, match=rf"^{tmp_path}/state\.json: q: found none, expected \[3\]; p1: found \[1, 2\], "
+    ):
+        fewer = {name: shape for name, shape in shapes.items() if name != "p1"} | {"q": [3]}
+        checkpoint.refuse_other_parameters(tmp_path, {"parameters": shapes}, fewer)
+    with pytest.raises(
+        UserError, match=r"p3: found none, expected \[3, 2\]; and 5 more as in the model that model\.py"
+    ):
+        checkpoint.refuse_other_parameters(tmp_path, {"parameters": {}}, shapes)

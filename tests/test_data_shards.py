@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from config import UserError
 from data import shards
 from data.mixture import Mixture, check_same_data
-from data.shards import TokenStream, shard_layout, write_json, write_shard
+from data.shards import TokenStream, shard_layout, write_atomically, write_json, write_shard
 
 
 def make(folder, parts, split="train", meta=True, vocab_size=1000):
@@ -192,3 +193,27 @@ def test_a_damaged_meta_json_is_named(tmp_path, content):
     write_json(folder / "meta.json", meta | content if content else content)
     with pytest.raises(UserError, match=r"meta.json: damaged|holds no train shards"):
         TokenStream(folder, "train", 8)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link", "link to nowhere"])
+@pytest.mark.parametrize("name", ["status.json", "status.json.tmp"])
+def test_a_file_is_written_whatever_lies_under_its_names(tmp_path, name, kind):
+    """Nothing that somebody has put there is lost, and no link is followed."""
+    place, other = tmp_path / name, tmp_path / "other"
+    other.write_text("of the user")
+    if kind == "folder":
+        place.mkdir()
+        (place / "file").write_text("of the user")
+    elif kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to("other" if kind == "link" else "nowhere")
+    signal.alarm(30)  # a pipe would block
+    for content in (b"first", b"second"):
+        write_atomically(tmp_path / "status.json", content)
+        assert (tmp_path / "status.json").read_bytes() == content
+    signal.alarm(0)
+    assert other.read_text() == "of the user" and not (tmp_path / "nowhere").exists()
+    assert (tmp_path / "status.json").is_file() and not os.path.lexists(tmp_path / "status.json.tmp")
+    if kind == "folder":
+        assert (tmp_path / f"{name}.moved1" / "file").read_text() == "of the user"

@@ -200,9 +200,9 @@ def capped(self, x, targets=None):
 @pytest.mark.parametrize(
     ("where", "name", "value", "expected"),
     [
-        (export, "GPT", MoreParameters, "blocks.0.attention.q_norm.weight: found (8,), expected none"),
-        (export, "GPT", OtherShapes, "final_norm.weight: found (1,), expected (32,)"),
-        (export, "GPT", FewerParameters, "blocks.1.mlp.down.weight: found none, expected (32, 128)"),
+        (export, "GPT", MoreParameters, "blocks.0.attention.q_norm.weight: found [8], expected none"),
+        (export, "GPT", OtherShapes, "final_norm.weight: found [1], expected [32]"),
+        (export, "GPT", FewerParameters, "blocks.1.mlp.down.weight: found none, expected [32, 128]"),
         (model.Head, "forward", capped, "its logits differ by"),
         (model.MLP, "forward", exact_gelu, "its logits differ by"),
     ],
@@ -692,3 +692,45 @@ def test_nothing_is_overwritten(launched, tmp_path):
         export.main([source, "/proc/version/x"])
     export.main([source, str(tmp_path / "empty")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dead.tmp", "empty", "full"]
+
+
+def reseal(found, change):
+    """Let change(state) alter what a checkpoint's state.json records."""
+    state = json.loads((found / "state.json").read_text())
+    del state["crc32"]
+    change(state)
+    write_json(found / "state.json", state | {"crc32": checkpoint.seal(state)})
+
+
+OF_ANOTHER_VERSION = {  # of the train section: out of this code's ranges, of other types, or unknown
+    "betas": [0.9, 0.999995],
+    "spike_zscore": 0.5,
+    "grad_clip": None,
+    "weight_decay": 1e5,
+    "eval_tokens": "all",
+    "micro_batch_size": 0,
+    "max_tokens": 10**19,
+    "warmup_tokens": 2**60,
+    "profile": "0:0",
+    "bad_step": "ignore",
+    "a_key_of_the_future": {"x": [1]},
+}
+
+
+def test_a_checkpoint_is_read_whatever_its_run_was_set_to(tmp_path, capsys):
+    """Of the settings only the model's say how its weights are read."""
+    trained = write_run(tmp_path / "run", LLAMA, write_data(tmp_path / "data"))
+    found = checkpoint.find(tmp_path / "run")
+    reseal(found, lambda state: state["config"]["train"].update(OF_ANOTHER_VERSION))
+    reseal(found, lambda state: state["config"]["data"].update(verify="perhaps", a_key_of_the_future=1))
+    _, _, read = checkpoint.open_weights(found)
+    assert torch.equal(read("final_norm.weight"), trained.final_norm.weight)
+    assert open_trained(tmp_path / "run").model.n_embd == LLAMA.n_embd  # eval.py's and sample.py's
+    export.main([str(tmp_path / "run"), str(tmp_path / "hf")])
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "AdamW, betas [0.9, 0.999995], weight decay 100000, clipping null" in card
+    assert '5.0000 nats per token, over "all" tokens' in card
+
+    reseal(found, lambda state: state["config"]["model"].update(a_key_of_the_future=1))
+    with pytest.raises(UserError, match=r"state\.json: unknown key model\.a_key_of_the_future"):
+        checkpoint.open_weights(found)

@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,9 @@ import eval as evaluation
 import export
 import plot
 import sample
+import to_gguf
 import train
-from config import ROOT, UserError, load_config, run_command
+from config import ROOT, UserError, load_config, read_json, run_command
 from data import train_tokenizer, verify
 from data.shards import write_json
 from data.text import prepare
@@ -362,7 +365,8 @@ ODD_LINES = [  # of metrics.jsonl
 
 
 def damage_what_can_be_rebuilt(run):
-    """All of it at once: the marks, metrics.jsonl, config.json and the picture."""
+    """All of it at once: the marks, metrics.jsonl, config.json, status.json, the picture, and folders under the names
+    that files have while they are written."""
     metrics = run / "metrics.jsonl"
     lines = metrics.read_bytes().splitlines()
     metrics.write_bytes(b"\n".join([*ODD_LINES, *lines, *ODD_LINES]))
@@ -373,6 +377,11 @@ def damage_what_can_be_rebuilt(run):
     (run / "checkpoints" / "latest" / "file").touch()
     (run / "loss.png").unlink(missing_ok=True)
     (run / "loss.png").mkdir()
+    (run / "status.json").unlink(missing_ok=True)
+    (run / "status.json").mkdir()
+    for name in ("status.json", "config.json", "metrics.jsonl", "loss.png", "checkpoints/latest", "checkpoints/best"):
+        (run / f"{name}.tmp").mkdir()
+        (run / f"{name}.tmp" / "file").touch()
 
 
 def test_damage_to_files_that_can_be_rebuilt_stops_no_reader(tmp_path, monkeypatch, capsys):
@@ -409,6 +418,7 @@ def test_damage_to_files_that_can_be_rebuilt_stops_no_run(place):
     lines = [json.loads(line) for line in (place / "run/metrics.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines} == {line["step"] for line in lines if "loss" in line} == {1, 2}
     assert json.loads((place / "run/config.json").read_text())["model"]["n_layer"] == 1
+    assert json.loads((place / "run/status.json").read_text())["state"] == "complete"
 
 
 @pytest.mark.parametrize("file", ["../data/model.safetensors", "/etc/passwd", "data/x.safetensors", "pipe.safetensors"])
@@ -422,6 +432,52 @@ def test_the_index_of_a_published_model_names_files_of_its_folder_alone(place, c
     capsys.readouterr()
     with pytest.raises(UserError, match=r"safetensors[^\n]*(found the file name|not a plain one)"):
         export.open_published("hf")
+
+
+FOR_A_PIPE = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("name", FOR_A_PIPE)
+def test_a_pipe_in_a_published_folder_stops_no_reader(tmp_path, capsys, monkeypatch, name):
+    """It is refused, where a reader that opens it would wait for ever."""
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run", GPT2, write_data(tmp_path / "data"))
+    export.main(["run", "hf"])
+    (tmp_path / "hf" / name).unlink()
+    os.mkfifo(tmp_path / "hf" / name)
+    signal.alarm(60)
+    for command, *arguments in (
+        (sample.main, "hf", "--prompt", "abc", "--tokens", "3"),
+        (evaluation.main, "hf", "--data", "data"),
+        (to_gguf.main, "hf", "hf.gguf", "--llama_cpp", "."),
+    ):
+        expected = ("hf",) if name == "config.json" else (f"hf/{name}: found a pipe, socket or device, expected",)
+        refused(tmp_path, capsys, command, arguments, *expected)
+    signal.alarm(0)
+
+
+def test_a_pipe_stops_no_reader_of_a_run(tmp_path, capsys, monkeypatch):
+    """plot.py shows the settings that the checkpoint recorded. A config on the command line may be a pipe."""
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run", GPT2, write_data(tmp_path / "data"))
+    (tmp_path / "run/config.json").unlink()
+    signal.alarm(60)
+    for name in ("run/config.json", "run/loss.png", "run/status.json"):
+        os.mkfifo(tmp_path / name)
+    plot.main(["run", "--x", "flops", "--html", "page.html"])
+    assert "train.lr" in (tmp_path / "page.html").read_text()
+    export.main(["run", "hf"])
+    with pytest.raises(UserError, match=r"^run/config\.json: found a pipe, socket or device, expected a plain file"):
+        read_json(Path("run/config.json"))
+
+    def feed():
+        Path("run/config.json").write_text(json.dumps({"train": {"lr": 0.25}}))
+
+    writer = threading.Thread(target=feed)
+    writer.start()
+    assert load_config(["run/config.json"]).train.lr == 0.25
+    writer.join()
+    signal.alarm(0)
 
 
 def test_there_are_a_hundred():

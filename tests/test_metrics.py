@@ -203,7 +203,9 @@ def test_wandb_without_a_key_is_left_out_and_never_asks(tmp_path, monkeypatch, c
     log = MetricsLog(tmp_path, 0, ["wandb"])
     log.write(LINE)
     assert not log.loggers and not asked
-    assert "no API key; call `wandb login` first, or set WANDB_MODE=offline; the run goes on" in capsys.readouterr().out
+    assert (
+        "no API key; call `wandb login` first, or set WANDB_MODE=offline; the run continues" in capsys.readouterr().out
+    )
 
 
 class HalfAServer(BaseHTTPRequestHandler):
@@ -290,7 +292,7 @@ def test_a_network_that_fails_neither_stops_nor_holds_up_a_run(dies, server, tmp
     log.close()
     assert read_metrics(tmp_path) == lines
     said = capsys.readouterr().out
-    assert ("wandb: CommError: " in said and "the run goes on without it" in said) == (dies == "before the run")
+    assert ("wandb: CommError: " in said and "the run continues without it" in said) == (dies == "before the run")
 
 
 def test_a_logger_that_fails_is_named_and_left_out(tmp_path, monkeypatch, capsys):
@@ -308,7 +310,7 @@ def test_a_logger_that_fails_is_named_and_left_out(tmp_path, monkeypatch, capsys
         log.write(LINE)
         log.close()
         assert read_metrics(tmp_path) == [LINE]
-        assert capsys.readouterr().out == f"wandb: ConnectionError{said}; the run goes on without it\n"
+        assert capsys.readouterr().out == f"wandb: ConnectionError{said}; the run continues without it\n"
 
 
 def test_the_stopwatch_gives_each_part_its_time_and_pauses_to_none(monkeypatch):

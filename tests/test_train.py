@@ -11,7 +11,7 @@ import dist
 import engine
 import guard
 import train
-from config import ModelConfig, TrainConfig
+from config import Config, ModelConfig, TrainConfig, UserError
 from data import order
 from data.shards import TokenStream
 from model import GPT
@@ -130,3 +130,18 @@ def test_progress_of_another_rank_is_no_hang_and_none_of_any_is(monkeypatch, tmp
     store.beats["beat/2"] = 5
     assert look(), "rank 2 moved"
     assert not look() and watch.who_is_behind() == "no rank moves on"
+
+
+def test_a_change_of_settings_is_said_whatever_the_checkpoint_was_set_to():
+    """The folder is held by then: a key whose range was narrowed since must not end the run."""
+    now = Config(train=TrainConfig(max_tokens=2 * 10**6, global_batch_tokens=1000, lr=1e-3))
+    was = now.to_dict()
+    was["train"] |= {"max_tokens": 10**6, "betas": [0.9, 0.999995], "spike_zscore": 0.5, "a_key_of_the_past": 1}
+    state = {"config": was, "step": 500, "tokens": 500_000}
+    line = train.changed_settings(state, now, 0)
+    assert "train.max_tokens 1000000 -> 2000000" in line and "train.betas [0.9, 0.999995] -> [0.9, 0.95]" in line
+    half, quarter = (1e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * part))) for part in (0.5, 0.2505))
+    assert f"from {half:.2e} at step 500 to {quarter:.2e} at step 501 and to 1.00e-04 at the end" in line
+    was["train"]["schedule"] = "steps"
+    with pytest.raises(UserError, match=r"^train\.schedule: the checkpoint was saved with 'steps', expected cosine"):
+        train.changed_settings(state, now, 0)
