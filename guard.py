@@ -19,7 +19,7 @@ from torch import distributed
 
 import checkpoint
 import dist
-from config import UserError
+from config import SharedError, UserError
 from pieces import first_not_finite, forget_powers, optimizers
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

@@ -188,7 +188,8 @@ def train_in(folder, config, watch, device, rank, world_size):
     made_with = dist.versions()
     facts = config.to_dict() | {"precision": precision, "kernels": kernels, "checkpoint": str(resume_from)}
     facts |= {"versions": {name: made_with[name] for name in ("python", "torch", "deepspeed")}}
-    facts |= {"code": code, "tokens": digests, "shards": train_data.fingerprint() | val_data.fingerprint()}
+    facts |= {"code": code, "tokens": digests}
+    facts["shards"] = {"train": train_data.fingerprint(), "val": val_data.fingerprint()}
     dist.refuse_different_ranks(facts)
     known_faults = {}
     while resume_from and (fault := checkpoint.fault_of(resume_from, state)):
