@@ -100,7 +100,8 @@ def check_can_write(flag, path, folder=False):
         reason = "found a NUL byte in the name"
     if reason:
         name = path if path.isprintable() else ascii(path)
-        raise UserError(f"{flag}: {name}: could not be written ({reason}); choose another {flag}")
+        name = f"{flag}: {name}" if folder else name
+        raise UserError(f"{name}: could not be written ({reason}); choose another {flag}")
 
 
 def obstacle(path, folder):

@@ -302,7 +302,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
             flags.check_can_write("--out", path, folder)
     if os.geteuid():  # root may write everywhere
         (tmp_path / "shut").mkdir(mode=0o500)
-        with pytest.raises(UserError, match=rf"^--out: .*\(Permission denied: {tmp_path / 'shut'}\)"):
+        with pytest.raises(UserError, match=rf"could not be written \(Permission denied: {tmp_path / 'shut'}\)"):
             flags.check_can_write("--out", tmp_path / "shut" / "new" / "folder", folder=True)
 
 
@@ -322,7 +322,7 @@ def test_numbers_of_any_length_in_a_config_name_the_file_or_key(tmp_path):
         ("--vocab_size", "1000000000000", "--vocab_size: found 1000000000000, expected 1 to 10000000"),
         ("--limit", "-1", "--limit: found -1, expected 1 or more"),
         ("--special_tokens", "\udcff", "--special_tokens: found '\\udcff', expected names"),
-        ("--out", "file", "--out: file: could not be written (Not a directory)"),
+        ("--out", "file", "--out: file: could not be written (Not a directory); choose another --out"),
     ],
 )
 def test_a_tokenizer_is_not_learned_for_nothing(tmp_path, monkeypatch, capsys, flag, value, expected):

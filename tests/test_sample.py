@@ -339,7 +339,7 @@ def prepare_fault(trained, name):
         (trained / "empty").write_text("\n \n")
     elif name == "other" and not (trained / "other").exists():
         write_data(trained / "other", "gpt2")
-    elif name in ("larger", "broken"):
+    elif name in ("larger", "broken") and not (trained / name).exists():
         export.main([str(trained / "llama"), str(trained / name)])
         file = trained / name / "tokenizer.json"
         tokenizer = json.loads(file.read_text())
