@@ -127,7 +127,7 @@ def load_sharded(trained: Trained, device):
 @torch.no_grad()
 def window_losses(model, stream, batch_size=16, rank=0, ranks=1):
     """The summed cross-entropy in nats of each window of a split, (windows,) float64 on the CPU, and the number of
-    targets that count. The windows lie one behind the other and the last one is cut, so that every token but the
+    targets that count. The windows are consecutive and the last one is cut, so that every token but the
     first is predicted once.
 
     A window's sum is its own, in float64: neither the batch nor the number of ranks that share the windows

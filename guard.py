@@ -52,7 +52,7 @@ def is_gone(process):
 
 def launchers():
     """The processes above this one that belong to DeepSpeed's launcher. When somebody ends the `deepspeed`
-    command, the ranks are not told: they stay behind as orphans."""
+    command, the ranks are not told: they are left as orphans."""
     found = []
     for process in psutil.Process().parents()[:2]:
         with contextlib.suppress(psutil.Error):
@@ -147,7 +147,7 @@ class Watch:
                 self.look_at_others()
                 waited = time.monotonic() - self.last_beat
             if waited > self.timeout:
-                end(f"waited {self.timeout} s: {self.who_is_behind()}", 1, self.out_dir, self.folder)
+                end(f"waited {self.timeout} s: {self.who_hangs()}", 1, self.out_dir, self.folder)
 
     def receive(self, number):
         """A signal: a request to stop, or where the loop cannot answer it, the end of this rank."""
@@ -194,14 +194,14 @@ class Watch:
             self.last_beat = time.monotonic()
         self.beats_of_all = beats
 
-    def who_is_behind(self):
+    def who_hangs(self):
         beats = self.all_beats()
         if beats is None:
             return "rank 0 does not answer"
-        behind = [rank for rank, count in enumerate(beats) if count == min(beats)]
-        if len(behind) == len(beats):
-            return "no rank moves on"
-        return f"rank {', '.join(map(str, behind))} hangs"
+        last = [rank for rank, count in enumerate(beats) if count == min(beats)]
+        if len(last) == len(beats):
+            return "no rank makes progress"
+        return f"rank {', '.join(map(str, last))} hangs"
 
 
 class BadSteps:

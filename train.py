@@ -277,7 +277,7 @@ def train_in(folder, config, watch, device, rank, world_size):
                 group["lr"] = lr
 
         # forward and backward: DeepSpeed averages the gradient over micro-batches and ranks, and steps
-        # behind the last micro-batch
+        # after the last micro-batch
         mean_loss = torch.zeros((), device=device)  # of this rank
         places = (step - 1, rank, world_size, train.micro_batch_size, accumulation)
         batches = train_data.batches(*places, tokens_before // config.model.block_size)  # read when it is their turn

@@ -126,10 +126,10 @@ def test_progress_of_another_rank_is_no_hang_and_none_of_any_is(monkeypatch, tmp
         return watch.last_beat > long_ago
 
     assert not look(), "the first look has nothing to compare with"
-    assert not look() and watch.who_is_behind() == "rank 2 hangs"
+    assert not look() and watch.who_hangs() == "rank 2 hangs"
     store.beats["beat/2"] = 5
     assert look(), "rank 2 moved"
-    assert not look() and watch.who_is_behind() == "no rank moves on"
+    assert not look() and watch.who_hangs() == "no rank makes progress"
 
 
 def test_a_change_of_settings_is_said_whatever_the_checkpoint_was_set_to():
