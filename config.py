@@ -823,6 +823,11 @@ def run_command(function, arguments=None, may_be_many=False):
             time.sleep(2 if shared else 10)
         if line and says_it:
             commands.say(f"rank {rank}: {line}" if rank else line)
+        if may_be_many and os.environ.get("WORLD_SIZE", "1") != "1":
+            # the interpreter's own end aborts (`terminate called`) where torch's threads wait for other ranks
+            with contextlib.suppress(UserError):
+                commands.flush_output()
+            os._exit(code)
         raise SystemExit(code) from None
     finally:
         commands.restore_interrupts(handler)

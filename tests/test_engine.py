@@ -98,6 +98,7 @@ def test_steps_are_counted_per_parameter_where_zero3_steps_piece_by_piece():
     assert all(ours is theirs for ours, theirs in zip(optimizer.param_groups, groups, strict=True))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compiled_runs_as_it_is(small_data, tmp_path):
     """No C++ compiler: one line says why, and the run goes on."""
     command = [sys.executable, "train.py", "configs/tiny.json", "--train.compile", "true", "--data.path", small_data]

@@ -118,6 +118,7 @@ CONFIGS = [  # section, key, value or NO_VALUE, what the line names
     ("data", "path", 5, "data.path"),
     ("data", "paths", "data", "did you mean path?"),
     ("train", "precision", "fp8", "auto, bf16, fp16, fp32"),
+    ("train", "precision", "fp16", "fp16"),
     ("train", "micro_batch_size", 0, "train.micro_batch_size"),
     ("train", "micro_batch_size", 3, "train.global_batch_tokens"),
     ("train", "global_batch_tokens", 50, "train.global_batch_tokens"),

@@ -96,6 +96,7 @@ def test_the_profile_holds_its_steps_and_a_resumed_run_leaves_it(resumed_run):
     assert "profile of steps" not in said_after
 
 
+@pytest.mark.slow
 def test_deepspeeds_communication_log_is_printed_on_demand(small_data, tmp_path):
     config = write_config(tmp_path, small_data)
     command = ["train.py", config, "--train.out_dir", tmp_path / "run", "--train.max_tokens", 3 * 512]
