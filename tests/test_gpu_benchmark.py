@@ -28,6 +28,7 @@ def measured(tmp_path_factory):
     return out, ended
 
 
+@pytest.mark.slow
 def test_results(measured):
     out, _ = measured
     results = json.loads((out / "results.json").read_text())

@@ -34,7 +34,7 @@ def wait_for_end(processes, seconds):
         "Ctrl-C",
         pytest.param("SIGTERM to the group", marks=pytest.mark.slow),
         "SIGTERM to deepspeed alone",
-        "a STOP file",
+        pytest.param("a STOP file", marks=pytest.mark.slow),
         pytest.param("SIGUSR1 to the group", marks=pytest.mark.slow),
     ],
 )
