@@ -40,6 +40,7 @@ def test_results(measured):
     assert trained["tokens_per_second"] > 0 and trained["predicted_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_a_second_call_measures_what_is_missing(measured):
     _, ended = measured
     begun = re.findall(r"^(\w+): (.*) \.\.\.$", ended.stderr, re.MULTILINE)
@@ -47,6 +48,7 @@ def test_a_second_call_measures_what_is_missing(measured):
     assert [part for part, _ in begun] == ["kernels", "convergence"] and begun[0][1].endswith("apex")
 
 
+@pytest.mark.slow
 def test_report(measured):
     out, ended = measured
     report = (out / "report.md").read_text()
