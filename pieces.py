@@ -9,7 +9,6 @@ import math
 import os
 import re
 import resource
-import stat
 import zlib
 from collections import defaultdict
 from itertools import chain, groupby
@@ -20,6 +19,7 @@ import torch
 from torch import distributed
 
 from config import UserError
+from data.shards import open_regular
 
 KINDS = ("exp_avg", "exp_avg_sq", "fp32")  # what is saved of each element: two moments of Adam, and the weight
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
@@ -285,9 +285,7 @@ def header_bytes(header):
 def open_plain_file(path):
     """Open a file for reading, unbuffered, if it is a plain file: no link, and nothing that could block or have no
     end, as a pipe or a device. Raises OSError."""
-    if not stat.S_ISREG(os.lstat(path).st_mode):  # before it is opened, which some devices would notice
-        raise OSError(0, "found a link, folder, pipe or device, expected a plain file")
-    return open(path, "rb", buffering=0, opener=lambda name, _: os.open(name, os.O_RDONLY | os.O_NOFOLLOW))
+    return os.fdopen(open_regular(path, links=False), "rb", buffering=0)
 
 
 class TensorFile:

@@ -15,7 +15,7 @@ import json
 import os
 import socket
 import time
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import psutil
@@ -42,7 +42,7 @@ def lock_within(file, seconds):
 
 
 def now():
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 class RunFolder:

@@ -25,7 +25,15 @@ from data.shards import TokenStream
 from data.sources import BadDocument, Files
 from data.tokenizer import cut_long_runs, load_tokenizer
 from tests.conftest import ROOT
-from tests.test_data_pipeline import contents, ended_by, in_a_child, prepare, quick, run  # noqa: F401
+from tests.test_data_pipeline import (  # noqa: F401
+    contents,
+    ended_by,
+    in_a_child,
+    killed_before_each_operation,
+    prepare,
+    quick,
+    run,
+)
 
 BYTES = ["--tokenizer", "bytes", "--workers", 1]
 
@@ -424,27 +432,15 @@ def test_skipped_documents_are_named_once_after_any_kill(quick):  # noqa: F811
         "bad in the source",
         "could not be tokenized (no token for 'xyz')",
     }
-    while True:
-        folder, seen = quick / f"kill_{kills}", [0]
 
-        def count(event, arguments, folder=folder, seen=seen, kills=kills):
-            if event in ("open", "os.rename", "os.remove", "os.truncate", "os.mkdir") and str(folder) in str(arguments):
-                seen[0] += 1
-                if seen[0] > kills:
-                    os.kill(os.getpid(), signal.SIGKILL)
+    def work(folder):
+        prepare(faulty(), folder, *flags, tokenizer=quick / "ab")
 
-        def work(folder=folder, count=count):
-            sys.addaudithook(count)
-            prepare(faulty(), folder, *flags, tokenizer=quick / "ab")
-
-        status = ended_by(in_a_child(work))
-        if status == 0:
-            break
-        again = in_a_child(lambda folder=folder: prepare(faulty(), folder, *flags, tokenizer=quick / "ab"))
-        assert ended_by(again) == 0
+    for folder in killed_before_each_operation(quick, work):
+        kills += 1
+        assert ended_by(in_a_child(lambda folder=folder: work(folder))) == 0
         assert contents(folder) == expected
         shutil.rmtree(folder)
-        kills += 1
     assert kills > 30
 
 

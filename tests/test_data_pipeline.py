@@ -3,6 +3,7 @@ one clear line for whatever is wrong with the input or the machine."""
 
 import contextlib
 import gzip
+import itertools
 import json
 import os
 import random
@@ -237,13 +238,11 @@ def assert_rerun_gives(folder, expected):
     assert contents(folder) == expected
 
 
-def test_kill_before_each_file_operation(quick):
-    """SIGKILL before the first, second, third ... time that the preparation opens, renames, cuts or removes a
-    file, until it runs through: no order of operations is left out."""
-    prepare(numbered(), quick / "whole")
-    expected, kills = contents(quick / "whole"), 0
-    while True:
-        folder, seen = quick / f"kill_{kills}", [0]
+def killed_before_each_operation(place, work):
+    """Yield a folder for the first, second, third ... time that work(folder) opens, renames, cuts or removes a file in
+    it, in a process that SIGKILL has ended before that, until one runs through: no order of operations is left out."""
+    for kills in itertools.count():
+        folder, seen = place / f"kill_{kills}", [0]
 
         def count(event, arguments, folder=folder, seen=seen, kills=kills):
             if event in ("open", "os.rename", "os.remove", "os.truncate", "os.mkdir") and str(folder) in str(arguments):
@@ -251,18 +250,25 @@ def test_kill_before_each_file_operation(quick):
                 if seen[0] > kills:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        def work(folder=folder, count=count):
+        def counted(folder=folder, count=count):
             sys.addaudithook(count)
-            prepare(numbered(), folder)
+            work(folder)
 
-        status = ended_by(in_a_child(work))
+        status = ended_by(in_a_child(counted))
         if status == 0:
-            break
+            return
         assert status == -signal.SIGKILL
+        yield folder
+
+
+def test_kill_before_each_file_operation(quick):
+    prepare(numbered(), quick / "whole")
+    expected, kills = contents(quick / "whole"), 0
+    for folder in killed_before_each_operation(quick, lambda folder: prepare(numbered(), folder)):
+        kills += 1
         if folder.exists():
             assert_rerun_gives(folder, expected)
             shutil.rmtree(folder)
-        kills += 1
     assert kills > 40
 
 

@@ -1,4 +1,4 @@
-"""Started by test_transformers_versions.py with another version of transformers in front of the installed one: reads
+"""Started by test_transformers_versions.py with another version of transformers before the installed one: reads
 exports as somebody with that version does, and leaves what it found in OUT, a file of torch's.
 
     other_transformers.py FOLDER OUT      FOLDER holds exports, and asked.json

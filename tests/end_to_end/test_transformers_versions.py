@@ -57,7 +57,7 @@ NO_TALKS = [
 
 
 def beside(name, *packages):
-    """A folder with these packages, to stand in front of the installed ones. Skips where there is no package index."""
+    """A folder with these packages, to come before the installed ones. Skips where there is no package index."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minzero-tests"
     folder = cache / f"{name}-python{sys.version_info.major}.{sys.version_info.minor}"
     if not folder.exists():
