@@ -38,6 +38,7 @@ train: setup data
 test: $(VENV)/.installed-dev data
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/vermin --quiet -t=3.10- --no-tips --violations *.py data tests benchmarks
 	$(BIN)/python -m pytest -q -m "not slow" tests
 
 test-slow: $(VENV)/.installed-dev
