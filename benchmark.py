@@ -154,23 +154,25 @@ def run_until(finished, command, log_path, seconds=math.inf, environment=None):
 
 
 def launch(config, gpus, wanted, folder, on_gpu, program=("train.py",), seconds=math.inf, environment=None):
-    """Run train.py until `wanted` steps are logged. Returns their lines of metrics.jsonl and None, or what there is of
-    them and why the run ended early. program: what takes train.py's place, a path in the repository and its
-    arguments; environment: more variables."""
+    """Run train.py, under DeepSpeed's launcher if there are several ranks, until `wanted` steps are logged. Returns
+    their lines of metrics.jsonl and None, or what there is of them and why the run ended early. program: what takes
+    train.py's place, a path in the repository and its arguments; environment: more variables."""
     folder.mkdir()
     write_json(folder / "benchmark.json", config.to_dict())
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    beside = Path(sys.executable).with_name("deepspeed")  # of this environment, active or not
-    launcher = [str(beside) if beside.exists() else shutil.which("deepspeed") or "deepspeed", "-q"]
-    launcher += ["--num_gpus", str(gpus), "--master_port", str(port), str(ROOT / program[0]), *program[1:]]
+    command = [sys.executable, str(ROOT / program[0]), *program[1:]]
+    if gpus > 1:
+        beside = Path(sys.executable).with_name("deepspeed")  # of this environment, active or not
+        launcher = [str(beside) if beside.exists() else shutil.which("deepspeed") or "deepspeed", "-q"]
+        command = [*launcher, "--num_gpus", str(gpus), "--master_port", str(port), *command[1:]]
     environment = (environment or {}) | ({} if on_gpu else {"DS_ACCELERATOR": "cpu"})
 
     def finished():
         return len(steps_of(folder)) >= wanted
 
-    code = run_until(finished, [*launcher, folder / "benchmark.json"], folder / "log", seconds, environment)
+    code = run_until(finished, [*command, folder / "benchmark.json"], folder / "log", seconds, environment)
     lines = steps_of(folder)
     log = (folder / "log").read_text(errors="replace")
     return lines[:wanted], None if len(lines) >= wanted else why_it_ended(log, code)

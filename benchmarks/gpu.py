@@ -2,16 +2,17 @@
 
     python benchmarks/gpu.py --out FOLDER [--nanogpt PATH/TO/nanoGPT/model.py] [--data FOLDER]
                              [--parts speed kernels memory offload planner convergence]
-                             [--first N] [--minutes 9] [--again] [--tiny]
+                             [--first N] [--rows NAME ...] [--minutes 9] [--again] [--beside] [--tiny]
 
 speed: 124M and 1.5B parameters, against nanoGPT's model and step, and what single choices cost. kernels: NVIDIA
 Apex's and DeepSpeed's against torch's. memory: minGPT's table, and the deepest model that fits. offload: what its
 settings cost. planner: plan.py's predicted memory against what was allocated. convergence: the losses of ZeRO's
 stages and of nanoGPT's step on the same batches.
 
-Each part is a list of measurements, the most important first (--first N: only so many of each). Every measurement is
-a process group of its own: a run of train.py by DeepSpeed's launcher, as benchmark.py makes them, or a process of this
-file. The time that is left is shared out evenly among the parts to come, and what is not done by then is ended.
+Each part is a list of measurements, the most important first (--first N: only so many of each; --rows: only these).
+Every measurement is a process of its own: a run of train.py, as benchmark.py makes them, or of a function of this file.
+The time that is left is shared out evenly among the parts to come, and what is not done by then is ended.
+--beside: other measurements run on the GPU at the same time, so no times are kept.
 FOLDER/results.json is written after every measurement, and the same command continues with what is missing (--again:
 also with what failed). FOLDER/report.md has all tables and their conditions. --tiny shrinks models and steps, and
 is for two CPU cores: it shows that everything runs, and its figures mean nothing.
@@ -50,6 +51,7 @@ ENDLESS = 10**9  # steps of a run that is ended from outside
 LEAST_SECONDS = 15  # what no measurement is shorter than: with less time left, none is begun
 PUBLISHED = {"1p7b": "5.1 GiB", "10b": "26 GiB"}  # "for 1 GPU": README of SeanNaren/minGPT
 EXTENSIONS = Path(tempfile.gettempdir()) / f"minzero_extensions_{os.getuid()}"  # what DeepSpeed compiles
+TIMES = {"step_seconds", "slowest_seconds", "all_step_seconds", "tokens_per_second", "tflops", "mfu"}
 VOCABULARY = 50304  # nanoGPT's: GPT-2's 50,257 ids, up to a multiple of 64
 
 
@@ -139,56 +141,85 @@ class Bench:
 
 
 def speed(bench):
-    """GPT-2 124M: the step of nanoGPT and ours; 1.5B; micro-batches; one choice at a time."""
+    """GPT-2 124M: the step of nanoGPT and ours; 1.5B and a Llama of 1B; one choice at a time; micro-batches."""
     small = functools.partial(bench.config, "gpt2-124m", model={"vocab_size": VOCABULARY})
-    for compiled in (False, True):
+    for compiled in (True, False):
         mode = "compiled" if compiled else "eager"
-        config = small(32, 16)
-        yield nanogpt_row(bench, f"nanogpt_{mode}", f"nanoGPT, {mode}", "nanogpt_speed", config, compiled=compiled)
+        config = small(32, 8)
+        row = nanogpt_row(bench, f"nanogpt_{mode}", f"nanoGPT, {mode}", "nanogpt_speed", config, compiled=compiled)
+        yield dataclasses.replace(row, steps=6)
         for stage in (0, 3, 2):
             title = f"ours, ZeRO-{stage}, {mode}"
-            yield Row(f"stage{stage}_{mode}", title, small(32, 16, stage, compile=compiled))
-    if best := fastest(bench, [f"stage{stage}_{mode}" for stage in (0, 2, 3) for mode in ("eager", "compiled")]):
-        stage, mode = best.removeprefix("stage").split("_")
-        profiled = small(32, 16, int(stage), compile=mode == "compiled", profile="4:5")
-        yield Row("profile", f"the fastest of ours (ZeRO-{stage}, {mode}), profiled", profiled, steps=4)
-    for recompute, name in ((True, "every block recomputed"), (False, "nothing recomputed")):
-        config = bench.config("1p5b", 1, 16, 3)
-        sizes = plan.micro_batches(config, 1)
-        candidates = [with_choice(config, 3, "none", recompute, size) for size in sizes]
-        _, config = plan.first_that_fits(candidates, bench.planned)
-        if config:
-            yield Row(f"1p5b_{int(recompute)}", f"1.5B, ZeRO-3, {name}", config, steps=4, warmup=2)
-    candidates = [small(size, 512 // size, compile=True) for size in (256, 128, 64, 16, 8, 4)]
+            yield Row(f"stage{stage}_{mode}", title, small(32, 8, stage, compile=compiled), steps=6)
+    yield from larger_models(bench)
+    for name, stage in (("profile", 0), ("profile_stage3", 3)):
+        profiled = small(32, 8, stage, compile=True, profile="4:5")
+        yield Row(name, f"ours, ZeRO-{stage}, compiled, profiled", profiled, steps=4)
+    yield from choices(small)
+    candidates = [small(size, 256 // size, compile=True) for size in (128, 64, 16, 8, 4)]
     fitting = [config for config in candidates if bench.planned(config)["fits"]]
     for place, config in enumerate(fitting[:3]):
         title = f"ours, ZeRO-0, compiled, micro-batch {'the largest by plan.py' if not place else 'smaller'}"
         yield Row(f"batch{place}", title, config, steps=4)
-    two = functools.partial(small, 32, 16, 2, compile=True)
-    yield Row("torch_kernels", "ZeRO-2, compiled, torch's norms and fused AdamW", two(kernels="torch"))
+
+
+def larger_models(bench):
+    """1.5B parameters, with dropout and without, and a Llama of 1.1B, at the largest micro-batch that fits."""
+    for model, name, recompute, changes, title in (
+        ("1p5b", "1p5b_0", False, {}, "1.5B, ZeRO-3, nothing recomputed"),
+        ("1p5b", "1p5b_no_dropout", False, {"dropout": 0.0}, "1.5B, ZeRO-3, nothing recomputed, no dropout"),
+        ("llama-1b", "llama_1b", False, {}, "Llama of 1.1B, ZeRO-3, nothing recomputed"),
+        ("1p5b", "1p5b_1", True, {}, "1.5B, ZeRO-3, every block recomputed"),
+        ("1p5b", "1p5b_stage1", False, {"dropout": 0.0}, "1.5B, ZeRO-1, nothing recomputed, no dropout"),
+    ):
+        stage = 1 if name.endswith("stage1") else 3
+        config = bench.config(model, 1, 32, stage, changes)
+        sizes = plan.micro_batches(config, 1)
+        candidates = [with_choice(config, stage, "none", recompute, size) for size in sizes]
+        _, config = plan.first_that_fits(candidates, bench.planned)
+        if config:
+            yield Row(name, title, config, steps=4, warmup=2)
+
+
+def choices(small):
+    """GPT-2 124M compiled: one choice at a time, ZeRO-2 and ZeRO-3, against `base2` and `base3` of the same batch."""
+    two = functools.partial(small, 32, 4, 2, compile=True, kernels="torch")
+    three = functools.partial(small, 32, 4, 3, compile=True, kernels="torch")
+    yield Row("base2", "ZeRO-2, compiled, torch's norms and fused AdamW", two())
+    yield Row("apex", "ZeRO-2, compiled, Apex's norms and FusedAdam", small(32, 4, 2, compile=True, kernels="apex"))
     for switch, title in (
         ("deepspeed_adam", "DeepSpeed's FusedAdam"),
         ("torch_attention", "attention in torch's own order"),
         ("whole_loss", "all logits at once"),
         ("large_chunks", "logits of 16,384 tokens at a time, not of 4,096"),
-        ("small_chunks", "logits of 1,024 tokens at a time, not of 4,096"),
         ("whole_model", "one graph for the whole model"),
-        ("tuned", "inductor's coordinate descent tuning"),
+        ("collection_held", "Python's garbage collection held"),
     ):
-        yield Row(switch, f"ZeRO-2, compiled, {title}", two(kernels="torch"), switch=switch)
-    published = two(kernels="torch", model={"vocab_size": 50257})
+        yield Row(switch, f"ZeRO-2, compiled, {title}", two(), switch=switch)
+    yield Row("base3", "ZeRO-3, compiled, torch's norms and fused AdamW", three())
+    for name, title, zero in (
+        ("overlap_comm", "overlap_comm", {"overlap_comm": True}),
+        ("not_contiguous", "gradients not gathered in one buffer", {"contiguous_gradients": False}),
+        ("kept", "weights kept whole", {"stage3_param_persistence_threshold": 10**9}),
+    ):
+        yield Row(name, f"ZeRO-3, compiled, {title}", three(zero=zero))
+    accumulated = three()
+    accumulated.deepspeed["data_types"] = {"grad_accum_dtype": "fp32"}
+    yield Row("fp32_sums", "ZeRO-3, compiled, gradients summed in fp32", accumulated)
+    yield Row(
+        "collection_held3", "ZeRO-3, compiled, Python's garbage collection held", three(), switch="collection_held"
+    )
+    eager = small(32, 4, 3, compile=False, kernels="torch")
+    yield Row("leaf_blocks", "ZeRO-3, eager, each block gathered at once", eager, switch="leaf_blocks")
+    yield Row("base3_eager", "ZeRO-3, eager, torch's norms and fused AdamW", eager)
+    published = two(model={"vocab_size": 50257})
     yield Row("ids_50257", f"ZeRO-2, compiled, 50,257 ids, computed as {VOCABULARY:,}", published)
     yield Row("unpadded", "ZeRO-2, compiled, 50,257 ids, computed as they are", published, switch="unpadded")
-    yield Row("apex", "ZeRO-2, compiled, Apex's norms and FusedAdam", two(kernels="apex"))
-    overlapping = two(kernels="torch", zero={"overlap_comm": True})
-    yield Row("overlap_comm", "ZeRO-2, compiled, overlap_comm", overlapping)
-
-
-def fastest(bench, names):
-    """The name of the fastest of these rows of `speed`, None if none was measured."""
-    speeds = {name: bench.rows.get(f"speed/{name}", {}).get("tokens_per_second") or 0 for name in names}
-    best = max(speeds, key=speeds.get)
-    return best if speeds[best] else None
+    yield Row(
+        "small_chunks", "ZeRO-2, compiled, logits of 1,024 tokens at a time, not of 4,096", two(), switch="small_chunks"
+    )
+    yield Row("tuned", "ZeRO-2, compiled, inductor's coordinate descent tuning", two(), switch="tuned")
+    yield Row("base2_again", "ZeRO-2, compiled, as the first of these rows: what repeats", two())
 
 
 def nanogpt_row(bench, name, title, function, config, **arguments):
@@ -296,19 +327,26 @@ def planner(bench):
 def convergence(bench):
     """GPT-2 124M from the same weights on the same batches; all losses are kept."""
     steps = 3 if bench.tiny else 60
-    train = {"compile": False, "lr": 6e-4, "schedule": "constant", "kernels": "torch"}
-    configs = {}
-    for stage in (3, 0, 1):
-        config = bench.config("gpt2-124m", 16, 4, stage, {"vocab_size": VOCABULARY}, **train)
+
+    def row(name, title, stage, kernels="torch", compiled=False, **sections):
+        train = {"compile": compiled, "lr": 6e-4, "schedule": "constant", "kernels": kernels}
+        config = bench.config("gpt2-124m", 16, 4, stage, {"vocab_size": VOCABULARY}, sections.get("zero"), **train)
         config.train.warmup_tokens = 10 * config.train.global_batch_tokens
-        configs[stage] = config
-    more = {"steps": steps, "warmup": 0}
-    yield Row("stage3", "ZeRO-3", configs[3], **more)
-    yield nanogpt_row(
-        bench, "nanogpt", "nanoGPT's step, with GELU's tanh form", "nanogpt_losses", configs[3], steps=steps
-    )
-    yield Row("stage0", "ZeRO-0", configs[0], **more)
-    yield Row("stage1", "ZeRO-1", configs[1], **more)
+        config.deepspeed |= sections.get("more", {})
+        return Row(name, title, config, steps=steps, warmup=0)
+
+    first = row("stage3", "ZeRO-3", 3)
+    title = "nanoGPT's step, with GELU's tanh form"
+    yield first
+    yield nanogpt_row(bench, "nanogpt", title, "nanogpt_losses", first.config, steps=steps)
+    yield row("stage0", "ZeRO-0", 0)
+    yield row("stage1", "ZeRO-1", 1)
+    yield row("stage3_compiled", "ZeRO-3, compiled", 3, compiled=True)
+    yield row("stage3_again", "ZeRO-3, once more: what repeats", 3)
+    yield row("stage3_apex", "ZeRO-3, Apex's norms and FusedAdam", 3, kernels="apex")
+    yield row("stage3_overlap", "ZeRO-3, overlap_comm", 3, zero={"overlap_comm": True})
+    sums = {"data_types": {"grad_accum_dtype": "fp32"}}
+    yield row("stage3_sums", "ZeRO-3, gradients summed in fp32", 3, more=sums)
 
 
 PARTS = {
@@ -680,6 +718,28 @@ def whole_model():
     model.GPT.compile = compile_all
 
 
+def collection_held():
+    """Python's garbage collection only between runs, never during a step."""
+    import gc
+
+    gc.disable()
+
+
+def leaf_blocks():
+    """Under ZeRO-3 a block's weights are gathered at once in eager too, as where the blocks are compiled."""
+    import deepspeed
+
+    import engine
+    import model
+
+    class Leaves(model.GPT):
+        def __init__(self, *arguments, **more):
+            super().__init__(*arguments, **more)
+            deepspeed.utils.set_z3_leaf_modules(self, [model.Block])
+
+    engine.GPT = Leaves
+
+
 def tuned():
     from torch._inductor import config
 
@@ -696,13 +756,15 @@ SWITCHES = {
         small_chunks,
         unpadded,
         whole_model,
+        collection_held,
+        leaf_blocks,
         tuned,
     )
 }
 
 
 def train_with_switch(arguments):
-    """train.py with one of SWITCHES, under the launcher, which puts an argument of its own in front."""
+    """train.py with one of SWITCHES. A launcher may put an argument of its own in front."""
     import train
 
     place = arguments.index("--switch")
@@ -853,6 +915,8 @@ def read_options(arguments):
     parser.add_argument("--data", type=a_path)
     parser.add_argument("--parts", nargs="+", default=list(PARTS))
     parser.add_argument("--first", type=at_least(1))
+    parser.add_argument("--rows", nargs="+", default=[])
+    parser.add_argument("--beside", action="store_true")
     parser.add_argument("--minutes", type=a_number(above=True), default=9)
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--tiny", action="store_true")
@@ -901,6 +965,8 @@ def measure_part(bench, part, options, until, keep):
         key, left = f"{part}/{row.name}", until - time.monotonic()
         if options.first and place >= options.first:
             return
+        if options.rows and row.name not in options.rows:
+            continue
         if not is_wanted(bench.rows.get(key), left, options.again):
             continue
         if left < LEAST_SECONDS:
@@ -914,6 +980,8 @@ def measure_part(bench, part, options, until, keep):
             if begun > 1:  # it did not have the part's whole time
                 return
             result["seconds_given"] = left
+        if options.beside:
+            result = {name: value for name, value in result.items() if name not in TIMES}
         keep(key, result)
 
 
