@@ -98,6 +98,7 @@ class Bench:
             micro_batch_size, accumulation = min(micro_batch_size, 2), min(accumulation, 2)
             small = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": 512}
             model = {key: min(value, model.get(key, value)) for key, value in small.items()}
+            model |= {"n_kv_head": None, "mlp_hidden": None}
         model = merge(sections["model"], model)
         tokens = micro_batch_size * accumulation * model["block_size"]
         train |= {"micro_batch_size": micro_batch_size, "global_batch_tokens": tokens, "max_tokens": ENDLESS * tokens}
