@@ -77,7 +77,7 @@ def start_process_group(verbose=False, patience=timedelta(seconds=1800), may_be_
     backend, more = "gloo", {}
     if device.type == "cuda":
         backend = "nccl"
-        more = {"device_id": device} if world_size > 1 else {}  # as DeepSpeed does
+        more = {"device_id": device}  # as DeepSpeed does; without it every barrier warns
     if not distributed.is_initialized():
         try:
             if world_size == 1:

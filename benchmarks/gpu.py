@@ -151,10 +151,10 @@ def speed(bench):
         yield dataclasses.replace(row, steps=6)
         for stage in (0, 3, 2):
             title = f"ours, ZeRO-{stage}, {mode}"
-            yield Row(f"stage{stage}_{mode}", title, small(32, 8, stage, compile=compiled), steps=6)
+            yield Row(f"stage{stage}_{mode}", title, small(32, 8, stage, compile=compiled, kernels="torch"), steps=6)
     yield from larger_models(bench)
     for name, stage in (("profile", 0), ("profile_stage3", 3)):
-        profiled = small(32, 8, stage, compile=True, profile="4:5")
+        profiled = small(32, 8, stage, compile=True, kernels="torch", profile="4:5")
         yield Row(name, f"ours, ZeRO-{stage}, compiled, profiled", profiled, steps=4)
     yield from choices(small)
     candidates = [small(size, 256 // size, compile=True) for size in (128, 64, 16, 8, 4)]
@@ -174,7 +174,7 @@ def larger_models(bench):
         ("1p5b", "1p5b_stage1", False, {"dropout": 0.0}, "1.5B, ZeRO-1, nothing recomputed, no dropout"),
     ):
         stage = 1 if name.endswith("stage1") else 3
-        config = bench.config(model, 1, 32, stage, changes)
+        config = bench.config(model, 1, 32, stage, changes, kernels="torch")
         sizes = plan.micro_batches(config, 1)
         candidates = [with_choice(config, stage, "none", recompute, size) for size in sizes]
         _, config = plan.first_that_fits(candidates, bench.planned)
@@ -213,6 +213,8 @@ def choices(small):
     eager = small(32, 4, 3, compile=False, kernels="torch")
     yield Row("leaf_blocks", "ZeRO-3, eager, each block gathered at once", eager, switch="leaf_blocks")
     yield Row("base3_eager", "ZeRO-3, eager, torch's norms and fused AdamW", eager)
+    apex = small(32, 4, 3, compile=False, kernels="apex")
+    yield Row("apex_eager", "ZeRO-3, eager, Apex's norms and FusedAdam", apex)
     published = two(model={"vocab_size": 50257})
     yield Row("ids_50257", f"ZeRO-2, compiled, 50,257 ids, computed as {VOCABULARY:,}", published)
     yield Row("unpadded", "ZeRO-2, compiled, 50,257 ids, computed as they are", published, switch="unpadded")
@@ -330,7 +332,7 @@ def convergence(bench):
     steps = 3 if bench.tiny else 60
 
     def row(name, title, stage, kernels="torch", compiled=False, **sections):
-        train = {"compile": compiled, "lr": 6e-4, "schedule": "constant", "kernels": kernels}
+        train = {"compile": compiled, "lr": 1e-4, "schedule": "constant", "kernels": kernels}
         config = bench.config("gpt2-124m", 16, 4, stage, {"vocab_size": VOCABULARY}, sections.get("zero"), **train)
         config.train.warmup_tokens = 10 * config.train.global_batch_tokens
         config.deepspeed |= sections.get("more", {})
