@@ -16,7 +16,7 @@ from config import UserError, check_together, offload_device, offload_ratio, off
 from data.shards import make_folder
 from flops import count_parameters
 from model import GPT, Block
-from pieces import stage_0_masters
+from pieces import stage_0_masters, torch_linear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -185,20 +185,55 @@ def step_piece_by_piece(optimizer):
     return optimizer
 
 
-def why_not_compiled(wanted, config, device, kernels, precision="fp32"):
-    """None if the model is to be compiled, else the reason: that it was not asked for, or how a small model
-    of the same parts failed on this or another rank. Every rank must call this, and all get an answer of
-    the same kind. Costs seconds, where a failure in the middle of a step would cost the run."""
+def pass_through(model):
+    """The loss of a small model on tokens that are always the same, and its gradients by their parameters' names."""
+    length, device = model.config.block_size, model.head.weight.device
+    tokens = torch.arange(2 * length, device=device).view(2, length) * 7 % model.config.vocab_size
+    model.zero_grad()
+    loss = model(tokens, tokens.roll(1, dims=1))
+    loss.backward()
+    return loss.item(), {name: parameter.grad.float() for name, parameter in model.named_parameters()}
+
+
+def fault_of_compiled(model):
+    """Compile a small model. How it then differs from itself before, in words; None if it computes the same. A
+    compiler that computes something else would spoil the run, and nobody would see why."""
+    loss, gradients = pass_through(model)
+    model.compile()
+    compiled_loss, compiled_gradients = pass_through(model)
+    tolerance = 0.01 if model.head.weight.dtype == torch.float32 else 0.2  # far above rounding, far below a fault
+    if not abs(compiled_loss - loss) <= 0.1 * tolerance * abs(loss):
+        return f"compiled, a small model's loss is {compiled_loss:.4f}, and else {loss:.4f}"
+    largest = max(gradient.norm() for gradient in gradients.values())
+    for name, expected in gradients.items():
+        difference = (compiled_gradients[name] - expected).norm() / torch.maximum(expected.norm(), 1e-3 * largest)
+        if not difference <= tolerance:
+            return f"compiled, a small model's gradient of {name} is {difference:.2g} of its size off"
+    return None
+
+
+def why_not_compiled(wanted, config, device, kernels, precision="fp32", zero=None):
+    """None if the model is to be compiled, else the reason: that it was not asked for, or how a small model of the same
+    parts failed, or came to compute something else, on this or another rank. zero: DeepSpeed's section
+    zero_optimization. Every rank must call this, and all get an answer of the same kind. Costs seconds, where a failure
+    in the middle of a step would cost the run."""
     if wanted is False or (wanted == "auto" and device.type != "cuda"):
         return "not asked for" if wanted is False else "on CPU it gains little"
+    if (zero or {}).get("memory_efficient_linear"):
+        return "deepspeed.zero_optimization.memory_efficient_linear is true, and torch 2.11 compiles it wrongly"
+    torch_linear()
     small = {"n_layer": 1, "n_embd": 16 * config.n_head, "mlp_hidden": None, "block_size": 32, "vocab_size": 64}
+    config = dataclasses.replace(config, **small)
     error = None
     try:
         with device:
-            model = GPT(dataclasses.replace(config, **small), kernels=kernels).to(DTYPES[precision])
-            model.compile()
-            tokens = torch.zeros(2, 32, dtype=torch.long)
-        model(tokens, tokens).backward()
+            error = fault_of_compiled(
+                GPT(dataclasses.replace(config, dropout=0.0), kernels=kernels).to(DTYPES[precision])
+            )
+            if config.dropout:  # which draws other numbers when compiled, so nothing can be compared
+                model = GPT(config, kernels=kernels).to(DTYPES[precision])
+                model.compile()
+                pass_through(model)
     except Exception as failure:
         error = f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}"
     torch.compiler.reset()  # or the true sizes would count as a change, and be compiled as variable ones
@@ -212,6 +247,10 @@ def build_engine(config, ds_config, device, kernels="torch", compiled=False, loa
     is made, so that no rank ever holds the whole model. The weights are the same bit for bit whatever the
     stage and the number of ranks; load_weights: what export.open_weights gives, if they are not random."""
     train, sharded = config.train, zero_stage(ds_config) == 3
+    if compiled:  # the graphs keep no gathered weights either way, and torch 2.11 compiles DeepSpeed's linear wrongly
+        zero = ds_config.get("zero_optimization", {}) | {"memory_efficient_linear": False}
+        ds_config = ds_config | {"zero_optimization": zero}
+        torch_linear()
     with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=sharded), device:
         model = GPT(config.model, train.seed, int(train.activation_checkpointing), train.checkpoints_on_cpu, kernels)
     if load_weights:

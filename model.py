@@ -125,24 +125,28 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-def cross_entropy(logits, targets, vocab_size, with_gradient=True):
-    """logits (N, >= V), targets (N,) -> sum of the cross-entropies in nats over the targets that are not IGNORE.
-    Columns from V = vocab_size on do not count. All sums in float32.
+def cross_entropy(logits, targets, picked, vocab_size, with_gradient=True):
+    """logits (N, >= V), targets (N, 1), picked (N, 1), the targets' logits -> sum of the cross-entropies in nats over
+    the targets that are not IGNORE. Columns from V = vocab_size on do not count. All sums in float32.
 
     with_gradient: `logits` becomes the gradient, softmax(logits) - onehot(target), of all rows."""
-    counts, targets = (targets != IGNORE)[:, None], targets.clamp(min=0)[:, None]
+    counts, targets = targets != IGNORE, targets.clamp(min=0)
     if logits.shape[1] > vocab_size:
         logits[:, vocab_size:] = -math.inf
-    log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-    loss = -(log_probabilities.gather(1, targets) * counts).sum()
-    if not with_gradient:
-        return loss
-    if torch.compiler.is_compiling():  # the compiler makes one pass of a comparison, and several of a scatter
-        target = torch.arange(logits.shape[1], device=logits.device) == targets
-        gradient = log_probabilities.exp() - target.float()
-    else:
-        gradient = log_probabilities.exp_().scatter_add_(1, targets, torch.full_like(loss, -1.0).expand(targets.shape))
-    logits.copy_(gradient)
+    if torch.compiler.is_compiling():
+        # No gather: torch 2.11's compiler for CPUs moves it after the last line, where the logits are gone. No scatter:
+        # compiled, it is several passes, and a comparison none.
+        log_sum = logits.float().logsumexp(dim=-1, keepdim=True)
+        loss = ((log_sum - picked.float()) * counts).sum()
+        is_target = torch.arange(logits.shape[1], device=logits.device) == targets
+        gradient = (logits.float() - log_sum).exp() - is_target.float() if with_gradient else None
+    else:  # one float32 copy of the logits at a time
+        log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+        loss = -(log_probabilities.gather(1, targets) * counts).sum()
+        minus_one = torch.full_like(loss, -1.0).expand(targets.shape)
+        gradient = log_probabilities.exp_().scatter_add_(1, targets, minus_one) if with_gradient else None
+    if with_gradient:
+        logits.copy_(gradient)
     return loss
 
 
@@ -166,9 +170,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         for first in range(0, len(x), chunk):
             rows = slice(first, first + chunk)
             logits = torch.mm(x[rows], weight.t(), out=all_logits[: len(x) - first])
-            total += cross_entropy(logits, targets[rows], vocab_size, with_gradient)
+            wanted = targets[rows, None]
+            picked = logits.gather(1, wanted.clamp(min=0))
+            total += cross_entropy(logits, wanted, picked, vocab_size, with_gradient)
             if with_gradient:
-                grad, counts = logits, (targets[rows] != IGNORE)[:, None]
+                grad, counts = logits, wanted != IGNORE
                 torch.mm(grad, weight, out=grad_x[rows]).mul_(counts)  # rows that do not count
                 counted = x[rows] * counts
                 # all but the first in float32; without a name, the product is gone before the next is made

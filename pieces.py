@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from torch import distributed
 
 from config import UserError
@@ -39,6 +40,12 @@ def stage_0_masters(engine):
         return {id(parameter): parameter for parameter in engine.module.parameters()}
     pairs = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
     return {id(parameter): master for parameter, master in pairs}
+
+
+def torch_linear():
+    """Take DeepSpeed's linear function back out of torch, where an engine of this process has put it."""
+    if hasattr(InsertPostInitMethodToModuleSubClasses, "linear_bk"):
+        torch.nn.functional.linear = InsertPostInitMethodToModuleSubClasses.linear_bk
 
 
 def optimizers(engine):

@@ -216,7 +216,8 @@ def train_in(folder, config, watch, device, rank, world_size):
             raise UserError(f"train.out_dir: another run has just saved into {run}; start again to continue it")
         if rank == 0:
             checkpoint.tidy(run / "checkpoints")
-    not_compiled = why_not_compiled(train.compile, config.model, device, kernels, precision)
+    zero = ds_config.get("zero_optimization")
+    not_compiled = why_not_compiled(train.compile, config.model, device, kernels, precision, zero)
     engine = build_engine(config, ds_config, device, kernels, not not_compiled, load_weights)
     plain = stage == 0 and precision == "fp32"  # the one case in which DeepSpeed keeps no gradient norm
     torch.manual_seed(train.seed + 1 + rank)  # each rank drops other activations
