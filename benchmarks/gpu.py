@@ -193,7 +193,6 @@ def choices(small):
         ("torch_attention", "attention in torch's own order"),
         ("whole_loss", "all logits at once"),
         ("large_chunks", "logits of 16,384 tokens at a time, not of 4,096"),
-        ("head_sums", "the head's gradient summed by cuBLAS"),
         ("whole_model", "one graph for the whole model"),
         ("collection_held", "Python's garbage collection held"),
     ):
@@ -692,39 +691,6 @@ def whole_loss():
     model.Head.forward = forward
 
 
-def head_sums():
-    """The gradient of the output layer's weight is summed over chunks in float32 by the products themselves."""
-    import torch
-
-    import model
-    from config import IGNORE, width_of_logits
-
-    def forward(ctx, x, weight, targets, chunk, with_gradient, cross_entropy):
-        total, vocab_size = torch.zeros((), dtype=torch.float32, device=x.device), len(weight)
-        if padding := width_of_logits(vocab_size, x.is_cuda) - vocab_size:
-            weight = torch.nn.functional.pad(weight, (0, 0, 0, padding))
-        all_logits = x.new_empty(min(chunk, len(x)), len(weight))
-        grad_x = torch.empty_like(x) if with_gradient else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
-        for first in range(0, len(x), chunk):
-            rows = slice(first, first + chunk)
-            logits = torch.mm(x[rows], weight.t(), out=all_logits[: len(x) - first])
-            wanted = targets[rows, None]
-            picked = logits.gather(1, wanted.clamp(min=0))
-            total += cross_entropy(logits, wanted, picked, vocab_size, with_gradient)
-            if with_gradient:
-                counts = wanted != IGNORE
-                torch.mm(logits, weight, out=grad_x[rows]).mul_(counts)
-                counted = x[rows] * counts
-                grad_weight = torch.addmm(grad_weight, logits.t(), counted, out_dtype=torch.float32)
-        if with_gradient:
-            ctx.save_for_backward(grad_x, grad_weight[:vocab_size])
-            ctx.weight_dtype = weight.dtype
-        return total
-
-    model.LinearCrossEntropy.forward = staticmethod(forward)
-
-
 def large_chunks():
     import model
 
@@ -789,7 +755,6 @@ SWITCHES = {
         deepspeed_adam,
         torch_attention,
         whole_loss,
-        head_sums,
         large_chunks,
         small_chunks,
         unpadded,
