@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # One process a GPU, but the tiny batch divides by no more than two; two CPU processes where there is no GPU.
-PROCESSES = $$($(BIN)/python -c "from commands import begin; begin(); import torch; print(min(torch.cuda.device_count() or 2, 2))")
-ACCELERATOR = $$($(BIN)/python -c "from commands import begin; begin(); import torch; print('' if torch.cuda.is_available() else 'DS_ACCELERATOR=cpu')")
+PROCESSES = $$($(BIN)/python -c "from minzero.commands import begin; begin(); import torch; print(min(torch.cuda.device_count() or 2, 2))")
+ACCELERATOR = $$($(BIN)/python -c "from minzero.commands import begin; begin(); import torch; print('' if torch.cuda.is_available() else 'DS_ACCELERATOR=cpu')")
 NOT_INSTALLED = echo "minZeRO: pip could not install it: see above; is there a network? Then make again continues"; exit 2
 
 .PHONY: setup data train test test-slow clean
@@ -15,7 +15,7 @@ data: data/stdlib/meta.json
 
 $(VENV)/.installed: requirements.txt
 	@command -v $(PYTHON) >/dev/null || { echo "minZeRO: no $(PYTHON): install Python 3.10 to 3.13, or call make PYTHON=..."; exit 2; }
-	@$(PYTHON) preflight.py
+	@$(PYTHON) minzero/preflight.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt || { $(NOT_INSTALLED); }
 	@touch $@
@@ -38,7 +38,7 @@ train: setup data
 test: $(VENV)/.installed-dev data
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/vermin --quiet -t=3.10- --no-tips --violations *.py data tests benchmarks
+	$(BIN)/vermin --quiet -t=3.10- --no-tips --violations *.py minzero data tests benchmarks
 	$(BIN)/python -m pytest -q -m "not slow" tests
 
 test-slow: $(VENV)/.installed-dev

@@ -9,7 +9,7 @@ shows why, and the others continue. Writes FOLDER/<config>.md, .json and .png (d
 Without a GPU the ranks are CPU processes.
 """
 
-from commands import begin
+from minzero.commands import begin
 
 if __name__ == "__main__":
     begin()
@@ -35,13 +35,13 @@ from pathlib import Path
 
 import numpy as np
 
-from config import ROOT, UserError, gradient_accumulation, load_config, run_command
-from data.mixture import Mixture
-from data.shards import make_folder, token_dtype, write_atomically, write_json, write_shard
-from flags import FlagParser, a_path, at_least
-from flops import check_counted
-from memory import simulate
-from metrics import read_metrics
+from minzero.config import ROOT, UserError, gradient_accumulation, load_config, run_command
+from minzero.data.mixture import Mixture
+from minzero.data.shards import make_folder, token_dtype, write_atomically, write_json, write_shard
+from minzero.flags import FlagParser, a_path, at_least
+from minzero.metrics import read_metrics
+from minzero.planner.memory import simulate
+from minzero.sizes import check_counted
 from plan import in_units, settings_of, with_choice
 
 # name on the command line: (title, stage, what is kept in CPU memory, whether all blocks are recomputed)

@@ -9,7 +9,7 @@ Bits per byte is the loss of all tokens over the bytes of the text they stand fo
 can be compared between tokenizers, and with a compressor (--gzip).
 """
 
-from commands import begin
+from minzero.commands import begin
 
 if __name__ == "__main__":
     begin()
@@ -28,15 +28,15 @@ import torch
 from torch import distributed
 from torch.nn import functional as F
 
-import checkpoint
 import export
-from config import ModelConfig, UserError, data_weights, did_you_mean, run_command
-from data.mixture import content_digest
-from data.pipeline import tokenizer_of
-from data.shards import TokenStream, read_meta
-from data.tokenizer import byte_level_names, open_huggingface
-from flags import SUPPRESS, FlagParser, a_checkpoint, a_path, at_least
-from launchers import find_ranks
+from minzero import checkpoint
+from minzero.config import ModelConfig, UserError, data_weights, did_you_mean, run_command
+from minzero.data.mixture import content_digest
+from minzero.data.pipeline import tokenizer_of
+from minzero.data.shards import TokenStream, read_meta
+from minzero.data.tokenizer import byte_level_names, open_huggingface
+from minzero.flags import SUPPRESS, FlagParser, a_checkpoint, a_path, at_least
+from minzero.launchers import find_ranks
 from model import GPT, IGNORE
 
 # -- what is evaluated ---------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def open_all(args):
 def evaluate_on_ranks(args):
     """(rank, the Trained, the validation splits, what `evaluate` gives) on each rank of a launcher's. Raises UserError
     on all of them if one cannot take part."""
-    import dist  # it alone needs DeepSpeed
+    from minzero import dist  # it alone needs DeepSpeed
 
     device, rank, ranks = dist.start_process_group(may_be_alone=True)
     with dist.all_or_none():
@@ -348,7 +348,7 @@ def command(arguments):
     if find_ranks(dict(os.environ), may_be_alone=True)["WORLD_SIZE"] == "1":
         main(arguments)
         return
-    import dist  # it alone needs DeepSpeed
+    from minzero import dist  # it alone needs DeepSpeed
 
     with dist.ending_together():
         main(arguments)

@@ -7,7 +7,7 @@ writes a folder that AutoModelForCausalLM and AutoTokenizer load. The way back i
 `open_weights` looks at what a run shall start from, `copy_into` reads it into the run's model.
 """
 
-from commands import begin
+from minzero.commands import begin
 
 if __name__ == "__main__":
     begin()
@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-from config import ModelConfig, UserError, build, read_json, refuse_pipe, run_command, switched_on
-from data.shards import read_meta, write_json
-from flags import FlagParser, a_checkpoint, a_path, check_can_write
+from minzero import checkpoint
+from minzero.config import ModelConfig, UserError, build, read_json, refuse_pipe, run_command, switched_on
+from minzero.data.shards import read_meta, write_json
+from minzero.flags import FlagParser, a_checkpoint, a_path, check_can_write
 from model import GPT
 
 MAX_SHARD = "5GB"  # of one file of weights
@@ -527,7 +527,7 @@ def copy_into(model, load):
     hands rank 0's on."""
     import deepspeed
 
-    import dist
+    from minzero import dist
 
     first, fault, read = deepspeed.comm.get_rank() == 0, None, None
     for name, parameter in model.named_parameters():
@@ -613,11 +613,11 @@ def write_weights(folder, model: ModelConfig, read, dtype):
 def export(found, folder, dtype="float32"):
     """A checkpoint -> a folder in transformers' format, which must not be there yet, or be empty. Returns in
     words what it is. Raises UserError."""
-    from data.conversations import CHAT_TEMPLATE
-    from data.pipeline import tokenizer_of
-    from data.tokenizer import END_OF_TEXT, fingerprint, save_for_transformers
     from eval import check_tokenizer
-    from model_card import write_model_card
+    from minzero.data.conversations import CHAT_TEMPLATE
+    from minzero.data.pipeline import tokenizer_of
+    from minzero.data.tokenizer import END_OF_TEXT, fingerprint, save_for_transformers
+    from minzero.hf.card import write_model_card
 
     folder = Path(folder).resolve()
     temporary = folder.with_name(folder.name + ".tmp")

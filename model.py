@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from config import IGNORE, ModelConfig, tokens_at_a_time, width_of_logits
+from minzero.config import IGNORE, ModelConfig, tokens_at_a_time, width_of_logits
 
 
 def make_norm(config: ModelConfig, kernels="torch"):

@@ -4,11 +4,11 @@
                    [--section.key value ...] [--fit | --max] [--plot PICTURE.png] [--json]
 
 --fit finds the fastest setting that fits, --max the deepest model; --plot draws the memory of every candidate. Where
-nothing fits, the cheapest change that would is named. Memory is replayed allocation by allocation (memory.py). Speed
+nothing fits, the cheapest change that would is named. Memory is replayed allocation by allocation (minzero/planner/memory.py). Speed
 is arithmetic on stated assumptions (`Assumptions`). Nothing is allocated, and no GPU is looked for.
 """
 
-from commands import begin
+from minzero.commands import begin
 
 if __name__ == "__main__":
     begin()
@@ -21,7 +21,7 @@ import json
 import shlex
 from dataclasses import dataclass
 
-from config import (
+from minzero.config import (
     UserError,
     build,
     check_together,
@@ -36,9 +36,9 @@ from config import (
     run_command,
     zero_stage,
 )
-from flags import FlagParser, a_number, a_path, at_least, check_can_write
-from flops import PEAK_FLOPS, flops_per_token, peak_flops, recomputed_flops_per_token
-from memory import PARTS, Gathered, Settings, simulate
+from minzero.flags import FlagParser, a_number, a_path, at_least, check_can_write
+from minzero.planner.memory import PARTS, Gathered, Settings, simulate
+from minzero.sizes import PEAK_FLOPS, flops_per_token, peak_flops, recomputed_flops_per_token
 
 GiB = 2**30
 # How much of a GPU may be allocated: the rest is what the allocator cannot reuse, the CUDA context and NCCL. Of the
@@ -143,7 +143,7 @@ def cpu_memory(settings, parameters, ranks):
 
 
 def checkpoint_size(settings, parameters):
-    """Bytes of one checkpoint, at any stage: master weights and Adam's moments (pieces.py)."""
+    """Bytes of one checkpoint, at any stage: master weights and Adam's moments (zero.py)."""
     return parameters * (settings.master_bytes + settings.moment_bytes)
 
 

@@ -3,7 +3,7 @@
 python plot.py out/a out/b --x flops --out both.png --html both.html
 """
 
-from commands import begin, one_line
+from minzero.commands import begin, one_line
 
 if __name__ == "__main__":
     begin()
@@ -22,11 +22,11 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from config import UserError, build, read_json, run_command
-from data.shards import cannot_write, write_atomically
-from flags import FlagParser, a_path, check_can_write
-from flops import flops_per_token
-from metrics import duration, good_lines
+from minzero.config import UserError, build, read_json, run_command
+from minzero.data.shards import cannot_write, write_atomically
+from minzero.flags import FlagParser, a_path, check_can_write
+from minzero.metrics import duration, good_lines
+from minzero.sizes import flops_per_token
 
 LARGEST = 1e100  # what is larger is drawn like an infinity: not at all
 MOST_POINTS = 2000  # of a curve: about as many as a panel has pixels
@@ -59,7 +59,7 @@ def read_config(run):
             if not isinstance(config, dict) or not isinstance(config.get(section), dict):
                 raise UserError(f"{path}: no section {section}")
     except UserError as error:
-        import checkpoint  # takes seconds to import
+        from minzero import checkpoint  # takes seconds to import
 
         for entry in reversed(checkpoint.Saved(Path(run) / "checkpoints").entries):
             if state := checkpoint.state_if_whole(entry.path):

@@ -11,7 +11,7 @@ from the last half of it. A folder in transformers' format is read by transforme
 generation_config.json and chat template count; temperature, top_k and top_p are the flags' alone.
 """
 
-from commands import begin
+from minzero.commands import begin
 
 if __name__ == "__main__":
     begin()
@@ -33,12 +33,12 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutput
 
 import export
-from config import UserError, read_json, run_command
-from data.conversations import CHAT_TEMPLATE
-from data.pipeline import tokenizer_of
-from data.tokenizer import END_OF_TEXT, huggingface_json, missing_characters
 from eval import Trained, load_model, open_trained
-from flags import FlagParser, a_checkpoint, a_number, a_path, at_least
+from minzero.config import UserError, read_json, run_command
+from minzero.data.conversations import CHAT_TEMPLATE
+from minzero.data.pipeline import tokenizer_of
+from minzero.data.tokenizer import END_OF_TEXT, huggingface_json, missing_characters
+from minzero.flags import FlagParser, a_checkpoint, a_number, a_path, at_least
 
 LEAST_TEMPERATURE = 1e-6  # logits over less overflow
 

@@ -9,7 +9,7 @@ refuses every tokenizer that is not published: here it is told which of llama.cp
 the tokenizer's ids. And it is told what else it would pass over, see `tell`.
 """
 
-from commands import begin
+from minzero.commands import begin
 
 if __name__ == "__main__":
     begin()
@@ -22,10 +22,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from config import ModelConfig, UserError, read_json, run_command
-from data.tokenizer import GPT2_PATTERNS, PATTERN, open_huggingface
 from export import FAMILIES, family_of, is_published, open_published
-from flags import FlagParser, a_path, check_can_write
+from minzero.config import ModelConfig, UserError, read_json, run_command
+from minzero.data.tokenizer import GPT2_PATTERNS, PATTERN, open_huggingface
+from minzero.flags import FlagParser, a_path, check_can_write
 
 # what llama.cpp calls these patterns (`tokenizer.ggml.pre`), and whether it takes a piece that is a token as it is
 PRE_TOKENIZERS = {PATTERN: ("llama-bpe", True)} | dict.fromkeys(GPT2_PATTERNS, ("gpt-2", False))

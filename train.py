@@ -7,7 +7,7 @@
 Read it from top to bottom: learning rate, evaluation, set-up, loop. `train.py --help` lists every key.
 """
 
-from commands import begin
+from minzero.commands import begin
 
 if __name__ == "__main__":
     begin()
@@ -19,19 +19,16 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from config import help_if_asked, run_command
+from minzero.config import help_if_asked, run_command
 
 if __name__ == "__main__":
     run_command(help_if_asked, may_be_many=True)  # before the imports that take seconds
 import torch
 from torch import distributed
 
-import checkpoint
-import dist
 import export
-import guard
-import metrics
-from config import (
+from minzero import checkpoint, dist, guard, metrics
+from minzero.config import (
     SharedError,
     TrainConfig,
     UserError,
@@ -40,9 +37,9 @@ from config import (
     load_config,
     zero_stage,
 )
-from data.mixture import Mixture
-from data.shards import write_json
-from engine import (
+from minzero.data.mixture import Mixture
+from minzero.data.shards import write_json
+from minzero.engine import (
     build_engine,
     check_deepspeed,
     check_memory,
@@ -51,9 +48,9 @@ from engine import (
     resolve_precision,
     why_not_compiled,
 )
+from minzero.run_folder import RunFolder
+from minzero.zero import optimizers
 from model import IGNORE
-from pieces import optimizers
-from run_folder import RunFolder
 
 SHAPES_THE_RATE = [f"train.{name}" for name in checkpoint.SHAPES_THE_RATE]
 

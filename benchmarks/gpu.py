@@ -40,11 +40,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import benchmark
 import plan
-from config import ROOT, Config, UserError, build, git_commit, gradient_accumulation, load_config, merge, run_command
-from data.mixture import Mixture
-from data.shards import make_folder, write_atomically, write_json, write_shard
-from flags import FlagParser, a_number, a_path, at_least
-from flops import flops_per_token, peak_flops
+from minzero.config import (
+    ROOT,
+    Config,
+    UserError,
+    build,
+    git_commit,
+    gradient_accumulation,
+    load_config,
+    merge,
+    run_command,
+)
+from minzero.data.mixture import Mixture
+from minzero.data.shards import make_folder, write_atomically, write_json, write_shard
+from minzero.flags import FlagParser, a_number, a_path, at_least
+from minzero.sizes import flops_per_token, peak_flops
 from plan import with_choice
 
 ENDLESS = 10**9  # steps of a run that is ended from outside
@@ -498,7 +508,7 @@ def nanogpt_speed(config, path, precision, compiled, steps, warmup):
     """What a step of nanoGPT costs, in the words of benchmark.measure."""
     import torch
 
-    import metrics
+    from minzero import metrics
     from tests.bench_model import now
 
     device, step, seconds = this_torch_device(), nanogpt_step(config, path, precision, compiled), []
@@ -542,7 +552,7 @@ def largest_difference(found, expected):
 
 
 def need_apex():
-    from engine import missing_apex
+    from minzero.engine import missing_apex
 
     if reason := missing_apex():
         raise UserError(reason)
@@ -554,7 +564,7 @@ def compare_norms(config, norm, rival, tokens, width):
     """Forward and backward pass of torch's norm and of Apex's, or of torch's compiled, on the same activations."""
     import torch
 
-    from config import ModelConfig
+    from minzero.config import ModelConfig
     from model import make_norm
 
     if rival == "apex":
@@ -596,7 +606,7 @@ def compare_adams(config, rival):
     steps with the same gradients lead them."""
     import torch
 
-    from engine import parameter_groups
+    from minzero.engine import parameter_groups
     from model import GPT
 
     device, train = this_torch_device(), config.train
@@ -732,8 +742,8 @@ def leaf_blocks():
     """Under ZeRO-3 a block's weights are gathered at once in eager too, as where the blocks are compiled."""
     import deepspeed
 
-    import engine
     import model
+    from minzero import engine
 
     class Leaves(model.GPT):
         def __init__(self, *arguments, **more):

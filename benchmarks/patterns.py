@@ -15,10 +15,10 @@ import tiktoken
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import run_command
-from data.sources import Files
 from data.stdlib.prepare import documents
-from data.tokenizer import GPT2_PATTERNS, PATTERN, faster, train_tokenizer
+from minzero.config import run_command
+from minzero.data.sources import Files
+from minzero.data.tokenizer import GPT2_PATTERNS, PATTERN, faster, train_tokenizer
 
 # Of tokenizers trained here before: a mark joins the letters after it, line ends take the indentation along.
 OLD_PATTERN = (

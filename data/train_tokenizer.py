@@ -14,18 +14,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from commands import begin
+from minzero.commands import begin
 
 if __name__ == "__main__":
     begin()
 
 from tqdm import tqdm
 
-from config import UserError, did_you_mean, run_command
-from data.pipeline import MOST_IDS
-from data.sources import BadDocument, plural
-from data.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
-from flags import FlagParser, a_path, at_least, check_can_write
+from minzero.config import UserError, did_you_mean, run_command
+from minzero.data.pipeline import MOST_IDS
+from minzero.data.sources import BadDocument, plural
+from minzero.data.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
+from minzero.flags import FlagParser, a_path, at_least, check_can_write
 
 
 def main(arguments):

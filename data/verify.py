@@ -14,14 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from commands import begin
+from minzero.commands import begin
 
 if __name__ == "__main__":
     begin()
 
-from config import UserError, run_command
-from data.shards import read_meta, shards_of, verify_shard
-from flags import FlagParser
+from minzero.config import UserError, run_command
+from minzero.data.shards import read_meta, shards_of, verify_shard
+from minzero.flags import FlagParser
 
 
 def verify(folder):

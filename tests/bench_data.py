@@ -68,7 +68,7 @@ def bare(folder, workers, texts):
 
 
 def ours(folder, workers, texts):
-    from data import pipeline, sources
+    from minzero.data import pipeline, sources
 
     shutil.rmtree(folder / f"ours_{workers}", ignore_errors=True)
     arguments = ["--out", f"{folder}/ours_{workers}", "--workers", str(workers), "--val_fraction", "0.0005"]
@@ -154,8 +154,8 @@ def reader(folder):
     """Seconds of one batch: (nanoGPT's get_batch, ours), each the median of 5 rounds, taken in turns."""
     import torch
 
-    from data import order
-    from data.mixture import Mixture
+    from minzero.data import order
+    from minzero.data.mixture import Mixture
 
     torch.set_num_threads(1)
     data = Mixture(str(folder / "ours_1"), "train", BLOCK, 50257, seed=1)

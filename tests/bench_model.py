@@ -25,11 +25,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import dist
 import model
-from config import Config, ModelConfig, TrainConfig, deepspeed_config
-from engine import build_engine
-from flops import flops_per_token
+from minzero import dist
+from minzero.config import Config, ModelConfig, TrainConfig, deepspeed_config
+from minzero.engine import build_engine
+from minzero.sizes import flops_per_token
 
 CPU = torch.device("cpu")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import checkpoint
-from metrics import read_metrics
+from minzero import checkpoint
+from minzero.metrics import read_metrics
 from tests.conftest import ROOT, deepspeed_command, environment, run, write_small_data
 
 # large enough that a save takes some hundredths of a second

@@ -14,12 +14,12 @@ from deepspeed import comm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-import config as sizes
-import dist
 import plan
-from config import build, deepspeed_config
-from engine import build_engine
-from memory import simulate
+from minzero import config as sizes
+from minzero import dist
+from minzero.config import build, deepspeed_config
+from minzero.engine import build_engine
+from minzero.planner.memory import simulate
 
 SHAPE = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 64, "vocab_size": 512}
 

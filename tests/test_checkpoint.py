@@ -11,12 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import dist
-import guard
-import pieces
-from config import Config, SharedError, TrainConfig, UserError
-from data.shards import write_json
+from minzero import checkpoint, dist, guard
+from minzero import zero as pieces
+from minzero.config import Config, SharedError, TrainConfig, UserError
+from minzero.data.shards import write_json
 from tests.trained_runs import write_file
 
 TENSORS = {

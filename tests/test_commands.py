@@ -16,15 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import commands
-import config
-import flags
-import metrics
 import plan
 import plot
-from commands import UserError, explain
-from config import run_command
 from data import train_tokenizer
+from minzero import commands, config, flags, metrics
+from minzero.commands import UserError, explain
+from minzero.config import run_command
 from tests.conftest import ROOT, environment
 from tests.test_plot import make_run
 
@@ -58,7 +55,7 @@ def test_a_command_begins_before_the_imports_that_take_seconds(command):
     before = {name.name for line in lines[:begins] if isinstance(line, ast.Import) for name in line.names}
     before |= {line.module for line in lines[:begins] if isinstance(line, ast.ImportFrom)}
     before = {name.partition(".")[0] for name in before}
-    assert before <= {*sys.stdlib_module_names, "commands"}
+    assert before <= {*sys.stdlib_module_names, "minzero"}
 
 
 # -- what a user can cause -----------------------------------------------------------------------
@@ -143,7 +140,8 @@ def test_a_line_of_any_length_is_cut_in_the_middle(capsys):
 
 def call(code, tail="", **more):
     """A program of one `run_command`, in bash, which begins as every command does."""
-    code = f"from commands import begin; begin(); from config import run_command; run_command(lambda _: {code})"
+    code = f"run_command(lambda _: {code})"
+    code = f"from minzero.commands import begin; begin(); from minzero.config import run_command; {code}"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {sys.executable} -c '{code}' {tail}"],
         cwd=ROOT,

@@ -5,8 +5,8 @@ import typing
 
 import pytest
 
-import config
-from config import UserError, build, command_line_values, deepspeed_config, gradient_accumulation, load_config
+from minzero import config
+from minzero.config import UserError, build, command_line_values, deepspeed_config, gradient_accumulation, load_config
 from tests.conftest import run
 
 

@@ -18,14 +18,14 @@ import eval
 import export
 import sample
 import train
-from config import IGNORE, ROOT, UserError
-from data import pipeline
-from data.conversations import HEADINGS, LEARNED, Conversations, with_marks
-from data.mixture import Mixture
-from data.shards import TokenStream
-from data.sources import Files, Hub
-from data.tokenizer import load_tokenizer
 from eval import open_trained
+from minzero.config import IGNORE, ROOT, UserError
+from minzero.data import pipeline
+from minzero.data.conversations import HEADINGS, LEARNED, Conversations, with_marks
+from minzero.data.mixture import Mixture
+from minzero.data.shards import TokenStream
+from minzero.data.sources import Files, Hub
+from minzero.data.tokenizer import load_tokenizer
 from model import GPT
 from tests.trained_runs import GPT2, LLAMA, write_data, write_run
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import UserError, build
-from data.mixture import Mixture
-from data.order import Schedule, sample_numbers, validation_windows, windows_of
+from minzero.config import UserError, build
+from minzero.data.mixture import Mixture
+from minzero.data.order import Schedule, sample_numbers, validation_windows, windows_of
 from tests.test_data_shards import make
 
 TRILLION = 10**12 // 1024  # windows
@@ -221,7 +221,7 @@ def test_mixtures_in_the_configuration():
 
 
 def test_a_mixture_on_the_command_line_replaces_the_files():
-    from config import command_line_values, merge
+    from minzero.config import command_line_values, merge
 
     values, _ = command_line_values(["--data.path", '{"b": 2}'])
     assert merge({"data": {"path": {"a": 1}}}, values)["data"]["path"] == {"b": 2}

@@ -23,10 +23,10 @@ import pytest
 from pyarrow import parquet
 from tqdm import tqdm
 
-from config import UserError
-from data import pipeline, sources
-from data.shards import TokenStream, checksum, write_shard
-from data.tokenizer import load_tokenizer
+from minzero.config import UserError
+from minzero.data import pipeline, sources
+from minzero.data.shards import TokenStream, checksum, write_shard
+from minzero.data.tokenizer import load_tokenizer
 from tests.conftest import ROOT, environment
 
 GENERATOR = random.Random(7)
@@ -509,7 +509,7 @@ def test_a_disk_without_room(tmp_path, large):
 
 
 def test_documents_that_cannot_be_tokenized(tmp_path):
-    from data.tokenizer import characters, save_tokenizer
+    from minzero.data.tokenizer import characters, save_tokenizer
 
     save_tokenizer(tmp_path / "abc", *characters("abc é"))
     documents = [("x row 1", "cab é"), ("x row 2", "cabzüz")]

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from data.shards import shard_header, write_json
+from minzero.data.shards import shard_header, write_json
 from tests.conftest import ROOT, environment
 
 SHARDS, SHARD_TOKENS = 10_000, 10**8
@@ -17,7 +17,7 @@ SHARDS, SHARD_TOKENS = 10_000, 10**8
 MEASURE = """
 import json, os, resource, sys, time
 import numpy as np, psutil
-from data.mixture import Mixture
+from minzero.data.mixture import Mixture
 process = psutil.Process()
 before, started = process.memory_info().rss, time.perf_counter()
 data = Mixture(sys.argv[1], "train", 1024, 50257, seed=1)

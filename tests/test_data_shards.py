@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config import UserError
-from data import shards
-from data.mixture import Mixture, check_same_data
-from data.shards import TokenStream, shard_layout, write_atomically, write_json, write_shard
+from minzero.config import UserError
+from minzero.data import shards
+from minzero.data.mixture import Mixture, check_same_data
+from minzero.data.shards import TokenStream, shard_layout, write_atomically, write_json, write_shard
 
 
 def make(folder, parts, split="train", meta=True, vocab_size=1000):

@@ -16,8 +16,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.patterns import OLD_PATTERN
-from config import UserError
-from data.tokenizer import (
+from minzero.config import UserError
+from minzero.data.tokenizer import (
     END_OF_TEXT,
     GPT2_PATTERNS,
     PATTERN,

@@ -12,10 +12,10 @@ from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero import config as zero_config
 from deepspeed.runtime.zero import offload_config
 
-import config
 import plan
-from config import UserError, build, load_config, merge
-from deepspeed_keys import ACCEPTED, AUTO, OURS, REFUSED, SECTIONS
+from minzero import config
+from minzero.config import UserError, build, load_config, merge
+from minzero.deepspeed_keys import ACCEPTED, AUTO, OURS, REFUSED, SECTIONS
 
 EVERY_KEY = {**ACCEPTED, **REFUSED, **dict.fromkeys(OURS)}
 

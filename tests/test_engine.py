@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-import engine
 import model
-from config import ModelConfig, UserError, build
+from minzero import engine
+from minzero.config import ModelConfig, UserError, build
 from model import cross_entropy
 from tests.conftest import run
 
@@ -162,10 +162,11 @@ def test_a_linear_function_of_deepspeeds_own_is_not_compiled():
 def test_stage_0_in_16_bits_begins_with_the_weights_themselves(small_data, tmp_path):
     """DeepSpeed tries the optimizer there, with gradients of zero, which decays its float32 copy and counts a step."""
     script = f"""
-import torch, dist
-from config import build, deepspeed_config
-from engine import build_engine
-from pieces import optimizer_steps, stage_0_masters
+import torch
+from minzero import dist
+from minzero.config import build, deepspeed_config
+from minzero.engine import build_engine
+from minzero.zero import optimizer_steps, stage_0_masters
 device, _, world_size = dist.start_process_group()
 model = {{"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 64}}
 settings = {{"micro_batch_size": 2, "global_batch_tokens": 64, "max_tokens": 64, "lr": 0.5, "weight_decay": 0.5}}

@@ -18,16 +18,16 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-import checkpoint
 import export
 import model
-from config import ROOT, ModelConfig, UserError, key, load_config
-from data.mixture import Mixture
-from data.shards import write_json
-from data.tokenizer import END_OF_TEXT, load_tokenizer, save_for_transformers
 from eval import load_model, open_trained
-from flops import count_parameters
-from metrics import read_metrics
+from minzero import checkpoint
+from minzero.config import ROOT, ModelConfig, UserError, key, load_config
+from minzero.data.mixture import Mixture
+from minzero.data.shards import write_json
+from minzero.data.tokenizer import END_OF_TEXT, load_tokenizer, save_for_transformers
+from minzero.metrics import read_metrics
+from minzero.sizes import count_parameters
 from model import GPT
 from tests.conftest import deepspeed_command, run
 from tests.trained_runs import FAMILIES, LLAMA, NEOX, write_data, write_run

@@ -11,7 +11,7 @@ import torch
 import benchmark
 import plan
 from benchmarks import gpu
-from config import UserError, deepspeed_config
+from minzero.config import UserError, deepspeed_config
 from tests.conftest import ROOT, run
 
 COMMAND = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--tiny"]
@@ -139,7 +139,7 @@ def test_the_deepest_fits_and_one_layer_more_does_not():
 
 def test_weights_copied_into_nanogpts_names():
     """Into modules of its names, which is all of it that is here: every weight arrives, none is left as it was."""
-    from config import ModelConfig
+    from minzero.config import ModelConfig
     from model import GPT
 
     shape = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=4, vocab_size=16)
@@ -186,7 +186,7 @@ SWITCHES = {
 ALL_IN_ONE_CALL = """
 import os, torch, model
 from benchmarks import gpu
-from config import ModelConfig
+from minzero.config import ModelConfig
 failed = []
 for name, test in tests.items():
     child = os.fork()

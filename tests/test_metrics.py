@@ -9,10 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-import metrics
-from config import ModelConfig, build
-from flops import count_parameters, flops_per_token, peak_flops
-from metrics import MetricsLog, Stopwatch, console_line, duration, read_metrics
+from minzero import metrics
+from minzero.config import ModelConfig, build
+from minzero.metrics import MetricsLog, Stopwatch, console_line, duration, read_metrics
+from minzero.sizes import count_parameters, flops_per_token, peak_flops
 
 
 def test_sizes_of_gpt2_are_the_published_ones():
@@ -374,7 +374,7 @@ def test_a_formula_that_is_not_the_models_gives_no_utilisation():
     line = metrics.throughput(*arguments, parameters + 768)
     assert line == {"tokens_per_second": config.train.global_batch_tokens / 2, "tflops": None, "mfu": None, "hfu": None}
     assert metrics.formula_fault(config.model, parameters) is None
-    fault = f"flops.py counts {parameters:,} parameters, but the model has {parameters + 768:,}"
+    fault = f"sizes.py counts {parameters:,} parameters, but the model has {parameters + 768:,}"
     assert metrics.formula_fault(config.model, parameters + 768) == fault
 
 

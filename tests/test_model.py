@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from config import ROOT, ModelConfig, build, read_json, tokens_at_a_time
-from flops import count_parameters, flops_per_token, recomputed_flops_per_token
+from minzero.config import ROOT, ModelConfig, build, read_json, tokens_at_a_time
+from minzero.sizes import count_parameters, flops_per_token, recomputed_flops_per_token
 from model import GPT, IGNORE, LinearCrossEntropy, attention_backends, cross_entropy, rotary_angles
 from tests.variants import variants
 
@@ -180,7 +180,7 @@ def test_no_step_holds_all_logits_at_once(monkeypatch):
 
     config = dataclasses.replace(SMALL, vocab_size=4000, n_embd=8)
     model, tokens = GPT(config), random_tokens(config, batch=8)  # 128 tokens x 4000 ids
-    monkeypatch.setattr("config.LOGITS_AT_A_TIME", 4 * 16 * 4000)
+    monkeypatch.setattr("minzero.config.LOGITS_AT_A_TIME", 4 * 16 * 4000)
     with Largest() as largest:
         model(tokens, tokens).backward()
         with torch.no_grad():

@@ -19,8 +19,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import plan
-from config import ROOT, ModelConfig, load_config
-from memory import Settings, calls_of, simulate, trace
+from minzero.config import ROOT, ModelConfig, load_config
+from minzero.planner.memory import Settings, calls_of, simulate, trace
 from model import GPT
 from tests.conftest import deepspeed_command, run
 

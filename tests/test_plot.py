@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import plot
-from config import Config, UserError
-from flops import flops_per_token
-from metrics import MetricsLog
+from minzero.config import Config, UserError
+from minzero.metrics import MetricsLog
+from minzero.sizes import flops_per_token
 
 
 def make_run(folder, points, bad=(), every=10):

@@ -3,12 +3,12 @@ import subprocess
 import sys
 from collections import namedtuple
 
-import preflight
+from minzero import preflight
 from tests.conftest import ROOT
 
 
 def test_this_machine_will_do():
-    done = subprocess.run([sys.executable, ROOT / "preflight.py"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "minzero" / "preflight.py"], capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr
 
 

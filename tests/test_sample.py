@@ -18,10 +18,10 @@ from transformers import (
 
 import export
 import sample
-from config import UserError
-from data.conversations import CHAT_TEMPLATE
-from data.tokenizer import huggingface_json, load_tokenizer
 from eval import load_model, open_trained
+from minzero.config import UserError
+from minzero.data.conversations import CHAT_TEMPLATE
+from minzero.data.tokenizer import huggingface_json, load_tokenizer
 from tests.trained_runs import FAMILIES, OF_NO_FAMILY, write_data, write_run, write_runs
 
 # a random model whose output layer is its embedding mostly repeats the last token
@@ -349,7 +349,7 @@ def prepare_fault(trained, name):
 
 def test_a_prompt_that_no_token_stands_for_is_one_line(tmp_path):
     """A tokenizer of characters knows only those of its text."""
-    from data.tokenizer import characters, save_tokenizer
+    from minzero.data.tokenizer import characters, save_tokenizer
 
     save_tokenizer(tmp_path / "tokenizer", *characters("abc xyz\n"))
     write_run(tmp_path / "run", MODELS["llama"], write_data(tmp_path / "data", tmp_path / "tokenizer"))

@@ -19,10 +19,10 @@ import eval as evaluation
 import export
 import to_gguf
 from benchmarks.patterns import OLD_PATTERN
-from config import UserError
-from data import pipeline
-from data.shards import TokenStream, write_json
-from data.tokenizer import (
+from minzero.config import UserError
+from minzero.data import pipeline
+from minzero.data.shards import TokenStream, write_json
+from minzero.data.tokenizer import (
     END_OF_TEXT,
     GPT2_PATTERNS,
     PATTERN,

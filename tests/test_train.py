@@ -6,14 +6,11 @@ import math
 import pytest
 import torch
 
-import checkpoint
-import dist
-import engine
-import guard
 import train
-from config import Config, ModelConfig, TrainConfig, UserError
-from data import order
-from data.shards import TokenStream
+from minzero import checkpoint, dist, engine, guard
+from minzero.config import Config, ModelConfig, TrainConfig, UserError
+from minzero.data import order
+from minzero.data.shards import TokenStream
 from model import GPT
 
 CPU = torch.device("cpu")

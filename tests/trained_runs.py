@@ -6,14 +6,14 @@ import random
 
 import torch
 
-import checkpoint
 import export
-from config import Config, DataConfig, ModelConfig
-from data import pipeline
-from data.mixture import Mixture
-from data.shards import write_json
+from minzero import checkpoint
+from minzero.config import Config, DataConfig, ModelConfig
+from minzero.data import pipeline
+from minzero.data.mixture import Mixture
+from minzero.data.shards import write_json
+from minzero.zero import write_tensors
 from model import GPT
-from pieces import write_tensors
 
 GPT2 = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=270, init_std=0.1)
 NEOX = ModelConfig(**vars(GPT2) | {"position": "rotary", "tie_embeddings": False})

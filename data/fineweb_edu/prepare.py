@@ -8,13 +8,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from commands import begin
+from minzero.commands import begin
 
 if __name__ == "__main__":
     begin()
 
-from config import run_command
-from data import pipeline, sources
+from minzero.config import run_command
+from minzero.data import pipeline, sources
 
 
 def documents(args):

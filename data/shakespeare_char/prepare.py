@@ -8,15 +8,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from commands import begin
+from minzero.commands import begin
 
 if __name__ == "__main__":
     begin()
 
-from config import run_command
-from data import pipeline
 from data.shakespeare.prepare import documents
-from data.tokenizer import characters, own_tokenizer
+from minzero.config import run_command
+from minzero.data import pipeline
+from minzero.data.tokenizer import characters, own_tokenizer
 
 
 def main(arguments):

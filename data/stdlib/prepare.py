@@ -10,14 +10,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from commands import begin
+from minzero.commands import begin
 
 if __name__ == "__main__":
     begin()
 
-from config import UserError, run_command
-from data import pipeline
-from data.tokenizer import own_tokenizer, train_tokenizer
+from minzero.config import UserError, run_command
+from minzero.data import pipeline
+from minzero.data.tokenizer import own_tokenizer, train_tokenizer
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 

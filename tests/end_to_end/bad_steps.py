@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from deepspeed import comm
 
-import dist
 import train
-from config import UserError
-from data.mixture import Mixture
-from pieces import own_layout, pieces_in_memory
+from minzero import dist
+from minzero.config import UserError
+from minzero.data.mixture import Mixture
+from minzero.zero import own_layout, pieces_in_memory
 from tests.end_to_end import parity
 from tests.end_to_end.parity_settings import SPOILT
 

@@ -15,11 +15,10 @@ import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 
-import checkpoint
-import dist
-from config import Config, build, deepspeed_config, merge
-from engine import build_engine
-from pieces import KINDS, SavedPieces, loss_scaler
+from minzero import checkpoint, dist
+from minzero.config import Config, build, deepspeed_config, merge
+from minzero.engine import build_engine
+from minzero.zero import KINDS, SavedPieces, loss_scaler
 from tests.end_to_end import key_settings
 
 FOLDER, LIST = Path(sys.argv[-2]), sys.argv[-1]

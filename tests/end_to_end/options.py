@@ -15,11 +15,10 @@ from deepspeed import comm
 from torch import nn
 from torch.nn import functional as F
 
-import config
-import dist
 import model
-from config import build, deepspeed_config
-from engine import build_engine, why_not_compiled
+from minzero import config, dist
+from minzero.config import build, deepspeed_config
+from minzero.engine import build_engine, why_not_compiled
 from tests.variants import all_changed
 
 FOLDER, STEPS, IDS, BLOCK = Path(sys.argv[-1]), 50, 64, 32

@@ -15,12 +15,11 @@ import deepspeed
 import torch
 from deepspeed import comm
 
-import checkpoint
-import dist
 import train
-from config import build, deepspeed_config
-from data import mixture
-from engine import count_real_parameters
+from minzero import checkpoint, dist
+from minzero.config import build, deepspeed_config
+from minzero.data import mixture
+from minzero.engine import count_real_parameters
 from tests.end_to_end.parity_settings import MOVES, SETTINGS
 from tests.variants import all_changed
 

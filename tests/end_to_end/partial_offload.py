@@ -4,10 +4,9 @@ checkpoints. On a CPU, DeepSpeed is told that some of its tensors are on a GPU, 
     partial_offload.py DATA FOLDER
 """
 
-import dist
-import guard
 import train
-from config import UserError, offload_ratio
+from minzero import dist, guard
+from minzero.config import UserError, offload_ratio
 from tests.end_to_end import parity
 
 deepspeed_config, build_engine = train.deepspeed_config, train.build_engine

@@ -12,11 +12,11 @@ import deepspeed
 import torch
 from deepspeed import comm
 
-import dist
 import export
 import train
-from config import build, deepspeed_config
-from engine import build_engine
+from minzero import dist
+from minzero.config import build, deepspeed_config
+from minzero.engine import build_engine
 
 DATA, FOLDER = sys.argv[-2], Path(sys.argv[-1])
 

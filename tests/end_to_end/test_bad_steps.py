@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from metrics import read_metrics
+from minzero.metrics import read_metrics
 from tests.conftest import deepspeed_command, run
 from tests.end_to_end.parity_settings import SPOILT
 from tests.end_to_end.test_parity import losses, whole_tensors

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-import checkpoint
-from metrics import read_metrics
+from minzero import checkpoint
+from minzero.metrics import read_metrics
 from tests.conftest import ROOT, deepspeed_command, environment, run
 
 RUN = ["train.py", "configs/tiny.json", "--train.log_every", 1, "--train.save_every", 1, "--train.eval_tokens", 1024]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deepspeed_keys import ACCEPTED
+from minzero.deepspeed_keys import ACCEPTED
 from tests.conftest import deepspeed_command, run
 from tests.end_to_end.key_settings import ALL, FEW, ON_NVME
 

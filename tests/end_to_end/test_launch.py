@@ -10,7 +10,7 @@ import pytest
 
 import eval as evaluation
 import sample
-from metrics import read_metrics
+from minzero.metrics import read_metrics
 from tests.conftest import ROOT, deepspeed_command, run
 
 TINY = ["train.py", "configs/tiny.json"]

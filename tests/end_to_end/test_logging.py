@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from metrics import read_metrics
+from minzero.metrics import read_metrics
 from tests.conftest import deepspeed_command, run
 from tests.test_metrics import wandb_rows
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-import checkpoint
+from minzero import checkpoint
 from tests.conftest import deepspeed_command, run
 
 ZERO = "--deepspeed.zero_optimization"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from metrics import read_metrics
+from minzero.metrics import read_metrics
 from tests.conftest import run
 
 SCRIPT = Path(__file__).with_name("partial_offload.py")

@@ -12,9 +12,9 @@ import time
 import psutil
 import pytest
 
-import checkpoint
-from data.shards import write_json
-from metrics import read_metrics
+from minzero import checkpoint
+from minzero.data.shards import write_json
+from minzero.metrics import read_metrics
 from tests.conftest import ROOT, environment
 
 MODEL = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 64}

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import pieces
 import train
-from data import pipeline
-from data.conversations import with_marks
-from data.shards import TokenStream
 from eval import load_model, open_trained
-from metrics import read_metrics
+from minzero import checkpoint
+from minzero import zero as pieces
+from minzero.data import pipeline
+from minzero.data.conversations import with_marks
+from minzero.data.shards import TokenStream
+from minzero.metrics import read_metrics
 from tests.conftest import deepspeed_command, run
 from tests.end_to_end.parity_settings import MOVES, SETTINGS
 

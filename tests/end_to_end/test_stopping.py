@@ -10,8 +10,8 @@ import time
 import psutil
 import pytest
 
-import checkpoint
-from metrics import read_metrics
+from minzero import checkpoint
+from minzero.metrics import read_metrics
 from tests.conftest import deepspeed_command, run
 from tests.end_to_end.test_launch import ranks_of, wait_for_step
 

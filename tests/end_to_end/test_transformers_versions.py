@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import export
-from data import pipeline
-from data.conversations import LEARNED, with_marks
-from data.tokenizer import load_tokenizer, save_for_transformers, save_tokenizer, train_tokenizer
 from eval import load_model, open_trained
+from minzero.data import pipeline
+from minzero.data.conversations import LEARNED, with_marks
+from minzero.data.tokenizer import load_tokenizer, save_for_transformers, save_tokenizer, train_tokenizer
 from tests.conftest import environment
 from tests.test_export import NASTY, of_pattern
 from tests.trained_runs import FAMILIES, GPT2, LLAMA, NEOX, write_data, write_run

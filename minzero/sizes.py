@@ -3,7 +3,7 @@
 import json
 import re
 
-from config import ModelConfig, UserError, switched_on
+from minzero.config import ModelConfig, UserError, switched_on
 
 # Dense peak of the tensor cores in bf16 with float32 sums, without sparsity, in FLOP/s, from NVIDIA's data
 # sheets. A pattern is searched in the device's name, and the first that is found counts. A device that is
@@ -39,7 +39,7 @@ def check_counted(config: ModelConfig):
     for name, value, _ in switched_on(config, COUNTED):
         raise UserError(
             f"model.{name}: found {json.dumps(value)}, which the formulas for parameters, FLOPs and memory do not "
-            "know; add it to flops.py and memory.py, and its name to flops.COUNTED"
+            "know; add it to sizes.py and memory.py, and its name to sizes.COUNTED"
         )
 
 

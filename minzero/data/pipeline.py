@@ -34,9 +34,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError
-from data.conversations import LEARNED
-from data.shards import (
+from minzero.config import UserError
+from minzero.data.conversations import LEARNED
+from minzero.data.shards import (
     HEADER_BYTES,
     NO_LOSS,
     cannot_write,
@@ -51,8 +51,8 @@ from data.shards import (
     token_dtype,
     write_json,
 )
-from data.sources import BadDocument, is_far, plural
-from data.tokenizer import (
+from minzero.data.sources import BadDocument, is_far, plural
+from minzero.data.tokenizer import (
     END_OF_TEXT,
     cut_long_runs,
     faster,
@@ -61,7 +61,7 @@ from data.tokenizer import (
     missing_characters,
     without_surrogates,
 )
-from flags import FlagParser, a_number, a_path, at_least, check_can_write
+from minzero.flags import FlagParser, a_number, a_path, at_least, check_can_write
 
 BATCH = 1 << 20  # characters handed to a worker at a time: large enough to hide the hand-over
 BATCH_DOCUMENTS = 1 << 14  # and at most so many documents, which take memory even when they are empty

@@ -12,9 +12,9 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
-import commands
-from config import ROOT, SharedError, UserError, flat, git_commit
-from launchers import find_ranks
+from minzero import commands
+from minzero.config import ROOT, SharedError, UserError, flat, git_commit
+from minzero.launchers import find_ranks
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for, so that DeepSpeed does not warn about it

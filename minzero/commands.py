@@ -84,13 +84,18 @@ def explain(error):
         isinstance(error, RuntimeError | ValueError | TypeError) and re.search(OF_SIZE, text)
     ):
         return f"a number or size is too large ({text}); choose a smaller one"
-    ours = os.path.join(os.path.dirname(__file__), f"{error.name}.py") if isinstance(error, ModuleNotFoundError) else ""
-    if ours and not os.path.exists(ours):
+    if isinstance(error, ModuleNotFoundError) and not is_ours(error.name):
         return (
             f"{error.name}: no such package in {sys.executable}; install the requirements (make setup) and call "
             ".venv/bin/python"
         )
     return None
+
+
+def is_ours(module):
+    """Whether a module of this name belongs to this repository."""
+    path = os.path.join(os.path.dirname(os.path.dirname(__file__)), module.partition(".")[0])
+    return os.path.isdir(path) or os.path.exists(f"{path}.py")
 
 
 def explain_os_error(error):

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from config import IGNORE, UserError, read_json
-from data.order import validation_windows
-from flags import check_can_write
+from minzero.config import IGNORE, UserError, read_json
+from minzero.data.order import validation_windows
+from minzero.flags import check_can_write
 
 HEADER_BYTES = 256 * 4
 FORMATS = {np.dtype("<u2"): (20240520, 1), np.dtype("<u4"): (20240801, 7)}  # dtype: (magic, version)

@@ -4,9 +4,9 @@ import json
 import math
 from pathlib import Path
 
-from config import Config, read_json
-from flops import flops_per_token
-from metrics import formula_fault, read_metrics
+from minzero.config import Config, read_json
+from minzero.metrics import formula_fault, read_metrics
+from minzero.sizes import flops_per_token
 
 
 def table(heads, rows):

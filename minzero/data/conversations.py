@@ -7,8 +7,8 @@ What is the capital of Nepal?
 Kathmandu.<|endoftext|>
 """
 
-from data.sources import BadDocument
-from data.tokenizer import END_OF_TEXT
+from minzero.data.sources import BadDocument
+from minzero.data.tokenizer import END_OF_TEXT
 
 HEADINGS = {"system": "### System:\n", "user": "### User:\n", "assistant": "### Assistant:\n"}
 # ASCII's record separator: what stands between the first and the second, the third and the fourth ... is learned

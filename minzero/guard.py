@@ -17,10 +17,9 @@ import numpy as np
 import psutil
 from torch import distributed
 
-import checkpoint
-import dist
-from config import SharedError, UserError
-from pieces import first_not_finite, forget_powers, optimizers
+from minzero import checkpoint, dist
+from minzero.config import SharedError, UserError
+from minzero.zero import first_not_finite, forget_powers, optimizers
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 WINDOW = 128  # good steps that a spike is measured against; half of them must be there

@@ -23,12 +23,11 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import commands
-import deepspeed_keys
-from commands import UserError
-from launchers import find_ranks
+from minzero import commands, deepspeed_keys
+from minzero.commands import UserError
+from minzero.launchers import find_ranks
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 IGNORE = -1  # a target that does not count
 
 

@@ -1,7 +1,7 @@
 """DeepSpeed's keys: which of them a run may set, and why not the others. The names are those of DeepSpeed 0.19.8.
 
 DeepSpeed passes over keys that it does not know, and some that it knows change where weights and Adam's moments lie in
-memory, which is where pieces.py reads them for a checkpoint. So a key is accepted only if tests/end_to_end/keys.py
+memory, which is where zero.py reads them for a checkpoint. So a key is accepted only if tests/end_to_end/keys.py
 shows that a run with it saves the right weights and moments and resumes from those of another run, and that DeepSpeed
 obeys it. Needs neither torch nor DeepSpeed; tests/test_deepspeed_keys.py compares the names with DeepSpeed's own.
 """

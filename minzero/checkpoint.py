@@ -42,11 +42,11 @@ import numpy as np
 import torch
 from torch import distributed
 
-import commands
-from config import Config, DataConfig, ModelConfig, SharedError, TrainConfig, UserError, build, flat, read_json
-from data.mixture import check_same_data
-from data.shards import cannot_write, is_count, is_number, make_way, write_atomically, write_json
-from pieces import (
+from minzero import commands
+from minzero.config import Config, DataConfig, ModelConfig, SharedError, TrainConfig, UserError, build, flat, read_json
+from minzero.data.mixture import check_same_data
+from minzero.data.shards import cannot_write, is_count, is_number, make_way, write_atomically, write_json
+from minzero.zero import (
     SavedPieces,
     TensorFile,
     damaged,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import tiktoken
 
-from config import UserError, did_you_mean
-from data.shards import is_regular, make_folder, read_object, write_atomically, write_json
-from flags import check_can_write
+from minzero.config import UserError, did_you_mean
+from minzero.data.shards import is_regular, make_folder, read_object, write_atomically, write_json
+from minzero.flags import check_can_write
 
 END_OF_TEXT = "<|endoftext|>"
 LONGEST_RUN = 100_000  # characters without a change between blanks and others that the tokenizer gets at once

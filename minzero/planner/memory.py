@@ -14,8 +14,8 @@ import math
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from config import ModelConfig, tokens_at_a_time, width_of_logits
-from flops import check_counted
+from minzero.config import ModelConfig, tokens_at_a_time, width_of_logits
+from minzero.sizes import check_counted
 
 PARTS = ("parameters", "gradients", "optimizer", "gathered", "buckets", "activations", "logits", "overhead")
 PHASES = ("forward", "loss", "backward", "reduction", "step")

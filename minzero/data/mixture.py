@@ -10,9 +10,9 @@ import hashlib
 
 import numpy as np
 
-from config import UserError, data_weights
-from data.order import Schedule, sample_numbers, windows_of
-from data.shards import TokenStream
+from minzero.config import UserError, data_weights
+from minzero.data.order import Schedule, sample_numbers, windows_of
+from minzero.data.shards import TokenStream
 
 DIGEST_TOKENS, DIGEST_BLOCK = 1 << 20, 4096  # of a digest of the content: tokens in all, and tokens read at a time
 

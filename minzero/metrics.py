@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from config import UserError
-from data.shards import is_number, write_atomically
-from flops import count_parameters, flops_per_token, peak_flops, recomputed_flops_per_token
+from minzero.config import UserError
+from minzero.data.shards import is_number, write_atomically
+from minzero.sizes import count_parameters, flops_per_token, peak_flops, recomputed_flops_per_token
 
 # Seconds that W&B may take to begin, which is how long a run without a network waits, and to end, where it would
 # wait for the network for ever. In between it never waits.
@@ -31,14 +31,14 @@ NUMBERS = set(
 
 
 def formula_fault(model, parameters):
-    """Why flops.py's formulas are not those of the model that is trained, in words, or None if they are.
+    """Why sizes.py's formulas are not those of the model that is trained, in words, or None if they are.
     parameters: how many that model has."""
     try:
         counted, _ = count_parameters(model)
     except UserError as error:
         return str(error)
     if counted != parameters:
-        return f"flops.py counts {counted:,} parameters, but the model has {parameters:,}"
+        return f"sizes.py counts {counted:,} parameters, but the model has {parameters:,}"
     return None
 
 

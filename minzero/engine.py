@@ -12,11 +12,11 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
 
 import export
-from config import UserError, check_together, offload_device, offload_ratio, offloads_optimizer, zero_stage
-from data.shards import make_folder
-from flops import count_parameters
+from minzero.config import UserError, check_together, offload_device, offload_ratio, offloads_optimizer, zero_stage
+from minzero.data.shards import make_folder
+from minzero.sizes import count_parameters
+from minzero.zero import stage_0_masters, torch_linear
 from model import GPT, Block
-from pieces import stage_0_masters, torch_linear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -262,7 +262,7 @@ def build_engine(config, ds_config, device, kernels="torch", compiled=False, loa
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
         model.compile()
     groups, optimizer = parameter_groups(model, train.weight_decay), None
-    # at stage 0 in 16 bits DeepSpeed wraps Apex's in another way, which pieces.py does not know
+    # at stage 0 in 16 bits DeepSpeed wraps Apex's in another way, which zero.py does not know
     if kernels == "apex" and zero_stage(ds_config) and not offloads_optimizer(ds_config):
         optimizer = apex_adam(groups, train)
         ds_config = {name: section for name, section in ds_config.items() if name != "optimizer"}
