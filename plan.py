@@ -4,7 +4,8 @@
                    [--section.key value ...] [--fit | --max] [--plot PICTURE.png] [--json]
 
 --fit finds the fastest setting that fits, --max the deepest model; --plot draws the memory of every candidate. Where
-nothing fits, the cheapest change that would is named. Memory is replayed allocation by allocation (minzero/planner/memory.py). Speed
+nothing fits, the cheapest change that would is named. Memory is replayed allocation by allocation by
+minzero/planner/memory.py. Speed
 is arithmetic on stated assumptions (`Assumptions`). Nothing is allocated, and no GPU is looked for.
 """
 
