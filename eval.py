@@ -136,9 +136,9 @@ def window_losses(model, stream, batch_size=16, rank=0, ranks=1):
     starts, kept = list(range(0, stream.tokens - 1, block)), []
     losses = torch.zeros(len(starts) + 1, dtype=torch.float64, device=device)  # the last is the number of targets
 
-    def keep(logits, targets, vocab_size, _):
+    def keep(logits, targets, picked, vocab_size, _):
         logits = logits[:, :vocab_size].float()
-        kept.append(F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none"))
+        kept.append(F.cross_entropy(logits, targets[:, 0], ignore_index=IGNORE, reduction="none"))
         return kept[-1].sum()
 
     getattr(model, "module", model).head.cross_entropy = keep  # sees the logits of some tokens at a time
