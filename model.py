@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from minzero.config import IGNORE, ModelConfig, tokens_at_a_time, width_of_logits
+from minzero.config import IGNORE, ModelConfig, tokens_at_a_time
+from minzero.loss import LinearCrossEntropy, cross_entropy
 
 
 def make_norm(config: ModelConfig, kernels="torch"):
@@ -123,74 +124,6 @@ class Block(nn.Module):
     def forward(self, x, angles=None):
         x = x + self.attention(self.attention_norm(x), angles)
         return x + self.mlp(self.mlp_norm(x))
-
-
-def cross_entropy(logits, targets, picked, vocab_size, with_gradient=True):
-    """logits (N, >= V), targets (N, 1), picked (N, 1), the targets' logits -> sum of the cross-entropies in nats over
-    the targets that are not IGNORE. Columns from V = vocab_size on do not count. All sums in float32.
-
-    with_gradient: `logits` becomes the gradient, softmax(logits) - onehot(target), of all rows."""
-    counts, targets = targets != IGNORE, targets.clamp(min=0)
-    if logits.shape[1] > vocab_size:
-        logits[:, vocab_size:] = -math.inf
-    if torch.compiler.is_compiling():
-        # No gather: torch 2.11's compiler for CPUs moves it after the last line, where the logits are gone. No scatter:
-        # compiled, it is several passes, and a comparison none.
-        log_sum = logits.float().logsumexp(dim=-1, keepdim=True)
-        loss = ((log_sum - picked.float()) * counts).sum()
-        is_target = torch.arange(logits.shape[1], device=logits.device) == targets
-        gradient = (logits.float() - log_sum).exp() - is_target.float() if with_gradient else None
-    else:  # one float32 copy of the logits at a time
-        log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-        loss = -(log_probabilities.gather(1, targets) * counts).sum()
-        minus_one = torch.full_like(loss, -1.0).expand(targets.shape)
-        gradient = log_probabilities.exp_().scatter_add_(1, targets, minus_one) if with_gradient else None
-    if with_gradient:
-        logits.copy_(gradient)
-    return loss
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """The output layer and its loss, chunk by chunk of tokens, so that no more than `chunk` rows of logits
-    exist at a time, where all of them in float32 would often be the largest tensor of the run.
-
-    apply(x (N, C), weight (V, C), targets (N,), chunk, with_gradient, cross_entropy) -> sum of the
-    cross-entropies in nats over the targets that are not IGNORE, float32. cross_entropy: as the function above.
-    The gradient of a chunk's logits is at hand when its loss is, so it is turned into those of x and
-    weight at once, and nothing is computed twice (the idea of Liger Kernel's fused linear cross-entropy:
-    Hsu et al. 2024, arXiv 2410.10989, section 3.2)."""
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, chunk, with_gradient, cross_entropy):
-        total, vocab_size = torch.zeros((), dtype=torch.float32, device=x.device), len(weight)
-        if padding := width_of_logits(vocab_size, x.is_cuda) - vocab_size:
-            weight = F.pad(weight, (0, 0, 0, padding))
-        all_logits = x.new_empty(min(chunk, len(x)), len(weight))
-        grad_x, grad_weight = torch.empty_like(x) if with_gradient else None, None
-        for first in range(0, len(x), chunk):
-            rows = slice(first, first + chunk)
-            logits = torch.mm(x[rows], weight.t(), out=all_logits[: len(x) - first])
-            wanted = targets[rows, None]
-            picked = logits.gather(1, wanted.clamp(min=0))
-            total += cross_entropy(logits, wanted, picked, vocab_size, with_gradient)
-            if with_gradient:
-                grad, counts = logits, wanted != IGNORE
-                torch.mm(grad, weight, out=grad_x[rows]).mul_(counts)  # rows that do not count
-                counted = x[rows] * counts
-                # all but the first in float32; without a name, the product is gone before the next is made
-                grad_weight = grad.t() @ counted if first == 0 else grad_weight.float().add_(grad.t() @ counted)
-        if with_gradient:
-            ctx.save_for_backward(grad_x, grad_weight[:vocab_size])
-            ctx.weight_dtype = weight.dtype
-        return total
-
-    @staticmethod
-    def backward(ctx, grad_total):
-        grad_x, grad_weight = ctx.saved_tensors
-        # sums over all tokens may exceed fp16 before they are scaled, so the types are narrowed last
-        grad_x = (grad_x * grad_total).to(grad_x.dtype)
-        grad_weight = torch.mul(grad_weight, grad_total, out=torch.empty_like(grad_weight, dtype=ctx.weight_dtype))
-        return grad_x, grad_weight, None, None, None, None
 
 
 class Head(nn.Linear):

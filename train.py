@@ -4,7 +4,8 @@
     deepspeed --num_gpus 8 train.py configs/13b.json --train.lr 1e-4  # any key can be overridden
     deepspeed --num_gpus 2 train.py configs/tiny.json                 # no GPU: two CPU processes
 
-Read it from top to bottom: learning rate, evaluation, set-up, loop. `train.py --help` lists every key.
+`train.py --help` lists every key. `main` is the whole run: set-up, then the loop over optimizer steps. Its parts are
+above it, in the order in which it calls them. What the run remembers from step to step is in minzero/run.py.
 """
 
 from minzero.commands import begin
@@ -12,33 +13,23 @@ from minzero.commands import begin
 if __name__ == "__main__":
     begin()
 
-import contextlib
-import json
-import math
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 from minzero.config import help_if_asked, run_command
 
 if __name__ == "__main__":
     run_command(help_if_asked, may_be_many=True)  # before the imports that take seconds
 import torch
-from torch import distributed
 
 import export
-from minzero import checkpoint, dist, guard, metrics
-from minzero.config import (
-    SharedError,
-    TrainConfig,
-    UserError,
-    deepspeed_config,
-    gradient_accumulation,
-    load_config,
-    zero_stage,
-)
+from minzero import checkpoint, dist, summary
+from minzero.bad_steps import BadSteps
+from minzero.config import TrainConfig, UserError, deepspeed_config, gradient_accumulation, load_config, zero_stage
 from minzero.data.mixture import Mixture
-from minzero.data.shards import write_json
 from minzero.engine import (
     build_engine,
     check_deepspeed,
@@ -48,357 +39,294 @@ from minzero.engine import (
     resolve_precision,
     why_not_compiled,
 )
+from minzero.evaluate_loss import evaluate, to_device
+from minzero.loss import equal_weights
+from minzero.run import Run, StepResult
 from minzero.run_folder import RunFolder
+from minzero.schedule import learning_rate
+from minzero.watchdog import Watchdog
 from minzero.zero import optimizers
-from model import IGNORE
 
-SHAPES_THE_RATE = [f"train.{name}" for name in checkpoint.SHAPES_THE_RATE]
-
-
-def learning_rate(train, tokens):
-    """The rate of the step that ends at `tokens`: linear warm-up, then the schedule from the peak down to
-    min_lr_ratio of it at max_tokens. Counted in tokens, so it means the same on any number of GPUs
-    (GPT-3: Brown et al. 2020, arXiv 2005.14165, appendix B)."""
-    if tokens < train.warmup_tokens:
-        return train.lr * tokens / train.warmup_tokens
-    progress = min(1.0, (tokens - train.warmup_tokens) / max(1, train.max_tokens - train.warmup_tokens))
-    fall = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
-    return train.lr * (train.min_lr_ratio + (1 - train.min_lr_ratio) * fall[train.schedule])
+# ---- set-up: everything here is read or computed, and nothing is written
 
 
-def to_device(arrays, device):
-    """NumPy batches -> tensors on the device; the copy to a GPU overlaps with its work."""
-    tensors = [torch.from_numpy(array) for array in arrays]
-    if device.type == "cuda":
-        tensors = [tensor.pin_memory() for tensor in tensors]
-    return [tensor.to(device, non_blocking=True) for tensor in tensors]
+def open_data(config):
+    """The training and the validation split. Each gives inputs and targets (micro_batch_size, block_size)."""
+    sizes = config.model.block_size, config.model.vocab_size
+    verify = dist.local_place if config.data.verify else None  # the ranks of a machine share the reading
+    return [Mixture(config.data.path, split, *sizes, config.train.seed, verify) for split in ("train", "val")]
 
 
-def equal_weights(batches, world_size, device):
-    """By what to multiply the mean losses of this rank's micro-batches of a step so that each target that counts, of
-    all micro-batches and ranks, counts the same. batches: pairs of inputs and targets. Every rank must call this."""
-    counts = torch.tensor([(targets != IGNORE).sum() for _, targets in batches], dtype=torch.float64, device=device)
-    total = counts.sum()
-    distributed.all_reduce(total)
-    return (counts * len(batches) * world_size / total.clamp(min=1)).tolist()
+class Setup(NamedTuple):
+    """How this run computes, by its config and by the machine that it is on."""
+
+    gradient_accumulation_steps: int  # micro-batches of a rank in one optimizer step
+    precision: str  # bf16, fp16 or fp32
+    stage: int  # of ZeRO
+    ds_config: dict  # DeepSpeed's complete configuration
+    kernels: str  # apex or torch
+    why_kernels: str
+    versions: dict
+
+    @property
+    def needs_own_grad_norm(self):
+        """The one case in which DeepSpeed keeps no gradient norm."""
+        return self.stage == 0 and self.precision == "fp32"
 
 
-@torch.no_grad()
-def evaluate(model, stream, wanted_tokens, micro_batch_size, device, rank=0, world_size=1, progress=lambda: None):
-    """Mean cross-entropy in nats per token, over validation windows that are the same at every call and on
-    any number of ranks. All ranks run the same number of forward passes (ZeRO-3's gathers are collective): a rank
-    with too few windows is padded with windows that do not count. progress: called before each forward pass."""
-    windows = stream.validation_windows(wanted_tokens // stream.block_size)
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, number of targets
-    model.eval()
-    for first in range(0, len(windows), micro_batch_size * world_size):
-        progress()
-        mine = windows[first + rank * micro_batch_size :][:micro_batch_size]
-        filled = list(mine) + [windows[0]] * (micro_batch_size - len(mine))
-        tokens, targets = to_device(stream.batch(filled), device)
-        targets[len(mine) :] = IGNORE
-        count = (targets != IGNORE).sum()
-        totals[0] += model(tokens, targets).double() * count
-        totals[1] += count
-    model.train()
-    if world_size > 1:
-        distributed.all_reduce(totals)
-    return (totals[0] / totals[1]).item()
+def choose_setup(config, group):
+    """Setup of this run. Raises UserError for what this machine or this number of ranks cannot do."""
+    on_gpu = group.device.type == "cuda"
+    accumulation = gradient_accumulation(config, group.world_size)
+    precision = resolve_precision(config.train.precision, group.device)
+    if precision == "fp32" and on_gpu:
+        torch.set_float32_matmul_precision("high")  # TF32, as plan.py counts on
+    ds_config = deepspeed_config(config, group.world_size, precision, on_gpu=on_gpu)
+    check_deepspeed(ds_config)
+    check_memory(config, ds_config, group.device, group.world_size)
+    kernels, why_kernels = choose_kernels(config.train.kernels, group.device)
+    return Setup(accumulation, precision, zero_stage(ds_config), ds_config, kernels, why_kernels, dist.versions())
 
 
-def changed_settings(state, config, tokens_before):
-    """What a resumed run does otherwise than its checkpoint, in one line, or None. state: the checkpoint's;
-    tokens_before: see `train_in`."""
-    changed = checkpoint.changed_settings(state["config"], config.to_dict())
-    if not changed:
-        return None
-    text = "; ".join(f"{name} {json.dumps(was)} -> {json.dumps(now)}" for name, (was, now) in changed.items())
-    line = f"changed since the checkpoint: {text}"
-    if any(name in changed for name in SHAPES_THE_RATE):
-        train, step = config.train, state["step"]
-        tokens = tokens_before + (step + 1) * train.global_batch_tokens
-        before = learning_rate(checkpoint.saved_train_config(state), state["tokens"])
-        line += f"; the learning rate goes from {before:.2e} at step {step} to {learning_rate(train, tokens):.2e} at "
-        line += f"step {step + 1} and to {learning_rate(train, train.max_tokens):.2e} at the end"
-    return line
+class Start(NamedTuple):
+    """Where a run starts: at a checkpoint, or at step 0 with random weights or those of another model."""
+
+    path: Path | None  # of the checkpoint
+    state: dict  # its state.json
+    init_source: str | None = None  # train.init_from in words, where its weights are taken
+    load_weights: Callable | None = None  # as export.open_weights gives it
 
 
-def patience(train):
-    """How long a rank waits for the others: the watch notices a hang first, and names the rank."""
-    return timedelta(seconds=max(1800, 2 * train.timeout_seconds))
+def choose_start(config, train_data):
+    """Start of this run, by train.resume and train.init_from. Raises UserError."""
+    path, state = checkpoint.where_to_start(config, train_data)
+    if config.train.init_from and not path:
+        return Start(path, state, *export.open_weights(config.train.init_from, config.model))
+    return Start(path, state)
 
 
-def main(config, watch=None):
-    """Train as `config` says, from the beginning or from the run's newest checkpoint. Returns the last
-    validation loss. Raises UserError for what the user can fix, before anything is written.
-    watch: notices requests to stop."""
-    train = config.train
-    watch = watch or guard.Watch(train.out_dir, train.timeout_seconds)
-    device, rank, world_size = dist.start_process_group(train.verbose, patience(train))
-    with RunFolder(train.out_dir, rank) as folder:
-        watch.folder = folder
-        return train_in(folder, config, watch, device, rank, world_size)
-
-
-def train_in(folder, config, watch, device, rank, world_size):
-    """`main` for one rank of a process group. folder: the run's RunFolder, which nobody holds yet."""
-    train = config.train
-
-    def say(line):
-        if rank == 0 and line:
-            with contextlib.suppress(OSError):  # a lost terminal must not cost the run
-                print(line, flush=True)
-
-    # ---- the folder, if it is there: no other run may be writing the checkpoints that this one looks for
-    run = Path(train.out_dir)
-    with dist.all_or_none():
-        say(folder.hold(new=False) if rank == 0 else None)
-
-    with dist.all_or_none():
-        # ---- data: batch(windows) gives inputs and targets, both (micro_batch_size, block_size)
-        sizes = config.model.block_size, config.model.vocab_size
-        verify = dist.local_place if config.data.verify else None  # the ranks of a machine share the reading
-        train_data, val_data = (
-            Mixture(config.data.path, split, *sizes, train.seed, verify) for split in ("train", "val")
-        )
-
-        # ---- batch arithmetic: tokens a step = micro_batch_size x block_size x ranks x accumulation
-        accumulation = gradient_accumulation(config, world_size)
-        precision = resolve_precision(train.precision, device)
-        if precision == "fp32" and device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32, as plan.py counts on
-        ds_config = deepspeed_config(config, world_size, precision, on_gpu=device.type == "cuda")
-        check_deepspeed(ds_config)
-        check_memory(config, ds_config, device, world_size)
-        kernels, why_kernels = choose_kernels(train.kernels, device)
-
-        # ---- weights, new or from a checkpoint
-        stage = zero_stage(ds_config)
-        resume_from, state = checkpoint.where_to_start(config, train_data)
-        weights, load_weights = None, None
-        if train.init_from and not resume_from:
-            weights, load_weights = export.open_weights(train.init_from, config.model)
-        digests = train_data.content_digests() | val_data.content_digests()
-        code = dist.code_digests()
-
-    # ---- what all ranks must have in common
-    made_with = dist.versions()
-    facts = config.to_dict() | {"precision": precision, "kernels": kernels, "checkpoint": str(resume_from)}
-    facts |= {"versions": {name: made_with[name] for name in ("python", "torch", "deepspeed")}}
-    facts |= {"code": code, "tokens": digests}
+def facts_in_common(config, setup, start, train_data, val_data):
+    """What must be the same on all ranks, as nested dictionaries."""
+    facts = config.to_dict()
+    facts |= {"precision": setup.precision, "kernels": setup.kernels, "checkpoint": str(start.path)}
+    facts["versions"] = {name: setup.versions[name] for name in ("python", "torch", "deepspeed")}
+    facts["code"] = dist.code_digests()
+    facts["tokens"] = train_data.content_digests() | val_data.content_digests()
     facts["shards"] = {"train": train_data.fingerprint(), "val": val_data.fingerprint()}
-    dist.refuse_different_ranks(facts)
+    return facts
+
+
+def skip_damaged_checkpoints(config, train_data, start):
+    """`start`, or one at an older checkpoint if files of the newest are damaged. The ranks share the reading of all
+    checksums. Every rank must call this."""
     known_faults = {}
-    while resume_from and (fault := checkpoint.fault_of(resume_from, state)):
-        known_faults[resume_from] = fault
+    while start.path and (fault := checkpoint.fault_of(start.path, start.state)):
+        known_faults[start.path] = fault
         with dist.all_or_none():
-            resume_from, state = checkpoint.where_to_start(config, train_data, known_faults)
-    first_step, best_val_loss = state["step"], state["best_val_loss"]
-    # other than zero only where train.global_batch_tokens was changed on the way
-    tokens_before = state["tokens"] - first_step * train.global_batch_tokens
-    total_steps = (train.max_tokens - tokens_before) // train.global_batch_tokens
-    if first_step >= total_steps:
-        if state.get("suspect"):
-            reason = "it ended after steps whose numbers were bad"
-            raise SharedError(f"{resume_from}: {reason}; look at the data, or lower train.lr, in another train.out_dir")
-        say(f"{run} is complete: {first_step} of {total_steps} steps; raise train.max_tokens to train it longer")
-        return best_val_loss
+            path, state = checkpoint.where_to_start(config, train_data, known_faults)
+            start = start._replace(path=path, state=state)
+    return start
 
-    # ---- from here on the run writes
-    for its_turn in (rank == 0, rank != 0):  # rank 0 makes the folder and locks it, the others share the lock
-        with dist.all_or_none():
-            say(folder.hold() if its_turn else None)
-    with dist.all_or_none():
-        if rank == 0 and not resume_from and checkpoint.find(run):
-            raise UserError(f"train.out_dir: another run has just saved into {run}; start again to continue it")
-        if rank == 0:
-            checkpoint.tidy(run / "checkpoints")
-    zero = ds_config.get("zero_optimization")
-    not_compiled = why_not_compiled(train.compile, config.model, device, kernels, precision, zero)
-    engine = build_engine(config, ds_config, device, kernels, not not_compiled, load_weights)
-    plain = stage == 0 and precision == "fp32"  # the one case in which DeepSpeed keeps no gradient norm
-    torch.manual_seed(train.seed + 1 + rank)  # each rank drops other activations
-    watch.meet()
-    if resume_from:
-        checkpoint.load(engine, resume_from, state, train.seed, watch.beat)
-        was = checkpoint.setting(state["world_size"], state["stage"], state["precision"])
-        now = checkpoint.setting(world_size, stage, precision)
-        say(
-            f"continuing from {resume_from}: step {first_step}, {state['tokens']:,} tokens"
-            + (f"; saved on {was}, now {now}" if was != now else "")
-        )
-        say(changed_settings(state, config, tokens_before))
-    elif weights:
-        say(f"weights from {weights}")
-    steps = guard.BadSteps(engine, train.spike_zscore, state.get("bad_steps"))
 
-    # ---- what is logged, and what a checkpoint records
-    record = {"config": config.to_dict(), "versions": made_with, "data": train_data.fingerprint()}
-    record |= {"world_size": world_size, "stage": stage, "precision": precision}
-    record |= {"kernels": kernels, "compiled": not not_compiled}
-    parameters = count_real_parameters(engine.module)
-    with dist.all_or_none():
-        if rank == 0:
-            write_json(run / "config.json", config.to_dict() | {key: record[key] for key in record if key != "config"})
-            log = metrics.MetricsLog(run, first_step, train.loggers, config.to_dict())
-        folder.report("running", first_step)
-    for section, content in config.to_dict().items():
-        say(f"{section}: {json.dumps(content)}")
-    say(f"kernels: {kernels} ({why_kernels}); compiled: {f'no ({not_compiled})' if not_compiled else 'yes'}")
-    say(
-        f"{parameters:,} parameters, {precision}, ZeRO-{stage} on {world_size} x {made_with['device']}\n"
-        f"{train.global_batch_tokens:,} tokens a step = {world_size} ranks x {accumulation} micro-batches x "
-        f"{train.micro_batch_size} sequences x {config.model.block_size}; {total_steps:,} steps; run in {run}"
+def make_engine(config, group, setup, start):
+    """The model and its optimizer in DeepSpeed's hands. Returns (engine, why the model is not compiled or None)."""
+    zero = setup.ds_config.get("zero_optimization")
+    device, kernels = group.device, setup.kernels
+    not_compiled = why_not_compiled(config.train.compile, config.model, device, kernels, setup.precision, zero)
+    engine = build_engine(config, setup.ds_config, device, kernels, not not_compiled, start.load_weights)
+    torch.manual_seed(config.train.seed + 1 + group.rank)  # each rank drops other activations
+    return engine, not_compiled
+
+
+def info_of(config, group, setup, train_data, compiled):
+    """What config.json and each checkpoint record of a run."""
+    return {
+        "config": config.to_dict(),
+        "versions": setup.versions,
+        "data": train_data.fingerprint(),
+        "world_size": group.world_size,
+        "stage": setup.stage,
+        "precision": setup.precision,
+        "kernels": setup.kernels,
+        "compiled": compiled,
+    }
+
+
+# ---- the parts of a step
+
+
+def set_learning_rate(engine, rate):
+    for optimizer in optimizers(engine):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+def micro_batches(run, data, step):
+    """Yields this rank's micro-batches of a step, read when it is their turn: (inputs and targets, loss weight)."""
+    group = run.group
+    accumulation = run.setup.gradient_accumulation_steps
+    micro_batch_size = run.config.train.micro_batch_size
+    first_sample = run.tokens_before // data.block_size
+    batches = data.batches(step - 1, group.rank, group.world_size, micro_batch_size, accumulation, first_sample)
+    weights = [1.0] * accumulation
+    if data.loss_mask:  # micro-batches with different numbers of tokens that count
+        batches = list(batches)
+        weights = equal_weights(batches, group.world_size, group.device)
+    yield from zip(batches, weights, strict=True)
+
+
+def train_step(run, engine, data, step):
+    """One optimizer step: forward and backward over this rank's micro-batches, then the update. DeepSpeed averages the
+    gradient over micro-batches and ranks. Every rank must call this. Returns a StepResult."""
+    rate = learning_rate(run.config.train, run.tokens_at(step))
+    set_learning_rate(engine, rate)
+    accumulation = run.setup.gradient_accumulation_steps
+    mean_loss = torch.zeros((), device=run.group.device)  # of this rank
+    for micro_step, (batch, weight) in enumerate(micro_batches(run, data, step), start=1):
+        run.watchdog.heartbeat()
+        inputs, targets = to_device(batch, run.group.device)
+        run.clock.mark("data")
+
+        micro_loss = engine(inputs, targets) * weight
+        engine.backward(micro_loss)
+        mean_loss += micro_loss.detach() / accumulation
+        if micro_step == accumulation:  # before engine.step() clips the gradients, updates, and frees them
+            facts = dist.share_step(mean_loss, run.stop_requested(), run.save_is_due(), run.checkpoint_is_written())
+            run.bad_steps.set_loss(facts.loss, own_grad_norm(engine) if run.setup.needs_own_grad_norm else None)
+        run.clock.mark("forward_backward")
+
+        engine.step()  # updates after the last micro-batch, unless bad_steps finds something wrong
+        run.clock.mark("optimizer")
+    fault = run.bad_steps.result(run.samples_of(step))
+    return StepResult(rate, facts.loss, run.bad_steps.grad_norm, fault, *facts[1:])
+
+
+def own_grad_norm(engine):
+    return float(torch.nn.utils.get_total_norm([parameter.grad for parameter in engine.module.parameters()]))
+
+
+def validate(run, engine, data, step):
+    """Evaluate, log the validation loss, and draw the run's picture. Every rank must call this."""
+    train = run.config.train
+    began = time.perf_counter()
+    loss = evaluate(
+        engine, data, train.eval_tokens, train.micro_batch_size, *run.group, progress=run.watchdog.heartbeat
     )
-    if not_counted := metrics.formula_fault(config.model, parameters):
-        say(f"FLOP/s and MFU are null: {not_counted}")
+    run.record_validation(step, loss, time.perf_counter() - began)
+    if run.group.rank == 0:
+        draw_loss(run.folder.path)
+        run.watchdog.heartbeat()
 
-    def finish(save):
-        path, seconds, stalled = save.finish()
-        watch.beat()
-        say(f"saved {path} in {seconds:.2f} s, {stalled:.2f} s of them standing still")
-        if rank == 0:
-            line = {"step": save.state["step"], "tokens": save.state["tokens"]}
-            log.write(line | {"save_seconds": seconds, "stall_seconds": stalled})
 
-    # ---- the loop: `step` is the number of optimizer steps done, which is all a run needs to go on
-    val_loss, saved_at, save = None, time.monotonic(), None
-    clock, profiler = metrics.Stopwatch(device), metrics.Profiler(run, train.profile_steps if rank == 0 else None)
-    watch.begin_loop()
-    for step in range(first_step + 1, total_steps + 1):
-        clock.start_step()
-        profiler.start_step(step)
-        tokens_seen = tokens_before + step * train.global_batch_tokens
-        lr = learning_rate(train, tokens_seen)
-        for optimizer in optimizers(engine):
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+def draw_loss(folder):
+    """Draw <folder>/loss.png."""
+    try:
+        import plot  # matplotlib takes a second to import, and only rank 0 draws
 
-        # forward and backward: DeepSpeed averages the gradient over micro-batches and ranks, and steps
-        # after the last micro-batch
-        mean_loss = torch.zeros((), device=device)  # of this rank
-        places = (step - 1, rank, world_size, train.micro_batch_size, accumulation)
-        batches = train_data.batches(*places, tokens_before // config.model.block_size)  # read when it is their turn
-        weights = [1.0] * accumulation
-        if train_data.loss_mask:
-            batches = list(batches)
-            weights = equal_weights(batches, world_size, device)
-        for micro_step, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
-            watch.beat()
-            inputs = to_device(batch, device)
-            clock.mark("data")
-            micro_loss = engine(*inputs) * weight
-            engine.backward(micro_loss)
-            mean_loss += micro_loss.detach() / accumulation
-            if micro_step == accumulation - 1:  # before the step clips the gradients and drops them
-                gradients = [p.grad for p in engine.module.parameters()] if plain else None
-                # all ranks learn the mean loss, whether one was asked to stop, whether rank 0's clock says save,
-                # and how many have written the checkpoint that is on its way
-                old = rank == 0 and 0 < train.save_every_seconds < time.monotonic() - saved_at
-                mine = watch.reason is not None, old, save is not None and save.written is not None
-                everyone = torch.cat((mean_loss.double().view(1), mean_loss.new_tensor(mine)))
-                distributed.all_reduce(everyone)  # here the host waits for the GPU, once a step
-                loss_sum, stopping, saving, have_written = everyone.tolist()
-                loss = loss_sum / world_size
-                steps.expect(loss, float(torch.nn.utils.get_total_norm(gradients)) if plain else None)
-            clock.mark("forward_backward")
-            engine.step()
-            clock.mark("optimizer")
-        last_sample = tokens_seen // config.model.block_size - 1
-        samples = (last_sample + 1 - train.global_batch_tokens // config.model.block_size, last_sample)
-        if fault := steps.outcome(samples):
-            if rank == 0:
-                log.write({"step": step, "tokens": tokens_seen, "bad_step": fault, "samples": samples})
-            say(f"step {step}: {fault}; samples {samples[0]} to {samples[1]} {steps.answer(step, train, watch.beat)}")
+        plot.plot_loss([folder], folder / "loss.png")
+    except Exception as error:  # a picture must not cost the run
+        dist.print0(f"{folder / 'loss.png'} was not drawn: {type(error).__name__}: {error}")
 
-        if step % train.log_every == 0 or step == 1 or step == total_steps:
-            line = {"step": step, "tokens": tokens_seen, "loss": loss, "lr": lr}
-            line |= {"grad_norm": steps.grad_norm, "skipped": steps.skipped} | clock.read()
-            line |= metrics.throughput(config, line["step_seconds"], world_size, made_with["device"], parameters)
-            line |= metrics.peak_memory()
-            folder.report("running", step)
-            if rank == 0:
-                log.write(line)
-            say(metrics.console_line(line, total_steps))
 
-        last = step == total_steps
-        evaluate_now = last or (train.eval_every and step % train.eval_every == 0)
-        save_now = bool(last or stopping or saving or (train.save_every and step % train.save_every == 0))
-        best_now = False
-        if evaluate_now or save_now or have_written or step == profiler.last:
-            clock.pause()  # none of these is part of a step
-        if profile := profiler.end_step(step, ending=last or stopping):
-            say(profile)
-        if evaluate_now:
-            began = time.perf_counter()
-            sizes = (train.eval_tokens, train.micro_batch_size)
-            val_loss = evaluate(engine, val_data, *sizes, device, rank, world_size, watch.beat)
-            eval_seconds = time.perf_counter() - began
-            # a NaN is never the best, and nothing is ever measured against one
-            best_now = val_loss < (math.inf if best_val_loss is None else best_val_loss)
-            best_val_loss = val_loss if best_now else best_val_loss
-            say(f"step {step}: validation loss {val_loss:.4f}{', the best so far' if best_now else ''}")
-            folder.report("running", step)
-            if rank == 0:
-                line = {"step": step, "tokens": tokens_seen, "val_loss": val_loss}
-                log.write(line | {"eval_seconds": eval_seconds})
-                try:
-                    import plot  # matplotlib takes a second to import, and only rank 0 draws
+# ---- the run
 
-                    plot.plot_loss([run], run / "loss.png")
-                except Exception as error:  # a picture must not cost the run
-                    say(f"{run / 'loss.png'} was not drawn: {type(error).__name__}: {error}")
-                watch.beat()
-        save_now |= best_now and train.save_best
-        if save and (save_now or have_written == world_size):
-            finish(save)
-            save = None
-        if save_now:
-            with dist.all_or_none():
-                folder.check_is_there()
-            state = record | {"step": step, "tokens": tokens_seen, "best_val_loss": best_val_loss}
-            state |= {"val_loss": val_loss if evaluate_now else None, "bad_steps": steps.state()}
-            place, keep, saved_at = run / "checkpoints", train.keep_checkpoints, time.monotonic()
-            save = checkpoint.Saving(engine, place, state, best_now, keep, train.save_in_background, watch.beat)
-            if last or stopping or not train.save_in_background:
-                finish(save)
-                save = None
-        if stopping and not last:
-            reason = watch.reason or "a signal to another rank"
-            folder.report("stopped", step, reason)
-            say(f"stopped by {reason} after step {step}; the same command continues")
-            break
-    else:
-        folder.report("complete", total_steps)
 
-    if ds_config.get("comms_logger", {}).get("enabled"):
-        dist.comm.log_summary()  # rank 0 prints; the others are asked
-    if rank == 0:
-        log.close()
-    if step == total_steps:
-        steps.check_end(step, train)
-    return val_loss
+def main(config, watchdog=None):
+    """Train as `config` says, from the beginning or from the run's newest checkpoint. Returns the last validation loss,
+    None if it was stopped before the first; of a run that was complete before, the best.
+
+    Raises UserError: for what is wrong with the config, the data or the machine before anything is written; later for
+    a folder or disk that cannot be written, and for bad steps that end the run. watchdog: notices requests to stop."""
+    train = config.train
+    watchdog = watchdog or Watchdog(train.out_dir, train.timeout_seconds)
+    group = dist.start_process_group(train.verbose, group_timeout(train))
+    with RunFolder(train.out_dir, group.rank) as folder:
+        watchdog.folder = folder
+
+        # ---- set up and check everything; nothing is written yet
+        with dist.all_or_none():  # no other run may be writing the checkpoints that this one looks for
+            dist.print0(folder.hold(new=False) if group.rank == 0 else None)
+        with dist.all_or_none():
+            train_data, val_data = open_data(config)
+            setup = choose_setup(config, group)
+            start = choose_start(config, train_data)
+            facts = facts_in_common(config, setup, start, train_data, val_data)
+        dist.refuse_different_ranks(facts)
+        start = skip_damaged_checkpoints(config, train_data, start)
+
+        # ---- the run takes its folder, and writes from here on
+        run = Run(config, group, folder, watchdog, setup, start.state)
+        if run.is_complete():
+            run.report_complete(start)
+            return run.best_val_loss
+        run.take_folder(resumes=start.path is not None)
+
+        # ---- model, optimizer, ZeRO; weights that are new, of another model, or of a checkpoint
+        engine, not_compiled = make_engine(config, group, setup, start)
+        watchdog.register_peers()  # from here on a rank that hangs is noticed
+        if start.path:
+            checkpoint.load(engine, start.path, start.state, train.seed, watchdog.heartbeat)
+            dist.print0(summary.resume_line(start, group, setup))
+            dist.print0(summary.changed_settings(start.state, config, run.tokens_before))
+        elif start.init_source:
+            dist.print0(f"weights from {start.init_source}")
+        bad_steps = BadSteps(engine, train.spike_zscore, start.state.get("bad_steps"))
+        info = info_of(config, group, setup, train_data, compiled=not not_compiled)
+        run.begin(engine, bad_steps, info, count_real_parameters(engine.module))
+        for line in summary.start_lines(run, train_data, f"no ({not_compiled})" if not_compiled else "yes"):
+            dist.print0(line)
+
+        # ---- the loop: one optimizer step at a time
+        for step in run.steps():
+            result = train_step(run, engine, train_data, step)
+
+            if result.fault:
+                run.handle_bad_step(step, result)
+            if run.should_log(step):
+                run.log_step(step, result)
+            run.end_step(step, result)  # what follows is no part of the step's time
+
+            if run.should_evaluate(step):
+                validate(run, engine, val_data, step)
+
+            if run.should_save(step, result):
+                run.save(step, result)
+            elif result.ranks_that_wrote == group.world_size:  # in the background
+                run.finish_saving()
+
+            if result.stop_requested and not run.is_last(step):
+                run.stop(step)
+                break
+        else:
+            folder.report("complete", run.total_steps)
+        run.close(step)
+        return run.val_loss
+
+
+def group_timeout(train):
+    """How long a rank waits for the others: longer than the watchdog, which names the rank that hangs."""
+    return timedelta(seconds=max(1800, 2 * train.timeout_seconds))
 
 
 def command(arguments):
     """main from the command line."""
-    dist.find_place()
+    dist.init_process()
     config, fault = None, None
     try:
         config = load_config(arguments)
     except UserError as error:
         fault = error  # perhaps of this node's file alone: the other ranks are told
     train = config.train if config else TrainConfig(out_dir=".")
-    watch = guard.Watch(train.out_dir, train.timeout_seconds).start()
+    watchdog = Watchdog(train.out_dir, train.timeout_seconds).start()
     try:
-        with dist.ending_together(watch.end_alone, watch.stop_watching):
-            dist.start_process_group(train.verbose, patience(train))
+        with dist.ending_together(watchdog.end_alone, watchdog.wait_until_others_know):
+            dist.start_process_group(train.verbose, group_timeout(train))
             with dist.all_or_none():
                 if fault:
                     raise fault
-            main(config, watch)
+            main(config, watchdog)
     finally:
-        watch.finish()
+        watchdog.stop()
     dist.stop_process_group()
 
 

@@ -660,7 +660,7 @@ def is_file_entry(entry):
 
 
 def is_bad_steps(value):
-    """Whether it is what guard.BadSteps records."""
+    """Whether it is what bad_steps.BadSteps records."""
     if not isinstance(value, dict) or not isinstance(value.get("bad"), list):
         return False
     if not is_count(value.get("skipped")) or not is_count(value.get("skipped_in_a_row", 0)):

@@ -1,4 +1,4 @@
-"""The process group: how the ranks meet, and what they must agree on."""
+"""The process group: how the ranks meet and end, what they tell each other, and what they must agree on."""
 
 import contextlib
 import hashlib
@@ -8,6 +8,7 @@ import socket
 import threading
 import warnings
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 from torch import distributed
@@ -30,9 +31,17 @@ DIFFERENCES = 5  # as many are listed of two ranks that differ
 # -- how the ranks meet ----------------------------------------------------------------------------
 
 
-def find_place(verbose=False, may_be_alone=False):
-    """(device, rank, number of ranks) of this process; its environment then says the same in torch's variables.
-    Starts no communication yet. Raises UserError."""
+class Group(NamedTuple):
+    """This process among those of a run."""
+
+    device: torch.device
+    rank: int
+    world_size: int  # number of ranks
+
+
+def init_process(verbose=False, may_be_alone=False):
+    """Set this process up as one rank of a run: torch's variables in its environment, its GPU, its number of threads,
+    DeepSpeed's log level. Returns its Group. Starts no communication yet. Raises UserError."""
     global local_place
     if local_place == (0, 1):  # a second call finds the number of the GPU in LOCAL_RANK
         os.environ |= find_ranks(dict(os.environ), may_be_alone)
@@ -50,13 +59,13 @@ def find_place(verbose=False, may_be_alone=False):
         # DeepSpeed's shared-memory all-reduce is compiled for a minute at first use and needs a C++ compiler.
         # ZeRO-3 gathers and scatters, which it does not speed up: plain gloo is as fast here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        return torch.device("cpu"), rank, world_size
+        return Group(torch.device("cpu"), rank, world_size)
     device = torch.device("cuda", gpu_of(local_place[0], torch.cuda.device_count()))
     os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of the GPU
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # and compares it with this
         os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = os.environ["LOCAL_RANK"]
     torch.cuda.set_device(device)
-    return device, rank, world_size
+    return Group(device, rank, world_size)
 
 
 def gpu_of(local_rank, gpus):
@@ -68,30 +77,32 @@ def gpu_of(local_rank, gpus):
     return local_rank
 
 
-def start_process_group(verbose=False, patience=timedelta(seconds=1800), may_be_alone=False):
-    """Bring the ranks together. Returns (device, rank, number of ranks) of this one. patience: how long a rank waits
-    for the others, at the start and in every communication. A second call finds the group that is there.
+def start_process_group(verbose=False, timeout=timedelta(seconds=1800), may_be_alone=False):
+    """Bring the ranks together. Returns the Group of this one. timeout: how long a rank waits for the others, at the
+    start and in every communication. A second call finds the group that is there.
 
     A run of one process opens no port to the network. Raises UserError if the ranks do not meet."""
-    device, rank, world_size = find_place(verbose, may_be_alone)
-    backend, more = "gloo", {}
-    if device.type == "cuda":
+    group = init_process(verbose, may_be_alone)
+    backend = "gloo"
+    more = {}
+    if group.device.type == "cuda":
         backend = "nccl"
-        more = {"device_id": device}  # as DeepSpeed does; without it every barrier warns
+        more = {"device_id": group.device}  # as DeepSpeed does; without it every barrier warns
     if not distributed.is_initialized():
         try:
-            if world_size == 1:
+            if group.world_size == 1:
                 for library in ("GLOO", "NCCL"):
                     os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
                 more["store"] = distributed.HashStore()
-            distributed.init_process_group(backend, rank=rank, world_size=world_size, timeout=patience, **more)
+            more |= {"rank": group.rank, "world_size": group.world_size}
+            distributed.init_process_group(backend, timeout=timeout, **more)
         except (distributed.DistNetworkError, distributed.DistStoreError) as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             reason = str(error).splitlines()[0]
             remedy = "if another run uses that port, choose one with deepspeed --master_port or MASTER_PORT"
             raise UserError(f"ranks could not meet at {address} ({reason}); {remedy}") from None
-    deepspeed.init_distributed(backend, timeout=patience, verbose=verbose)
-    return device, rank, world_size
+    deepspeed.init_distributed(backend, timeout=timeout, verbose=verbose)
+    return group
 
 
 def stop_process_group():
@@ -101,11 +112,41 @@ def stop_process_group():
         comm.destroy_process_group()
 
 
+# -- what they tell each other ---------------------------------------------------------------------
+
+
+def print0(line):
+    """Print a line on rank 0, if there is one to print."""
+    if line and (os.environ.get("RANK") or "0") == "0":
+        with contextlib.suppress(OSError):  # a lost terminal must not cost the run
+            print(line, flush=True)
+
+
 def gather(value):
     """What every rank passes, as a list by rank. Every rank must call this."""
     everyone = [None] * distributed.get_world_size()
     distributed.all_gather_object(everyone, value)
     return everyone
+
+
+class StepFacts(NamedTuple):
+    """What all ranks know of an optimizer step after `share_step`."""
+
+    loss: float  # mean over the ranks
+    stop_requested: bool  # of any rank
+    save_due: bool  # by rank 0's clock
+    ranks_that_wrote: int  # how many have written their part of the checkpoint that is being saved
+
+
+def share_step(loss, stop_requested, save_due, checkpoint_is_written):
+    """Sum one step's facts over the ranks: a single all-reduce of four numbers, in which the host waits for the GPU
+    once a step. loss: this rank's, a tensor (). The others: this rank's, booleans. Returns StepFacts. Every rank must
+    call this."""
+    flags = loss.new_tensor((stop_requested, save_due, checkpoint_is_written))
+    totals = torch.cat((loss.double().view(1), flags))
+    distributed.all_reduce(totals)
+    loss_sum, stopping, saving, written = totals.tolist()
+    return StepFacts(loss_sum / distributed.get_world_size(), stopping > 0, saving > 0, int(written))
 
 
 # -- how they end ----------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def measured_and_predicted(zero, batch, precision, shape, loss_tokens=2**20):
     """Of the third to sixth step of this setting, on this rank, [measured, predicted] bytes: of each part that is held
     after the backward pass, and at the peak. loss_tokens: how many tokens' logits the loss may hold on a CPU."""
     sizes.LOGITS_AT_A_TIME = 4 * loss_tokens * SHAPE["vocab_size"]
-    device, rank, ranks = dist.find_place()
+    device, rank, ranks = dist.init_process()
     batch = {"global_batch_tokens": 64 * batch["micro_batch_size"] * ranks} | batch | {"compile": False}
     sections = {"model": SHAPE | shape, "train": batch, "deepspeed": {"zero_optimization": zero}}
     config = build(sections, "")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minzero import checkpoint, dist, guard
+from minzero import bad_steps, checkpoint, dist
 from minzero import zero as pieces
 from minzero.config import Config, SharedError, TrainConfig, UserError
 from minzero.data.shards import write_json
@@ -799,7 +799,7 @@ def test_a_writer_that_says_nothing_commits_nothing(tmp_path, monkeypatch, alone
 
 def spiked(run, monkeypatch, **settings):
     """BadSteps after a bad step, without an engine, and its train section. What is loaded is found in .loaded."""
-    steps = object.__new__(guard.BadSteps)
+    steps = object.__new__(bad_steps.BadSteps)
     steps.bad, steps.fault, steps.loss, steps.engine, steps.loaded = [[0, 3]], "loss 99", 99.0, None, []
     steps.skipped_in_a_row = 1
 
@@ -823,29 +823,29 @@ def test_a_rollback_makes_progress_with_each_part_that_it_reads(tmp_path, monkey
         write_json(found / "state.json", state | {"crc32": checkpoint.seal(state)})
     steps, train = spiked(tmp_path, monkeypatch, bad_step="rollback")
     beats = []
-    done = steps.answer(7, train, lambda: beats.append(len(steps.loaded)))
+    done = steps.handle(7, train, lambda: beats.append(len(steps.loaded)))
     assert done == f"passed over, and back to the weights of {found}" and steps.loaded == [found]
     assert len(beats) >= 3 * 3 + 1, "for each part, and in loading"
 
 
 def test_what_all_ranks_find_is_said_by_one(tmp_path, monkeypatch, alone):
     steps, train = spiked(tmp_path, monkeypatch, bad_step="stop")
-    for end in (steps.answer, steps.check_end):
+    for end in (steps.handle, steps.check_end):
         with pytest.raises(SharedError, match=r"none reached the weights; no checkpoint was saved; look"):
             end(7, train)
     found = save(tmp_path, 5, val_loss=float("nan"))
     with pytest.raises(SharedError, match=rf"; the last checkpoint is {found}, and none was saved before those steps;"):
-        steps.answer(7, train)
+        steps.handle(7, train)
     found = save(tmp_path, 6)
     with pytest.raises(SharedError, match=rf"; the last checkpoint is {found}; look"):
-        steps.answer(7, train)
+        steps.handle(7, train)
     spoilt = save(tmp_path, 7, val_loss=float("nan"))
     with pytest.raises(SharedError, match=rf"is {spoilt}, the last from before those steps {found}; look"):
-        steps.answer(7, train)
-    monkeypatch.setattr(guard, "first_not_finite", lambda engine, progress: "fp32 of a.weight")
+        steps.handle(7, train)
+    monkeypatch.setattr(bad_steps, "first_not_finite", lambda engine, progress: "fp32 of a.weight")
     steps.loss, (_, skip) = float("nan"), spiked(tmp_path, monkeypatch, bad_step="skip")
     with pytest.raises(SharedError, match=r"fp32 of a\.weight holds a NaN or an infinity"):
-        steps.answer(7, skip)
+        steps.handle(7, skip)
     for path in (tmp_path / "checkpoints").glob("step_*/state.json"):
         path.write_text("{")
     with pytest.raises(SharedError, match="no checkpoint of this run is whole"):

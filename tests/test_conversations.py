@@ -125,7 +125,7 @@ def one_batch_at_a_time(data, micro_batch_size, ranks):
     counts = [sum((targets != IGNORE).sum() for _, targets in batches) for batches in everyone]
     for batches in everyone:
         with pytest.MonkeyPatch.context() as patch:  # the other ranks' part of the sum
-            patch.setattr(train.distributed, "all_reduce", lambda tensor: tensor.fill_(float(sum(counts))))
+            patch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.fill_(float(sum(counts))))
             weights = train.equal_weights(batches, ranks, torch.device("cpu"))
         for batch, weight in zip(batches, weights, strict=True):
             loss = model(*map(torch.from_numpy, batch)) * weight / accumulation / ranks

@@ -129,6 +129,6 @@ def test_a_rank_keeps_its_place_on_its_machine_when_deepspeed_is_told_its_gpu(mo
     monkeypatch.setattr(dist.torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(dist.torch.cuda, "set_device", lambda device: None)
     for _ in range(2):  # a second call finds what the first has written
-        device, rank, world_size = dist.find_place()
+        device, rank, world_size = dist.init_process()
         assert (device.index, rank, world_size, dist.local_place) == (0, 5, 6, (1, 2))
     assert environ["LOCAL_RANK"] == environ["OMPI_COMM_WORLD_LOCAL_RANK"] == "0"

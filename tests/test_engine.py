@@ -8,7 +8,7 @@ import torch
 import model
 from minzero import engine
 from minzero.config import ModelConfig, UserError, build
-from model import cross_entropy
+from minzero.loss import cross_entropy
 from tests.conftest import run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

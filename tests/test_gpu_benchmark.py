@@ -176,8 +176,8 @@ SWITCHES = {
     "large_chunks": "assert model.tokens_at_a_time(gpu.VOCABULARY, True) == 4096; gpu.SWITCHES[name]();"
     "assert model.tokens_at_a_time(gpu.VOCABULARY, True) == 16384",
     "small_chunks": "gpu.SWITCHES[name](); assert model.tokens_at_a_time(gpu.VOCABULARY, True) == 1024",
-    "unpadded": "assert model.width_of_logits(50257, True) == gpu.VOCABULARY; gpu.SWITCHES[name]();"
-    "assert model.width_of_logits(50257, True) == 50257",
+    "unpadded": "from minzero import loss; assert loss.width_of_logits(50257, True) == gpu.VOCABULARY;"
+    "gpu.SWITCHES[name](); assert loss.width_of_logits(50257, True) == 50257",
     "whole_model": "g = model.GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8)); gpu.SWITCHES[name](); g.compile();"
     "assert 'forward' in vars(g) and 'forward' not in vars(g.blocks[0]) and 'cross_entropy' not in vars(g.head)",
     "tuned": "import torch._inductor.config as c; assert not c.coordinate_descent_tuning; gpu.SWITCHES[name]();"

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from minzero.config import ROOT, ModelConfig, build, read_json, tokens_at_a_time
+from minzero.config import IGNORE, ROOT, ModelConfig, build, read_json, tokens_at_a_time
+from minzero.loss import LinearCrossEntropy, cross_entropy
 from minzero.sizes import count_parameters, flops_per_token, recomputed_flops_per_token
-from model import GPT, IGNORE, LinearCrossEntropy, attention_backends, cross_entropy, rotary_angles
+from model import GPT, attention_backends, rotary_angles
 from tests.variants import variants
 
 SMALL = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=50, init_std=0.1)
@@ -104,7 +105,7 @@ def test_the_compiled_loss_is_the_same(width, monkeypatch):
 
 def compare_losses(function, chunk, width, monkeypatch):
     """LinearCrossEntropy by this function with torch's loss. width: of the logits of 50 ids, 64 as on a GPU."""
-    monkeypatch.setattr("model.width_of_logits", lambda vocab_size, on_gpu: width)
+    monkeypatch.setattr("minzero.loss.width_of_logits", lambda vocab_size, on_gpu: width)
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(48, 16, generator=generator), torch.randn(50, 16, generator=generator)
     targets = torch.randint(50, (48,), generator=generator)
@@ -128,7 +129,7 @@ def compare_losses(function, chunk, width, monkeypatch):
 @pytest.mark.parametrize("width, chunk", [(50, 48), (64, 10)])
 def test_the_loss_in_16_bits(dtype, width, chunk, monkeypatch):
     """Against float32 on the same rounded inputs: sums are float32, what is rounded are logits and gradients."""
-    monkeypatch.setattr("model.width_of_logits", lambda vocab_size, on_gpu: width)
+    monkeypatch.setattr("minzero.loss.width_of_logits", lambda vocab_size, on_gpu: width)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(n, 16, generator=generator).to(dtype) for n in (48, 50)]
     targets = torch.randint(50, (48,), generator=generator)

@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 
-import train
-from minzero import checkpoint, dist, engine, guard
+from minzero import checkpoint, dist, engine, watchdog
 from minzero.config import Config, ModelConfig, TrainConfig, UserError
 from minzero.data import order
 from minzero.data.shards import TokenStream
+from minzero.evaluate_loss import evaluate
+from minzero.schedule import learning_rate
+from minzero.summary import changed_settings
 from model import GPT
 
 CPU = torch.device("cpu")
@@ -19,15 +21,15 @@ CPU = torch.device("cpu")
 def test_learning_rate_warms_up_falls_and_ends_as_told():
     """Ancestors' fault 2: counted in micro-batches, the rate never fell as meant."""
     settings = TrainConfig(lr=1.0, min_lr_ratio=0.1, warmup_tokens=1000, max_tokens=11000)
-    assert train.learning_rate(settings, 500) == 0.5
-    assert train.learning_rate(settings, 1000) == 1.0
-    assert train.learning_rate(settings, 6000) == pytest.approx(0.55)
-    assert train.learning_rate(settings, 11000) == pytest.approx(0.1)
-    assert train.learning_rate(settings, 99000) == pytest.approx(0.1)
+    assert learning_rate(settings, 500) == 0.5
+    assert learning_rate(settings, 1000) == 1.0
+    assert learning_rate(settings, 6000) == pytest.approx(0.55)
+    assert learning_rate(settings, 11000) == pytest.approx(0.1)
+    assert learning_rate(settings, 99000) == pytest.approx(0.1)
     settings.schedule = "linear"
-    assert train.learning_rate(settings, 3500) == pytest.approx(0.1 + 0.9 * 0.75)
+    assert learning_rate(settings, 3500) == pytest.approx(0.1 + 0.9 * 0.75)
     settings.schedule = "constant"
-    assert train.learning_rate(settings, 11000) == 1.0
+    assert learning_rate(settings, 11000) == 1.0
 
 
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
@@ -63,7 +65,7 @@ def test_validation_is_the_same_whatever_the_micro_batch(small_data, micro_batch
     tokens, targets = (torch.from_numpy(array) for array in stream.batch(windows))
     expected = model.eval()(tokens, targets).item()
     assert len(set(windows.tolist())) == 13
-    loss = train.evaluate(model, stream, 13 * 32, micro_batch_size, torch.device("cpu"))
+    loss = evaluate(model, stream, 13 * 32, micro_batch_size, torch.device("cpu"))
     assert loss == pytest.approx(expected, rel=1e-6) and model.training
 
 
@@ -71,10 +73,10 @@ def test_validation_over_several_ranks_adds_up_to_one(small_data, monkeypatch):
     """Each rank's part, computed one after the other; the sum over ranks is what all_reduce gives."""
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=64, init_std=0.2))
     stream, parts = TokenStream(small_data, "val", 32), []
-    alone = train.evaluate(model, stream, 13 * 32, 2, torch.device("cpu"))
-    monkeypatch.setattr(train.distributed, "all_reduce", lambda totals: parts.append(totals.clone()))
+    alone = evaluate(model, stream, 13 * 32, 2, torch.device("cpu"))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda totals: parts.append(totals.clone()))
     for rank in range(5):  # with 2 sequences each, rank 4 has nothing in the second round
-        train.evaluate(model, stream, 13 * 32, 2, torch.device("cpu"), rank, 5)
+        evaluate(model, stream, 13 * 32, 2, torch.device("cpu"), rank, 5)
     total, count = sum(parts).tolist()
     assert count == 13 * 32 and total / count == pytest.approx(alone, rel=1e-6)
 
@@ -86,7 +88,7 @@ def test_precision_auto_is_fp32_on_cpu():
 
 def test_perplexity_of_the_untrained_model_is_about_the_vocabulary(small_data):
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=64))
-    loss = train.evaluate(model, TokenStream(small_data, "val", 32), 1000, 4, torch.device("cpu"))
+    loss = evaluate(model, TokenStream(small_data, "val", 32), 1000, 4, torch.device("cpu"))
     assert loss == pytest.approx(math.log(64), abs=0.1)
 
 
@@ -94,7 +96,7 @@ def test_evaluating_saving_and_loading_are_progress(small_data):
     """Longer than train.timeout_seconds in all, they are no hang."""
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=64))
     beats = []
-    train.evaluate(model, TokenStream(small_data, "val", 32), 13 * 32, 2, CPU, progress=lambda: beats.append("batch"))
+    evaluate(model, TokenStream(small_data, "val", 32), 13 * 32, 2, CPU, progress=lambda: beats.append("batch"))
     assert len(beats) == 7
     for function in (checkpoint.Saving.__init__, checkpoint.load):
         assert "progress" in inspect.signature(function).parameters
@@ -111,16 +113,16 @@ class Store:
 
 
 def test_progress_of_another_rank_is_no_hang_and_none_of_any_is(monkeypatch, tmp_path):
-    monkeypatch.setattr(guard.distributed, "get_world_size", lambda: 3)
-    watch = guard.Watch(tmp_path, timeout=10)
+    monkeypatch.setattr(watchdog.distributed, "get_world_size", lambda: 3)
+    watch = watchdog.Watchdog(tmp_path, timeout=10)
     store = Store({"beat/0": 5, "beat/1": 5, "beat/2": 4})
     monkeypatch.setattr(dist, "ask_store", lambda action: action(store))
-    long_ago = watch.last_beat - 9
+    long_ago = watch.last_heartbeat - 9
 
     def look():
-        watch.last_beat, watch.last_look = long_ago, 0
-        watch.look_at_others()
-        return watch.last_beat > long_ago
+        watch.last_heartbeat, watch.last_look = long_ago, 0
+        watch.count_progress_of_others()
+        return watch.last_heartbeat > long_ago
 
     assert not look(), "the first look has nothing to compare with"
     assert not look() and watch.who_hangs() == "rank 2 hangs"
@@ -135,10 +137,10 @@ def test_a_change_of_settings_is_said_whatever_the_checkpoint_was_set_to():
     was = now.to_dict()
     was["train"] |= {"max_tokens": 10**6, "betas": [0.9, 0.999995], "spike_zscore": 0.5, "a_key_of_the_past": 1}
     state = {"config": was, "step": 500, "tokens": 500_000}
-    line = train.changed_settings(state, now, 0)
+    line = changed_settings(state, now, 0)
     assert "train.max_tokens 1000000 -> 2000000" in line and "train.betas [0.9, 0.999995] -> [0.9, 0.95]" in line
     half, quarter = (1e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * part))) for part in (0.5, 0.2505))
     assert f"from {half:.2e} at step 500 to {quarter:.2e} at step 501 and to 1.00e-04 at the end" in line
     was["train"]["schedule"] = "steps"
     with pytest.raises(UserError, match=r"^train\.schedule: the checkpoint was saved with 'steps', expected cosine"):
-        train.changed_settings(state, now, 0)
+        changed_settings(state, now, 0)

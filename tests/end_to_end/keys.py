@@ -29,7 +29,7 @@ BATCH = {"micro_batch_size": 2, "global_batch_tokens": 8 * 32, "max_tokens": 6 *
 
 
 def engine_of(stage, precision, keys):
-    device, _, world_size = dist.find_place()
+    device, _, world_size = dist.init_process()
     zero = {"stage": stage, "stage3_param_persistence_threshold": 100, "reduce_bucket_size": 4096}
     zero |= {"stage3_prefetch_bucket_size": 4096}
     sections = {"model": MODEL, "train": BATCH | {"precision": precision}}

@@ -61,7 +61,7 @@ PLAIN += [(model.Head, "forward", plain_head)]
 
 def losses(stage, architecture, settings, adam=None, replaced=()):
     """50 losses, each the mean over both ranks, with (object, name, value) replaced meanwhile."""
-    device, rank, world_size = dist.find_place()
+    device, rank, world_size = dist.init_process()
     zero = {"stage": stage, "stage3_param_persistence_threshold": 100, "reduce_bucket_size": 4096}
     zero |= {"stage3_prefetch_bucket_size": 4096}
     batch = {"micro_batch_size": 4, "global_batch_tokens": 4 * BLOCK * world_size, "lr": 3e-3}

@@ -46,7 +46,7 @@ def config_of_moved(name, stage, offload="none"):
 
 
 def engine_of(stage, precision="fp32", offload="none", **more):
-    device, _, world_size = dist.find_place()
+    device, _, world_size = dist.init_process()
     config = config_of("unused", stage, offload, **more)
     return train.build_engine(config, deepspeed_config(config, world_size, precision, False), device)
 

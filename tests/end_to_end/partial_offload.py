@@ -5,7 +5,7 @@ checkpoints. On a CPU, DeepSpeed is told that some of its tensors are on a GPU, 
 """
 
 import train
-from minzero import dist, guard
+from minzero import bad_steps, dist
 from minzero.config import UserError, offload_ratio
 from tests.end_to_end import parity
 
@@ -41,13 +41,13 @@ def main():
     parity.go_on_from("part", 5, "part_to_whole")
     run("part_to_whole", 12, 1.0, save_every=5)
 
-    judge = guard.BadSteps.judge
+    check = bad_steps.BadSteps.check
 
-    def judge_as_bad(steps):
-        judge(steps)
+    def check_as_bad(steps):
+        check(steps)
         steps.fault = "said to be bad"
 
-    guard.BadSteps.judge = judge_as_bad
+    bad_steps.BadSteps.check = check_as_bad
     try:
         run("bad", 4, 0.5, save_every=1)
     except UserError as error:

@@ -33,7 +33,7 @@ def config_of(family, name, stage, steps, source, **more):
 
 def starting_weights(family, stage, precision):
     """Every parameter, whole, right after the engine was made."""
-    device, _, world_size = dist.find_place()
+    device, _, world_size = dist.init_process()
     config = config_of(family, "unused", stage, 1, FOLDER / family)
     _, load = export.open_weights(config.train.init_from, config.model)
     engine = build_engine(config, deepspeed_config(config, world_size, precision, False), device, load_weights=load)

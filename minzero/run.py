@@ -1,0 +1,248 @@
+"""A training run: everything that a rank must remember of it from one step to the next."""
+
+import math
+import time
+from typing import NamedTuple
+
+from minzero import checkpoint, dist, metrics
+from minzero.config import SharedError, UserError
+from minzero.data.shards import write_json
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step has produced. All ranks have the same."""
+
+    lr: float
+    loss: float  # mean over micro-batches and ranks, nats per token
+    grad_norm: float  # before clipping
+    fault: str | None  # why the step was not taken
+    stop_requested: bool  # of any rank
+    save_due: bool  # the last checkpoint is older than train.save_every_seconds
+    ranks_that_wrote: int  # how many have written their part of the checkpoint that is being saved
+
+
+class Run:
+    """One training run, on one rank: its folder, its log, its best loss, the checkpoint that is being saved.
+
+    Steps are optimizer steps, counted from 1. The number of steps done is all that a run needs to continue.
+    folder: the run's RunFolder. setup: train.py's Setup. state: of the checkpoint that the run starts from. Every rank
+    has a Run and calls its methods in the same order; rank 0 alone writes and prints."""
+
+    def __init__(self, config, group, folder, watchdog, setup, state):
+        train = config.train
+        self.config = config
+        self.group = group
+        self.folder = folder
+        self.watchdog = watchdog
+        self.setup = setup
+
+        # ---- how far it is
+        self.steps_done = state["step"]  # before this start
+        # other than zero only where train.global_batch_tokens was changed on the way
+        self.tokens_before = state["tokens"] - self.steps_done * train.global_batch_tokens
+        self.total_steps = (train.max_tokens - self.tokens_before) // train.global_batch_tokens
+
+        # ---- evaluations
+        self.val_loss = None  # the last, of this start
+        self.evaluated_at = None  # its step
+        self.best_val_loss = state["best_val_loss"]
+        self.best_at = None  # its step, if it is of this start
+
+        # ---- checkpoints
+        self.saving = None  # a checkpoint.Saving that is not committed yet
+        self.saved_at = None  # when the last one was begun
+
+        # ---- measurements
+        self.log = None  # the MetricsLog, on rank 0
+        self.clock = metrics.Stopwatch(group.device)
+        self.profiler = metrics.Profiler(folder.path, train.profile_steps if group.rank == 0 else None)
+
+    # -- the beginning -------------------------------------------------------------------------------
+
+    def take_folder(self, resumes):
+        """Make the run's folder and lock it for this run. resumes: whether it continues from a checkpoint. Raises
+        UserError if another run holds it, or has saved into it since this one looked for checkpoints."""
+        for its_turn in (self.group.rank == 0, self.group.rank != 0):  # the other ranks share the lock of rank 0
+            with dist.all_or_none():
+                dist.print0(self.folder.hold() if its_turn else None)
+        with dist.all_or_none():
+            if self.group.rank == 0 and not resumes and checkpoint.find(self.folder.path):
+                path = self.folder.path
+                raise UserError(f"train.out_dir: another run has just saved into {path}; start again to continue it")
+            if self.group.rank == 0:
+                checkpoint.tidy(self.folder.path / "checkpoints")
+
+    def begin(self, engine, bad_steps, run_info, parameters):
+        """Write config.json and open the log. run_info: what config.json and each checkpoint record. parameters: how
+        many the model has."""
+        self.engine = engine
+        self.bad_steps = bad_steps
+        self.run_info = run_info
+        self.parameters = parameters
+        config = self.config.to_dict()
+        with dist.all_or_none():
+            if self.group.rank == 0:
+                write_json(
+                    self.folder.path / "config.json", config | {k: run_info[k] for k in run_info if k != "config"}
+                )
+                self.log = metrics.MetricsLog(self.folder.path, self.steps_done, self.config.train.loggers, config)
+            self.folder.report("running", self.steps_done)
+
+    # -- the steps -----------------------------------------------------------------------------------
+
+    def steps(self):
+        """Yields the number of each step that is still to be done."""
+        self.saved_at = time.monotonic()
+        self.watchdog.begin_loop()
+        for step in range(self.steps_done + 1, self.total_steps + 1):
+            self.clock.start_step()
+            self.profiler.start_step(step)
+            yield step
+
+    def is_last(self, step):
+        return step == self.total_steps
+
+    def tokens_at(self, step):
+        """Tokens that the run has seen after a step."""
+        return self.tokens_before + step * self.config.train.global_batch_tokens
+
+    def samples_of(self, step):
+        """First and last sample of a step, counted through the whole run."""
+        block_size = self.config.model.block_size
+        after = self.tokens_at(step) // block_size
+        return after - self.config.train.global_batch_tokens // block_size, after - 1
+
+    def stop_requested(self):
+        """Whether this rank was asked to stop."""
+        return self.watchdog.reason is not None
+
+    def save_is_due(self):
+        """Whether rank 0's clock says that it is time for a checkpoint."""
+        if self.group.rank or not self.config.train.save_every_seconds:
+            return False
+        return time.monotonic() - self.saved_at > self.config.train.save_every_seconds
+
+    def checkpoint_is_written(self):
+        """Whether this rank has written its part of a checkpoint that is being saved in the background."""
+        return self.saving is not None and self.saving.written is not None
+
+    def handle_bad_step(self, step, result):
+        """Log a step that was not taken, and do what train.bad_step says. Raises SharedError if that ends the run."""
+        samples = self.samples_of(step)
+        self.write(step, {"bad_step": result.fault, "samples": samples})
+        done = self.bad_steps.handle(step, self.config.train, self.watchdog.heartbeat)
+        dist.print0(f"step {step}: {result.fault}; samples {samples[0]} to {samples[1]} {done}")
+
+    def should_log(self, step):
+        return step % self.config.train.log_every == 0 or step == 1 or self.is_last(step)
+
+    def log_step(self, step, result):
+        """Write and print a line of metrics: averages over the steps since the last one."""
+        seconds = self.clock.read()
+        device = self.setup.versions["device"]
+        line = {"loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm, "skipped": self.bad_steps.skipped}
+        line |= seconds
+        line |= metrics.throughput(self.config, seconds["step_seconds"], self.group.world_size, device, self.parameters)
+        line |= metrics.peak_memory()
+        self.folder.report("running", step)
+        self.write(step, line)
+        dist.print0(metrics.console_line(line | {"step": step}, self.total_steps))
+
+    def end_step(self, step, result):
+        """Call before anything that is no part of a step, such as an evaluation: its time does not count."""
+        evaluates_or_saves = self.should_evaluate(step) or self.should_save(step, result)
+        if evaluates_or_saves or result.ranks_that_wrote or step == self.profiler.last:
+            self.clock.pause()
+        dist.print0(self.profiler.end_step(step, ending=self.is_last(step) or result.stop_requested))
+
+    def write(self, step, numbers):
+        """Add a line to the log."""
+        if self.log:
+            self.log.write({"step": step, "tokens": self.tokens_at(step)} | numbers)
+
+    # -- evaluations ---------------------------------------------------------------------------------
+
+    def should_evaluate(self, step):
+        every = self.config.train.eval_every
+        return self.is_last(step) or (every > 0 and step % every == 0)
+
+    def record_validation(self, step, loss, seconds):
+        """Log and print a validation loss, which took some seconds, and remember it if it is the best so far."""
+        self.val_loss = loss
+        self.evaluated_at = step
+        if loss < (math.inf if self.best_val_loss is None else self.best_val_loss):  # never a NaN
+            self.best_val_loss = loss
+            self.best_at = step
+        dist.print0(f"step {step}: validation loss {loss:.4f}{', the best so far' if self.best_at == step else ''}")
+        self.folder.report("running", step)
+        self.write(step, {"val_loss": loss, "eval_seconds": seconds})
+
+    # -- checkpoints ---------------------------------------------------------------------------------
+
+    def should_save(self, step, result):
+        train = self.config.train
+        if self.is_last(step) or result.stop_requested or result.save_due:
+            return True
+        is_best = self.best_at == step and train.save_best
+        return is_best or (train.save_every > 0 and step % train.save_every == 0)
+
+    def save(self, step, result):
+        """Save a checkpoint. In the background, only a copy is made now, and `finish_saving` is called when all ranks
+        have written it, or the next one is due. Raises SharedError on every rank if one cannot save."""
+        self.finish_saving()
+        with dist.all_or_none():
+            self.folder.check_is_there()
+        train = self.config.train
+        state = self.run_info | {"step": step, "tokens": self.tokens_at(step), "best_val_loss": self.best_val_loss}
+        state |= {"val_loss": self.val_loss if self.evaluated_at == step else None, "bad_steps": self.bad_steps.state()}
+        self.saved_at = time.monotonic()
+        self.saving = checkpoint.Saving(
+            self.engine,
+            self.folder.path / "checkpoints",
+            state,
+            self.best_at == step,
+            train.keep_checkpoints,
+            train.save_in_background,
+            self.watchdog.heartbeat,
+        )
+        if self.is_last(step) or result.stop_requested or not train.save_in_background:
+            self.finish_saving()
+
+    def finish_saving(self):
+        """Commit the checkpoint that is being saved, if there is one."""
+        if not self.saving:
+            return
+        path, seconds, stalled = self.saving.finish()
+        self.watchdog.heartbeat()
+        dist.print0(f"saved {path} in {seconds:.2f} s, {stalled:.2f} s of them standing still")
+        self.write(self.saving.state["step"], {"save_seconds": seconds, "stall_seconds": stalled})
+        self.saving = None
+
+    # -- the end -------------------------------------------------------------------------------------
+
+    def is_complete(self):
+        return self.steps_done >= self.total_steps
+
+    def report_complete(self, start):
+        """For a run that was complete before this start. Raises SharedError if it must not be taken for a good one."""
+        if start.state.get("suspect"):
+            reason = "it ended after steps whose numbers were bad"
+            remedy = "look at the data, or lower train.lr, in another train.out_dir"
+            raise SharedError(f"{start.path}: {reason}; {remedy}")
+        steps = f"{self.steps_done} of {self.total_steps} steps"
+        dist.print0(f"{self.folder.path} is complete: {steps}; raise train.max_tokens to train it longer")
+
+    def stop(self, step):
+        """The run was asked to stop, and has saved."""
+        reason = self.watchdog.reason or "a signal to another rank"
+        self.folder.report("stopped", step, reason)
+        dist.print0(f"stopped by {reason} after step {step}; the same command continues")
+
+    def close(self, step):
+        """After the last step of this start. Raises SharedError if the run is complete and its last steps were bad."""
+        if self.setup.ds_config.get("comms_logger", {}).get("enabled"):
+            dist.comm.log_summary()  # rank 0 prints; the others are asked
+        if self.log:
+            self.log.close()
+        if self.is_last(step):
+            self.bad_steps.check_end(step, self.config.train)

@@ -1,0 +1,83 @@
+"""The lines that sum up a run at its start."""
+
+import json
+
+from minzero import checkpoint, metrics
+from minzero.schedule import learning_rate
+
+SHAPES_THE_RATE = [f"train.{name}" for name in checkpoint.SHAPES_THE_RATE]
+
+
+def start_lines(run, data, compiled):
+    """What the run will do, as a list of lines. run: a Run that has begun. data: its training Mixture. compiled: "yes",
+    or "no" and why."""
+    config, setup = run.config, run.setup
+    model, train = config.model, config.train
+    lines = []
+    if train.verbose:
+        lines += [f"{section}: {json.dumps(content)}" for section, content in config.to_dict().items()]
+    lines.append(
+        f"{run.parameters:,} parameters, {model.n_layer} layers of width {model.n_embd}, {model.n_head} heads, "
+        f"vocabulary {model.vocab_size:,}, context {model.block_size:,} tokens"
+    )
+    lines.append(
+        f"{setup.precision}, ZeRO-{setup.stage} on {run.group.world_size} x {setup.versions['device']}; "
+        f"kernels: {setup.kernels} ({setup.why_kernels}); compiled: {compiled}"
+    )
+    lines.append(
+        f"{train.global_batch_tokens:,} tokens a step = {run.group.world_size} (ranks) x "
+        f"{setup.gradient_accumulation_steps} (micro-batches) x {train.micro_batch_size} (sequences) x "
+        f"{model.block_size} (tokens)"
+    )
+    tokens = run.tokens_at(run.total_steps)
+    done = f", {run.steps_done:,} of them done" if run.steps_done else ""
+    lines.append(f"{run.total_steps:,} steps{done}; {tokens:,} tokens: {epochs(tokens, data)}")
+    lines.append(f"run in {run.folder.path}: all settings and versions in its config.json, numbers in metrics.jsonl")
+    lines.append("to stop: Ctrl-C or SIGTERM saves and ends after the step; the same command continues")
+    if train.warmup_tokens > train.max_tokens:
+        lines.append(
+            f"warning: train.warmup_tokens {train.warmup_tokens:,} exceeds train.max_tokens {train.max_tokens:,}: the "
+            f"learning rate rises to the end, and never reaches train.lr {train.lr:g}"
+        )
+    if not_counted := metrics.formula_fault(model, run.parameters):
+        lines.append(f"FLOP/s and MFU are null: {not_counted}")
+    return lines
+
+
+def epochs(tokens, data):
+    """How often each folder of a training Mixture is read in so many tokens of a run, in words."""
+    parts = []
+    for folder, stream, count in zip(data.folders, data.streams, data.schedule.counts, strict=True):
+        number = tokens * count / data.schedule.period / stream.tokens
+        text = f"{number:,.2f}" if number >= 0.1 else f"{number:.2g}"
+        parts.append(f"{text} epochs of {folder} ({stream.tokens:,} tokens)")
+    return ", ".join(parts)
+
+
+def resume_line(start, group, setup):
+    """Where a run continues, and what it ran on before if that was something else. start: its checkpoint."""
+    state = start.state
+    was = checkpoint.setting(state["world_size"], state["stage"], state["precision"])
+    now = checkpoint.setting(group.world_size, setup.stage, setup.precision)
+    moved = f"; saved on {was}, now {now}" if was != now else ""
+    return f"continuing from {start.path}: step {state['step']}, {state['tokens']:,} tokens{moved}"
+
+
+def changed_settings(state, config, tokens_before):
+    """The settings in which a resumed run differs from its checkpoint, in one line, or None. state: the checkpoint's.
+    tokens_before: see Run. Raises UserError for a schedule that this code does not know."""
+    changed = checkpoint.changed_settings(state["config"], config.to_dict())
+    if not changed:
+        return None
+    text = "; ".join(f"{name} {json.dumps(was)} -> {json.dumps(now)}" for name, (was, now) in changed.items())
+    line = f"changed since the checkpoint: {text}"
+    if any(name in changed for name in SHAPES_THE_RATE):
+        train = config.train
+        step = state["step"]
+        next_tokens = tokens_before + (step + 1) * train.global_batch_tokens
+        before = learning_rate(checkpoint.saved_train_config(state), state["tokens"])
+        after = learning_rate(train, next_tokens)
+        last = learning_rate(train, train.max_tokens)
+        line += f"; the learning rate goes from {before:.2e} at step {step} to {after:.2e} at step {step + 1}"
+        line += f" and to {last:.2e} at the end"
+    return line

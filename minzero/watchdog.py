@@ -1,0 +1,230 @@
+"""Requests to stop a run, and ranks that die or hang: one thread a rank that watches over it."""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+from torch import distributed
+
+from minzero import checkpoint, dist
+from minzero.config import UserError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+def end_process(reason, code, out_dir, folder=None):
+    """Print in one line why this rank ends, write it into the status of the run's folder, and call os._exit: a normal
+    exit would wait for ranks that are gone."""
+    remedy = "no checkpoint was saved yet"
+    with contextlib.suppress(OSError, UserError):
+        if found := checkpoint.find(out_dir):
+            remedy = f"resume from {found}"
+    if folder:
+        with contextlib.suppress(OSError, UserError):
+            folder.report("stopped" if code == 130 else "failed", reason=reason)
+    with contextlib.suppress(OSError):  # the terminal may be gone too
+        print(f"train.py: rank {os.environ.get('RANK', '0')} {reason}; {remedy}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def is_gone(process):
+    """Whether a psutil.Process has ended."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:  # another user's process, so it is there
+        return False
+
+
+def launchers():
+    """The processes above this one that belong to DeepSpeed's launcher. When somebody ends the `deepspeed`
+    command, the ranks are not told: they are left as orphans."""
+    found = []
+    for process in psutil.Process().parents()[:2]:
+        with contextlib.suppress(psutil.Error):
+            if any("deepspeed" in os.path.basename(word) for word in process.cmdline()[:4]):
+                found.append(process)
+    return found
+
+
+class Watchdog:
+    """Notices, in a thread of its own, what asks this run to stop: Ctrl-C, SIGTERM, SIGUSR1, SIGHUP, a file STOP in the
+    run's folder, or that the launcher has gone. `reason` then says what, and the loop saves and ends when all ranks
+    know. A second Ctrl-C, and any signal before the loop has begun, ends the run at once.
+
+    A thread, woken by a pipe, because a rank that waits in NCCL or gloo for another never comes back to
+    Python's signal handlers. So it also ends this rank where the loop no longer can: the launcher sends
+    SIGTERM as well when a rank has died, and a rank that hangs is named after `timeout` seconds without progress of
+    any rank. What counts as progress calls `heartbeat`: a micro-batch, a batch of an evaluation, a tensor that is
+    saved or loaded."""
+
+    def __init__(self, out_dir, timeout):
+        self.out_dir = Path(out_dir)
+        self.timeout = timeout  # seconds
+        self.reason = None  # why the run is asked to stop
+        self.rank = int(os.environ.get("RANK") or 0)
+        self.folder = None  # the RunFolder, once there is one
+        self.is_stopped = False
+        # ---- signals
+        self.loop_has_begun = False
+        self.first_ctrl_c = None  # when it came
+        # ---- progress, of this rank and of all
+        self.peers = None  # {rank: process} of this machine, once the ranks have met
+        self.heartbeats = 0
+        self.last_heartbeat = time.monotonic()
+        self.heartbeats_of_all = None
+        self.last_look = 0.0  # at the heartbeats of all
+        self.last_asked = 0.0  # whether another rank has ended
+
+    # -- called by the main thread -------------------------------------------------------------------
+
+    def start(self):
+        """Catch the signals and start the thread. Returns self."""
+        self.launchers = launchers()
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+        signal.set_wakeup_fd(self.writer)
+        for number in (signal.SIGINT, *STOP_SIGNALS):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks of SIGHUP
+                signal.signal(number, lambda *_: None)
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+        return self
+
+    def register_peers(self):
+        """From here on a rank that makes no progress is noticed. Every rank must call this."""
+        self.rank = distributed.get_rank()
+        machine = socket.gethostname(), Path("/proc/sys/kernel/random/boot_id").read_text()  # names may repeat
+        here = {rank: pid for rank, (other, pid) in enumerate(dist.gather((machine, os.getpid()))) if other == machine}
+        self.publish_heartbeats()
+        self.last_heartbeat = time.monotonic()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it will be missed soon enough
+            self.peers = {rank: psutil.Process(pid) for rank, pid in here.items()}
+
+    def begin_loop(self):
+        """From here on stop requests wait for the end of a step."""
+        self.heartbeat()
+        self.loop_has_begun = True
+
+    def heartbeat(self):
+        """This rank makes progress."""
+        self.heartbeats += 1
+        self.last_heartbeat = time.monotonic()
+
+    def stop(self):
+        """No more watching. The thread must be gone before the interpreter is: one that the interpreter's end
+        finds inside torch's store takes the process down with `terminate called`."""
+        self.is_stopped = True
+        os.write(self.writer, b"\0")
+        self.thread.join()
+
+    def end_alone(self, reason):
+        """End this rank, which has lost contact with another."""
+        end_process(reason, 1, self.out_dir, self.folder)
+
+    def wait_until_others_know(self):
+        """Call on a rank that ends by a fault of its own, which it prints itself. Rank 0 keeps the ranks' common store
+        until the others have read the reason there: until those on this machine are gone, or for ten seconds."""
+        self.is_stopped = True
+        began = time.monotonic()
+        others = [process for rank, process in (self.peers or {}).items() if rank != self.rank]
+        while self.rank == 0 and time.monotonic() - began < 10 and self.peers and distributed.get_world_size() > 1:
+            if len(others) + 1 == distributed.get_world_size() and all(map(is_gone, others)):
+                break
+            time.sleep(0.2)
+
+    # -- the thread ----------------------------------------------------------------------------------
+
+    def run(self):
+        published = 0
+        while not self.is_stopped:
+            # ---- what asks this run to stop
+            ready, _, _ = select.select([self.reader], [], [], 0.5)
+            for number in filter(None, os.read(self.reader, 64) if ready else b""):
+                self.receive(number)
+            self.look_for_stop_file()
+            if any(is_gone(process) for process in self.launchers):
+                self.reason = self.reason or "the end of its launcher"
+            if self.peers is None or self.is_stopped:
+                continue
+            # ---- where the loop can no longer stop: another rank is gone, has a fault, or hangs
+            dead = [rank for rank, process in self.peers.items() if is_gone(process)]
+            if self.reason and dead and not self.is_stopped:
+                end_process(f"stopped by {self.reason}: rank {dead[0]} is gone", 1, self.out_dir, self.folder)
+            if self.heartbeats > published:
+                published = self.heartbeats
+                self.publish_heartbeats()
+            self.end_with_other_rank()
+            if self.seconds_without_progress() > self.timeout / 2:
+                self.count_progress_of_others()
+            if self.seconds_without_progress() > self.timeout:
+                end_process(f"waited {self.timeout} s: {self.who_hangs()}", 1, self.out_dir, self.folder)
+
+    def receive(self, number):
+        """A signal: a request to stop, or where the loop cannot answer it, the end of this rank."""
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        if not self.loop_has_begun:
+            end_process(f"stopped by {name}", 130, self.out_dir, self.folder)
+        if number == signal.SIGINT:
+            # a terminal and a launcher may both pass on the same Ctrl-C
+            if self.first_ctrl_c and time.monotonic() - self.first_ctrl_c > 1:
+                end_process("stopped by a second Ctrl-C", 130, self.out_dir, self.folder)
+            if self.first_ctrl_c is None:
+                dist.print0("Ctrl-C: saving and ending after this step; once more ends at once")
+            self.first_ctrl_c = self.first_ctrl_c or time.monotonic()
+        self.reason = self.reason or name
+
+    def look_for_stop_file(self):
+        """A file STOP in the run's folder is a request to stop, and is deleted."""
+        file = self.out_dir / "STOP"
+        with contextlib.suppress(OSError):  # a network file system may answer the next time
+            if self.rank == 0 and file.exists():
+                self.reason = self.reason or str(file)
+                file.unlink()
+
+    def seconds_without_progress(self):
+        return time.monotonic() - self.last_heartbeat
+
+    def end_with_other_rank(self):
+        """End this rank, without a word, where another has ended by a fault, which that one prints."""
+        now = time.monotonic()
+        if self.seconds_without_progress() > 2 and now - self.last_asked > max(1, distributed.get_world_size() / 100):
+            self.last_asked = now
+            if (fault := dist.told()) and fault.said_by != self.rank and not self.is_stopped:
+                os._exit(2)
+
+    def publish_heartbeats(self):
+        dist.ask_store(lambda store: store.set(f"beat/{self.rank}", str(self.heartbeats)))
+
+    def read_heartbeats(self):
+        """The number of heartbeats of each rank, or None if rank 0 does not answer."""
+        keys = [f"beat/{rank}" for rank in range(distributed.get_world_size())]
+        return dist.ask_store(lambda store: [int(value) for value in store.multi_get(keys)])
+
+    def count_progress_of_others(self):
+        """Progress of another rank, which this one may be waiting for, counts as its own."""
+        if time.monotonic() - self.last_look < min(self.timeout / 10, 60):
+            return
+        self.last_look = time.monotonic()
+        heartbeats = self.read_heartbeats()
+        if self.heartbeats_of_all is not None and heartbeats is not None and heartbeats != self.heartbeats_of_all:
+            self.last_heartbeat = time.monotonic()
+        self.heartbeats_of_all = heartbeats
+
+    def who_hangs(self):
+        """The ranks that hang, in words."""
+        heartbeats = self.read_heartbeats()
+        if heartbeats is None:
+            return "rank 0 does not answer"
+        last = [rank for rank, count in enumerate(heartbeats) if count == min(heartbeats)]
+        if len(last) == len(heartbeats):
+            return "no rank makes progress"
+        return f"rank {', '.join(map(str, last))} hangs"
