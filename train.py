@@ -27,7 +27,7 @@ import torch
 from torch import distributed
 
 import export
-from minzero import checkpoint, dist, guard, metrics
+from minzero import checkpoint, dist, guard, metrics, resume
 from minzero.config import (
     SharedError,
     TrainConfig,
@@ -52,7 +52,7 @@ from minzero.run_folder import RunFolder
 from minzero.zero import optimizers
 from model import IGNORE
 
-SHAPES_THE_RATE = [f"train.{name}" for name in checkpoint.SHAPES_THE_RATE]
+SHAPES_THE_RATE = [f"train.{name}" for name in resume.SHAPES_THE_RATE]
 
 
 def learning_rate(train, tokens):
@@ -109,7 +109,7 @@ def evaluate(model, stream, wanted_tokens, micro_batch_size, device, rank=0, wor
 def changed_settings(state, config, tokens_before):
     """What a resumed run does otherwise than its checkpoint, in one line, or None. state: the checkpoint's;
     tokens_before: see `train_in`."""
-    changed = checkpoint.changed_settings(state["config"], config.to_dict())
+    changed = resume.changed_settings(state["config"], config.to_dict())
     if not changed:
         return None
     text = "; ".join(f"{name} {json.dumps(was)} -> {json.dumps(now)}" for name, (was, now) in changed.items())
@@ -117,7 +117,7 @@ def changed_settings(state, config, tokens_before):
     if any(name in changed for name in SHAPES_THE_RATE):
         train, step = config.train, state["step"]
         tokens = tokens_before + (step + 1) * train.global_batch_tokens
-        before = learning_rate(checkpoint.saved_train_config(state), state["tokens"])
+        before = learning_rate(resume.saved_train_config(state), state["tokens"])
         line += f"; the learning rate goes from {before:.2e} at step {step} to {learning_rate(train, tokens):.2e} at "
         line += f"step {step + 1} and to {learning_rate(train, train.max_tokens):.2e} at the end"
     return line
@@ -174,7 +174,7 @@ def train_in(folder, config, watch, device, rank, world_size):
 
         # ---- weights, new or from a checkpoint
         stage = zero_stage(ds_config)
-        resume_from, state = checkpoint.where_to_start(config, train_data)
+        resume_from, state = resume.where_to_start(config, train_data)
         weights, load_weights = None, None
         if train.init_from and not resume_from:
             weights, load_weights = export.open_weights(train.init_from, config.model)
@@ -192,7 +192,7 @@ def train_in(folder, config, watch, device, rank, world_size):
     while resume_from and (fault := checkpoint.fault_of(resume_from, state)):
         known_faults[resume_from] = fault
         with dist.all_or_none():
-            resume_from, state = checkpoint.where_to_start(config, train_data, known_faults)
+            resume_from, state = resume.where_to_start(config, train_data, known_faults)
     first_step, best_val_loss = state["step"], state["best_val_loss"]
     # other than zero only where train.global_batch_tokens was changed on the way
     tokens_before = state["tokens"] - first_step * train.global_batch_tokens
@@ -221,8 +221,8 @@ def train_in(folder, config, watch, device, rank, world_size):
     watch.meet()
     if resume_from:
         checkpoint.load(engine, resume_from, state, train.seed, watch.beat)
-        was = checkpoint.setting(state["world_size"], state["stage"], state["precision"])
-        now = checkpoint.setting(world_size, stage, precision)
+        was = resume.setting(state["world_size"], state["stage"], state["precision"])
+        now = resume.setting(world_size, stage, precision)
         say(
             f"continuing from {resume_from}: step {first_step}, {state['tokens']:,} tokens"
             + (f"; saved on {was}, now {now}" if was != now else "")

@@ -17,9 +17,9 @@ import numpy as np
 import psutil
 from torch import distributed
 
-from minzero import checkpoint, dist
+from minzero import checkpoint, dist, resume
 from minzero.config import SharedError, UserError
-from minzero.zero import first_not_finite, forget_powers, optimizers
+from minzero.zero import first_not_finite, optimizers, reset_cpu_adam_bias_correction
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 WINDOW = 128  # good steps that a spike is measured against; half of them must be there
@@ -234,7 +234,7 @@ class BadSteps:
         if not self.judged:
             self.judge()
         if self.fault is None:
-            forget_powers(optimizer)
+            reset_cpu_adam_bias_correction(optimizer)
             update()
 
     def judge(self):
@@ -279,7 +279,7 @@ class BadSteps:
         if len(self.bad) >= (1 if train.bad_step == "stop" else train.max_bad_steps):
             raise SharedError(f"step {step}: {self.fault}; bad steps in a row: {len(self.bad)}, {self.remedy(train)}")
         if train.bad_step == "rollback" and self.bad:
-            found, state, passed_over = checkpoint.newest_whole(train.out_dir, progress)
+            found, state, passed_over = resume.newest_whole(train.out_dir, progress)
             if found:
                 checkpoint.load(self.engine, found, state, train.seed, progress)
                 return "; ".join([f"passed over, and back to the weights of {found}", *passed_over])

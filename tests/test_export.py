@@ -699,7 +699,7 @@ def reseal(found, change):
     state = json.loads((found / "state.json").read_text())
     del state["crc32"]
     change(state)
-    write_json(found / "state.json", state | {"crc32": checkpoint.seal(state)})
+    write_json(found / "state.json", state | {"crc32": checkpoint.state_checksum(state)})
 
 
 OF_ANOTHER_VERSION = {  # of the train section: out of this code's ranges, of other types, or unknown

@@ -12,7 +12,7 @@ from minzero.config import Config, DataConfig, ModelConfig
 from minzero.data import pipeline
 from minzero.data.mixture import Mixture
 from minzero.data.shards import write_json
-from minzero.zero import write_tensors
+from minzero.tensor_files import write_tensors
 from model import GPT
 
 GPT2 = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=270, init_std=0.1)

@@ -18,7 +18,8 @@ from deepspeed.accelerator import get_accelerator
 from minzero import checkpoint, dist
 from minzero.config import Config, build, deepspeed_config, merge
 from minzero.engine import build_engine
-from minzero.zero import KINDS, SavedPieces, loss_scaler
+from minzero.tensor_files import SavedPieces
+from minzero.zero import KINDS, loss_scaler
 from tests.end_to_end import key_settings
 
 FOLDER, LIST = Path(sys.argv[-2]), sys.argv[-1]
@@ -59,7 +60,7 @@ def saved(engine, name, step):
     saved = SavedPieces(path, state, verify=True)
     for kind, (parameter, shape) in itertools.product(KINDS, state["parameters"].items()):
         flat = torch.full((torch.Size(shape).numel(),), torch.nan)
-        saved.fill(flat, 0, kind, parameter)
+        saved.copy_overlap(flat, 0, kind, parameter)
         found[kind, parameter] = flat.view(shape)
     return path, found
 

@@ -12,11 +12,12 @@ import torch
 import train
 from eval import load_model, open_trained
 from minzero import checkpoint
-from minzero import zero as pieces
 from minzero.data import pipeline
 from minzero.data.conversations import with_marks
 from minzero.data.shards import TokenStream
 from minzero.metrics import read_metrics
+from minzero.tensor_files import SavedPieces
+from minzero.zero import KINDS
 from tests.conftest import deepspeed_command, run
 from tests.end_to_end.parity_settings import MOVES, SETTINGS
 
@@ -145,10 +146,10 @@ def whole_tensors(path):
     """Everything that the pieces of a checkpoint add up to: {(kind, parameter): flat tensor}."""
     state, whole = checkpoint.read_state(path), {}
     checkpoint.check_sums(path, state["files"])
-    saved = pieces.SavedPieces(path, state, verify=True)
-    for kind, name in itertools.product(pieces.KINDS, state["parameters"]):
+    saved = SavedPieces(path, state, verify=True)
+    for kind, name in itertools.product(KINDS, state["parameters"]):
         whole[kind, name] = torch.full((torch.Size(state["parameters"][name]).numel(),), torch.nan)
-        saved.fill(whole[kind, name], 0, kind, name)
+        saved.copy_overlap(whole[kind, name], 0, kind, name)
     return state, whole
 
 
