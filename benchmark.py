@@ -35,7 +35,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minzero.config import ROOT, UserError, gradient_accumulation, load_config, run_command
+from minzero.commands import UserError
+from minzero.config import ROOT, gradient_accumulation, load_config, run_command
 from minzero.data.mixture import Mixture
 from minzero.data.shards import make_folder, token_dtype, write_atomically, write_json, write_shard
 from minzero.flags import FlagParser, a_path, at_least

@@ -29,15 +29,16 @@ from torch import distributed
 from torch.nn import functional as F
 
 import export
-from minzero import checkpoint
-from minzero.config import ModelConfig, UserError, data_weights, did_you_mean, run_command
+from minzero import checkpoint, checkpoint_folder
+from minzero.commands import UserError
+from minzero.config import IGNORE, ModelConfig, data_weights, did_you_mean, run_command
 from minzero.data.mixture import content_digest
 from minzero.data.pipeline import tokenizer_of
 from minzero.data.shards import TokenStream, read_meta
 from minzero.data.tokenizer import byte_level_names, open_huggingface
 from minzero.flags import SUPPRESS, FlagParser, a_checkpoint, a_path, at_least
 from minzero.launchers import find_ranks
-from model import GPT, IGNORE
+from model import GPT
 
 # -- what is evaluated ---------------------------------------------------------------------------
 
@@ -80,7 +81,7 @@ def open_trained(path, which="best"):
     def look(found):
         return found, export.saved_model(found), *checkpoint.open_weights(found)
 
-    found, model, state, _, read = checkpoint.reading(path, which, look)
+    found, model, state, _, read = checkpoint_folder.reading(path, which, look)
     folders = sorted(data_weights(state["config"]["data"]["path"]))
     return Trained(found, str(found), model, lambda: read, state, folders)
 

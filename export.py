@@ -22,8 +22,9 @@ from pathlib import Path
 
 import torch
 
-from minzero import checkpoint
-from minzero.config import ModelConfig, UserError, build, read_json, refuse_pipe, run_command, switched_on
+from minzero import checkpoint, checkpoint_folder, checkpoint_state
+from minzero.commands import UserError
+from minzero.config import ModelConfig, build, read_json, refuse_pipe, run_command, switched_on
 from minzero.data.shards import read_meta, write_json
 from minzero.flags import FlagParser, a_checkpoint, a_path, check_can_write
 from model import GPT
@@ -511,11 +512,11 @@ def open_weights(source, model: ModelConfig):
     if is_published(folder):
         words, _, load = open_published(folder, model)
         return words.replace(str(folder), source, 1), load
-    if checkpoint.find(folder, "best") is None:
+    if checkpoint_folder.find(folder, "best") is None:
         raise UserError(
             f"train.init_from: {source}: found neither a config.json of transformers' nor a checkpoint; expected one"
         )
-    found, saved = checkpoint.reading(folder, "best", lambda found: (found, saved_model(found)))
+    found, saved = checkpoint_folder.reading(folder, "best", lambda found: (found, saved_model(found)))
     refuse_differences(found, model, saved)
     return str(found), lambda: checkpoint.open_weights(found)[2]
 
@@ -549,7 +550,7 @@ def copy_into(model, load):
 
 def saved_model(found):
     """The ModelConfig of a checkpoint, without its weights. Raises UserError if it holds parameters of another."""
-    state = checkpoint.read_state(found)
+    state = checkpoint_state.read_state(found)
     model, parameters = build({"model": state["config"]["model"]}, found / "state.json").model, state["parameters"]
     if model.n_layer > len(parameters):  # which would take long to build
         raise UserError(f"{found}/state.json: {model.n_layer} layers, but {len(parameters)} parameters; use another")
@@ -662,7 +663,7 @@ def main(arguments):
     def write(found):
         return f"{found} -> {args.folder}: {export(found, args.folder, args.dtype)}"
 
-    print(checkpoint.reading(args.path, args.checkpoint, write))
+    print(checkpoint_folder.reading(args.path, args.checkpoint, write))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ import json
 import shlex
 from dataclasses import dataclass
 
+from minzero.commands import UserError
 from minzero.config import (
-    UserError,
     build,
     check_together,
     command_line_values,

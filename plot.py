@@ -22,7 +22,9 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from minzero.config import UserError, build, read_json, run_command
+from minzero import checkpoint_folder, checkpoint_state
+from minzero.commands import UserError
+from minzero.config import build, read_json, run_command
 from minzero.data.shards import cannot_write, write_atomically
 from minzero.flags import FlagParser, a_path, check_can_write
 from minzero.metrics import duration, good_lines
@@ -59,10 +61,8 @@ def read_config(run):
             if not isinstance(config, dict) or not isinstance(config.get(section), dict):
                 raise UserError(f"{path}: no section {section}")
     except UserError as error:
-        from minzero import checkpoint  # takes seconds to import
-
-        for entry in reversed(checkpoint.Saved(Path(run) / "checkpoints").entries):
-            if state := checkpoint.state_if_whole(entry.path):
+        for entry in reversed(checkpoint_folder.Saved(Path(run) / "checkpoints").entries):
+            if state := checkpoint_state.state_if_whole(entry.path):
                 return state | {"deepspeed": {}} | state["config"]
         raise UserError(f"{error}; {remedy}") from None
     versions = config.get("versions")

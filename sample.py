@@ -34,7 +34,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import export
 from eval import Trained, load_model, open_trained
-from minzero.config import UserError, read_json, run_command
+from minzero.commands import UserError
+from minzero.config import read_json, run_command
 from minzero.data.conversations import CHAT_TEMPLATE
 from minzero.data.pipeline import tokenizer_of
 from minzero.data.tokenizer import END_OF_TEXT, huggingface_json, missing_characters

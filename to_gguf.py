@@ -23,7 +23,8 @@ import tempfile
 from pathlib import Path
 
 from export import FAMILIES, family_of, is_published, open_published
-from minzero.config import ModelConfig, UserError, read_json, run_command
+from minzero.commands import UserError
+from minzero.config import ModelConfig, read_json, run_command
 from minzero.data.tokenizer import GPT2_PATTERNS, PATTERN, open_huggingface
 from minzero.flags import FlagParser, a_path, check_can_write
 

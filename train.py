@@ -26,9 +26,10 @@ if __name__ == "__main__":
 import torch
 
 import export
-from minzero import checkpoint, dist, summary
+from minzero import checkpoint, dist, resume, summary
 from minzero.bad_steps import BadSteps
-from minzero.config import TrainConfig, UserError, deepspeed_config, gradient_accumulation, load_config, zero_stage
+from minzero.commands import UserError
+from minzero.config import TrainConfig, deepspeed_config, gradient_accumulation, load_config, zero_stage
 from minzero.data.mixture import Mixture
 from minzero.engine import (
     build_engine,
@@ -99,7 +100,7 @@ class Start(NamedTuple):
 
 def choose_start(config, train_data):
     """Start of this run, by train.resume and train.init_from. Raises UserError."""
-    path, state = checkpoint.where_to_start(config, train_data)
+    path, state = resume.where_to_start(config, train_data)
     if config.train.init_from and not path:
         return Start(path, state, *export.open_weights(config.train.init_from, config.model))
     return Start(path, state)
@@ -123,7 +124,7 @@ def skip_damaged_checkpoints(config, train_data, start):
     while start.path and (fault := checkpoint.fault_of(start.path, start.state)):
         known_faults[start.path] = fault
         with dist.all_or_none():
-            path, state = checkpoint.where_to_start(config, train_data, known_faults)
+            path, state = resume.where_to_start(config, train_data, known_faults)
             start = start._replace(path=path, state=state)
     return start
 

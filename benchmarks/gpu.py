@@ -39,18 +39,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import benchmark
+import model
 import plan
-from minzero.config import (
-    ROOT,
-    Config,
-    UserError,
-    build,
-    git_commit,
-    gradient_accumulation,
-    load_config,
-    merge,
-    run_command,
-)
+from minzero import config
+from minzero.commands import UserError
+from minzero.config import ROOT, Config, build, git_commit, gradient_accumulation, load_config, merge, run_command
 from minzero.data.mixture import Mixture
 from minzero.data.shards import make_folder, write_atomically, write_json, write_shard
 from minzero.flags import FlagParser, a_number, a_path, at_least
@@ -462,7 +455,6 @@ def nanogpt_step(config, path, precision, compiled=False, tanh_gelu=False):
     number of the step -> its mean loss, on the device."""
     import torch
 
-    import model
     import train
     from tests.bench_model import load_nanogpt, nanogpt_optimizer, nanogpt_passes
 
@@ -679,7 +671,6 @@ def deepspeed_adam():
 
 
 def torch_attention():
-    import model
 
     model.attention_backends = lambda device: None
 
@@ -688,11 +679,9 @@ def whole_loss():
     """The loss from all logits at once, compiled, as nanoGPT's."""
     import torch
 
-    import model
-
     @torch.compile
     def summed(logits, targets):
-        return torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=model.IGNORE, reduction="sum")
+        return torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=config.IGNORE, reduction="sum")
 
     def forward(head, x, targets=None):
         logits = torch.nn.Linear.forward(head, x)
@@ -702,28 +691,23 @@ def whole_loss():
 
 
 def large_chunks():
-    import model
 
-    model.tokens_at_a_time = lambda vocab_size, on_gpu: 2**14
+    config.tokens_at_a_time = lambda vocab_size, on_gpu: 2**14
 
 
 def small_chunks():
-    import model
 
-    model.tokens_at_a_time = lambda vocab_size, on_gpu: 2**10
+    config.tokens_at_a_time = lambda vocab_size, on_gpu: 2**10
 
 
 def unpadded():
-    from minzero import loss
 
-    loss.width_of_logits = lambda vocab_size, on_gpu: vocab_size
+    config.width_of_logits = lambda vocab_size, on_gpu: vocab_size
 
 
 def whole_model():
     """One graph for everything, the chunks of the loss one after the other; for stages 0 to 2."""
     import torch
-
-    import model
 
     def compile_all(gpt):
         gpt.forward = torch.compile(gpt.forward)
@@ -742,15 +726,12 @@ def leaf_blocks():
     """Under ZeRO-3 a block's weights are gathered at once in eager too, as where the blocks are compiled."""
     import deepspeed
 
-    import model
-    from minzero import engine
-
     class Leaves(model.GPT):
         def __init__(self, *arguments, **more):
             super().__init__(*arguments, **more)
             deepspeed.utils.set_z3_leaf_modules(self, [model.Block])
 
-    engine.GPT = Leaves
+    model.GPT = Leaves
 
 
 def tuned():

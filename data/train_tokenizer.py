@@ -21,7 +21,8 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from minzero.config import UserError, did_you_mean, run_command
+from minzero.commands import UserError
+from minzero.config import did_you_mean, run_command
 from minzero.data.pipeline import MOST_IDS
 from minzero.data.sources import BadDocument, plural
 from minzero.data.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer

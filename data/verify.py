@@ -19,7 +19,8 @@ from minzero.commands import begin
 if __name__ == "__main__":
     begin()
 
-from minzero.config import UserError, run_command
+from minzero.commands import UserError
+from minzero.config import run_command
 from minzero.data.shards import read_meta, shards_of, verify_shard
 from minzero.flags import FlagParser
 

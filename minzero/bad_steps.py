@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from minzero import checkpoint, dist
+from minzero import checkpoint, checkpoint_folder, dist, resume
 from minzero.config import SharedError
-from minzero.zero import first_not_finite, forget_powers, optimizers
+from minzero.zero import first_not_finite, optimizers, reset_cpu_adam_bias_correction
 
 WINDOW = 128  # good steps that a spike is measured against; half of them must be there
 
@@ -54,7 +54,7 @@ class BadSteps:
         if not self.is_checked:
             self.check()
         if self.fault is None:
-            forget_powers(optimizer)
+            reset_cpu_adam_bias_correction(optimizer)
             update()
 
     def check(self):
@@ -103,7 +103,7 @@ class BadSteps:
         if len(self.bad) >= (1 if train.bad_step == "stop" else train.max_bad_steps):
             raise SharedError(f"step {step}: {self.fault}; bad steps in a row: {len(self.bad)}, {self.remedy(train)}")
         if train.bad_step == "rollback" and self.bad:
-            found, state, passed_over = checkpoint.newest_whole(train.out_dir, progress)
+            found, state, passed_over = resume.newest_whole(train.out_dir, progress)
             if found:
                 checkpoint.load(self.engine, found, state, train.seed, progress)
                 return "; ".join([f"passed over, and back to the weights of {found}", *passed_over])
@@ -127,7 +127,7 @@ class BadSteps:
         samples = ", ".join(f"{first} to {last}" for first, last in self.bad) or "that overflowed in fp16"
 
         def last_ones():
-            saved = checkpoint.Saved(Path(train.out_dir) / "checkpoints")
+            saved = checkpoint_folder.Saved(Path(train.out_dir) / "checkpoints")
             if saved.latest is None:
                 return "no checkpoint was saved"
             if saved.last_good is None:

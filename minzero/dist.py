@@ -14,7 +14,8 @@ import torch
 from torch import distributed
 
 from minzero import commands
-from minzero.config import ROOT, SharedError, UserError, flat, git_commit
+from minzero.commands import UserError
+from minzero.config import ROOT, SharedError, flat, git_commit
 from minzero.launchers import find_ranks
 
 if not torch.cuda.is_available():

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from minzero.config import UserError
+from minzero.commands import UserError
 from minzero.data.shards import is_number, write_atomically
 from minzero.sizes import count_parameters, flops_per_token, peak_flops, recomputed_flops_per_token
 

@@ -4,8 +4,9 @@ import math
 import time
 from typing import NamedTuple
 
-from minzero import checkpoint, dist, metrics
-from minzero.config import SharedError, UserError
+from minzero import checkpoint, checkpoint_folder, dist, metrics
+from minzero.commands import UserError
+from minzero.config import SharedError
 from minzero.data.shards import write_json
 
 
@@ -66,11 +67,11 @@ class Run:
             with dist.all_or_none():
                 dist.print0(self.folder.hold() if its_turn else None)
         with dist.all_or_none():
-            if self.group.rank == 0 and not resumes and checkpoint.find(self.folder.path):
+            if self.group.rank == 0 and not resumes and checkpoint_folder.find(self.folder.path):
                 path = self.folder.path
                 raise UserError(f"train.out_dir: another run has just saved into {path}; start again to continue it")
             if self.group.rank == 0:
-                checkpoint.tidy(self.folder.path / "checkpoints")
+                checkpoint_folder.tidy(self.folder.path / "checkpoints")
 
     def begin(self, engine, bad_steps, run_info, parameters):
         """Write config.json and open the log. run_info: what config.json and each checkpoint record. parameters: how

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from minzero.config import UserError
+from minzero.commands import UserError
 from minzero.data.shards import make_folder, write_atomically
 
 PATIENCE = 5.0  # seconds that the last ranks of a run that was killed may need to notice it

@@ -3,7 +3,8 @@
 import json
 import re
 
-from minzero.config import ModelConfig, UserError, switched_on
+from minzero.commands import UserError
+from minzero.config import ModelConfig, switched_on
 
 # Dense peak of the tensor cores in bf16 with float32 sums, without sparsity, in FLOP/s, from NVIDIA's data
 # sheets. A pattern is searched in the device's name, and the first that is found counts. A device that is

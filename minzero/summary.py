@@ -2,7 +2,7 @@
 
 import json
 
-from minzero import checkpoint, metrics
+from minzero import checkpoint, metrics, resume
 from minzero.schedule import learning_rate
 
 SHAPES_THE_RATE = [f"train.{name}" for name in checkpoint.SHAPES_THE_RATE]
@@ -57,8 +57,8 @@ def epochs(tokens, data):
 def resume_line(start, group, setup):
     """Where a run continues, and what it ran on before if that was something else. start: its checkpoint."""
     state = start.state
-    was = checkpoint.setting(state["world_size"], state["stage"], state["precision"])
-    now = checkpoint.setting(group.world_size, setup.stage, setup.precision)
+    was = resume.setting(state["world_size"], state["stage"], state["precision"])
+    now = resume.setting(group.world_size, setup.stage, setup.precision)
     moved = f"; saved on {was}, now {now}" if was != now else ""
     return f"continuing from {start.path}: step {state['step']}, {state['tokens']:,} tokens{moved}"
 
@@ -75,7 +75,7 @@ def changed_settings(state, config, tokens_before):
         train = config.train
         step = state["step"]
         next_tokens = tokens_before + (step + 1) * train.global_batch_tokens
-        before = learning_rate(checkpoint.saved_train_config(state), state["tokens"])
+        before = learning_rate(resume.saved_train_config(state), state["tokens"])
         after = learning_rate(train, next_tokens)
         last = learning_rate(train, train.max_tokens)
         line += f"; the learning rate goes from {before:.2e} at step {step} to {after:.2e} at step {step + 1}"

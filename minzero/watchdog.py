@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 from torch import distributed
 
-from minzero import checkpoint, dist
-from minzero.config import UserError
+from minzero import checkpoint_folder, dist
+from minzero.commands import UserError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
@@ -24,7 +24,7 @@ def end_process(reason, code, out_dir, folder=None):
     exit would wait for ranks that are gone."""
     remedy = "no checkpoint was saved yet"
     with contextlib.suppress(OSError, UserError):
-        if found := checkpoint.find(out_dir):
+        if found := checkpoint_folder.find(out_dir):
             remedy = f"resume from {found}"
     if folder:
         with contextlib.suppress(OSError, UserError):

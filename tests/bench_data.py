@@ -30,6 +30,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from minzero.data import tokenizer
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 BATCH, BLOCK = 12, 1024
@@ -73,7 +75,7 @@ def ours(folder, workers, texts):
     shutil.rmtree(folder / f"ours_{workers}", ignore_errors=True)
     arguments = ["--out", f"{folder}/ours_{workers}", "--workers", str(workers), "--val_fraction", "0.0005"]
     args = pipeline.options("", folder).parse_args(arguments)
-    pipeline.load_tokenizer("gpt2")  # as the other two, in front of the clock
+    tokenizer.load_tokenizer("gpt2")  # as the other two, in front of the clock
     started = time.perf_counter()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         pipeline.prepare(sources.Files(folder / "corpus.jsonl"), "gpt2", args)

@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import model
-from minzero import dist
+from minzero import dist, loss
 from minzero.config import Config, ModelConfig, TrainConfig, deepspeed_config
 from minzero.engine import build_engine
 from minzero.sizes import flops_per_token
@@ -204,8 +204,8 @@ def memory(args):
                 x.grad = weight.grad = None
 
         def chunked(x=x, weight=weight, targets=targets):
-            chunk, gradients = model.tokens_at_a_time(ids, False), x.requires_grad
-            loss = model.LinearCrossEntropy.apply(x, weight, targets, chunk, gradients, model.cross_entropy)
+            chunk, gradients = config.tokens_at_a_time(ids, False), x.requires_grad
+            loss = loss.LinearCrossEntropy.apply(x, weight, targets, chunk, gradients, loss.cross_entropy)
             if gradients:
                 loss.backward()
                 x.grad = weight.grad = None

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from minzero import checkpoint
+from minzero import checkpoint_folder, checkpoint_state
 from minzero.metrics import read_metrics
 from tests.conftest import ROOT, deepspeed_command, environment, run, write_small_data
 
@@ -87,13 +87,15 @@ def main(folder, kills, inside_a_save, steps, port):
         assert start_and_kill(command_of(data, killed, steps, port, count % 2 == 0), killed, moment, generator), (
             "raise --steps"
         )
-        left, found = sorted(name for name, _ in unfinished(killed) - before), checkpoint.find(killed)
+        left, found = sorted(name for name, _ in unfinished(killed) - before), checkpoint_folder.find(killed)
         inside += bool(left)
         print(f"kill {count}: {moment}; complete {found and found.name}, cut off {left}", flush=True)
     done = run(command_of(data, killed, steps, port), timeout=3600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
-    last = [checkpoint.read_state(path / "checkpoints" / checkpoint.name_of(steps)) for path in (whole, killed)]
+    last = [
+        checkpoint_state.read_state(path / "checkpoints" / checkpoint_folder.name_of(steps)) for path in (whole, killed)
+    ]
     assert last[0]["files"] == last[1]["files"], "weights, moments and random state, by checksum"
     losses = [
         [(line["step"], line["loss"]) for line in read_metrics(path) if "loss" in line] for path in (whole, killed)

@@ -11,10 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minzero import bad_steps, checkpoint, dist
-from minzero import zero as pieces
-from minzero.config import Config, SharedError, TrainConfig, UserError
+from minzero import bad_steps, checkpoint, checkpoint_folder, dist, resume, tensor_files
+from minzero.checkpoint_folder import complete_checkpoints, find, name_of, prune, reading
+from minzero.checkpoint_state import read_state, state_checksum
+from minzero.commands import UserError
+from minzero.config import Config, SharedError, TrainConfig
 from minzero.data.shards import write_json
+from minzero.tensor_files import SavedPieces, check_sums, index_of, pieces_in
+from minzero.zero import KINDS
 from tests.trained_runs import write_file
 
 TENSORS = {
@@ -41,13 +45,13 @@ def state_of(step, files):
 
 def make(run, step):
     """A checkpoint of two ranks, with one parameter of 2 x 5."""
-    folder = run / "checkpoints" / checkpoint.name_of(step)
+    folder = run / "checkpoints" / name_of(step)
     folder.mkdir(parents=True)
     halves = [{k: v for k, v in TENSORS.items() if k.endswith("/6") == second} for second in (False, True)]
     names = ("rank_00000.safetensors", "rank_00001.safetensors")
     files = {name: write_file(folder / name, part) for name, part in zip(names, halves, strict=True)}
     state = state_of(step, files)
-    write_json(folder / "state.json", state | {"crc32": checkpoint.seal(state)})
+    write_json(folder / "state.json", state | {"crc32": state_checksum(state)})
     return folder
 
 
@@ -61,11 +65,11 @@ def no_reader_may_hang():
 
 def save(run, step, val_loss=None, keep=2):
     """What the ranks and rank 0 do to save a checkpoint, without an engine."""
-    folder, name = run / "checkpoints", checkpoint.name_of(step)
+    folder, name = run / "checkpoints", name_of(step)
     checkpoint.make_room(folder, name)
     files = {"rank_00000.safetensors": write_file(folder / f"{name}.tmp" / "rank_00000.safetensors", WHOLE)}
     checkpoint.commit(folder, name, state_of(step, files) | {"val_loss": val_loss, "world_size": 1}, False)
-    checkpoint.prune(folder, keep)
+    prune(folder, keep)
     return folder / name
 
 
@@ -74,11 +78,11 @@ def marks(run):
 
 
 def steps_of(run):
-    return [int(path.name[5:]) for path in checkpoint.complete_checkpoints(run / "checkpoints")]
+    return [int(path.name[5:]) for path in complete_checkpoints(run / "checkpoints")]
 
 
 def mark(run, which, step):
-    (run / "checkpoints" / which).write_text(checkpoint.name_of(step))
+    (run / "checkpoints" / which).write_text(name_of(step))
 
 
 def test_what_is_written_is_safetensors(tmp_path):
@@ -86,63 +90,63 @@ def test_what_is_written_is_safetensors(tmp_path):
     read = load_file(tmp_path / "a.safetensors")
     assert read.keys() == TENSORS.keys() and all(torch.equal(read[name], TENSORS[name]) for name in TENSORS)
     assert entry["bytes"] == (tmp_path / "a.safetensors").stat().st_size
-    checkpoint.check_sums(tmp_path, {"a.safetensors": entry})
+    check_sums(tmp_path, {"a.safetensors": entry})
 
 
 def test_pieces_are_cut_and_joined_wherever_they_begin(tmp_path):
     """Files of two ranks, 6 and 4 elements, read by any number of ranks."""
     folder = make(tmp_path, 5)
-    saved = pieces.SavedPieces(folder, checkpoint.read_state(folder))
+    saved = SavedPieces(folder, read_state(folder))
     for start in range(10):
         for end in range(start + 1, 11):
             piece = torch.zeros(end - start)
-            saved.fill(piece, start, "fp32", "a.weight")
+            saved.copy_overlap(piece, start, "fp32", "a.weight")
             assert piece.tolist() == list(range(start, end))
     saved.index["a.weight"] = [[1, 6, 4, 4]]  # as if the first file held none of it
     with pytest.raises(UserError, match=r"a\.weight: found 4 of 6 elements; the checkpoint is damaged"):
-        saved.fill(torch.zeros(6), 4, "fp32", "a.weight")
+        saved.copy_overlap(torch.zeros(6), 4, "fp32", "a.weight")
 
 
 def test_find_takes_what_is_marked_and_never_what_is_incomplete(tmp_path):
-    assert checkpoint.find(tmp_path) is None
+    assert find(tmp_path) is None
     folders = {step: make(tmp_path, step) for step in (5, 10, 15)}
     (tmp_path / "checkpoints" / "step_00000020.tmp").mkdir()
     (tmp_path / "checkpoints" / "step_00000025").mkdir()  # no state.json
-    assert checkpoint.find(tmp_path) == folders[15], "the newest where nothing is marked"
+    assert find(tmp_path) == folders[15], "the newest where nothing is marked"
     mark(tmp_path, "latest", 10)
     mark(tmp_path, "best", 5)
-    assert checkpoint.find(tmp_path) == folders[10]
-    assert checkpoint.find(tmp_path, "best") == folders[5]
-    assert checkpoint.find(tmp_path, "15") == folders[15]
-    assert checkpoint.find(folders[5]) == folders[5]
+    assert find(tmp_path) == folders[10]
+    assert find(tmp_path, "best") == folders[5]
+    assert find(tmp_path, "15") == folders[15]
+    assert find(folders[5]) == folders[5]
     with pytest.raises(UserError, match=r"no checkpoint '20'; expected latest, best or one of the steps: 5, 10, 15"):
-        checkpoint.find(tmp_path, "20")
+        find(tmp_path, "20")
 
 
 def test_the_newest_usable_says_what_it_passed_over(tmp_path):
-    assert checkpoint.newest_usable(tmp_path) == (None, None, [])
+    assert resume.newest_usable(tmp_path) == (None, None, [])
     folders = {step: make(tmp_path, step) for step in (5, 10, 15, 30)}
     mark(tmp_path, "latest", 15)  # 30 was left by an earlier continuation
     (tmp_path / "checkpoints" / "step_00000020.tmp").mkdir()
-    path, state, passed_over = checkpoint.newest_usable(tmp_path)
+    path, state, passed_over = resume.newest_usable(tmp_path)
     unfinished = f"ignored {tmp_path}/checkpoints/step_00000020.tmp: its save was not finished"
     assert path == folders[15] and state["step"] == 15 and passed_over == [unfinished]
     (folders[15] / "rank_00001.safetensors").write_bytes(b"x")
-    path, _, passed_over = checkpoint.newest_usable(tmp_path)
+    path, _, passed_over = resume.newest_usable(tmp_path)
     assert path == folders[10] and len(passed_over) == 2
     assert f"ignored {folders[15]}: {folders[15]}/rank_00001.safetensors: 1 bytes, expected" in passed_over[1]
-    path, _, passed_over = checkpoint.newest_usable(tmp_path, {folders[10]: "a wrong checksum"})
+    path, _, passed_over = resume.newest_usable(tmp_path, {folders[10]: "a wrong checksum"})
     assert path == folders[5] and passed_over[2] == f"ignored {folders[10]}: a wrong checksum"
     for folder in (folders[5], folders[10], folders[30]):
         (folder / "state.json").write_text("{")
     with pytest.raises(UserError, match=r"no checkpoint of this run is whole: choose another") as error:
-        checkpoint.newest_usable(tmp_path)
+        resume.newest_usable(tmp_path)
     assert "\n" not in str(error.value)
 
 
 def test_the_first_save_that_was_killed_is_said_and_starts_anew(tmp_path):
     (tmp_path / "checkpoints" / "step_00000020.tmp").mkdir(parents=True)
-    path, state, passed_over = checkpoint.newest_usable(tmp_path)
+    path, state, passed_over = resume.newest_usable(tmp_path)
     assert path is state is None and passed_over[0].endswith("step_00000020.tmp: its save was not finished")
 
 
@@ -151,8 +155,8 @@ def test_pruning_keeps_the_newest_and_what_is_marked(tmp_path):
         make(tmp_path, step)
     mark(tmp_path, "latest", 6)
     mark(tmp_path, "best", 2)
-    checkpoint.prune(tmp_path / "checkpoints", 2)
-    left = [int(p.name[5:]) for p in checkpoint.complete_checkpoints(tmp_path / "checkpoints")]
+    prune(tmp_path / "checkpoints", 2)
+    left = [int(p.name[5:]) for p in complete_checkpoints(tmp_path / "checkpoints")]
     assert left == [2, 5, 6]
 
 
@@ -172,9 +176,9 @@ def test_each_damaged_file_is_named_and_an_older_checkpoint_taken(tmp_path, file
     with pytest.raises(UserError) as error:
         checkpoint.open_weights(newer)
     assert file in str(error.value) and "\n" not in str(error.value)
-    path, _, passed_over = checkpoint.newest_usable(tmp_path)
+    path, _, passed_over = resume.newest_usable(tmp_path)
     if path == newer:  # sizes are right: only reading it shows the wrong bit
-        path, _, passed_over = checkpoint.newest_usable(tmp_path, {newer: str(error.value)})
+        path, _, passed_over = resume.newest_usable(tmp_path, {newer: str(error.value)})
     assert path == older and len(passed_over) == 1 and str(newer) in passed_over[0]
     _, _, read = checkpoint.open_weights(older)
     for name in ("a.weight", "b.weight"):  # tied
@@ -182,21 +186,21 @@ def test_each_damaged_file_is_named_and_an_older_checkpoint_taken(tmp_path, file
 
 
 def test_another_run_is_refused_with_what_differs(tmp_path):
-    state, config = checkpoint.read_state(make(tmp_path, 5)), Config()
-    checkpoint.check_same_run(tmp_path, state, config)
+    state, config = read_state(make(tmp_path, 5)), Config()
+    resume.check_same_run(tmp_path, state, config)
     del state["config"]["model"]["norm_eps"]  # saved before there was that key
-    checkpoint.check_same_run(tmp_path, state, config)
+    resume.check_same_run(tmp_path, state, config)
     config.model.n_layer, config.train.seed = 3, 7
     with pytest.raises(UserError, match=r"model.n_layer 12 -> 3; train.seed 1337 -> 7"):
-        checkpoint.check_same_run(tmp_path, state, config)
+        resume.check_same_run(tmp_path, state, config)
     config.train.allow_changed = ["train.seed"]
     with pytest.raises(UserError, match=r"settings: model.n_layer 12 -> 3; set them back, or start another run with"):
-        checkpoint.check_same_run(tmp_path, state, config)
+        resume.check_same_run(tmp_path, state, config)
     config.model.n_layer = 12
-    checkpoint.check_same_run(tmp_path, state, config)
+    resume.check_same_run(tmp_path, state, config)
     config = Config()
     config.train.micro_batch_size, config.train.eval_every = 1, 5
-    checkpoint.check_same_run(tmp_path, state, config)  # neither changes what is learned
+    resume.check_same_run(tmp_path, state, config)  # neither changes what is learned
 
 
 @pytest.mark.parametrize("content", [{}, [], {"step": 5}, state_of(5, []), state_of("5", {})])
@@ -204,14 +208,14 @@ def test_a_damaged_state_is_named(tmp_path, content):
     folder = make(tmp_path, 5)
     write_json(folder / "state.json", content)
     with pytest.raises(UserError, match=r"state.json: no \w+ \(\w+\); the checkpoint is damaged"):
-        checkpoint.read_state(folder)
+        read_state(folder)
 
 
 def test_a_wrong_digit_in_the_state_is_no_other_setting(tmp_path):
     file = make(tmp_path, 5) / "state.json"
     file.write_text(file.read_text().replace('"step": 5', '"step": 7'))
     with pytest.raises(UserError, match=r"state.json: its checksum is wrong; the checkpoint is damaged"):
-        checkpoint.read_state(file.parent)
+        read_state(file.parent)
 
 
 # -- killed at any moment ------------------------------------------------------------------------
@@ -262,12 +266,12 @@ def test_killed_between_any_two_operations_of_a_save_the_next_start_puts_all_rig
             except Killed:
                 seen.add(made[-1] if made else None)
         # the next start
-        checkpoint.restore_replaced(run / "checkpoints")
-        found, state, _ = checkpoint.newest_usable(run)
-        assert found.name == checkpoint.name_of(state["step"]) and state["step"] in (11, 15, step)
-        checkpoint.check_sums(found, state["files"])
-        checkpoint.tidy(run / "checkpoints")
-        losses = {p: checkpoint.read_state(p)["val_loss"] for p in checkpoint.complete_checkpoints(run / "checkpoints")}
+        checkpoint_folder.restore_replaced(run / "checkpoints")
+        found, state, _ = resume.newest_usable(run)
+        assert found.name == name_of(state["step"]) and state["step"] in (11, 15, step)
+        check_sums(found, state["files"])
+        checkpoint_folder.tidy(run / "checkpoints")
+        losses = {p: read_state(p)["val_loss"] for p in complete_checkpoints(run / "checkpoints")}
         assert marks(run) == (state["step"], int(min(losses, key=losses.get).name[5:]))
         assert not list((run / "checkpoints").glob("*.tmp")), number
         assert 15 in steps_of(run), "the one that was to be replaced, or the new one"
@@ -276,7 +280,7 @@ def test_killed_between_any_two_operations_of_a_save_the_next_start_puts_all_rig
         save(run, 30, 5.0)
         save(run, 35, 6.0)
         left = sorted(path.name for path in (run / "checkpoints").iterdir())
-        assert left == ["best", "latest", *(checkpoint.name_of(at) for at in sorted({best, 30, 35}))], number
+        assert left == ["best", "latest", *(name_of(at) for at in sorted({best, 30, 35}))], number
         number += 1
     assert number > 12 and seen >= {"mkdir", "replace", "rename", "unlink", "fsync"}, (number, seen)
 
@@ -295,13 +299,13 @@ def test_a_damaged_mark_stops_nobody_and_is_put_right(tmp_path, which, content):
     else:
         file.write_bytes(content)
     right = {"latest": 15, "best": 5}[which]
-    assert checkpoint.find(tmp_path, which).name == checkpoint.name_of(right)
-    assert checkpoint.newest_usable(tmp_path)[1]["step"] == 15
-    checkpoint.tidy(tmp_path / "checkpoints")
+    assert find(tmp_path, which).name == name_of(right)
+    assert resume.newest_usable(tmp_path)[1]["step"] == 15
+    checkpoint_folder.tidy(tmp_path / "checkpoints")
     assert marks(tmp_path) == (15, 5)
     file.unlink()
     os.mkfifo(file)
-    assert checkpoint.find(tmp_path, which).name == checkpoint.name_of(right)
+    assert find(tmp_path, which).name == name_of(right)
     save(tmp_path, 20, 4.0, keep=9)
     assert marks(tmp_path) == (20, 5)
 
@@ -313,17 +317,17 @@ def test_a_mark_that_names_another_whole_checkpoint_counts_for_nothing(tmp_path,
         save(tmp_path, step, loss, keep=9)
     mark(tmp_path, "best", wrong)
     mark(tmp_path, "latest", wrong)
-    assert checkpoint.find(tmp_path, "best").name == checkpoint.name_of(15)
-    assert checkpoint.find(tmp_path).name == checkpoint.name_of(20)
+    assert find(tmp_path, "best").name == name_of(15)
+    assert find(tmp_path).name == name_of(20)
 
 
 def test_a_run_resumed_from_an_older_checkpoint_deletes_the_stale_ones_and_not_its_own(tmp_path):
     for step, loss in ((10, 3.0), (40, 1.0), (50, 2.0)):
         save(tmp_path, step, loss, keep=9)
     save(tmp_path, 20, 2.9)
-    assert checkpoint.find(tmp_path).name == checkpoint.name_of(20)
+    assert find(tmp_path).name == name_of(20)
     assert steps_of(tmp_path) == [10, 20, 40, 50], "as long as it has not saved two of its own"
-    assert checkpoint.newest_usable(tmp_path, {tmp_path / "checkpoints/step_00000020": "x"})[1]["step"] == 10
+    assert resume.newest_usable(tmp_path, {tmp_path / "checkpoints/step_00000020": "x"})[1]["step"] == 10
     save(tmp_path, 30, 2.8)
     assert steps_of(tmp_path) == [20, 30, 40], "40 is the best of all, and no other copy is there"
     save(tmp_path, 45, 2.7)
@@ -340,7 +344,7 @@ def test_no_good_checkpoint_is_deleted_for_those_of_a_run_that_goes_wrong(tmp_pa
     for step in range(4, 9):
         save(tmp_path, step, float("nan"))
     assert steps_of(tmp_path) == [1, 2, 3, 7, 8] and marks(tmp_path) == (8, 1)
-    assert checkpoint.Saved(tmp_path / "checkpoints").last_good.name == checkpoint.name_of(3)
+    assert checkpoint_folder.Saved(tmp_path / "checkpoints").last_good.name == name_of(3)
     save(tmp_path, 9, 4.0)
     assert steps_of(tmp_path) == [1, 3, 7, 8, 9]
     save(tmp_path, 10, 4.0)
@@ -370,10 +374,10 @@ def test_nothing_is_deleted_but_what_a_run_wrote(tmp_path):
     with pytest.raises(
         UserError, match=r"no checkpoint '3'; expected latest, best or one of the steps: 4, 5, 9, 23, 24"
     ):
-        checkpoint.find(tmp_path, "3")
+        find(tmp_path, "3")
     for odd in ("\u00b2", "9" * 5000, "-1", "", "../x"):
         with pytest.raises(UserError, match="no checkpoint '"):
-            checkpoint.find(tmp_path, odd)
+            find(tmp_path, odd)
 
 
 def test_half_a_deletion_is_finished_by_the_next_save(tmp_path):
@@ -411,7 +415,7 @@ def test_readers_that_lose_the_race_against_a_deletion_take_the_next(tmp_path):
     thread.start()
     try:
         while len(set(opened)) < 20:  # so many that the run has saved, and deleted, meanwhile
-            found, read = checkpoint.reading(tmp_path, ("latest", "best")[len(opened) % 2], look)
+            found, read = reading(tmp_path, ("latest", "best")[len(opened) % 2], look)
             assert read("a.weight").flatten().tolist() == list(range(10)), "even if it is deleted meanwhile"
             opened.append(found)
     finally:
@@ -424,19 +428,19 @@ def test_readers_that_lose_the_race_against_a_deletion_take_the_next(tmp_path):
 
 def many_files(run, ranks, elements=640, parameters=("a", "b", "c"), indexed=True):
     """A checkpoint as that many ranks at stage 3 write it, of parameters of so many elements."""
-    folder = run / "checkpoints" / checkpoint.name_of(1)
+    folder = run / "checkpoints" / name_of(1)
     folder.mkdir(parents=True)
     files, pieces_of = {}, []
     each = -(-elements // ranks)
     for rank in range(ranks):
         own = range(min(elements, rank * each), min(elements, (rank + 1) * each))
-        names = [f"{kind}/{name}/{own.start}" for name in parameters for kind in pieces.KINDS] if own else []
+        names = [f"{kind}/{name}/{own.start}" for name in parameters for kind in KINDS] if own else []
         tensors = {name: torch.arange(float(own.start), own.stop) for name in names}
         files[f"rank_{rank:05d}.safetensors"] = write_file(folder / f"rank_{rank:05d}.safetensors", tensors)
-        pieces_of.append(pieces.pieces_in({name: len(tensor) for name, tensor in tensors.items()}))
+        pieces_of.append(pieces_in({name: len(tensor) for name, tensor in tensors.items()}))
     state = state_of(1, files) | {"parameters": {name: [elements] for name in parameters}, "tied": {}}
-    state |= {"pieces": pieces.index_of(pieces_of)} if indexed else {}
-    write_json(folder / "state.json", state | {"crc32": checkpoint.seal(state)})
+    state |= {"pieces": index_of(pieces_of)} if indexed else {}
+    write_json(folder / "state.json", state | {"crc32": state_checksum(state)})
     return folder
 
 
@@ -444,7 +448,7 @@ def many_files(run, ranks, elements=640, parameters=("a", "b", "c"), indexed=Tru
 def counted(monkeypatch):
     """{"files": names of those opened, one each time; "bytes": read of them} from here on."""
     seen = {"files": [], "bytes": 0}
-    opener, read_into = pieces.open_plain_file, pieces.TensorFile.read_into
+    opener, read_into = tensor_files.open_plain_file, tensor_files.TensorFile.read_into
 
     def open_plain_file(path):
         seen["files"].append(path.name)
@@ -454,8 +458,8 @@ def counted(monkeypatch):
         seen["bytes"] += len(memoryview(out))
         read_into(self, offset, out)
 
-    monkeypatch.setattr(pieces, "open_plain_file", open_plain_file)
-    monkeypatch.setattr(pieces.TensorFile, "read_into", count)
+    monkeypatch.setattr(tensor_files, "open_plain_file", open_plain_file)
+    monkeypatch.setattr(tensor_files.TensorFile, "read_into", count)
     return seen
 
 
@@ -463,16 +467,16 @@ def counted(monkeypatch):
 def test_a_rank_opens_only_the_files_that_hold_its_pieces(tmp_path, counted, ranks):
     """A checkpoint of 64 ranks resumed on as many, on fewer and on more: the files opened by each."""
     folder = many_files(tmp_path, 64)
-    state = checkpoint.read_state(folder)
+    state = read_state(folder)
     for rank in range(ranks):
         counted["files"].clear()
-        saved = pieces.SavedPieces(folder, state)
+        saved = SavedPieces(folder, state)
         each = -(-640 // ranks)
         own = range(min(640, rank * each), min(640, (rank + 1) * each))
         for name in "abc" if own else "":
-            for kind in pieces.KINDS:
+            for kind in KINDS:
                 part = torch.zeros(len(own))
-                saved.fill(part, own.start, kind, name)
+                saved.copy_overlap(part, own.start, kind, name)
                 assert part.tolist() == list(own)
         needed = sorted({f"rank_{element // 10:05d}.safetensors" for element in own})
         assert sorted(counted["files"]) == needed, "each once"
@@ -480,11 +484,11 @@ def test_a_rank_opens_only_the_files_that_hold_its_pieces(tmp_path, counted, ran
 
 
 def test_files_open_at_a_time_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(pieces, "MOST_OPEN_FILES", 5)
-    saved = pieces.SavedPieces(folder := many_files(tmp_path, 64), checkpoint.read_state(folder))
+    monkeypatch.setattr(tensor_files, "MOST_OPEN_FILES", 5)
+    saved = SavedPieces(folder := many_files(tmp_path, 64), read_state(folder))
     whole = torch.zeros(640)
     before = len(os.listdir("/proc/self/fd"))
-    saved.fill(whole, 0, "fp32", "b")
+    saved.copy_overlap(whole, 0, "fp32", "b")
     assert whole.tolist() == list(range(640)) and len(os.listdir("/proc/self/fd")) <= before + 5
 
 
@@ -516,7 +520,7 @@ def test_a_flipped_bit_stops_those_who_read_it(tmp_path, kind, stops):
     else:
         assert read("b").tolist() == list(range(640))
     with pytest.raises(UserError, match=f"rank_00002.safetensors: {kind}/b/320: found checksum"):
-        checkpoint.check_sums(folder, state["files"])
+        check_sums(folder, state["files"])
 
 
 @pytest.mark.parametrize("spoilt", [False, True])
@@ -524,20 +528,20 @@ def test_a_checkpoint_of_older_code_loads(tmp_path, spoilt):
     """Files without checksums in their headers, one of the whole file in state.json, no index, none of the newer keys;
     the marks say which is the best."""
     for step in (5, 10, 15):
-        folder, files = tmp_path / "checkpoints" / checkpoint.name_of(step), {}
+        folder, files = tmp_path / "checkpoints" / name_of(step), {}
         folder.mkdir(parents=True)
         for rank, elements in enumerate((range(6), range(6, 10))):
             part = torch.tensor([float(step + number) for number in elements])
             file = folder / f"rank_{rank:05d}.safetensors"
-            names = [f"{kind}/a.weight/{elements.start}" for kind in pieces.KINDS]
+            names = [f"{kind}/a.weight/{elements.start}" for kind in KINDS]
             save_file({name: part.clone() for name in names} | {"random/cpu/0": torch.get_rng_state()}, file)
             content = file.read_bytes()
             files[file.name] = {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
         state = state_of(step, files) | {"best_val_loss": 2.0}
-        write_json(folder / "state.json", state | {"crc32": checkpoint.seal(state)})
+        write_json(folder / "state.json", state | {"crc32": state_checksum(state)})
     mark(tmp_path, "latest", 10)
     mark(tmp_path, "best", 5)
-    assert [checkpoint.find(tmp_path, which).name[-2:] for which in ("latest", "best")] == ["10", "05"]
+    assert [find(tmp_path, which).name[-2:] for which in ("latest", "best")] == ["10", "05"]
     if spoilt:
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
@@ -546,10 +550,10 @@ def test_a_checkpoint_of_older_code_loads(tmp_path, spoilt):
             checkpoint.open_weights(folder)
         return
     for step, found in ((5, "best"), (10, "latest"), (15, "15")):
-        _, _, read = checkpoint.open_weights(checkpoint.find(tmp_path, found))
+        _, _, read = checkpoint.open_weights(find(tmp_path, found))
         assert read("a.weight").flatten().tolist() == [float(step + number) for number in range(10)]
     save(tmp_path, 12, 3.0)
-    assert marks(tmp_path) == (12, 5) and checkpoint.newest_usable(tmp_path)[1]["step"] == 12
+    assert marks(tmp_path) == (12, 5) and resume.newest_usable(tmp_path)[1]["step"] == 12
     save(tmp_path, 14, 1.0)
     assert marks(tmp_path) == (14, 14) and steps_of(tmp_path) == [12, 14]
 
@@ -628,14 +632,14 @@ def test_every_field_of_the_state_is_checked_before_it_is_used(tmp_path, key, va
     state = json.loads((folder / "state.json").read_text())
     del state["crc32"]
     state[key] = value(state[key]) if callable(value) else value
-    write_json(folder / "state.json", state | {"crc32": checkpoint.seal(state)})
-    for read in (checkpoint.read_state, checkpoint.open_weights):
+    write_json(folder / "state.json", state | {"crc32": state_checksum(state)})
+    for read in (read_state, checkpoint.open_weights):
         with pytest.raises(UserError, match=rf"^{folder}/state.json: (no )?{key}") as error:
             read(folder)
         assert "\n" not in str(error.value) and len(str(error.value)) < 500
-    assert checkpoint.find(folder) == folder and checkpoint.find(tmp_path) == folder
+    assert find(folder) == folder and find(tmp_path) == folder
     with pytest.raises(UserError, match="no checkpoint of this run is whole"):
-        checkpoint.newest_usable(tmp_path)
+        resume.newest_usable(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -664,12 +668,12 @@ def test_only_plain_files_of_the_checkpoint_are_opened(tmp_path, file, what):
         os.truncate(path, 1 << 40)
     else:
         path.symlink_to(tmp_path / "elsewhere" if what == "link" else "/dev/zero")
-    for read in (checkpoint.read_state, checkpoint.open_weights):
+    for read in (read_state, checkpoint.open_weights):
         with pytest.raises(UserError, match=rf"{file}: [^\n]+$"):
             read(folder)
     if file != "state.json":
         with pytest.raises(UserError, match=rf"{file}: [^\n]+$"):
-            checkpoint.check_sums(folder, {file: {"bytes": size, "header_crc32": "00000000"}})
+            check_sums(folder, {file: {"bytes": size, "header_crc32": "00000000"}})
 
 
 def header_of(change):
@@ -721,7 +725,7 @@ def test_a_crafted_header_is_refused(tmp_path, change, older_code):
         if header_of(change) and header_of(change).get("__metadata__") == {}:
             pytest.skip("right in older code")
     state = state_of(5, {file.name: {"bytes": len(content)} | entry})
-    write_json(folder / "state.json", state | {"crc32": checkpoint.seal(state)})
+    write_json(folder / "state.json", state | {"crc32": state_checksum(state)})
     with pytest.raises(UserError, match=r"rank_00000.safetensors: its header [^\n]+$"):
         checkpoint.open_weights(folder)
 
@@ -732,13 +736,13 @@ def test_a_header_of_an_absurd_size_is_refused(tmp_path, length):
     file = folder / "rank_00000.safetensors"
     file.write_bytes(length.to_bytes(8, "little") + bytes(100))
     state = state_of(5, {file.name: {"bytes": 108, "header_crc32": "00000000"}})
-    write_json(folder / "state.json", state | {"crc32": checkpoint.seal(state)})
+    write_json(folder / "state.json", state | {"crc32": state_checksum(state)})
     with pytest.raises(UserError, match=r"rank_00000.safetensors: found (a header|checksum) [^\n]+$"):
         checkpoint.open_weights(folder)
 
 
 @pytest.mark.parametrize("spoilt", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("kind", pieces.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_number_that_is_not_finite_is_never_written(tmp_path, kind, spoilt):
     name = f"{kind}/a.weight/0"
     tensors = WHOLE | {name: WHOLE[name].clone()}
@@ -776,20 +780,20 @@ def test_a_writer_that_ends_by_any_error_commits_nothing(tmp_path, monkeypatch, 
     spoilt.error, spoilt.at = error, at
     header = {"fp32/a.weight/0": (torch.float32, 10)}
     monkeypatch.setattr(checkpoint, "description", lambda engine: {})
-    monkeypatch.setattr(checkpoint, "own_tensors", lambda engine: (header, iter([spoilt])))
-    monkeypatch.setattr(checkpoint, "only_on_nvme", lambda engine: False)
+    monkeypatch.setattr(checkpoint, "tensors_to_save", lambda engine: (header, iter([spoilt])))
+    monkeypatch.setattr(checkpoint, "nvme_swapper", lambda engine: None)
     saving = checkpoint.Saving(None, tmp_path / "checkpoints", state_of(10, {}), False, 2, background)
     with pytest.raises(UserError, match=r"step_00000010.tmp/rank_00000.safetensors: could not be written") as raised:
         saving.finish()
     assert ("out of memory" if isinstance(error, MemoryError) else str(error.args[-1])) in str(raised.value)
-    assert checkpoint.find(tmp_path) == before and steps_of(tmp_path) == [5]
+    assert find(tmp_path) == before and steps_of(tmp_path) == [5]
     assert ("Traceback" in capsys.readouterr().err) == ("odd" in error.args), "a fault of the program can be found"
 
 
 def test_a_writer_that_says_nothing_commits_nothing(tmp_path, monkeypatch, alone):
     """As one that was ended by what is no Exception."""
     monkeypatch.setattr(checkpoint, "description", lambda engine: {})
-    monkeypatch.setattr(checkpoint, "own_tensors", lambda engine: ({}, iter([])))
+    monkeypatch.setattr(checkpoint, "tensors_to_save", lambda engine: ({}, iter([])))
     monkeypatch.setattr(checkpoint.Saving, "write", lambda *_: None)
     saving = checkpoint.Saving(None, tmp_path / "checkpoints", state_of(10, {}), False, 2)
     with pytest.raises(UserError, match=r"step_00000010.tmp/rank_00000.safetensors: was not written$"):
@@ -814,13 +818,13 @@ def spiked(run, monkeypatch, **settings):
 @pytest.mark.parametrize("older_code", [False, True])
 def test_a_rollback_makes_progress_with_each_part_that_it_reads(tmp_path, monkeypatch, alone, older_code):
     """Else the watch takes a large checkpoint for a hang."""
-    monkeypatch.setattr(pieces, "CHUNK", 16)  # of 3 tensors of 40 bytes
+    monkeypatch.setattr(tensor_files, "CHUNK", 16)  # of 3 tensors of 40 bytes
     found = save(tmp_path, 5)
     if older_code:
         file = found / "rank_00000.safetensors"
         files = {file.name: {"bytes": file.stat().st_size, "crc32": f"{zlib.crc32(file.read_bytes()):08x}"}}
         state = state_of(5, files) | {"world_size": 1}
-        write_json(found / "state.json", state | {"crc32": checkpoint.seal(state)})
+        write_json(found / "state.json", state | {"crc32": state_checksum(state)})
     steps, train = spiked(tmp_path, monkeypatch, bad_step="rollback")
     beats = []
     done = steps.handle(7, train, lambda: beats.append(len(steps.loaded)))
@@ -849,9 +853,9 @@ def test_what_all_ranks_find_is_said_by_one(tmp_path, monkeypatch, alone):
     for path in (tmp_path / "checkpoints").glob("step_*/state.json"):
         path.write_text("{")
     with pytest.raises(SharedError, match="no checkpoint of this run is whole"):
-        checkpoint.newest_whole(tmp_path)
+        resume.newest_whole(tmp_path)
     monkeypatch.setattr(checkpoint, "description", lambda engine: {})
-    monkeypatch.setattr(checkpoint, "own_tensors", lambda engine: ({}, iter([])))
+    monkeypatch.setattr(checkpoint, "tensors_to_save", lambda engine: ({}, iter([])))
     monkeypatch.setattr(checkpoint.Saving, "write", lambda saving, *_: setattr(saving, "written", "the disk is full"))
     with pytest.raises(SharedError, match=r"^the disk is full$"):
         checkpoint.save(None, tmp_path / "checkpoints", state_of(10, {}), False, 2)
@@ -864,7 +868,7 @@ def test_a_second_choice_of_a_checkpoint_is_rank_0s(tmp_path, monkeypatch):
         make(on_rank_0, step)
         if step != 10:
             make(on_this_rank, step)
-    faults = {on_rank_0 / "checkpoints" / checkpoint.name_of(15): "a wrong checksum"}
+    faults = {on_rank_0 / "checkpoints" / name_of(15): "a wrong checksum"}
     told = []
 
     def broadcast(values):
@@ -880,7 +884,7 @@ def test_a_second_choice_of_a_checkpoint_is_rank_0s(tmp_path, monkeypatch):
     for rank, folder in enumerate((on_rank_0, on_this_rank)):
         monkeypatch.setattr(checkpoint.distributed, "get_rank", lambda rank=rank: rank)
         config.train.out_dir = str(folder)
-        answers.append(checkpoint.where_to_start(config, None, faults))
+        answers.append(resume.where_to_start(config, None, faults))
     assert answers[0] == answers[1] and answers[0][1]["step"] == 10
 
     told.clear()
@@ -890,7 +894,7 @@ def test_a_second_choice_of_a_checkpoint_is_rank_0s(tmp_path, monkeypatch):
         monkeypatch.setattr(checkpoint.distributed, "get_rank", lambda rank=rank: rank)
         config.train.out_dir = str(folder)
         with pytest.raises(SharedError, match="no checkpoint of this run is whole"):
-            checkpoint.where_to_start(config, None, faults)
+            resume.where_to_start(config, None, faults)
 
 
 def test_all_parameters_that_differ_are_named_and_a_long_list_is_cut(tmp_path):

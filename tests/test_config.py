@@ -6,7 +6,8 @@ import typing
 import pytest
 
 from minzero import config
-from minzero.config import UserError, build, command_line_values, deepspeed_config, gradient_accumulation, load_config
+from minzero.commands import UserError
+from minzero.config import build, command_line_values, deepspeed_config, gradient_accumulation, load_config
 from tests.conftest import run
 
 

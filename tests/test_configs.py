@@ -3,7 +3,8 @@
 import pytest
 
 import plan
-from minzero.config import ROOT, UserError, gradient_accumulation, load_config
+from minzero.commands import UserError
+from minzero.config import ROOT, gradient_accumulation, load_config
 from minzero.sizes import count_parameters, flops_per_token, peak_flops
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.json"))

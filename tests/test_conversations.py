@@ -19,7 +19,8 @@ import export
 import sample
 import train
 from eval import open_trained
-from minzero.config import IGNORE, ROOT, UserError
+from minzero.commands import UserError
+from minzero.config import IGNORE, ROOT
 from minzero.data import pipeline
 from minzero.data.conversations import HEADINGS, LEARNED, Conversations, with_marks
 from minzero.data.mixture import Mixture

@@ -18,7 +18,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from minzero.config import UserError
+from minzero.commands import UserError
 from minzero.data import pipeline, sources, tokenizer
 from minzero.data.conversations import Conversations
 from minzero.data.shards import TokenStream

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data import verify
-from minzero.config import UserError
+from minzero.commands import UserError
 from minzero.data import pipeline, shards
 from minzero.data.mixture import Mixture
 from minzero.data.shards import TokenStream, read_meta, write_json, write_shard

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minzero.config import UserError, build
+from minzero.commands import UserError
+from minzero.config import build
 from minzero.data.mixture import Mixture
 from minzero.data.order import Schedule, sample_numbers, validation_windows, windows_of
 from tests.test_data_shards import make

@@ -23,7 +23,7 @@ import pytest
 from pyarrow import parquet
 from tqdm import tqdm
 
-from minzero.config import UserError
+from minzero.commands import UserError
 from minzero.data import pipeline, sources
 from minzero.data.shards import TokenStream, checksum, write_shard
 from minzero.data.tokenizer import load_tokenizer

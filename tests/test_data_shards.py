@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minzero.config import UserError
+from minzero.commands import UserError
 from minzero.data import shards
 from minzero.data.mixture import Mixture, check_same_data
 from minzero.data.shards import TokenStream, shard_layout, write_atomically, write_json, write_shard

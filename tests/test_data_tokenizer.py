@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.patterns import OLD_PATTERN
-from minzero.config import UserError
+from minzero.commands import UserError
 from minzero.data.tokenizer import (
     END_OF_TEXT,
     GPT2_PATTERNS,

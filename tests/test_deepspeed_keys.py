@@ -14,7 +14,8 @@ from deepspeed.runtime.zero import offload_config
 
 import plan
 from minzero import config
-from minzero.config import UserError, build, load_config, merge
+from minzero.commands import UserError
+from minzero.config import build, load_config, merge
 from minzero.deepspeed_keys import ACCEPTED, AUTO, OURS, REFUSED, SECTIONS
 
 EVERY_KEY = {**ACCEPTED, **REFUSED, **dict.fromkeys(OURS)}

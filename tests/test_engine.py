@@ -7,7 +7,8 @@ import torch
 
 import model
 from minzero import engine
-from minzero.config import ModelConfig, UserError, build
+from minzero.commands import UserError
+from minzero.config import ModelConfig, build
 from minzero.loss import cross_entropy
 from tests.conftest import run
 

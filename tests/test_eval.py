@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import eval
 import export
-from minzero.config import UserError
+from minzero.commands import UserError
 from minzero.data.shards import TokenStream
 from minzero.data.tokenizer import END_OF_TEXT, PATTERN, byte_ranks, save_tokenizer
 from tests.conftest import deepspeed_command, run

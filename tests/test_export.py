@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import export
 import model
 from eval import load_model, open_trained
-from minzero import checkpoint
-from minzero.config import ROOT, ModelConfig, UserError, key, load_config
+from minzero import checkpoint, checkpoint_folder, checkpoint_state
+from minzero.commands import UserError
+from minzero.config import ROOT, ModelConfig, key, load_config
 from minzero.data.mixture import Mixture
 from minzero.data.shards import write_json
 from minzero.data.tokenizer import END_OF_TEXT, load_tokenizer, save_for_transformers
@@ -612,7 +613,7 @@ def test_the_model_card_states_the_facts_of_the_run(launched, tmp_path, capsys):
     card = ModelCard.load(tmp_path / "hf" / "README.md")
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
     measured = {line["step"]: line["val_loss"] for line in read_metrics(run) if "val_loss" in line}
-    step = checkpoint.read_state(checkpoint.find(run, "best"))["step"]
+    step = checkpoint_state.read_state(checkpoint_folder.find(run, "best"))["step"]
     device = json.loads((run / "config.json").read_text())["versions"]["device"]
     for fact in (
         "# a_run",
@@ -634,7 +635,7 @@ def test_the_model_card_states_the_facts_of_the_run(launched, tmp_path, capsys):
     capsys.readouterr()
     exec(code.replace("max_new_tokens=50", "max_new_tokens=5"), {})
     assert capsys.readouterr().out.startswith("Once")
-    export.main([str(checkpoint.find(run, "best").rename(tmp_path / "alone")), str(tmp_path / "hf2")])
+    export.main([str(checkpoint_folder.find(run, "best").rename(tmp_path / "alone")), str(tmp_path / "hf2")])
     text = (tmp_path / "hf2" / "README.md").read_text()
     assert "not measured at this step" in text and "loss.png" not in text
 
@@ -643,7 +644,7 @@ def test_other_types_and_no_tokenizer(launched, tmp_path, monkeypatch, capsys):
     source = launched / "gpt2_0"
     export.main([str(source), str(tmp_path / "half"), "--dtype", "bfloat16"])
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
-    read = checkpoint.open_weights(checkpoint.find(source, "best"))[2]
+    read = checkpoint.open_weights(checkpoint_folder.find(source, "best"))[2]
     assert theirs.dtype == torch.bfloat16
     assert torch.equal(theirs.transformer.wte.weight, read("token_embedding.weight").bfloat16())
     (launched / "data" / "meta.json").rename(launched / "data" / "away")
@@ -699,7 +700,7 @@ def reseal(found, change):
     state = json.loads((found / "state.json").read_text())
     del state["crc32"]
     change(state)
-    write_json(found / "state.json", state | {"crc32": checkpoint.seal(state)})
+    write_json(found / "state.json", state | {"crc32": checkpoint_state.state_checksum(state)})
 
 
 OF_ANOTHER_VERSION = {  # of the train section: out of this code's ranges, of other types, or unknown
@@ -720,7 +721,7 @@ OF_ANOTHER_VERSION = {  # of the train section: out of this code's ranges, of ot
 def test_a_checkpoint_is_read_whatever_its_run_was_set_to(tmp_path, capsys):
     """Of the settings only the model's say how its weights are read."""
     trained = write_run(tmp_path / "run", LLAMA, write_data(tmp_path / "data"))
-    found = checkpoint.find(tmp_path / "run")
+    found = checkpoint_folder.find(tmp_path / "run")
     reseal(found, lambda state: state["config"]["train"].update(OF_ANOTHER_VERSION))
     reseal(found, lambda state: state["config"]["data"].update(verify="perhaps", a_key_of_the_future=1))
     _, _, read = checkpoint.open_weights(found)

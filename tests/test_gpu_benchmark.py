@@ -11,7 +11,8 @@ import torch
 import benchmark
 import plan
 from benchmarks import gpu
-from minzero.config import UserError, deepspeed_config
+from minzero.commands import UserError
+from minzero.config import deepspeed_config
 from tests.conftest import ROOT, run
 
 COMMAND = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--tiny"]

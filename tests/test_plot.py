@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import plot
-from minzero.config import Config, UserError
+from minzero.commands import UserError
+from minzero.config import Config
 from minzero.metrics import MetricsLog
 from minzero.sizes import flops_per_token
 

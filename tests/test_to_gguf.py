@@ -19,7 +19,7 @@ import eval as evaluation
 import export
 import to_gguf
 from benchmarks.patterns import OLD_PATTERN
-from minzero.config import UserError
+from minzero.commands import UserError
 from minzero.data import pipeline
 from minzero.data.shards import TokenStream, write_json
 from minzero.data.tokenizer import (

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from minzero import checkpoint, dist, engine, watchdog
-from minzero.config import Config, ModelConfig, TrainConfig, UserError
+from minzero.commands import UserError
+from minzero.config import Config, ModelConfig, TrainConfig
 from minzero.data import order
 from minzero.data.shards import TokenStream
 from minzero.evaluate_loss import evaluate

@@ -7,12 +7,12 @@ import random
 import torch
 
 import export
-from minzero import checkpoint
+from minzero import checkpoint, checkpoint_folder
 from minzero.config import Config, DataConfig, ModelConfig
 from minzero.data import pipeline
 from minzero.data.mixture import Mixture
 from minzero.data.shards import write_json
-from minzero.zero import write_tensors
+from minzero.tensor_files import write_tensors
 from model import GPT
 
 GPT2 = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=270, init_std=0.1)
@@ -54,7 +54,7 @@ def write_run(run, config, data, step=5):
     """Write a run's folder with one checkpoint of `random_model`, each parameter cut in two. Returns the model."""
     model = random_model(config)
     parameters = dict(model.named_parameters())
-    folder, name = run / "checkpoints", checkpoint.name_of(step)
+    folder, name = run / "checkpoints", checkpoint_folder.name_of(step)
     (folder / f"{name}.tmp").mkdir(parents=True)
     files = {}
     for rank in (0, 1):

@@ -15,7 +15,8 @@ from minzero.commands import begin
 if __name__ == "__main__":
     begin()
 
-from minzero.config import UserError, run_command
+from minzero.commands import UserError
+from minzero.config import run_command
 from minzero.data import pipeline
 from minzero.data.tokenizer import own_tokenizer, train_tokenizer
 

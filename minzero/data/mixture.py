@@ -10,7 +10,8 @@ import hashlib
 
 import numpy as np
 
-from minzero.config import UserError, data_weights
+from minzero.commands import UserError
+from minzero.config import data_weights
 from minzero.data.order import Schedule, sample_numbers, windows_of
 from minzero.data.shards import TokenStream
 

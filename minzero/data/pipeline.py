@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from minzero.config import UserError
+from minzero.commands import UserError
 from minzero.data.conversations import LEARNED
 from minzero.data.shards import (
     HEADER_BYTES,

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minzero.config import IGNORE, UserError, read_json
+from minzero.commands import UserError
+from minzero.config import IGNORE, read_json
 from minzero.data.order import validation_windows
 from minzero.flags import check_can_write
 

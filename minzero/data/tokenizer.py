@@ -12,7 +12,8 @@ from pathlib import Path
 
 import tiktoken
 
-from minzero.config import UserError, did_you_mean
+from minzero.commands import UserError
+from minzero.config import did_you_mean
 from minzero.data.shards import is_regular, make_folder, read_object, write_atomically, write_json
 from minzero.flags import check_can_write
 

@@ -13,9 +13,9 @@ from deepspeed import comm
 
 import train
 from minzero import dist
-from minzero.config import UserError
+from minzero.commands import UserError
 from minzero.data.mixture import Mixture
-from minzero.zero import own_layout, pieces_in_memory
+from minzero.zero import fragments_in_memory, local_fragments
 from tests.end_to_end import parity
 from tests.end_to_end.parity_settings import SPOILT
 
@@ -94,7 +94,7 @@ def spoil_weights(kind, at_step):
 
     def spoil(engine, made):
         if made and engine.global_steps == at_step and (comm.get_rank() or not engine.zero_optimization_stage()):
-            for _, parts, _ in pieces_in_memory(engine, own_layout(engine), changed=True):
+            for _, parts, _ in fragments_in_memory(engine, local_fragments(engine), changed=True):
                 parts[kind][-1] = math.inf if kind == "exp_avg_sq" else math.nan
 
     wrap_step(spoil)

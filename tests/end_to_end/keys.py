@@ -15,10 +15,11 @@ import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 
-from minzero import checkpoint, dist
+from minzero import checkpoint, checkpoint_folder, checkpoint_state, dist
 from minzero.config import Config, build, deepspeed_config, merge
 from minzero.engine import build_engine
-from minzero.zero import KINDS, SavedPieces, loss_scaler
+from minzero.tensor_files import SavedPieces
+from minzero.zero import KINDS, loss_scaler
 from tests.end_to_end import key_settings
 
 FOLDER, LIST = Path(sys.argv[-2]), sys.argv[-1]
@@ -54,12 +55,12 @@ def saved(engine, name, step):
     state |= {"world_size": 2, "precision": "fp32", "stage": 0}
     checkpoint.save(engine, FOLDER / name, state, False, 2)
     comm.barrier()
-    path, found = FOLDER / name / checkpoint.name_of(step), {}
-    state = checkpoint.read_state(path)
+    path, found = FOLDER / name / checkpoint_folder.name_of(step), {}
+    state = checkpoint_state.read_state(path)
     saved = SavedPieces(path, state, verify=True)
     for kind, (parameter, shape) in itertools.product(KINDS, state["parameters"].items()):
         flat = torch.full((torch.Size(shape).numel(),), torch.nan)
-        saved.fill(flat, 0, kind, parameter)
+        saved.copy_overlap(flat, 0, kind, parameter)
         found[kind, parameter] = flat.view(shape)
     return path, found
 
@@ -89,7 +90,7 @@ def run(stage, precision, keys, name, resumed_from=None):
     for first, path in ((0, None), (3, resumed_from)) if resumed_from else ((0, None),):
         engine = engine_of(stage, precision, keys)
         if path:
-            checkpoint.load(engine, path, checkpoint.read_state(path), 0)
+            checkpoint.load(engine, path, checkpoint_state.read_state(path), 0)
         if stays := keys.get("fp16", {}).get("loss_scale"):  # also where the checkpoint was saved with another
             assert loss_scaler(engine).loss_scale == stays
         take_steps(engine, first)

@@ -16,9 +16,9 @@ import torch
 from deepspeed import comm
 
 import train
-from minzero import checkpoint, dist
+from minzero import checkpoint, checkpoint_folder, checkpoint_state, dist
 from minzero.config import build, deepspeed_config
-from minzero.data import mixture
+from minzero.data import order
 from minzero.engine import count_real_parameters
 from tests.end_to_end.parity_settings import MOVES, SETTINGS
 from tests.variants import all_changed
@@ -66,7 +66,7 @@ def loaded_and_saved_again(stage, offload):
     changed = {"weight_decay": 0.5, "betas": [0.5, 0.6], "eps": 1e-3}
     engine = engine_of(stage, offload=offload, train=changed)
     path = FOLDER / "moved" / "checkpoints" / "step_00000050"
-    state = checkpoint.read_state(path)
+    state = checkpoint_state.read_state(path)
     checkpoint.load(engine, path, state, 0)
     where = {"world_size": comm.get_world_size(), "stage": stage}
     folder = FOLDER / f"again_stage{stage}_{offload}_ranks{comm.get_world_size()}"
@@ -80,24 +80,24 @@ def go_on_from(name, step, new):
     if comm.get_rank() == 0:
         shutil.copytree(FOLDER / name, FOLDER / new)
         for later in (FOLDER / new / "checkpoints").glob("step_*"):
-            if later.name > checkpoint.name_of(step):
+            if later.name > checkpoint_folder.name_of(step):
                 shutil.rmtree(later)
     comm.barrier()
 
 
 def keep_record_of_samples(name):
     """Have sample_numbers write down, for rank 0's log, what this rank was given."""
-    numbers, seen = mixture.sample_numbers, []
+    numbers, seen = order.sample_numbers, []
 
     def and_record(step, *rest):
         samples = numbers(step, *rest)
         seen.extend((step, int(sample)) for sample in samples)
         return samples
 
-    mixture.sample_numbers = and_record
+    order.sample_numbers = and_record
 
     def finish():
-        mixture.sample_numbers = numbers
+        order.sample_numbers = numbers
         everyone = [None] * comm.get_world_size()
         torch.distributed.all_gather_object(everyone, seen)
         if comm.get_rank() == 0:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from minzero import checkpoint
+from minzero import checkpoint_folder, checkpoint_state, tensor_files
 from minzero.metrics import read_metrics
 from tests.conftest import ROOT, deepspeed_command, environment, run
 
@@ -15,9 +15,9 @@ RUN += ["--train.keep_checkpoints", 10]  # of 10 MB each
 
 
 def check_last_good(out, step):
-    found = checkpoint.find(out)
-    assert found.name == checkpoint.name_of(step)
-    checkpoint.check_sums(found, checkpoint.read_state(found)["files"])
+    found = checkpoint_folder.find(out)
+    assert found.name == checkpoint_folder.name_of(step)
+    tensor_files.check_sums(found, checkpoint_state.read_state(found)["files"])
     assert not list((out / "checkpoints").glob("*.tmp")), "what was begun is deleted again: it only takes room"
 
 

@@ -12,7 +12,7 @@ import time
 import psutil
 import pytest
 
-from minzero import checkpoint
+from minzero import checkpoint_folder, checkpoint_state
 from minzero.data.shards import write_json
 from minzero.metrics import read_metrics
 from tests.conftest import ROOT, environment
@@ -139,7 +139,7 @@ def test_ranks_of_slurm_are_one_run(place, train):
     said = [ended(rank) for rank in ranks_of(train, "slurm")]
     assert [code for code, _ in said] == [0, 0], said
     assert "ZeRO-1 on 2 x" in said[0][1] and "| loss " not in said[1][1]
-    state = checkpoint.read_state(checkpoint.find(place / "out"))
+    state = checkpoint_state.read_state(checkpoint_folder.find(place / "out"))
     assert state["world_size"] == 2 and len(state["files"]) == 2
 
 
@@ -201,8 +201,8 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(place, train):
     first.send_signal(signal.SIGINT)
     code, said = ended(first)
     assert code == 0 and "Ctrl-C: saving and ending after this step; once more ends at once" in said
-    found = checkpoint.find(place / "out")
-    step = checkpoint.read_state(found)["step"]
+    found = checkpoint_folder.find(place / "out")
+    step = checkpoint_state.read_state(found)["step"]
     assert step >= 3 and f"saved out/checkpoints/{found.name}" in said
     assert status(place)["state"] == "stopped" and status(place)["reason"] == "Ctrl-C"
     again = train(*LONG, "--train.global_batch_tokens", 64 * 100_000, "--train.out_dir", "slow")  # a step that lasts

@@ -11,12 +11,13 @@ import torch
 
 import train
 from eval import load_model, open_trained
-from minzero import checkpoint
-from minzero import zero as pieces
+from minzero import checkpoint_state, tensor_files
 from minzero.data import pipeline
 from minzero.data.conversations import with_marks
 from minzero.data.shards import TokenStream
 from minzero.metrics import read_metrics
+from minzero.tensor_files import SavedPieces
+from minzero.zero import KINDS
 from tests.conftest import deepspeed_command, run
 from tests.end_to_end.parity_settings import MOVES, SETTINGS
 
@@ -121,7 +122,7 @@ def test_what_is_written_in_the_background_is_what_the_run_was_when_it_was_copie
 
 def content_of(path):
     """The checksums of a checkpoint's files, and what its state says but for the place."""
-    state = checkpoint.read_state(path)
+    state = checkpoint_state.read_state(path)
     del state["config"]["train"]["out_dir"]
     return state
 
@@ -137,18 +138,18 @@ def test_a_run_moved_to_other_ranks_or_another_stage_goes_on_the_same(folder, na
     assert difference < 5e-6, f"{name}: {difference:.1e}"
     samples = json.loads((folder / f"{name}.samples.json").read_text())
     assert samples == [[number // 8, number] for number in range(step * 8, 150 * 8)], "no sample twice, none left out"
-    state = checkpoint.read_state(folder / name / "checkpoints" / "step_00000150")
+    state = checkpoint_state.read_state(folder / name / "checkpoints" / "step_00000150")
     assert state["optimizer_steps"] == 150 and state["tokens"] == 150 * 8 * 32
 
 
 def whole_tensors(path):
     """Everything that the pieces of a checkpoint add up to: {(kind, parameter): flat tensor}."""
-    state, whole = checkpoint.read_state(path), {}
-    checkpoint.check_sums(path, state["files"])
-    saved = pieces.SavedPieces(path, state, verify=True)
-    for kind, name in itertools.product(pieces.KINDS, state["parameters"]):
+    state, whole = checkpoint_state.read_state(path), {}
+    tensor_files.check_sums(path, state["files"])
+    saved = SavedPieces(path, state, verify=True)
+    for kind, name in itertools.product(KINDS, state["parameters"]):
         whole[kind, name] = torch.full((torch.Size(state["parameters"][name]).numel(),), torch.nan)
-        saved.fill(whole[kind, name], 0, kind, name)
+        saved.copy_overlap(whole[kind, name], 0, kind, name)
     return state, whole
 
 
@@ -171,7 +172,7 @@ def test_loading_and_saving_again_keeps_every_bit_and_the_settings_of_the_config
 @pytest.mark.parametrize("name", ["moved", "stage_3_2", "all_at_once_and_back"])
 def test_weights_put_together_in_one_process_are_those_that_were_trained(folder, small_data, name):
     path = folder / name / "checkpoints" / "step_00000150"
-    trained, wanted = open_trained(path), checkpoint.read_state(path)["config"]["train"]["eval_tokens"]
+    trained, wanted = open_trained(path), checkpoint_state.read_state(path)["config"]["train"]["eval_tokens"]
     stream = TokenStream(small_data, "val", trained.model.block_size)
     loss = train.evaluate(load_model(trained), stream, wanted, 4, torch.device("cpu"))
     assert loss == pytest.approx(steps_and_evaluations(folder / name)[-1]["val_loss"], rel=1e-6)

@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from minzero import checkpoint
+from minzero import checkpoint_folder, checkpoint_state, tensor_files
 from minzero.metrics import read_metrics
 from tests.conftest import deepspeed_command, run
 from tests.end_to_end.test_launch import ranks_of, wait_for_step
@@ -66,9 +66,9 @@ def test_a_run_asked_to_stop_saves_and_ends(asked, start, tmp_path):
         assert "Traceback" not in rest and "error" not in rest and not (out / "STOP").exists(), rest
     stopped = [line for line in rest.splitlines() if line.startswith("stopped by")]
     assert len(stopped) == 1 and stopped[0].endswith("the same command continues"), rest
-    found = checkpoint.find(out)
-    state = checkpoint.read_state(found)
-    checkpoint.check_sums(found, state["files"])
+    found = checkpoint_folder.find(out)
+    state = checkpoint_state.read_state(found)
+    tensor_files.check_sums(found, state["files"])
     lines = read_metrics(out)
     assert state["step"] == max(line["step"] for line in lines if "loss" in line) >= 3
     assert [line["save_seconds"] > 0 for line in lines if "save_seconds" in line and line["step"] == state["step"]] == [

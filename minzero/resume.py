@@ -1,0 +1,159 @@
+"""Resuming: the checkpoint that a run starts from, whether it is of the same run, and which settings have changed."""
+
+import os
+from pathlib import Path
+
+from minzero.checkpoint import as_rank_0, fault_of
+from minzero.checkpoint_folder import Saved, find, folders_of_run, is_complete, restore_replaced
+from minzero.checkpoint_state import SHAPES_THE_RATE, as_saved, read_state
+from minzero.commands import UserError
+from minzero.config import Config, ModelConfig, TrainConfig, flat
+from minzero.data.mixture import check_same_data
+
+# -- which checkpoint ------------------------------------------------------------------------------
+
+
+def where_to_start(config, data, known_faults=None):
+    """The checkpoint to continue from and its state: (path, state), or (None, the state of step 0).
+
+    data: the run's training Mixture. known_faults: {path: fault} of checkpoints already found damaged, the newest last;
+    with any, rank 0 chooses for all ranks, and every rank must call this. Rank 0 prints a line for each checkpoint that
+    is ignored. Raises UserError if the run folder holds a run that must not be continued or overwritten."""
+    if known_faults:
+        found, state, ignored = as_rank_0(lambda: choose_start(config.train, known_faults))
+        latest_fault = list(known_faults)[-1]  # the others were printed by earlier calls
+        ignored = [line for line in ignored if str(latest_fault) in line]
+    else:
+        found, state, ignored = choose_start(config.train)
+    if os.environ["RANK"] == "0":
+        for line in ignored:
+            print(line, flush=True)
+    if found is None:
+        return None, {"step": 0, "tokens": 0, "best_val_loss": None}
+    check_same_run(found, state, config)
+    if "data.path" not in config.train.allow_changed:
+        check_same_data(state["data"], data, found)
+    return found, state
+
+
+def choose_start(train, known_faults=()):
+    """The candidate of `where_to_start`, as `newest_usable` returns it. train: the train section. Raises UserError."""
+    run, resume = Path(train.out_dir), train.resume
+    if resume == "never" and find(run):
+        raise UserError(f"train.out_dir: {run} already holds a run; choose another, or drop --train.resume never")
+    restore_replaced(run / "checkpoints")
+    look_at_files = os.environ.get("WORLD_SIZE", "1") == "1"  # several ranks share that in `fault_of`
+    own = resume in ("auto", "never")
+    # a checkpoint outside out_dir is only used to start: once out_dir has its own, the same command continues from that
+    outside = not own and run.resolve() not in (Path(resume) / "state.json").resolve().parents
+    if own or (outside and find(run)):
+        return newest_usable(run, known_faults, look_at_files)
+    found = find(resume)
+    if found is None:
+        raise UserError(f"train.resume: {resume} holds no complete checkpoint; expected auto, never or one's path")
+    if found in known_faults:
+        raise UserError(known_faults[found])
+    return found, read_state(found, look_at_files), []
+
+
+def newest_usable(run, known_faults=(), look_at_files=True):
+    """The checkpoint from which a run continues: (path, state, lines about newer ones that are ignored). Path and state
+    are None if the run has never finished a save. Stale checkpoints are tried last.
+
+    known_faults: {path: fault} of checkpoints found damaged by reading them. look_at_files: see `read_state`. Raises
+    UserError if there are checkpoints but all are damaged: starting from the beginning would overwrite the run."""
+    folder = Path(run) / "checkpoints"
+    saved = Saved(folder)
+    ignored = unfinished(folder)
+    for entry in [*reversed(saved.own), *reversed(saved.stale)]:
+        try:
+            if entry.path in known_faults:
+                raise UserError(known_faults[entry.path])
+            return entry.path, read_state(entry.path, look_at_files), ignored
+        except UserError as error:
+            ignored.append(f"ignored {entry.path}: {error}")
+    if saved.entries:
+        fault = ignored[-1].removeprefix("ignored ")
+        raise UserError(f"{fault}; no checkpoint of this run is whole: choose another train.out_dir")
+    return None, None, ignored
+
+
+def newest_whole(run, progress=lambda: None):
+    """As `newest_usable`, but with all bytes verified, and the same on all ranks, which must all call this. progress:
+    called for each chunk that is read. Raises SharedError."""
+    known_faults = {}
+    while True:
+        found, state, ignored = as_rank_0(lambda: newest_usable(run, known_faults))
+        fault = found and fault_of(found, state, progress)
+        if not fault:
+            return found, state, [line for line in ignored if ".tmp: " not in line]
+        known_faults[found] = fault
+
+
+def unfinished(folder):
+    """A line for each save that was not finished, and each checkpoint's folder without a state.json."""
+    lines = []
+    for path, _, suffix in folders_of_run(folder):
+        if suffix == ".tmp":
+            lines.append(f"ignored {path}: its save was not finished")
+        elif not suffix and not is_complete(path):
+            lines.append(f"ignored {path}: it has no state.json")
+    return lines
+
+
+# -- the same run? ---------------------------------------------------------------------------------
+
+
+def check_same_run(path, state, config):
+    """Refuse to continue a run as a different one. Raises UserError with all settings that differ and must not, except
+    those that train.allow_changed names."""
+    saved, now = state["config"], config.to_dict()
+    defaults = vars(ModelConfig())  # of keys that are younger than the checkpoint
+    pairs = [(f"model.{name}", saved["model"].get(name, defaults[name]), v) for name, v in now["model"].items()]
+    for key in ("data.path", "train.seed", "train.global_batch_tokens"):
+        section, name = key.split(".")
+        if key not in config.train.allow_changed:
+            pairs.append((key, saved[section].get(name), now[section][name]))
+    different = [f"{name} {was!r} -> {value!r}" for name, was, value in pairs if was != value]
+    if different:
+        remedy = "set them back, or start another run with --train.out_dir"
+        if not any(name.startswith("model.") for name in different):
+            remedy += ", or name them in train.allow_changed"
+        raise UserError(f"{path}: was saved with other settings: {'; '.join(different)}; {remedy}")
+
+
+# -- what has changed ------------------------------------------------------------------------------
+
+
+def changed_settings(saved, now):
+    """{key: (value in the checkpoint, value now)} of all keys that differ, except those that only say where the run is
+    and how it is resumed. saved, now: `Config.to_dict()`. Keys that are younger than the checkpoint had their default.
+    """
+    defaults = Config().to_dict()
+    changed = {}
+    for section in now:
+        was = saved.get(section, {})
+        if section != "deepspeed":
+            was = defaults[section] | was
+        before, after = flat(was, f"{section}."), flat(now[section], f"{section}.")
+        for name in dict.fromkeys([*before, *after]):
+            values = before.get(name), after.get(name)
+            if values[0] != values[1] and name not in ("train.out_dir", "train.resume", "train.allow_changed"):
+                changed[name] = values
+    return changed
+
+
+def saved_train_config(state):
+    """A TrainConfig with those settings of a checkpoint that shape the learning rate. Raises UserError for a schedule
+    that this code does not know."""
+    train = as_saved(state, [*SHAPES_THE_RATE, "global_batch_tokens"])
+    schedules = TrainConfig.__dataclass_fields__["schedule"].metadata["choices"]
+    if train.schedule not in schedules:
+        found = f"the checkpoint was saved with {train.schedule[:40]!r}"
+        raise UserError(f"train.schedule: {found}, expected {', '.join(schedules)}; start another run")
+    return train
+
+
+def setting(world_size, stage, precision):
+    """Where a run ran, for the line about a run that continues elsewhere."""
+    return f"{world_size} rank{'s' if world_size > 1 else ''} at ZeRO stage {stage} in {precision}"
