@@ -2,10 +2,10 @@
 
 import json
 
-from minzero import checkpoint, metrics, resume
+from minzero import checkpoint_state, metrics, resume
 from minzero.schedule import learning_rate
 
-SHAPES_THE_RATE = [f"train.{name}" for name in checkpoint.SHAPES_THE_RATE]
+SHAPES_THE_RATE = [f"train.{name}" for name in checkpoint_state.SHAPES_THE_RATE]
 
 
 def start_lines(run, data, compiled):
@@ -66,7 +66,7 @@ def resume_line(start, group, setup):
 def changed_settings(state, config, tokens_before):
     """The settings in which a resumed run differs from its checkpoint, in one line, or None. state: the checkpoint's.
     tokens_before: see Run. Raises UserError for a schedule that this code does not know."""
-    changed = checkpoint.changed_settings(state["config"], config.to_dict())
+    changed = resume.changed_settings(state["config"], config.to_dict())
     if not changed:
         return None
     text = "; ".join(f"{name} {json.dumps(was)} -> {json.dumps(now)}" for name, (was, now) in changed.items())

@@ -26,7 +26,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import model
-from minzero import dist, loss
+from minzero import dist
+from minzero import loss as losses
 from minzero.config import Config, ModelConfig, TrainConfig, deepspeed_config
 from minzero.engine import build_engine
 from minzero.sizes import flops_per_token
@@ -205,7 +206,7 @@ def memory(args):
 
         def chunked(x=x, weight=weight, targets=targets):
             chunk, gradients = config.tokens_at_a_time(ids, False), x.requires_grad
-            loss = loss.LinearCrossEntropy.apply(x, weight, targets, chunk, gradients, loss.cross_entropy)
+            loss = losses.LinearCrossEntropy.apply(x, weight, targets, chunk, gradients, losses.cross_entropy)
             if gradients:
                 loss.backward()
                 x.grad = weight.grad = None
