@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from minzero.config import IGNORE, ModelConfig, tokens_at_a_time, width_of_logits
+from minzero.config.sections import ModelConfig
+from minzero.sizes import IGNORE_INDEX, loss_chunk_tokens, padded_vocab_size
 
 
 def make_norm(config: ModelConfig, kernels="torch"):
@@ -127,10 +128,10 @@ class Block(nn.Module):
 
 def cross_entropy(logits, targets, picked, vocab_size, with_gradient=True):
     """logits (N, >= V), targets (N, 1), picked (N, 1), the targets' logits -> sum of the cross-entropies in nats over
-    the targets that are not IGNORE. Columns from V = vocab_size on do not count. All sums in float32.
+    the targets that are not IGNORE_INDEX. Columns from V = vocab_size on do not count. All sums in float32.
 
     with_gradient: `logits` becomes the gradient, softmax(logits) - onehot(target), of all rows."""
-    counts, targets = targets != IGNORE, targets.clamp(min=0)
+    counts, targets = targets != IGNORE_INDEX, targets.clamp(min=0)
     if logits.shape[1] > vocab_size:
         logits[:, vocab_size:] = -math.inf
     if torch.compiler.is_compiling():
@@ -155,7 +156,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     exist at a time, where all of them in float32 would often be the largest tensor of the run.
 
     apply(x (N, C), weight (V, C), targets (N,), chunk, with_gradient, cross_entropy) -> sum of the
-    cross-entropies in nats over the targets that are not IGNORE, float32. cross_entropy: as the function above.
+    cross-entropies in nats over the targets that are not IGNORE_INDEX, float32. cross_entropy: as the function above.
     The gradient of a chunk's logits is at hand when its loss is, so it is turned into those of x and
     weight at once, and nothing is computed twice (the idea of Liger Kernel's fused linear cross-entropy:
     Hsu et al. 2024, arXiv 2410.10989, section 3.2)."""
@@ -163,7 +164,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, chunk, with_gradient, cross_entropy):
         total, vocab_size = torch.zeros((), dtype=torch.float32, device=x.device), len(weight)
-        if padding := width_of_logits(vocab_size, x.is_cuda) - vocab_size:
+        if padding := padded_vocab_size(vocab_size, x.is_cuda) - vocab_size:
             weight = F.pad(weight, (0, 0, 0, padding))
         all_logits = x.new_empty(min(chunk, len(x)), len(weight))
         grad_x, grad_weight = torch.empty_like(x) if with_gradient else None, None
@@ -174,7 +175,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             picked = logits.gather(1, wanted.clamp(min=0))
             total += cross_entropy(logits, wanted, picked, vocab_size, with_gradient)
             if with_gradient:
-                grad, counts = logits, wanted != IGNORE
+                grad, counts = logits, wanted != IGNORE_INDEX
                 torch.mm(grad, weight, out=grad_x[rows]).mul_(counts)  # rows that do not count
                 counted = x[rows] * counts
                 # all but the first in float32; without a name, the product is gone before the next is made
@@ -201,14 +202,14 @@ class Head(nn.Linear):
     def forward(self, x, targets=None):
         if targets is None:
             return super().forward(x)
-        chunk = tokens_at_a_time(self.out_features, x.is_cuda)
+        chunk = loss_chunk_tokens(self.out_features, x.is_cuda)
         x, targets = x.flatten(0, 1), targets.flatten()
         return LinearCrossEntropy.apply(x, self.weight, targets, chunk, torch.is_grad_enabled(), self.cross_entropy)
 
 
 class GPT(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean cross-entropy in nats over
-    the targets that are not IGNORE, as a float32 scalar (0 if none counts)."""
+    the targets that are not IGNORE_INDEX, as a float32 scalar (0 if none counts)."""
 
     def __init__(self, config: ModelConfig, seed=1337, recompute_every=0, inputs_on_cpu=False, kernels="torch"):
         """recompute_every: k recomputes blocks 0, k, 2k, ... in the backward pass from their inputs alone, 0
@@ -277,4 +278,4 @@ class GPT(nn.Module):
         x = self.final_norm(x)
         if targets is None:
             return self.head(x)
-        return self.head(x, targets) / (targets != IGNORE).sum().clamp(min=1)
+        return self.head(x, targets) / (targets != IGNORE_INDEX).sum().clamp(min=1)

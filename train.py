@@ -19,7 +19,8 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from minzero.config import help_if_asked, run_command
+from minzero.commands import run_command
+from minzero.config.load import help_if_asked
 
 if __name__ == "__main__":
     run_command(help_if_asked, may_be_many=True)  # before the imports that take seconds
@@ -28,15 +29,9 @@ from torch import distributed
 
 import export
 from minzero import checkpoint, dist, guard, metrics
-from minzero.config import (
-    SharedError,
-    TrainConfig,
-    UserError,
-    deepspeed_config,
-    gradient_accumulation,
-    load_config,
-    zero_stage,
-)
+from minzero.config.deepspeed import deepspeed_config, gradient_accumulation, zero_stage
+from minzero.config.load import load_config
+from minzero.config.sections import TrainConfig
 from minzero.data.mixture import Mixture
 from minzero.data.shards import write_json
 from minzero.engine import (
@@ -48,9 +43,10 @@ from minzero.engine import (
     resolve_precision,
     why_not_compiled,
 )
+from minzero.errors import SharedError, UserError
 from minzero.run_folder import RunFolder
 from minzero.zero import optimizers
-from model import IGNORE
+from model import IGNORE_INDEX
 
 SHAPES_THE_RATE = [f"train.{name}" for name in checkpoint.SHAPES_THE_RATE]
 
@@ -77,7 +73,9 @@ def to_device(arrays, device):
 def equal_weights(batches, world_size, device):
     """By what to multiply the mean losses of this rank's micro-batches of a step so that each target that counts, of
     all micro-batches and ranks, counts the same. batches: pairs of inputs and targets. Every rank must call this."""
-    counts = torch.tensor([(targets != IGNORE).sum() for _, targets in batches], dtype=torch.float64, device=device)
+    counts = torch.tensor(
+        [(targets != IGNORE_INDEX).sum() for _, targets in batches], dtype=torch.float64, device=device
+    )
     total = counts.sum()
     distributed.all_reduce(total)
     return (counts * len(batches) * world_size / total.clamp(min=1)).tolist()
@@ -96,8 +94,8 @@ def evaluate(model, stream, wanted_tokens, micro_batch_size, device, rank=0, wor
         mine = windows[first + rank * micro_batch_size :][:micro_batch_size]
         filled = list(mine) + [windows[0]] * (micro_batch_size - len(mine))
         tokens, targets = to_device(stream.batch(filled), device)
-        targets[len(mine) :] = IGNORE
-        count = (targets != IGNORE).sum()
+        targets[len(mine) :] = IGNORE_INDEX
+        count = (targets != IGNORE_INDEX).sum()
         totals[0] += model(tokens, targets).double() * count
         totals[1] += count
     model.train()

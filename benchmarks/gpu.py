@@ -40,19 +40,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import benchmark
 import plan
-from minzero.config import (
-    ROOT,
-    Config,
-    UserError,
-    build,
-    git_commit,
-    gradient_accumulation,
-    load_config,
-    merge,
-    run_command,
-)
+from minzero.commands import run_command
+from minzero.config.build import build
+from minzero.config.deepspeed import gradient_accumulation
+from minzero.config.load import load_config
+from minzero.config.nested import merge
+from minzero.config.sections import Config
 from minzero.data.mixture import Mixture
 from minzero.data.shards import make_folder, write_atomically, write_json, write_shard
+from minzero.errors import UserError
+from minzero.files import ROOT, git_commit
 from minzero.flags import FlagParser, a_number, a_path, at_least
 from minzero.sizes import flops_per_token, peak_flops
 from plan import with_choice
@@ -564,7 +561,7 @@ def compare_norms(config, norm, rival, tokens, width):
     """Forward and backward pass of torch's norm and of Apex's, or of torch's compiled, on the same activations."""
     import torch
 
-    from minzero.config import ModelConfig
+    from minzero.config.sections import ModelConfig
     from model import make_norm
 
     if rival == "apex":
@@ -692,7 +689,9 @@ def whole_loss():
 
     @torch.compile
     def summed(logits, targets):
-        return torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=model.IGNORE, reduction="sum")
+        return torch.nn.functional.cross_entropy(
+            logits.float(), targets, ignore_index=model.IGNORE_INDEX, reduction="sum"
+        )
 
     def forward(head, x, targets=None):
         logits = torch.nn.Linear.forward(head, x)
@@ -704,19 +703,19 @@ def whole_loss():
 def large_chunks():
     import model
 
-    model.tokens_at_a_time = lambda vocab_size, on_gpu: 2**14
+    model.loss_chunk_tokens = lambda vocab_size, on_gpu: 2**14
 
 
 def small_chunks():
     import model
 
-    model.tokens_at_a_time = lambda vocab_size, on_gpu: 2**10
+    model.loss_chunk_tokens = lambda vocab_size, on_gpu: 2**10
 
 
 def unpadded():
     import model
 
-    model.width_of_logits = lambda vocab_size, on_gpu: vocab_size
+    model.padded_vocab_size = lambda vocab_size, on_gpu: vocab_size
 
 
 def whole_model():

@@ -42,10 +42,15 @@ import numpy as np
 import torch
 from torch import distributed
 
-from minzero import commands
-from minzero.config import Config, DataConfig, ModelConfig, SharedError, TrainConfig, UserError, build, flat, read_json
+from minzero import errors
+from minzero.config.build import build
+from minzero.config.hints import rename_old_keys
+from minzero.config.nested import flat
+from minzero.config.sections import Config, DataConfig, ModelConfig, TrainConfig
 from minzero.data.mixture import check_same_data
 from minzero.data.shards import cannot_write, is_count, is_number, make_way, write_atomically, write_json
+from minzero.errors import SharedError, UserError
+from minzero.files import read_json
 from minzero.zero import (
     SavedPieces,
     TensorFile,
@@ -140,7 +145,7 @@ class Saving:
             return str(cannot_write(file, error))
         if isinstance(error, UserError):
             return f"step {self.state['step']}: {not_finite(error, self.folder)}"
-        explained = commands.explain(error)
+        explained = errors.explain(error)
         if explained is None:
             traceback.print_exception(error)  # a fault of the program
         return f"{file}: could not be written: {explained or repr(error)}"
@@ -628,6 +633,7 @@ def read_state(path, look_at_files=True):
     if fault := fault_of_state(state):
         raise damaged(file, fault)
     state.setdefault("best_val_loss", None)  # younger than some checkpoints
+    state["config"], _ = rename_old_keys(state["config"], file)
     for name, entry in state["files"].items() if look_at_files else ():
         check_size(Path(path) / name, entry["bytes"])
     return state

@@ -130,7 +130,7 @@ AUTO = {
 }
 
 # Those that follow from ours; two places for one fact would let them disagree.
-OURS = {
+DERIVED_KEYS = {
     "train_batch_size": "train.global_batch_tokens",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.global_batch_tokens",
@@ -149,7 +149,7 @@ HIDDEN = "its lines would not be seen; see metrics.jsonl and train.profile"
 REMOVED = "DeepSpeed removed it"
 
 REFUSED = {
-    "activation_checkpointing": Refused("set train.activation_checkpointing and train.checkpoints_on_cpu", OFF),
+    "activation_checkpointing": Refused("set train.activation_checkpointing and train.activation_offload", OFF),
     "autotuning": Refused("plan.py --fit finds a setting", OFF),
     "bf16.bf16_master_weights_and_grads": Refused(LAYOUT, (False,)),
     "bf16.bf16_optimizer_states": Refused(LAYOUT, (False,)),

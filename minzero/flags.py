@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from minzero.commands import UserError
+from minzero.errors import UserError
 
 SUPPRESS = argparse.SUPPRESS
 LARGEST = 2**63 - 1  # that C code can count to

@@ -18,7 +18,7 @@ import psutil
 from torch import distributed
 
 from minzero import checkpoint, dist
-from minzero.config import SharedError, UserError
+from minzero.errors import SharedError, UserError
 from minzero.zero import first_not_finite, forget_powers, optimizers
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

@@ -10,7 +10,7 @@ import socket
 import zlib
 from typing import NamedTuple
 
-from minzero.commands import UserError
+from minzero.errors import UserError
 
 TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

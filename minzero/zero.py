@@ -19,8 +19,8 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from torch import distributed
 
-from minzero.config import UserError
 from minzero.data.shards import open_regular
+from minzero.errors import UserError
 
 KINDS = ("exp_avg", "exp_avg_sq", "fp32")  # what is saved of each element: two moments of Adam, and the weight
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import model
 from minzero import dist
-from minzero.config import Config, ModelConfig, TrainConfig, deepspeed_config
+from minzero.config.deepspeed import deepspeed_config
+from minzero.config.sections import Config, ModelConfig, TrainConfig
 from minzero.engine import build_engine
 from minzero.sizes import flops_per_token
 
@@ -204,7 +205,7 @@ def memory(args):
                 x.grad = weight.grad = None
 
         def chunked(x=x, weight=weight, targets=targets):
-            chunk, gradients = model.tokens_at_a_time(ids, False), x.requires_grad
+            chunk, gradients = model.loss_chunk_tokens(ids, False), x.requires_grad
             loss = model.LinearCrossEntropy.apply(x, weight, targets, chunk, gradients, model.cross_entropy)
             if gradients:
                 loss.backward()

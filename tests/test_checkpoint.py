@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from minzero import checkpoint, dist, guard
 from minzero import zero as pieces
-from minzero.config import Config, SharedError, TrainConfig, UserError
+from minzero.config.sections import Config, TrainConfig
 from minzero.data.shards import write_json
+from minzero.errors import SharedError, UserError
 from tests.trained_runs import write_file
 
 TENSORS = {

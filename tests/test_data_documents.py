@@ -18,12 +18,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from minzero.config import UserError
 from minzero.data import pipeline, sources, tokenizer
 from minzero.data.conversations import Conversations
 from minzero.data.shards import TokenStream
 from minzero.data.sources import BadDocument, Files
 from minzero.data.tokenizer import cut_long_runs, load_tokenizer
+from minzero.errors import UserError
 from tests.conftest import ROOT
 from tests.test_data_pipeline import (  # noqa: F401
     contents,
@@ -543,7 +543,7 @@ PATHS = ["file", "file/below", "x" * 300, "broken", os.fsdecode(b"caf\xe9"), "pi
 @pytest.mark.parametrize("out", PATHS, ids=ascii)
 @pytest.mark.parametrize("command", ["text", "shakespeare_char", "train_tokenizer"])
 def test_an_out_that_can_be_no_folder_is_refused_before_any_work(tmp_path, command, out, capsys, monkeypatch):
-    from minzero.config import run_command
+    from minzero.commands import run_command
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("text " * 100)
@@ -583,7 +583,7 @@ def test_an_out_that_can_be_no_folder_is_refused_before_any_work(tmp_path, comma
 )
 def test_absurd_values_of_flags_are_one_line(tmp_path, flags, words, monkeypatch, capsys):
     from data.text import prepare as text
-    from minzero.config import run_command
+    from minzero.commands import run_command
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("text " * 100)

@@ -8,9 +8,10 @@ import torch
 
 import train
 from minzero import checkpoint, dist, engine, guard
-from minzero.config import Config, ModelConfig, TrainConfig, UserError
+from minzero.config.sections import Config, ModelConfig, TrainConfig
 from minzero.data import order
 from minzero.data.shards import TokenStream
+from minzero.errors import UserError
 from model import GPT
 
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ from deepspeed import comm
 
 import train
 from minzero import dist
-from minzero.config import UserError
 from minzero.data.mixture import Mixture
+from minzero.errors import UserError
 from minzero.zero import own_layout, pieces_in_memory
 from tests.end_to_end import parity
 from tests.end_to_end.parity_settings import SPOILT
