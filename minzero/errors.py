@@ -10,7 +10,7 @@ import sys
 
 LONGEST = 2000  # characters of an error line: a number or a name in it may be of any length
 
-# What to do about an answer of the operating system.
+# Remedies for errors of the operating system.
 REMEDIES = {
     errno.EACCES: "allow it to this user, or choose another path",
     errno.EPERM: "allow it to this user, or choose another path",

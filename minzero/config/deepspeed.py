@@ -11,7 +11,7 @@ from minzero.config.nested import merge
 from minzero.config.values import convert, did_you_mean, in_short, nearest_divisors, printable
 from minzero.errors import UserError
 
-# -- what a section says -------------------------------------------------------------------------
+# -- ZeRO and offload -------------------------------------------------------------------------------
 
 
 def zero_stage(deepspeed):
@@ -42,7 +42,7 @@ def check_section(section, n_embd, faults, path=""):
     "auto", and without keys that only say that something is not used.
 
     n_embd: width of the model, from which "auto" follows. faults: a list that each fault is added to as a line.
-    path: the keys above this section, each with a dot behind it ("zero_optimization.")."""
+    path: the keys above this section, each followed by a dot ("zero_optimization.")."""
     kept = {}
     for name, value in section.items():
         key = path + name
@@ -123,7 +123,7 @@ def check_together(deepspeed, precision):
         raise UserError(f"deepspeed.fp16.min_loss_scale: found {lowest}, expected at most the first scale, {first}")
 
 
-# -- what DeepSpeed is given ---------------------------------------------------------------------
+# -- the whole for DeepSpeed ---------------------------------------------------------------------
 
 
 def gradient_accumulation(config, world_size):
