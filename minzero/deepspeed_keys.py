@@ -272,4 +272,4 @@ REFUSED = {
     "zero_optimization.zeropp_loco_param": Refused(f"{REMOVED} (LoCo-Zero++)"),
 }
 # Sections that hold accepted keys. An offload section may be null.
-SECTIONS = {path for key in ACCEPTED for path in [key.rpartition(".")[0]] if path} | {"bf16", "zero_optimization"}
+SECTIONS = {key.rpartition(".")[0] for key in ACCEPTED if "." in key} | {"bf16", "zero_optimization"}

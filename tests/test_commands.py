@@ -59,6 +59,13 @@ def test_a_command_begins_before_the_imports_that_take_seconds(command):
     assert before <= {*sys.stdlib_module_names, "minzero"}
 
 
+def test_begin_loads_the_standard_library_alone():
+    code = "import sys; before = {*sys.modules}; from minzero.commands import begin; print(*{*sys.modules} - before)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert done.returncode == 0 and "minzero" in loaded and loaded <= {*sys.stdlib_module_names, "minzero"}
+
+
 # -- what a user can cause -----------------------------------------------------------------------
 
 N, ERRNO = "n" * 300, errno

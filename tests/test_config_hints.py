@@ -52,6 +52,12 @@ def test_a_key_without_its_section_is_answered_with_the_section(flag, key):
         load_config([f"--{flag}", "4"])
 
 
+@pytest.mark.parametrize("flag", ["deepspeed", "deepspeed_config", "deepspeed-config"])
+def test_a_file_of_deepspeeds_keys_is_answered_with_the_section(flag):
+    with pytest.raises(UserError, match=f"^--{flag}: unknown flag; DeepSpeed's keys belong in the section deepspeed"):
+        load_config([f"--{flag}", "ds_config.json"])
+
+
 def test_a_name_that_is_like_none_is_answered_with_how_keys_are_written():
     with pytest.raises(UserError, match=r"^--qqq: unknown flag; keys are written --section\.key value"):
         load_config(["--qqq", "4"])

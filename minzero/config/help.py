@@ -13,6 +13,7 @@ USAGE = """\
 usage: deepspeed [--num_gpus N] train.py [CONFIG.json] [--section.key VALUE ...]
 
 CONFIG.json is configs/1p5b.json if none is given. VALUE is written as in JSON: 1e-4, true, null, [0.9, 0.95]"""
+INDENT = " " * 37  # of the text about a key
 ABOUT_DEEPSPEED = (
     "DeepSpeed's own keys, merged over ds_config.json; others are refused. "
     f'{", ".join(deepspeed_keys.AUTO)} may be "auto", which means what it means to Hugging Face\'s Trainer: '
@@ -46,4 +47,8 @@ def describe(name, kind, meta, default):
     if meta["maximum"] is not None:
         facts.append(f"at most {meta['maximum']}")
     text = f"{meta['meaning']} ({', '.join(facts)}; default {json.dumps(default)})"
-    return textwrap.wrap(text, 118, initial_indent=f"{f'  --{name}':36} ", subsequent_indent=" " * 37)
+    lines = textwrap.wrap(text, 118, initial_indent=INDENT, subsequent_indent=INDENT)
+    flag = f"  --{name}"
+    if len(flag) < len(INDENT):
+        return [flag + lines[0][len(flag) :], *lines[1:]]
+    return [flag, *lines]

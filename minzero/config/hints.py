@@ -180,7 +180,9 @@ def suggest_key(name, section=None):
 
 
 def suggest_flag(name):
-    """The remedy for a flag without a section: "did you mean --train.lr? ", or nothing."""
+    """The remedy for a flag without a section, up to the next sentence: "did you mean --train.lr? ", or ""."""
+    if name.replace("-", "_") in ("deepspeed", "deepspeed_config", "ds_config"):
+        return "DeepSpeed's keys belong in the section deepspeed of the config file; "
     if meant := meant_by(name):
         return f"did you mean --{meant}; "
     sections = {key: section for section, cls in SECTIONS.items() for key in cls.__dataclass_fields__}

@@ -163,7 +163,9 @@ class TrainConfig:
     )
     save_in_background: bool = key(False, "copy a checkpoint to CPU memory, and write it while training continues")
     save_best: bool = key(True, "also save when the validation loss is the lowest so far")
-    keep_checkpoints: int = key(2, "newest checkpoints kept, besides the best", minimum=1, maximum=10**9)
+    keep_checkpoints: int = key(
+        2, "how many of the newest checkpoints are kept, besides the best", minimum=1, maximum=10**9
+    )
     resume: str = key(
         "auto",
         "auto: continue from the newest checkpoint in out_dir, or start at step 0 if it holds none; never: start at "
