@@ -35,10 +35,13 @@ from pathlib import Path
 
 import numpy as np
 
-from minzero.commands import UserError
-from minzero.config import ROOT, gradient_accumulation, load_config, run_command
+from minzero.commands import run_command
+from minzero.config.deepspeed import gradient_accumulation
+from minzero.config.load import load_config
 from minzero.data.mixture import Mixture
 from minzero.data.shards import make_folder, token_dtype, write_atomically, write_json, write_shard
+from minzero.errors import UserError
+from minzero.files import ROOT
 from minzero.flags import FlagParser, a_path, at_least
 from minzero.metrics import read_metrics
 from minzero.planner.memory import simulate

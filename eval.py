@@ -30,14 +30,17 @@ from torch.nn import functional as F
 
 import export
 from minzero import checkpoint, checkpoint_folder
-from minzero.commands import UserError
-from minzero.config import IGNORE, ModelConfig, data_weights, did_you_mean, run_command
+from minzero.commands import run_command
+from minzero.config.sections import ModelConfig, data_weights
+from minzero.config.values import did_you_mean
 from minzero.data.mixture import content_digest
 from minzero.data.pipeline import tokenizer_of
 from minzero.data.shards import TokenStream, read_meta
 from minzero.data.tokenizer import byte_level_names, open_huggingface
+from minzero.errors import UserError
 from minzero.flags import SUPPRESS, FlagParser, a_checkpoint, a_path, at_least
 from minzero.launchers import find_ranks
+from minzero.sizes import IGNORE_INDEX
 from model import GPT
 
 # -- what is evaluated ---------------------------------------------------------------------------
@@ -139,7 +142,7 @@ def window_losses(model, stream, batch_size=16, rank=0, ranks=1):
 
     def keep(logits, targets, picked, vocab_size, _):
         logits = logits[:, :vocab_size].float()
-        kept.append(F.cross_entropy(logits, targets[:, 0], ignore_index=IGNORE, reduction="none"))
+        kept.append(F.cross_entropy(logits, targets[:, 0], ignore_index=IGNORE_INDEX, reduction="none"))
         return kept[-1].sum()
 
     getattr(model, "module", model).head.cross_entropy = keep  # sees the logits of some tokens at a time
@@ -147,14 +150,14 @@ def window_losses(model, stream, batch_size=16, rank=0, ranks=1):
         mine = starts[first + rank * batch_size :][:batch_size]
         # a rank without windows goes along all the same: under ZeRO-3 the others need its part of the model
         inputs = torch.zeros(max(1, len(mine)), block, dtype=torch.long)
-        targets = torch.full_like(inputs, IGNORE)
+        targets = torch.full_like(inputs, IGNORE_INDEX)
         for number, start in enumerate(mine):
             example = stream.example(start, min(block, stream.tokens - 1 - start))
             for row, part in zip((inputs[number], targets[number]), example, strict=True):
                 row[: len(part)] = torch.from_numpy(part)
         kept.clear()
         model(inputs.to(device), targets.to(device))
-        losses[-1] += (targets != IGNORE).sum()
+        losses[-1] += (targets != IGNORE_INDEX).sum()
         sums = torch.cat(kept).double().view(targets.shape).sum(dim=1)
         losses[first + rank * batch_size :][: len(mine)] = sums[: len(mine)]
     if ranks > 1:

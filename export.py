@@ -23,9 +23,12 @@ from pathlib import Path
 import torch
 
 from minzero import checkpoint, checkpoint_folder, checkpoint_state
-from minzero.commands import UserError
-from minzero.config import ModelConfig, build, read_json, refuse_pipe, run_command, switched_on
+from minzero.commands import run_command
+from minzero.config.build import build
+from minzero.config.sections import ModelConfig, switched_on
 from minzero.data.shards import read_meta, write_json
+from minzero.errors import UserError
+from minzero.files import read_json, refuse_pipe
 from minzero.flags import FlagParser, a_checkpoint, a_path, check_can_write
 from model import GPT
 

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from minzero.config import IGNORE, ModelConfig, tokens_at_a_time
+from minzero.config.sections import ModelConfig
 from minzero.loss import LinearCrossEntropy, cross_entropy
+from minzero.sizes import IGNORE_INDEX, loss_chunk_tokens
 
 
 def make_norm(config: ModelConfig, kernels="torch"):
@@ -134,14 +135,14 @@ class Head(nn.Linear):
     def forward(self, x, targets=None):
         if targets is None:
             return super().forward(x)
-        chunk = tokens_at_a_time(self.out_features, x.is_cuda)
+        chunk = loss_chunk_tokens(self.out_features, x.is_cuda)
         x, targets = x.flatten(0, 1), targets.flatten()
         return LinearCrossEntropy.apply(x, self.weight, targets, chunk, torch.is_grad_enabled(), self.cross_entropy)
 
 
 class GPT(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean cross-entropy in nats over
-    the targets that are not IGNORE, as a float32 scalar (0 if none counts)."""
+    the targets that are not IGNORE_INDEX, as a float32 scalar (0 if none counts)."""
 
     def __init__(self, config: ModelConfig, seed=1337, recompute_every=0, inputs_on_cpu=False, kernels="torch"):
         """recompute_every: k recomputes blocks 0, k, 2k, ... in the backward pass from their inputs alone, 0
@@ -210,4 +211,4 @@ class GPT(nn.Module):
         x = self.final_norm(x)
         if targets is None:
             return self.head(x)
-        return self.head(x, targets) / (targets != IGNORE).sum().clamp(min=1)
+        return self.head(x, targets) / (targets != IGNORE_INDEX).sum().clamp(min=1)

@@ -22,21 +22,20 @@ import json
 import shlex
 from dataclasses import dataclass
 
-from minzero.commands import UserError
-from minzero.config import (
-    build,
+from minzero.commands import run_command
+from minzero.config.build import build
+from minzero.config.deepspeed import (
     check_together,
-    command_line_values,
-    divisors,
     gradient_accumulation,
-    load_config,
-    merge,
     offload_device,
     offload_ratio,
     offloads_optimizer,
-    run_command,
     zero_stage,
 )
+from minzero.config.load import command_line_values, load_config
+from minzero.config.nested import merge
+from minzero.config.values import divisors
+from minzero.errors import UserError
 from minzero.flags import FlagParser, a_number, a_path, at_least, check_can_write
 from minzero.planner.memory import PARTS, Gathered, Settings, simulate
 from minzero.sizes import PEAK_FLOPS, flops_per_token, peak_flops, recomputed_flops_per_token
@@ -98,7 +97,7 @@ def settings_of(config, gpus):
         gradient_accumulation_steps=accumulation(config, gpus),
         precision=precision,
         recompute_every=int(train.activation_checkpointing),
-        inputs_on_cpu=train.checkpoints_on_cpu,
+        inputs_on_cpu=train.activation_offload,
         offload_optimizer=offloads_optimizer(config.deepspeed),
         offload_ratio=offload_ratio(zero),
         offload_param=offload_device(zero, "offload_param") != "none",
@@ -115,7 +114,7 @@ def accumulation(config, gpus):
 
 
 def inputs_on_cpu(settings):
-    """Bytes of one micro-batch's inputs of recomputed blocks that wait in CPU memory (train.checkpoints_on_cpu)."""
+    """Bytes of one micro-batch's inputs of recomputed blocks that wait in CPU memory (train.activation_offload)."""
     s = settings
     if not (s.inputs_on_cpu and s.recompute_every):
         return 0
@@ -279,8 +278,8 @@ def single_changes(config):
         yield {f"{section}.stage": higher}
     if train.activation_checkpointing is not True:
         yield {"train.activation_checkpointing": True}
-    elif not train.checkpoints_on_cpu:
-        yield {"train.checkpoints_on_cpu": True}
+    elif not train.activation_offload:
+        yield {"train.activation_offload": True}
     offload = {} if offloads_optimizer(config.deepspeed) else {f"{section}.offload_optimizer.device": "cpu"}
     if stage and offload:
         yield offload

@@ -3,7 +3,8 @@
 python plot.py out/a out/b --x flops --out both.png --html both.html
 """
 
-from minzero.commands import begin, one_line
+from minzero.commands import begin
+from minzero.errors import one_line
 
 if __name__ == "__main__":
     begin()
@@ -23,9 +24,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from minzero import checkpoint_folder, checkpoint_state
-from minzero.commands import UserError
-from minzero.config import build, read_json, run_command
+from minzero.commands import run_command
+from minzero.config.build import build
+from minzero.config.hints import rename_old_keys
 from minzero.data.shards import cannot_write, write_atomically
+from minzero.errors import UserError
+from minzero.files import read_json
 from minzero.flags import FlagParser, a_path, check_can_write
 from minzero.metrics import duration, good_lines
 from minzero.sizes import flops_per_token
@@ -66,6 +70,7 @@ def read_config(run):
                 return state | {"deepspeed": {}} | state["config"]
         raise UserError(f"{error}; {remedy}") from None
     versions = config.get("versions")
+    config, _ = rename_old_keys(config, path)
     return config | {"versions": versions if isinstance(versions, dict) else {}}
 
 

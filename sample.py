@@ -34,11 +34,12 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import export
 from eval import Trained, load_model, open_trained
-from minzero.commands import UserError
-from minzero.config import read_json, run_command
+from minzero.commands import run_command
 from minzero.data.conversations import CHAT_TEMPLATE
 from minzero.data.pipeline import tokenizer_of
 from minzero.data.tokenizer import END_OF_TEXT, huggingface_json, missing_characters
+from minzero.errors import UserError
+from minzero.files import read_json
 from minzero.flags import FlagParser, a_checkpoint, a_number, a_path, at_least
 
 LEAST_TEMPERATURE = 1e-6  # logits over less overflow

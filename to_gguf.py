@@ -23,9 +23,11 @@ import tempfile
 from pathlib import Path
 
 from export import FAMILIES, family_of, is_published, open_published
-from minzero.commands import UserError
-from minzero.config import ModelConfig, read_json, run_command
+from minzero.commands import run_command
+from minzero.config.sections import ModelConfig
 from minzero.data.tokenizer import GPT2_PATTERNS, PATTERN, open_huggingface
+from minzero.errors import UserError
+from minzero.files import read_json
 from minzero.flags import FlagParser, a_path, check_can_write
 
 # what llama.cpp calls these patterns (`tokenizer.ggml.pre`), and whether it takes a piece that is a token as it is

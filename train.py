@@ -19,7 +19,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from minzero.config import help_if_asked, run_command
+from minzero.commands import run_command
+from minzero.config.load import help_if_asked
 
 if __name__ == "__main__":
     run_command(help_if_asked, may_be_many=True)  # before the imports that take seconds
@@ -28,8 +29,9 @@ import torch
 import export
 from minzero import checkpoint, dist, resume, summary
 from minzero.bad_steps import BadSteps
-from minzero.commands import UserError
-from minzero.config import TrainConfig, deepspeed_config, gradient_accumulation, load_config, zero_stage
+from minzero.config.deepspeed import deepspeed_config, gradient_accumulation, zero_stage
+from minzero.config.load import load_config
+from minzero.config.sections import TrainConfig
 from minzero.data.mixture import Mixture
 from minzero.engine import (
     build_engine,
@@ -40,6 +42,7 @@ from minzero.engine import (
     resolve_precision,
     why_not_compiled,
 )
+from minzero.errors import UserError
 from minzero.evaluate_loss import evaluate, to_device
 from minzero.loss import equal_weights
 from minzero.run import Run, StepResult

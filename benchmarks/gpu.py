@@ -42,10 +42,16 @@ import benchmark
 import model
 import plan
 from minzero import config
-from minzero.commands import UserError
-from minzero.config import ROOT, Config, build, git_commit, gradient_accumulation, load_config, merge, run_command
+from minzero.commands import run_command
+from minzero.config.build import build
+from minzero.config.deepspeed import gradient_accumulation
+from minzero.config.load import load_config
+from minzero.config.nested import merge
+from minzero.config.sections import Config
 from minzero.data.mixture import Mixture
 from minzero.data.shards import make_folder, write_atomically, write_json, write_shard
+from minzero.errors import UserError
+from minzero.files import ROOT, git_commit
 from minzero.flags import FlagParser, a_number, a_path, at_least
 from minzero.sizes import flops_per_token, peak_flops
 from plan import with_choice
@@ -556,7 +562,7 @@ def compare_norms(config, norm, rival, tokens, width):
     """Forward and backward pass of torch's norm and of Apex's, or of torch's compiled, on the same activations."""
     import torch
 
-    from minzero.config import ModelConfig
+    from minzero.config.sections import ModelConfig
     from model import make_norm
 
     if rival == "apex":
@@ -681,7 +687,9 @@ def whole_loss():
 
     @torch.compile
     def summed(logits, targets):
-        return torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=config.IGNORE, reduction="sum")
+        return torch.nn.functional.cross_entropy(
+            logits.float(), targets, ignore_index=config.IGNORE_INDEX, reduction="sum"
+        )
 
     def forward(head, x, targets=None):
         logits = torch.nn.Linear.forward(head, x)
@@ -692,17 +700,17 @@ def whole_loss():
 
 def large_chunks():
 
-    config.tokens_at_a_time = lambda vocab_size, on_gpu: 2**14
+    config.loss_chunk_tokens = lambda vocab_size, on_gpu: 2**14
 
 
 def small_chunks():
 
-    config.tokens_at_a_time = lambda vocab_size, on_gpu: 2**10
+    config.loss_chunk_tokens = lambda vocab_size, on_gpu: 2**10
 
 
 def unpadded():
 
-    config.width_of_logits = lambda vocab_size, on_gpu: vocab_size
+    config.padded_vocab_size = lambda vocab_size, on_gpu: vocab_size
 
 
 def whole_model():

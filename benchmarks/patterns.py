@@ -16,7 +16,7 @@ import tiktoken
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.stdlib.prepare import documents
-from minzero.config import run_command
+from minzero.commands import run_command
 from minzero.data.sources import Files
 from minzero.data.tokenizer import GPT2_PATTERNS, PATTERN, faster, train_tokenizer
 

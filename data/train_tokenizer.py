@@ -21,11 +21,12 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from minzero.commands import UserError
-from minzero.config import did_you_mean, run_command
+from minzero.commands import run_command
+from minzero.config.values import did_you_mean
 from minzero.data.pipeline import MOST_IDS
 from minzero.data.sources import BadDocument, plural
 from minzero.data.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
+from minzero.errors import UserError
 from minzero.flags import FlagParser, a_path, at_least, check_can_write
 
 

@@ -19,9 +19,9 @@ from minzero.commands import begin
 if __name__ == "__main__":
     begin()
 
-from minzero.commands import UserError
-from minzero.config import run_command
+from minzero.commands import run_command
 from minzero.data.shards import read_meta, shards_of, verify_shard
+from minzero.errors import UserError
 from minzero.flags import FlagParser
 
 

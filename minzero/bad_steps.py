@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from minzero import checkpoint, checkpoint_folder, dist, resume
-from minzero.config import SharedError
+from minzero.errors import SharedError
 from minzero.zero import first_not_finite, optimizers, reset_cpu_adam_bias_correction
 
 WINDOW = 128  # good steps that a spike is measured against; half of them must be there

@@ -30,22 +30,26 @@ import numpy as np
 import torch
 from torch import distributed
 
-from minzero import commands
-from minzero.checkpoint_folder import (  # noqa: F401
+from minzero import errors
+from minzero.checkpoint_folder import (
     Saved,
-    find,
     is_ours,
     name_of,
     prune,
-    reading,
     remove_unfinished,
-    tidy,
     write_marks,
 )
-from minzero.checkpoint_state import SCALER, as_saved, read_state, state_checksum, state_if_whole  # noqa: F401
-from minzero.commands import UserError
-from minzero.config import DataConfig, SharedError, TrainConfig, build
+from minzero.checkpoint_state import (
+    SCALER,
+    as_saved,
+    read_state,
+    state_checksum,
+    state_if_whole,  # noqa: F401
+)
+from minzero.config.build import build
+from minzero.config.sections import DataConfig, TrainConfig
 from minzero.data.shards import cannot_write, make_way, write_json
+from minzero.errors import SharedError, UserError
 from minzero.tensor_files import SavedPieces, check_sums, damaged, index_of, pieces_in, write_tensors
 from minzero.zero import (
     KINDS,
@@ -137,7 +141,7 @@ class Saving:
             return str(cannot_write(file, error))
         if isinstance(error, UserError):
             return f"step {self.state['step']}: {not_finite(error, self.folder)}"
-        explained = commands.explain(error)
+        explained = errors.explain(error)
         if explained is None:
             traceback.print_exception(error)  # a bug
         return f"{file}: could not be written: {explained or repr(error)}"

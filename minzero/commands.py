@@ -1,12 +1,11 @@
-"""How every command begins and ends: its streams, Ctrl-C, and one line for what a user can cause.
+"""How every command starts and ends: its streams, Ctrl-C, and its exit code.
 
-A command calls `begin` before the imports that take seconds, and this file imports next to nothing, so that a Ctrl-C
-meets `begin` as early as can be. `config.run_command` runs the rest of a command.
+A command calls `begin` before the imports that take seconds, so that it handles a Ctrl-C as early as possible. This
+file therefore imports little of the standard library and nothing else. `run_command` runs the command's main.
 """
 
 import contextlib
 import errno
-import io
 import os
 import select
 import signal
@@ -14,118 +13,20 @@ import sys
 import threading
 import time
 
-BROKEN_PIPE, INTERRUPTED, REFUSED = 141, 130, 2  # exit codes; the first two as a shell has them for the signals
-LONGEST = 2000  # characters of a line about a fault: a number or a name in it may be of any length
+from minzero.errors import SharedError, UserError, explain, explain_os_error, one_line
 
-# What to do about an answer of the operating system.
-REMEDIES = {
-    errno.EACCES: "allow it to this user, or choose another path",
-    errno.EPERM: "allow it to this user, or choose another path",
-    errno.EROFS: "choose a path that can be written",
-    errno.ENOSPC: "make room on that disk, or choose another path",
-    errno.EDQUOT: "make room within that quota, or choose another path",
-    errno.EFBIG: "choose a file system or a limit (ulimit -f) that takes larger files",
-    errno.ENOENT: "expected it to be there; was it removed or renamed while this ran?",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.EISDIR: "expected a file",
-    errno.ENOTDIR: "expected a folder",
-    errno.EEXIST: "expected nothing there, or a folder; choose another path",
-    errno.ENOTEMPTY: "expected an empty folder; choose another path",
-    errno.ELOOP: "its symbolic links lead in a circle; correct them",
-    errno.EMFILE: "raise the limit on open files (ulimit -n)",
-    errno.ENFILE: "end other programs that hold files open",
-    errno.ENOMEM: "end other programs, or take a machine with more memory",
-    errno.EAGAIN: "raise the limit on processes (ulimit -u), or end other programs",
-}
-# What torch says, in errors of no class of their own, of memory and of sizes beyond any memory.
-OF_MEMORY = r"out of memory|can't allocate memory|not enough memory|[Uu]nable to allocate|cannot allocate memory"
-OF_SIZE = r"Storage size calculation overflowed|multiplication overflow|Overflow when unpacking long|too large to"
-OF_SIZE += r"|Maximum allowed dimension exceeded|array is too big|Exceeds the limit \(\d+ digits\)"
-
-
-class UserError(Exception):
-    """Bad input. The message is the whole line the user sees: where, what was found, what was
-    expected, and the remedy. Commands print it and exit with code 2, without a traceback."""
-
-
-def one_line(text):
-    """Text as one line that a terminal shows as it is: control characters escaped, a very long middle left out."""
-    text = str(text)
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 3 :]}"
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
-def explain(error):
-    """What to say of an exception that a user, or the machine, can cause; None for a fault in the program."""
-    if isinstance(error, UserError):
-        return str(error)
-    import re
-
-    text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(OF_MEMORY, text)):
-        size = re.search(r"allocate ([\d.]+ ?\w+)", text)
-        return (
-            f"out of memory{f': tried to allocate {size[1]}' if size else ''}; lower train.micro_batch_size, "
-            "--batch_size or the sizes of the model (python plan.py shows what fits), or end other programs"
-        )
-    if isinstance(error, OSError):
-        return explain_os_error(error)
-    if isinstance(error, UnicodeEncodeError):
-        return f"{ascii(error.object)[:200]}: found a character that {error.encoding} cannot write; remove it"
-    if isinstance(error, UnicodeDecodeError):
-        start = error.object[max(0, error.start - 20) : error.start + 20]
-        return f"{start}: found bytes that are not {error.encoding} text, expected {error.encoding} text"
-    if isinstance(error, ValueError) and re.search("embedded null (byte|character)", text):
-        return "a path or name: found a NUL character in it; remove it"
-    if isinstance(error, RecursionError):
-        return f"input nested too deeply ({text}); expected a few levels"
-    if isinstance(error, OverflowError) or (
-        isinstance(error, RuntimeError | ValueError | TypeError) and re.search(OF_SIZE, text)
-    ):
-        return f"a number or size is too large ({text}); choose a smaller one"
-    if isinstance(error, ModuleNotFoundError) and not is_ours(error.name):
-        return (
-            f"{error.name}: no such package in {sys.executable}; install the requirements (make setup) and call "
-            ".venv/bin/python"
-        )
-    return None
-
-
-def is_ours(module):
-    """Whether a module of this name belongs to this repository."""
-    path = os.path.join(os.path.dirname(os.path.dirname(__file__)), module.partition(".")[0])
-    return os.path.isdir(path) or os.path.exists(f"{path}.py")
-
-
-def explain_os_error(error):
-    """What to say of what the operating system, or the network, answered."""
-    if error.errno is None or error.strerror is None:
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    path = error.filename if error.filename is not None else file_written(error.__traceback__)
-    path = os.fsdecode(path) if isinstance(path, bytes) else path
-    remedy = REMEDIES.get(error.errno, "fix that and run the same command again")
-    return f"{'a file or standard output' if path is None else path}: {error.strerror}; {remedy}"
-
-
-def file_written(traceback):
-    """The name of the file that the innermost function of a traceback had open, or None: an error in writing, unlike
-    one in opening, does not tell it."""
-    found = None
-    while traceback:
-        for value in traceback.tb_frame.f_locals.values():
-            if isinstance(value, io.IOBase) and isinstance(getattr(value, "name", None), str):
-                found = value.name
-        traceback = traceback.tb_next
-    return {"<stdout>": "standard output", "<stderr>": "standard error"}.get(found, found)
+# Exit codes; the first two are those that a shell reports for the signals.
+BROKEN_PIPE = 141
+INTERRUPTED = 130
+REFUSED = 2
 
 
 # -- streams -------------------------------------------------------------------------------------
 
 
 def set_up_streams():
-    """Make standard output and error take any text, whatever the terminal's encoding. One that was closed goes
-    nowhere: else the next file that is opened would take its place."""
+    """Let standard output and error take any text, whatever the terminal's encoding. A closed one is opened on
+    /dev/null; otherwise the next file that is opened would get its number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -139,17 +40,17 @@ def set_up_streams():
 
 
 def has_no_reader(stream):
-    """Whether what a stream leads to has gone: `| head -1` that has read enough, a terminal that was closed."""
+    """Whether the reader of a stream has gone: `| head -1` has read enough, or the terminal was closed."""
     try:
         poll = select.poll()
         poll.register(stream.fileno(), 0)
-    except (OSError, ValueError):  # no file of the operating system
+    except (OSError, ValueError):  # not a file of the operating system
         return False
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def silence(stream):
-    """Let a stream lead nowhere, so that the interpreter's own flush at exit cannot fail."""
+    """Redirect a stream to /dev/null, so that the interpreter's own flush at exit cannot fail."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -157,7 +58,7 @@ def silence(stream):
 
 
 def flush_output():
-    """Write out what was printed. Nobody there to read it is no fault; else raises UserError if it cannot be."""
+    """Flush standard output. Raises UserError if that fails, unless its reader has gone."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -168,7 +69,7 @@ def flush_output():
 
 
 def say(line):
-    """Print a line to standard error, if there is anybody to read it."""
+    """Print a line to standard error; a closed standard error is ignored."""
     with contextlib.suppress(OSError, ValueError):
         name = "python" if sys.argv[0] == "-c" else os.path.basename(sys.argv[0])
         print(f"{name}: {one_line(line)}", file=sys.stderr, flush=True)
@@ -176,20 +77,20 @@ def say(line):
 
 # -- Ctrl-C --------------------------------------------------------------------------------------
 
-own_process = None  # the process that `begin` was called in: what it forks does not speak for it
-heard_at = None  # when the first Ctrl-C came
+own_process = None  # id of the process that called `begin`; its forks print nothing about a Ctrl-C
+heard_at = None  # time.monotonic() of the first Ctrl-C
 
 
 def leave(*_):
-    """A handler of SIGINT: one line, and no more waiting, not even for Python's own clean-up."""
+    """A handler of SIGINT: print one line and end at once, without Python's own clean-up."""
     if (os.environ.get("RANK") or "0") == "0" and own_process in (None, os.getpid()):
         say("stopped by Ctrl-C")
     os._exit(INTERRUPTED)
 
 
 def interrupt(*_):
-    """A handler of SIGINT: the first raises KeyboardInterrupt, which lets a command clean up, the second ends it at
-    once. Programs such as `timeout` send two within a moment, which count as one."""
+    """A handler of SIGINT: the first raises KeyboardInterrupt, so that a command can clean up; the second ends it at
+    once. Two within half a second, as `timeout` sends them, count as one."""
     global heard_at
     if own_process not in (None, os.getpid()):
         leave()
@@ -202,24 +103,27 @@ def interrupt(*_):
 
 
 def handle_interrupts(handler):
-    """Let a Ctrl-C call this handler. Returns the handler before; leaves alone one that is neither ours nor Python's,
-    as of a process in the background, which ignores Ctrl-C. Outside the main thread it does nothing."""
+    """Install a handler of SIGINT and return the previous one.
+
+    A handler that is neither ours nor Python's is left alone: a process in the background ignores Ctrl-C. Outside the
+    main thread nothing is installed."""
     global heard_at
-    before, heard_at = signal.getsignal(signal.SIGINT), None
+    heard_at = None
+    before = signal.getsignal(signal.SIGINT)
     if before in (signal.default_int_handler, leave):
         restore_interrupts(handler)
     return before
 
 
 def restore_interrupts(handler):
-    """Let a Ctrl-C call the handler that `handle_interrupts` returned."""
+    """Install the handler of SIGINT that `handle_interrupts` returned."""
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGINT, handler)
 
 
 def watch_interrupts():
-    """End this process when a Ctrl-C is not heard within five seconds: Python calls a handler only between its own
-    instructions, and the main thread may be in a library's code for minutes, as in learning a tokenizer."""
+    """End this process when no handler has run five seconds after a Ctrl-C. Python calls a handler only between its
+    own instructions, and the main thread may be in a library's code for minutes, as when it trains a tokenizer."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -234,12 +138,12 @@ def watch_interrupts():
     threading.Thread(target=watch, daemon=True).start()
 
 
-# -- the beginning and the end -------------------------------------------------------------------
+# -- start and end -------------------------------------------------------------------------------
 
 
 def begin():
-    """The first thing a command does, before the imports that take seconds: from here on neither a Ctrl-C nor what a
-    user can cause shows a traceback."""
+    """The first call of a command, before the imports that take seconds. From here on neither a Ctrl-C nor an error
+    that a user can cause shows a traceback."""
     global own_process
     own_process = os.getpid()
     handle_interrupts(leave)
@@ -250,7 +154,7 @@ def begin():
 
 
 def end_imports(kind, error, traceback):
-    """sys.excepthook: what `config.run_command` does not see."""
+    """sys.excepthook: errors outside `run_command`, as in the imports."""
     line, code = ending(error)
     if code is None:
         sys.__excepthook__(kind, error, traceback)
@@ -261,15 +165,15 @@ def end_imports(kind, error, traceback):
 
 
 def end_destructor(unraisable):
-    """sys.unraisablehook: a Ctrl-C that fell into a destructor or callback, which Python would only report."""
+    """sys.unraisablehook: ends the command on a Ctrl-C in a destructor or callback, which Python would only report."""
     if unraisable.exc_type is KeyboardInterrupt:
         leave()
     sys.__unraisablehook__(unraisable)
 
 
 def ending(error):
-    """How a command ends that this exception has left: (the line to say or None, the exit code). (None, None) for a
-    fault in the program, whose traceback a developer needs, and for SystemExit."""
+    """The line to print (or None) and the exit code for an exception that ends a command. (None, None) for SystemExit
+    and for a fault in the program, whose traceback a developer needs."""
     if isinstance(error, KeyboardInterrupt) or (heard_at is not None and not isinstance(error, SystemExit)):
         return "stopped by Ctrl-C", INTERRUPTED
     if isinstance(error, SystemExit):
@@ -286,3 +190,69 @@ def ending(error):
     except UserError as of_output:
         line = str(of_output) if isinstance(error, OSError) else line
     return (None, None) if line is None else (f"error: {line}", REFUSED)
+
+
+def refuse_several_tasks():
+    """Raise SharedError if a launcher started this process as one of several. For commands that share no work: all
+    processes would do the same and write the same files."""
+    from minzero.launchers import find_ranks  # here, to keep the start of a command short
+
+    try:
+        found = find_ranks(dict(os.environ), may_be_alone=True)
+    except UserError:  # variables that only a command of several ranks needs
+        return
+    if found["WORLD_SIZE"] != "1":
+        os.environ["RANK"] = found["RANK"]  # so that only one of them prints it
+        tasks, remedy = found["WORLD_SIZE"], "start it without srun, mpirun, torchrun or deepspeed"
+        raise SharedError(f"found {tasks} tasks, expected one process; {remedy}")
+
+
+def run_command(function, arguments=None, may_be_many=False):
+    """Run a command's main and end the process: code 2 and one line on stderr for an error that a user can cause, code
+    130 and one line for Ctrl-C, code 141 and no line where the reader of a pipe has gone. A fault in the program shows
+    its traceback.
+
+    function: called with the list of arguments, `sys.argv[1:]` by default. may_be_many: the command may run as several
+    ranks; others refuse to."""
+    set_up_streams()
+    handler = handle_interrupts(interrupt)
+    try:
+        try:
+            if not may_be_many:
+                refuse_several_tasks()
+            function(sys.argv[1:] if arguments is None else arguments)
+        except SystemExit:
+            flush_output()
+            raise
+        flush_output()
+    except BaseException as error:
+        line, code = ending(error)
+        if code is None:
+            raise
+        report_fault(error, line, code)
+        if may_be_many and os.environ.get("WORLD_SIZE", "1") != "1":
+            # the interpreter's own end aborts (`terminate called`) where torch's threads wait for other ranks
+            with contextlib.suppress(UserError):
+                flush_output()
+            os._exit(code)
+        raise SystemExit(code) from None
+    finally:
+        restore_interrupts(handler)
+
+
+def report_fault(error, line, code):
+    """Print the line of a fault, if this rank is the one to print it.
+
+    Usually all ranks find the same fault and one line is enough. So the other ranks first wait: when rank 0 has printed
+    its line and left, the launcher ends them. A rank that is still there after that is alone with its fault, and prints
+    it."""
+    rank = os.environ.get("RANK", "")  # the command may have set it
+    rank = int(rank) if rank.isdecimal() else 0
+    shared = isinstance(error, SharedError)
+    prints = rank == error.said_by if shared else rank == 0 or code == REFUSED
+    waits = code == REFUSED and rank != 0 and not (shared and prints)
+    if waits:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(2 if shared else 10)
+    if line and prints:
+        say(f"rank {rank}: {line}" if rank else line)

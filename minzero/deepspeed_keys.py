@@ -1,16 +1,16 @@
-"""DeepSpeed's keys: which of them a run may set, and why not the others. The names are those of DeepSpeed 0.19.8.
+"""DeepSpeed's keys: those that a run may set, and the reasons against the others. Names are those of DeepSpeed 0.19.8.
 
-DeepSpeed passes over keys that it does not know, and some that it knows change where weights and Adam's moments lie in
-memory, which is where zero.py reads them for a checkpoint. So a key is accepted only if tests/end_to_end/keys.py
-shows that a run with it saves the right weights and moments and resumes from those of another run, and that DeepSpeed
-obeys it. Needs neither torch nor DeepSpeed; tests/test_deepspeed_keys.py compares the names with DeepSpeed's own.
+DeepSpeed ignores keys that it does not know. Some that it knows change where weights and Adam's moments lie in memory,
+and zero.py reads them from there for a checkpoint. So a key is accepted only if tests/end_to_end/keys.py shows that
+DeepSpeed obeys it, and that a run with it saves the right weights and moments and resumes from those of another run.
+Needs neither torch nor DeepSpeed; tests/test_deepspeed_keys.py compares the names with DeepSpeed's own.
 """
 
 import typing
 
 
 class Key(typing.NamedTuple):
-    """A key that is accepted: its JSON type, DeepSpeed's default, its meaning, and the values it may take."""
+    """An accepted key: its JSON type, DeepSpeed's default, its meaning, and the values it may take."""
 
     kind: object
     default: object
@@ -21,15 +21,17 @@ class Key(typing.NamedTuple):
 
 
 class Refused(typing.NamedTuple):
-    """A key that DeepSpeed knows and a run may not set: why, or what to do instead; and the values that say that it is
-    not used, which are accepted and not handed on."""
+    """A key that DeepSpeed knows and a run may not set.
+
+    why: the reason, or the key to set instead. unused: values that say that the key is not used. They are accepted, and
+    the key is not passed to DeepSpeed."""
 
     why: str
     unused: tuple = ()
 
 
 DTYPES = ["fp32", "bf16", "fp16"]
-MOST = 10**12  # elements of a buffer; engine.py compares with the memory that is there
+MOST = 10**12  # elements of a buffer; engine.py compares with the memory of the machine
 
 
 def flag(default, meaning):
@@ -44,7 +46,9 @@ ACCEPTED = {
     "communication_data_type": Key(
         str | None, None, "type in which gradients are summed over ranks; null: the precision's", DTYPES
     ),
-    "zero_allow_untested_optimizer": flag(False, "what it says; the optimizers that train.py chooses are tested ones"),
+    "zero_allow_untested_optimizer": flag(
+        False, "allow optimizers that DeepSpeed did not test with ZeRO; those that train.py chooses are tested"
+    ),
     "data_types.grad_accum_dtype": Key(
         str | None,
         None,
@@ -55,49 +59,64 @@ ACCEPTED = {
     "comms_logger.enabled": flag(False, "count all communication and print a table at the end of the run"),
     "comms_logger.verbose": flag(False, "with train.verbose, a line for each call"),
     "comms_logger.prof_all": flag(True, "count every operation"),
-    "comms_logger.prof_ops": Key(list[str], [], "with prof_all false, the operations to count"),
-    "comms_logger.debug": flag(False, "names of the calling functions too"),
-    "fp16.loss_scale": Key(float, 0.0, "a loss scale that stays; 0: a dynamic one", minimum=0, maximum=2.0**24),
-    "fp16.initial_scale_power": Key(int, 16, "the dynamic scale begins at 2 to this power", minimum=0, maximum=32),
-    # in the step in which it doubles, DeepSpeed divides the gradient by the new scale: half a gradient (NOTES.md)
-    "fp16.loss_scale_window": Key(int, 1000, "good steps after which it doubles", minimum=100, maximum=10**9),
-    "fp16.hysteresis": Key(int, 2, "overflows after which it halves", minimum=1, maximum=10**6),
-    "fp16.consecutive_hysteresis": flag(False, "a good step forgets the overflows before it"),
-    "fp16.min_loss_scale": Key(int, 1, "the lowest dynamic scale", minimum=1, maximum=2**32),
+    "comms_logger.prof_ops": Key(list[str], [], "the operations to count where prof_all is false"),
+    "comms_logger.debug": flag(False, "also print the names of the calling functions"),
+    "fp16.loss_scale": Key(float, 0.0, "a fixed loss scale; 0: a dynamic one", minimum=0, maximum=2.0**24),
+    "fp16.initial_scale_power": Key(int, 16, "the dynamic loss scale starts at 2 to this power", minimum=0, maximum=32),
+    # at the step at which it doubles, DeepSpeed divides the gradient by the new scale: half a gradient (NOTES.md)
+    "fp16.loss_scale_window": Key(
+        int, 1000, "good steps after which the dynamic loss scale doubles", minimum=100, maximum=10**9
+    ),
+    "fp16.hysteresis": Key(int, 2, "overflows after which the dynamic loss scale halves", minimum=1, maximum=10**6),
+    "fp16.consecutive_hysteresis": flag(False, "a good step resets the count of overflows"),
+    "fp16.min_loss_scale": Key(int, 1, "the lowest dynamic loss scale", minimum=1, maximum=2**32),
     "zero_optimization.stage": Key(
-        int, 0, "what the ranks share: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights", [0, 1, 2, 3]
+        int,
+        0,
+        "sharded over ranks; 0: nothing; 1: the optimizer; 2: and the gradients; 3: and the weights",
+        [0, 1, 2, 3],
     ),
     "zero_optimization.contiguous_gradients": flag(True, "gather gradients in one buffer before they are summed"),
-    "zero_optimization.reduce_scatter": flag(True, "each rank gets its part of the summed gradients only"),
+    "zero_optimization.reduce_scatter": flag(True, "each rank gets only its own part of the summed gradients"),
     "zero_optimization.reduce_bucket_size": elements(5 * 10**8, "elements of gradients summed at a time", minimum=1),
-    "zero_optimization.use_multi_rank_bucket_allreduce": flag(True, "stages 1, 2: one sum for several ranks' parts"),
-    "zero_optimization.allgather_bucket_size": elements(5 * 10**8, "stages 1, 2: elements of weights sent at a time"),
+    "zero_optimization.use_multi_rank_bucket_allreduce": flag(
+        True, "stages 1, 2: sum the parts of several ranks in one call"
+    ),
+    "zero_optimization.allgather_bucket_size": elements(
+        5 * 10**8, "stages 1, 2: elements of weights gathered at a time"
+    ),
     "zero_optimization.overlap_comm": Key(
         bool | None, None, "communicate during the backward pass; null: at stage 3 only"
     ),
-    "zero_optimization.round_robin_gradients": flag(False, "stages 1, 2: neighbouring parameters to different ranks"),
-    "zero_optimization.parameter_alignment": flag(False, "stages 1, 2: each parameter at a multiple of 16 bytes"),
-    "zero_optimization.ignore_unused_parameters": flag(True, "stages 1, 2: parameters without gradient are no error"),
+    "zero_optimization.round_robin_gradients": flag(
+        False, "stages 1, 2: spread neighbouring parameters over different ranks"
+    ),
+    "zero_optimization.parameter_alignment": flag(False, "stages 1, 2: start each parameter at a multiple of 16 bytes"),
+    "zero_optimization.ignore_unused_parameters": flag(True, "stages 1, 2: accept parameters that get no gradient"),
     "zero_optimization.sub_group_size": elements(10**9, "stage 3: elements of the optimizer updated at a time"),
     "zero_optimization.stage3_prefetch_bucket_size": elements(5 * 10**7, "elements of weights fetched ahead of use"),
-    "zero_optimization.stage3_param_persistence_threshold": elements(10**5, "parameters up to this size stay whole"),
+    "zero_optimization.stage3_param_persistence_threshold": elements(
+        10**5, "parameters of at most this many elements stay whole on each rank"
+    ),
     "zero_optimization.stage3_model_persistence_threshold": elements(
-        2**63 - 1, "elements that may stay whole in all", maximum=2**63 - 1
+        2**63 - 1, "elements of all parameters that stay whole together, at most", maximum=2**63 - 1
     ),
     "zero_optimization.stage3_max_live_parameters": elements(10**9, "elements of gathered weights a GPU may hold"),
-    "zero_optimization.stage3_max_reuse_distance": elements(10**9, "weights needed again within this many are kept"),
-    "zero_optimization.stage3_gather_16bit_weights_on_model_save": flag(
-        False, "of DeepSpeed's own save_16bit_model, which nothing here calls: export.py gathers always"
+    "zero_optimization.stage3_max_reuse_distance": elements(
+        10**9, "gathered weights that are used again within this many elements are kept"
     ),
-    "zero_optimization.stage3_use_all_reduce_for_fetch_params": flag(False, "gather weights by a sum"),
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": flag(
+        False, "for DeepSpeed's own save_16bit_model, which nothing here calls: export.py always gathers"
+    ),
+    "zero_optimization.stage3_use_all_reduce_for_fetch_params": flag(False, "gather weights by an all-reduce"),
     "zero_optimization.stage3_allgather_sequential": flag(False, "gather weights one by one, without a buffer"),
     "zero_optimization.memory_efficient_linear": flag(True, "stage 3: linear layers keep no gathered weights"),
     "zero_optimization.log_trace_cache_warnings": flag(
-        False, "with train.verbose, when stage 3 records the order of its weights again"
+        False, "with train.verbose, a line each time stage 3 records the order of its weights again"
     ),
     "zero_optimization.enable_sanity_checks": flag(False, "DeepSpeed's own checks of itself"),
     "zero_optimization.offload_optimizer.device": Key(
-        str, "none", "where the optimizer is kept: none is the GPU", ["none", "cpu", "nvme"]
+        str, "none", "where the optimizer's state is kept; none: on the GPU", ["none", "cpu", "nvme"]
     ),
     "zero_optimization.offload_optimizer.nvme_path": Key(str | None, None, "a folder on each node's own NVMe"),
     "zero_optimization.offload_optimizer.buffer_count": Key(
@@ -108,29 +127,31 @@ ACCEPTED = {
         float, 1.0, "part of the optimizer that leaves the GPU", minimum=0, maximum=1
     ),
     "zero_optimization.offload_param.device": Key(
-        str, "none", "stage 3: where the weights are kept", ["none", "cpu", "nvme"]
+        str, "none", "stage 3: where the weights are kept; none: on the GPU", ["none", "cpu", "nvme"]
     ),
     "zero_optimization.offload_param.nvme_path": Key(str | None, None, "a folder on each node's own NVMe"),
     "zero_optimization.offload_param.buffer_count": Key(
         int, 5, "NVMe: weights in memory at a time", minimum=1, maximum=10**4
     ),
-    "zero_optimization.offload_param.buffer_size": elements(10**8, "NVMe: elements of one of these", minimum=1),
+    "zero_optimization.offload_param.buffer_size": elements(
+        10**8, "NVMe: elements of the buffer of one weight", minimum=1
+    ),
     "zero_optimization.offload_param.pin_memory": flag(True, "in page-locked memory"),
     "aio.block_size": Key(int, 2**20, "NVMe: bytes of one request", minimum=2**12, maximum=2**30),
-    "aio.queue_depth": Key(int, 8, "NVMe: requests on their way", minimum=1, maximum=2**12),
-    "aio.single_submit": flag(False, "NVMe: hand requests over one by one"),
-    "aio.overlap_events": flag(True, "NVMe: hand requests over while others are on their way"),
+    "aio.queue_depth": Key(int, 8, "NVMe: requests in flight", minimum=1, maximum=2**12),
+    "aio.single_submit": flag(False, "NVMe: submit requests one by one"),
+    "aio.overlap_events": flag(True, "NVMe: submit requests while others are in flight"),
 }
 
-# What Hugging Face's Trainer puts for "auto", by n_embd (transformers, integrations/deepspeed.py).
+# The numbers that Hugging Face's Trainer puts for "auto", from n_embd (transformers, integrations/deepspeed.py).
 AUTO = {
     "zero_optimization.reduce_bucket_size": lambda n_embd: n_embd * n_embd,
     "zero_optimization.stage3_prefetch_bucket_size": lambda n_embd: int(0.9 * n_embd * n_embd),
     "zero_optimization.stage3_param_persistence_threshold": lambda n_embd: 10 * n_embd,
 }
 
-# Those that follow from ours; two places for one fact would let them disagree.
-OURS = {
+# DeepSpeed's keys that follow from keys of other sections. Set in two places, they could disagree.
+DERIVED_KEYS = {
     "train_batch_size": "train.global_batch_tokens",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.global_batch_tokens",
@@ -149,14 +170,14 @@ HIDDEN = "its lines would not be seen; see metrics.jsonl and train.profile"
 REMOVED = "DeepSpeed removed it"
 
 REFUSED = {
-    "activation_checkpointing": Refused("set train.activation_checkpointing and train.checkpoints_on_cpu", OFF),
+    "activation_checkpointing": Refused("set train.activation_checkpointing and train.activation_offload", OFF),
     "autotuning": Refused("plan.py --fit finds a setting", OFF),
     "bf16.bf16_master_weights_and_grads": Refused(LAYOUT, (False,)),
     "bf16.bf16_optimizer_states": Refused(LAYOUT, (False,)),
     "bf16.check_grad_overflow": Refused("a NaN must not reach the weights", (True,)),
     "bf16.immediate_grad_update": Refused(UNREAD, (False,)),
     "bfloat16": Refused("it is the old name of bf16, which follows from train.precision", OFF),
-    "checkpoint": Refused("checkpoints are train.py's own: train.save_every and what lies beside it", OFF),
+    "checkpoint": Refused("checkpoints are train.py's own; set train.save_every", OFF),
     "comet": Refused("set train.loggers, or read metrics.jsonl", OFF),
     "compile": Refused("set train.compile", OFF),
     "csv_monitor": Refused("set train.loggers, or read metrics.jsonl", OFF),
@@ -225,7 +246,7 @@ REFUSED = {
     "zero_optimization.offload_optimizer.pipeline_write": Refused(LAYOUT, (False,)),
     "zero_optimization.offload_optimizer.super_offload": Refused(LAYOUT, (False,)),
     "zero_optimization.offload_param.max_in_cpu": Refused(LAYOUT, (10**9,)),
-    # names that DeepSpeed takes too, though its documents write them with stage3_
+    # aliases that DeepSpeed accepts; its documentation writes them with stage3_
     **{
         f"zero_optimization.{name}": Refused(f"write stage3_{name}")
         for name in (
@@ -234,7 +255,7 @@ REFUSED = {
             "prefetch_bucket_size use_all_reduce_for_fetch_params"
         ).split()
     },
-    # what DeepSpeed 0.19.8 refuses itself, with a traceback
+    # keys that DeepSpeed 0.19.8 refuses itself, with a traceback
     "amp": Refused(f"{REMOVED} (NVIDIA Apex's AMP); set train.precision"),
     "compression_training": Refused(f"{REMOVED} (the compression library)"),
     "curriculum_learning": Refused(f"{REMOVED}, and the data's order is train.py's own"),
@@ -250,5 +271,5 @@ REFUSED = {
     "zero_optimization.mics_shard_size": Refused(f"{REMOVED} (MiCS); stage 3 shards over all ranks"),
     "zero_optimization.zeropp_loco_param": Refused(f"{REMOVED} (LoCo-Zero++)"),
 }
-# Sections that hold accepted keys. Of these an offload section may be null.
-SECTIONS = {path for key in ACCEPTED for path in [key.rpartition(".")[0]] if path} | {"bf16", "zero_optimization"}
+# Sections that hold accepted keys. An offload section may be null.
+SECTIONS = {key.rpartition(".")[0] for key in ACCEPTED if "." in key} | {"bf16", "zero_optimization"}

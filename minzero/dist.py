@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import distributed
 
-from minzero import commands
-from minzero.commands import UserError
-from minzero.config import ROOT, SharedError, flat, git_commit
+from minzero import errors
+from minzero.config.nested import flat
+from minzero.errors import SharedError, UserError
+from minzero.files import ROOT, git_commit
 from minzero.launchers import find_ranks
 
 if not torch.cuda.is_available():
@@ -205,7 +206,7 @@ def ending_together(on_lost_contact=lambda reason: None, on_own_fault=lambda: No
             reason = f"lost contact with another rank ({' '.join(str(error).split())[:400]})"
             on_lost_contact(reason)
             raise UserError(reason) from None
-        line = commands.explain(error)
+        line = errors.explain(error)
         if line is None or not distributed.is_initialized() or distributed.get_world_size() == 1:
             raise
         fault = tell(line)
@@ -233,7 +234,7 @@ def all_or_none():
     try:
         yield
     except Exception as error:
-        fault = commands.explain(error)
+        fault = errors.explain(error)
         if fault is None or is_lost_contact(error):
             raise
     faults = gather((fault, socket.gethostname()) if fault else None)

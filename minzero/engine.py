@@ -12,9 +12,9 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
 
 import export
-from minzero.commands import UserError
-from minzero.config import check_together, offload_device, offload_ratio, offloads_optimizer, zero_stage
+from minzero.config.deepspeed import check_together, offload_device, offload_ratio, offloads_optimizer, zero_stage
 from minzero.data.shards import make_folder
+from minzero.errors import UserError
 from minzero.sizes import count_parameters
 from minzero.zero import stage_0_masters, torch_linear
 from model import GPT, Block
@@ -63,7 +63,7 @@ def check_deepspeed(ds_config):
     without_batch = {name: value for name, value in ds_config.items() if name != "train_batch_size"}
     try:
         DeepSpeedConfig(without_batch)
-    except Exception as error:  # config.py knows its keys, so this is a fault of ours, or of another DeepSpeed
+    except Exception as error:  # deepspeed_keys.py knows its keys, so this is a fault of ours, or of another DeepSpeed
         raise UserError(
             f"deepspeed: DeepSpeed {deepspeed.__version__} refuses this section ({type(error).__name__}: "
             f"{' '.join(str(error).split())}); its keys: {', '.join(ds_config)}"
@@ -254,7 +254,7 @@ def build_engine(config, ds_config, device, kernels="torch", compiled=False, loa
         ds_config = ds_config | {"zero_optimization": zero}
         torch_linear()
     with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=sharded), device:
-        model = GPT(config.model, train.seed, int(train.activation_checkpointing), train.checkpoints_on_cpu, kernels)
+        model = GPT(config.model, train.seed, int(train.activation_checkpointing), train.activation_offload, kernels)
     if load_weights:
         export.copy_into(model, load_weights)
     if compiled:

@@ -3,7 +3,7 @@
 import torch
 from torch import distributed
 
-from minzero.config import IGNORE
+from minzero.sizes import IGNORE_INDEX
 
 
 def to_device(arrays, device):
@@ -31,8 +31,8 @@ def evaluate(model, stream, wanted_tokens, micro_batch_size, device, rank=0, wor
         mine = windows[start : start + micro_batch_size]
         padded = list(mine) + [windows[0]] * (micro_batch_size - len(mine))
         tokens, targets = to_device(stream.batch(padded), device)
-        targets[len(mine) :] = IGNORE
-        count = (targets != IGNORE).sum()
+        targets[len(mine) :] = IGNORE_INDEX
+        count = (targets != IGNORE_INDEX).sum()
         totals[0] += model(tokens, targets).double() * count
         totals[1] += count
     model.train()

@@ -1,4 +1,4 @@
-"""The flags of every command: a parser whose faults are one line, and the types of flags, each with its range."""
+"""Command-line flags: a parser whose errors are one line, and types of flags with a range."""
 
 import argparse
 import errno
@@ -7,22 +7,24 @@ import os
 import stat
 from pathlib import Path
 
-from minzero.commands import UserError
+from minzero.errors import UserError
 
 SUPPRESS = argparse.SUPPRESS
-LARGEST = 2**63 - 1  # that C code can count to
+LARGEST = 2**63 - 1  # the largest int64, for C code
 
 
 class FlagParser(argparse.ArgumentParser):
-    """A command's flags. Raises UserError, in one line that names the flag and what was found and expected.
+    """A command's flags. Raises UserError with one line: the flag, the value found and the values expected.
 
-    With `expected`, how the command is called, they stand beside overrides of the config, which it leaves alone, and
-    `about` is what --help prints; without, `about` is printed above a list of the flags."""
+    about: the command in a few lines, printed above the list of its flags. expected: for commands that also take
+    overrides of the config, how the command is called. `about` is then all that --help prints, and flags must be
+    written in full."""
 
     def __init__(self, about, expected=None):
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(description=about, formatter_class=form, allow_abbrev=expected is None)
-        self.expected, self.about = expected, about
+        self.expected = expected
+        self.about = about
 
     def format_help(self):
         return self.about if self.expected else super().format_help()
@@ -33,18 +35,18 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def shown(text):
-    """What was found, as a message shows it."""
+    """Text that was found, cut for an error message where it is long."""
     return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
 
 
 def at_least(least, most=LARGEST, expected=None):
-    """The type of a flag that takes a whole number in this range. expected: the range in other words."""
+    """The type of a flag that takes a whole number from `least` to `most`. expected: the range in words."""
     expected = expected or (f"{least} or more" if most == LARGEST else f"{least} to {most}")
 
     def whole_number(text):
         try:
             value = int(text)
-        except ValueError:  # also more digits than Python converts
+        except ValueError:  # not a number, or more digits than Python converts
             raise argparse.ArgumentTypeError(f"found {shown(text)!r}, expected a whole number, {expected}") from None
         if not least <= value <= most:
             limit = f", at most {most}" if value > most == LARGEST else ""
@@ -55,7 +57,7 @@ def at_least(least, most=LARGEST, expected=None):
 
 
 def a_number(least=0.0, most=math.inf, above=False):
-    """The type of a flag that takes a finite number in this range, `least` itself only without `above`."""
+    """The type of a flag that takes a finite number from `least` to `most`. above: `least` itself is not accepted."""
     expected = f"above {least:g}" if above else f"{least:g} or more"
     if most < math.inf:
         expected = f"above {least:g}, at most {most:g}" if above else f"{least:g} to {most:g}"
@@ -80,15 +82,17 @@ def a_path(text):
 
 
 def a_checkpoint(text):
-    """The type of a flag that names a checkpoint of a run. Which there are, only the run knows."""
+    """The type of a flag that names a checkpoint: best, latest or a step. Whether it exists is checked later."""
     if len(text) > 60:
         raise argparse.ArgumentTypeError(f"found {shown(text)!r}, expected best, latest or a step")
     return text
 
 
 def check_can_write(flag, path, folder=False):
-    """Raise UserError unless a file, or with `folder` a folder that need not be there, can be written at this path:
-    before the work that makes its content. Makes nothing. flag: the flag or key of the config that names the path."""
+    """Raise UserError unless a file can be written at this path. Called before the work that makes its content; writes
+    nothing itself.
+
+    flag: the flag or key of the config that names the path. folder: the path is for a folder, which need not exist."""
     path = os.fspath(path)
     try:
         reason = obstacle(path, folder)
@@ -105,10 +109,10 @@ def check_can_write(flag, path, folder=False):
 
 
 def obstacle(path, folder):
-    """Why no file, or no folder, can be written at a path; None if it can. Raises OSError, or ValueError for a name
-    that is none."""
+    """Why no file (or folder) can be written at a path, or None if it can. Raises OSError, and ValueError for a path
+    that is not valid."""
     if folder:
-        path.encode()  # the libraries that write into it take nothing else
+        path.encode()  # libraries that write into a folder take only UTF-8
     place = os.path.abspath(path)
     try:
         is_folder = stat.S_ISDIR(os.stat(place).st_mode)

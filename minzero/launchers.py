@@ -1,4 +1,4 @@
-"""Which rank a process is, by the variables of whatever started it. Needs no torch.
+"""The rank of a process, from the environment variables of the launcher that started it. Needs no torch.
 
 DeepSpeed's launchers and torchrun set RANK and others, srun SLURM_PROCID, an MPI OMPI_COMM_WORLD_RANK or PMI_RANK. A
 process that none of them started is alone.
@@ -10,14 +10,14 @@ import socket
 import zlib
 from typing import NamedTuple
 
-from minzero.commands import UserError
+from minzero.errors import UserError
 
 TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Launcher(NamedTuple):
-    """The variables by which a launcher tells each of its processes where it stands."""
+    """The variables in which a launcher gives each process its rank."""
 
     name: str
     rank: str
@@ -27,8 +27,8 @@ class Launcher(NamedTuple):
     job: tuple  # variables that tell one start from another on the same machine
 
 
-# MPI comes before Slurm: inside a Slurm job, mpirun has its own daemons started by srun, and passes on the variables
-# that Slurm gave to them. The last row is an MPI or srun --mpi=pmi2 that does not tell the rank within the machine.
+# MPI comes before Slurm: inside a Slurm job, mpirun starts its daemons with srun, and its processes inherit Slurm's
+# variables. The last row is an MPI, or srun --mpi=pmi2, that does not set the rank within the machine.
 LAUNCHERS = (
     Launcher(
         "Open MPI",
@@ -68,7 +68,8 @@ def first_host(nodes):
 
 
 def slurm_local_size(environ):
-    """How many tasks of a Slurm step run on this node, from `4(x2),3` and the node's number. None if unknown."""
+    """The number of tasks of a Slurm step on this node, from text such as `4(x2),3` and the node's number. None if
+    that is unknown."""
     per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "")
     counts = []
     for tasks, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node):
@@ -78,19 +79,19 @@ def slurm_local_size(environ):
 
 
 def find_launcher(environ):
-    """The first Launcher whose variables are all there, or the first of which some are; None if there is none."""
+    """The first Launcher whose variables are all set; else the first of which some are set; else None."""
     started = [launcher for launcher in LAUNCHERS if launcher.rank in environ or launcher.world_size in environ]
     complete = [one for one in started if {one.rank, one.world_size, one.local_rank} <= environ.keys()]
-    return next(iter(complete + started), None)
+    candidates = complete + started
+    return candidates[0] if candidates else None
 
 
 def find_ranks(environ, may_be_alone=False):
-    """The variables that torch and DeepSpeed read, as strings, of this process: RANK, WORLD_SIZE, LOCAL_RANK,
+    """The variables that torch and DeepSpeed read for this process, as strings: RANK, WORLD_SIZE, LOCAL_RANK,
     LOCAL_SIZE, MASTER_ADDR and MASTER_PORT.
 
-    may_be_alone: a process in a Slurm job that srun did not start is alone, where it is else refused, because the
-    job was given more tasks than the one. Raises UserError where the variables say that there are several tasks and
-    not enough to bring them together."""
+    may_be_alone: take a process that srun did not start, in a Slurm job of several tasks, for a single one; by default
+    it is refused. Raises UserError where the variables name several tasks and not enough to connect them."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
     alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # 0: whichever port is free
     if environ.get("RANK") or environ.get("WORLD_SIZE"):
@@ -155,7 +156,7 @@ def torch_variables(environ, alone):
 
 
 def slurm_step(environ, may_be_alone):
-    """Slurm's variables with those of the step, which srun started, in place of the job's. Raises UserError."""
+    """Slurm's variables, with those of the step (one call of srun) in place of the job's. Raises UserError."""
     in_step = any(name in environ for name in ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS"))
     tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS", "1")
     if "SLURM_JOB_ID" in environ and not in_step:
@@ -171,7 +172,7 @@ def slurm_step(environ, may_be_alone):
 
 
 def meeting_point(environ, launcher, one_machine):
-    """The address of rank 0's machine, where the launcher does not say it in MASTER_ADDR. Raises UserError."""
+    """The address of rank 0's machine, where the launcher did not set MASTER_ADDR. Raises UserError."""
     if one_machine:
         return LOOPBACK[0]
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")

@@ -8,15 +8,15 @@ import torch
 from torch import distributed
 from torch.nn import functional as F
 
-from minzero.config import IGNORE, width_of_logits
+from minzero.sizes import IGNORE_INDEX, padded_vocab_size
 
 
 def cross_entropy(logits, targets, picked, vocab_size, with_gradient=True):
     """logits (N, >= V), targets (N, 1), picked (N, 1), the targets' logits -> sum of the cross-entropies in nats over
-    the targets that are not IGNORE. Columns from V = vocab_size on do not count. All sums in float32.
+    the targets that are not IGNORE_INDEX. Columns from V = vocab_size on do not count. All sums in float32.
 
     with_gradient: `logits` becomes the gradient, softmax(logits) - onehot(target), of all rows."""
-    counts = targets != IGNORE
+    counts = targets != IGNORE_INDEX
     targets = targets.clamp(min=0)
     if logits.shape[1] > vocab_size:
         logits[:, vocab_size:] = -math.inf
@@ -42,7 +42,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     exist at a time, where all of them in float32 would often be the largest tensor of the run.
 
     apply(x (N, C), weight (V, C), targets (N,), chunk, with_gradient, cross_entropy) -> sum of the
-    cross-entropies in nats over the targets that are not IGNORE, float32. cross_entropy: as the function above.
+    cross-entropies in nats over the targets that are not IGNORE_INDEX, float32. cross_entropy: as the function above.
     The gradient of a chunk's logits follows from the same softmax as its loss, so the forward pass turns it into
     the gradients of x and weight, and nothing is computed twice (the idea of Liger Kernel's fused linear
     cross-entropy: Hsu et al. 2024, arXiv 2410.10989, section 3.2)."""
@@ -51,7 +51,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, chunk, with_gradient, cross_entropy):
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         vocab_size = len(weight)
-        if padding := width_of_logits(vocab_size, x.is_cuda) - vocab_size:
+        if padding := padded_vocab_size(vocab_size, x.is_cuda) - vocab_size:
             weight = F.pad(weight, (0, 0, 0, padding))
         all_logits = x.new_empty(min(chunk, len(x)), len(weight))
         grad_x = torch.empty_like(x) if with_gradient else None
@@ -64,7 +64,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             total += cross_entropy(logits, wanted, picked, vocab_size, with_gradient)
             if with_gradient:
                 grad = logits  # what cross_entropy has made of them
-                counts = wanted != IGNORE
+                counts = wanted != IGNORE_INDEX
                 torch.mm(grad, weight, out=grad_x[rows]).mul_(counts)  # rows that do not count
                 counted = x[rows] * counts
                 if first == 0:
@@ -88,9 +88,11 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def equal_weights(batches, world_size, device):
     """The loss weight of each of this rank's micro-batches in one step, as a list: with them, every target of the
-    global batch that is not IGNORE counts the same. Without them, a target of a micro-batch with few others would
+    global batch that is not IGNORE_INDEX counts the same. Without them, a target of a micro-batch with few others would
     count more. batches: pairs of inputs and targets. Every rank must call this."""
-    counts = torch.tensor([(targets != IGNORE).sum() for _, targets in batches], dtype=torch.float64, device=device)
+    counts = torch.tensor(
+        [(targets != IGNORE_INDEX).sum() for _, targets in batches], dtype=torch.float64, device=device
+    )
     total = counts.sum()
     distributed.all_reduce(total)
     return (counts * len(batches) * world_size / total.clamp(min=1)).tolist()

@@ -1,6 +1,6 @@
-"""What `make` needs of this machine, looked at before anything is installed: one line if it is missing.
+"""Checks that this machine has what `make` needs, before anything is installed: a line for each thing that is missing.
 
-Runs on any Python 3, so nothing newer than Python 3.5 here.
+Must run on any Python 3, so it uses nothing newer than Python 3.5.
 """
 
 import shutil
@@ -10,7 +10,7 @@ GIB = 1024**3
 
 
 def problems():
-    """Yield one line for each thing that is missing: what was found, what is needed, the remedy."""
+    """Yield one line for each thing that is missing: found, needed, remedy."""
     version = "{}.{}".format(*sys.version_info[:2])
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
         yield "Python {} found, 3.10 to 3.13 needed: install one and call make PYTHON=python3.12".format(version)
@@ -36,7 +36,7 @@ def problems():
         with open("/proc/meminfo") as file:
             kib = {line.split(":")[0]: int(line.split()[1]) for line in file}
         available = kib["MemAvailable"] / 1024**2
-    except (OSError, KeyError, ValueError, IndexError):  # a sandbox that does not tell
+    except (OSError, KeyError, ValueError, IndexError):  # a sandbox without /proc/meminfo
         return
     if available < 3:
         yield "{:.1f} GiB of memory available, about 3 needed: end other programs".format(available)

@@ -6,9 +6,10 @@ from pathlib import Path
 from minzero.checkpoint import as_rank_0, fault_of
 from minzero.checkpoint_folder import Saved, find, folders_of_run, is_complete, restore_replaced
 from minzero.checkpoint_state import SHAPES_THE_RATE, as_saved, read_state
-from minzero.commands import UserError
-from minzero.config import Config, ModelConfig, TrainConfig, flat
+from minzero.config.nested import flat
+from minzero.config.sections import Config, ModelConfig, TrainConfig
 from minzero.data.mixture import check_same_data
+from minzero.errors import UserError
 
 # -- which checkpoint ------------------------------------------------------------------------------
 

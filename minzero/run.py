@@ -5,9 +5,8 @@ import time
 from typing import NamedTuple
 
 from minzero import checkpoint, checkpoint_folder, dist, metrics
-from minzero.commands import UserError
-from minzero.config import SharedError
 from minzero.data.shards import write_json
+from minzero.errors import SharedError, UserError
 
 
 class StepResult(NamedTuple):

@@ -1,14 +1,20 @@
-"""What a model costs by arithmetic alone: parameters, FLOPs, and what devices can do. Needs no torch."""
+"""Arithmetic on a model's configuration: parameters, FLOPs, sizes of the loss. Peak speeds of GPUs. Needs no torch."""
 
 import json
 import re
 
-from minzero.commands import UserError
-from minzero.config import ModelConfig, switched_on
+from minzero.config.sections import ModelConfig, switched_on
+from minzero.errors import UserError
 
-# Dense peak of the tensor cores in bf16 with float32 sums, without sparsity, in FLOP/s, from NVIDIA's data
-# sheets. A pattern is searched in the device's name, and the first that is found counts. A device that is
-# not here gets no MFU: a wrong peak is worse than none.
+IGNORE_INDEX = -1  # a target that does not count in the loss
+
+# Logits of one chunk of the loss on a GPU, at most: 512 MiB in 16 bits. Larger chunks make larger matrix products
+# and fewer partial gradients to add up.
+LOGITS_AT_A_TIME = 2**28
+
+# Dense peak of the tensor cores in bf16 with float32 sums, without sparsity, in FLOP/s, from NVIDIA's data sheets.
+# The first pattern that matches the device's name counts. A device that is not here gets no MFU: a wrong peak is worse
+# than none.
 PEAK_FLOPS = {
     r"H100 PCIe": 756e12,
     r"H[12]00 NVL": 835e12,
@@ -22,17 +28,33 @@ PEAK_FLOPS = {
     r"GeForce RTX 3090$": 71e12,
 }
 
-
-# The keys of the model section that the formulas here and memory.py's replay take into account.
+# Keys of the model section that the formulas here and the planner's memory.py take into account.
 COUNTED = set(
     "n_layer n_head n_kv_head n_embd block_size vocab_size mlp_hidden dropout bias norm norm_eps position rotary_theta "
     "mlp tie_embeddings init_std".split()
 )
 
 
+def loss_chunk_tokens(vocab_size, on_gpu):
+    """Tokens of one chunk of the loss: a power of two, so that most chunks have one size, and at most 4,096, so that
+    sums over a chunk fit in fp16. On CPU a chunk has a quarter of the logits."""
+    most_logits = LOGITS_AT_A_TIME if on_gpu else LOGITS_AT_A_TIME // 4
+    most_tokens = max(1, most_logits // vocab_size)
+    return min(4096, 1 << (most_tokens.bit_length() - 1))
+
+
+def padded_vocab_size(vocab_size, on_gpu):
+    """Columns of logits that the loss computes: on a GPU a multiple of 64, because GPT-2's 50,257 columns multiply more
+    slowly than 50,304."""
+    return -(-vocab_size // 64) * 64 if on_gpu else vocab_size
+
+
 def peak_flops(device_name):
     """Peak bf16 FLOP/s of one device, or None for one that is not in the table."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}", device_name)), None)
+    for pattern, peak in PEAK_FLOPS.items():
+        if re.search(rf"\b{pattern}", device_name):
+            return peak
+    return None
 
 
 def check_counted(config: ModelConfig):
@@ -46,30 +68,32 @@ def check_counted(config: ModelConfig):
 
 def count_parameters(config: ModelConfig):
     """Parameters of a GPT, from its configuration alone: (all, those that multiply activations). Raises UserError
-    for a key that is not in these formulas."""
+    for a key that these formulas do not know."""
     check_counted(config)
-    c, kv = config.n_embd, config.kv_heads * (config.n_embd // config.n_head)
-    width, up = config.mlp_width, config.mlp_width * (2 if config.mlp == "swiglu" else 1)
-    matrices = c * (c + 2 * kv) + c * c + c * up + width * c
-    norm = c * (2 if config.norm == "layernorm" and config.bias else 1)
-    biases = (c + 2 * kv) + c + up + c if config.bias else 0
-    embeddings = config.vocab_size * c * (1 if config.tie_embeddings else 2)
+    width = config.n_embd
+    qkv_width = width + 2 * config.kv_heads * (width // config.n_head)
+    up_width = config.mlp_width * (2 if config.mlp == "swiglu" else 1)  # SwiGLU has a gate and a value
+    matrices = width * qkv_width + width * width + width * up_width + config.mlp_width * width
+    biases = qkv_width + width + up_width + width if config.bias else 0
+    norm = width * (2 if config.norm == "layernorm" and config.bias else 1)
+    embeddings = config.vocab_size * width * (1 if config.tie_embeddings else 2)
     if config.position == "learned":
-        embeddings += config.block_size * c
+        embeddings += config.block_size * width
     total = config.n_layer * (matrices + 2 * norm + biases) + norm + embeddings
-    return total, config.n_layer * matrices + config.vocab_size * c
+    return total, config.n_layer * matrices + config.vocab_size * width
 
 
 def flops_per_token(config: ModelConfig):
-    """Model FLOPs per training token: 6 for each parameter that multiplies an activation (2 forward, 4
-    backward), and 12 n_layer n_embd block_size for attention's two products, causality not
-    discounted (PaLM: Chowdhery et al. 2022, arXiv 2204.02311, appendix B)."""
+    """Model FLOPs per training token: 6 for each parameter that multiplies an activation (2 forward, 4 backward), and
+    12 n_layer n_embd block_size for attention's two products, with the masked half included (PaLM: Chowdhery et al.
+    2022, arXiv 2204.02311, appendix B)."""
     return 6 * count_parameters(config)[1] + 12 * config.n_layer * config.n_embd * config.block_size
 
 
 def recomputed_flops_per_token(config: ModelConfig, recompute_every):
-    """FLOPs per training token that activation checkpointing adds: another forward pass of blocks 0, k, 2k,
-    ... Hardware FLOPs are model FLOPs and these (Korthikanti et al. 2022, arXiv 2205.05198, section 6.3)."""
+    """FLOPs per training token that activation checkpointing adds: one more forward pass of blocks 0, k, 2k, ... for
+    recompute_every = k; 0 recomputes none. Hardware FLOPs are model FLOPs plus these (Korthikanti et al. 2022, arXiv
+    2205.05198, section 6.3)."""
     if not recompute_every:
         return 0
     blocks = -(-config.n_layer // recompute_every)

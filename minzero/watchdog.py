@@ -14,7 +14,7 @@ import psutil
 from torch import distributed
 
 from minzero import checkpoint_folder, dist
-from minzero.commands import UserError
+from minzero.errors import UserError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 

@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model
 from minzero import dist
 from minzero import loss as losses
-from minzero.config import Config, ModelConfig, TrainConfig, deepspeed_config
+from minzero.config.deepspeed import deepspeed_config
+from minzero.config.sections import Config, ModelConfig, TrainConfig
 from minzero.engine import build_engine
 from minzero.sizes import flops_per_token
 
@@ -205,7 +206,7 @@ def memory(args):
                 x.grad = weight.grad = None
 
         def chunked(x=x, weight=weight, targets=targets):
-            chunk, gradients = config.tokens_at_a_time(ids, False), x.requires_grad
+            chunk, gradients = config.loss_chunk_tokens(ids, False), x.requires_grad
             loss = losses.LinearCrossEntropy.apply(x, weight, targets, chunk, gradients, losses.cross_entropy)
             if gradients:
                 loss.backward()

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import plan
-from minzero import config as sizes
-from minzero import dist
-from minzero.config import build, deepspeed_config
+from minzero import dist, sizes
+from minzero.config.build import build
+from minzero.config.deepspeed import deepspeed_config
 from minzero.engine import build_engine
 from minzero.planner.memory import simulate
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import benchmark
-from minzero.commands import UserError
+from minzero.errors import UserError
 from tests.conftest import ROOT, run
 
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32, "vocab_size": 50}

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from minzero import bad_steps, checkpoint, checkpoint_folder, dist, resume, tensor_files
 from minzero.checkpoint_folder import complete_checkpoints, find, name_of, prune, reading
 from minzero.checkpoint_state import read_state, state_checksum
-from minzero.commands import UserError
-from minzero.config import Config, SharedError, TrainConfig
+from minzero.config.sections import Config, TrainConfig
 from minzero.data.shards import write_json
+from minzero.errors import SharedError, UserError
 from minzero.tensor_files import SavedPieces, check_sums, index_of, pieces_in
 from minzero.zero import KINDS
 from tests.trained_runs import write_file

@@ -19,9 +19,10 @@ import torch
 import plan
 import plot
 from data import train_tokenizer
-from minzero import commands, config, flags, metrics
-from minzero.commands import UserError, explain
-from minzero.config import run_command
+from minzero import commands, flags, metrics
+from minzero.commands import run_command
+from minzero.config.load import load_config
+from minzero.errors import UserError, explain
 from tests.conftest import ROOT, environment
 from tests.test_plot import make_run
 
@@ -56,6 +57,13 @@ def test_a_command_begins_before_the_imports_that_take_seconds(command):
     before |= {line.module for line in lines[:begins] if isinstance(line, ast.ImportFrom)}
     before = {name.partition(".")[0] for name in before}
     assert before <= {*sys.stdlib_module_names, "minzero"}
+
+
+def test_begin_loads_the_standard_library_alone():
+    code = "import sys; before = {*sys.modules}; from minzero.commands import begin; print(*{*sys.modules} - before)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert done.returncode == 0 and "minzero" in loaded and loaded <= {*sys.stdlib_module_names, "minzero"}
 
 
 # -- what a user can cause -----------------------------------------------------------------------
@@ -141,7 +149,7 @@ def test_a_line_of_any_length_is_cut_in_the_middle(capsys):
 def call(code, tail="", **more):
     """A program of one `run_command`, in bash, which begins as every command does."""
     code = f"run_command(lambda _: {code})"
-    code = f"from minzero.commands import begin; begin(); from minzero.config import run_command; {code}"
+    code = f"from minzero.commands import begin, run_command; begin(); {code}"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {sys.executable} -c '{code}' {tail}"],
         cwd=ROOT,
@@ -309,9 +317,9 @@ def test_numbers_of_any_length_in_a_config_name_the_file_or_key(tmp_path):
     for content in (f'{{"train": {{"lr": {"9" * 5000}}}}}', '{"data": {"path": "a\\u0000b"}}'):
         file.write_text(content)
         with pytest.raises(UserError, match=f"^{file}: "):
-            config.load_config([str(file)])
+            load_config([str(file)])
     with pytest.raises(UserError, match=r"^--train.lr: found 99999999999999999999\.\.\. \(5000 characters\)"):
-        config.load_config(["--train.lr", "9" * 5000])
+        load_config(["--train.lr", "9" * 5000])
 
 
 @pytest.mark.parametrize(

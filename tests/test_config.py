@@ -5,9 +5,15 @@ import typing
 
 import pytest
 
-from minzero import config
-from minzero.commands import UserError
-from minzero.config import build, command_line_values, deepspeed_config, gradient_accumulation, load_config
+from minzero import commands
+from minzero.commands import run_command
+from minzero.config.build import build
+from minzero.config.deepspeed import deepspeed_config, gradient_accumulation
+from minzero.config.load import command_line_values, load_config
+from minzero.config.sections import SECTIONS
+from minzero.config.values import convert
+from minzero.errors import UserError
+from minzero.files import ROOT
 from tests.conftest import run
 
 
@@ -17,7 +23,7 @@ def write(path, content):
 
 
 def test_every_config_in_the_repository_loads():
-    for path in (config.ROOT / "configs").glob("*.json"):
+    for path in (ROOT / "configs").glob("*.json"):
         loaded = load_config([str(path)])
         assert loaded.train.out_dir == f"out/{path.stem}"
         assert gradient_accumulation(loaded, 1) >= 1
@@ -122,7 +128,7 @@ def test_bad_config_gets_one_line_that_names_the_file(tmp_path, content, expecte
 
 NUMBERS = [
     (section, f)
-    for section, cls in config.SECTIONS.items()
+    for section, cls in SECTIONS.items()
     for f in dataclasses.fields(cls)
     if {int, float} & {f.type, *typing.get_args(f.type)} and typing.get_origin(f.type) is not list
 ]
@@ -142,8 +148,8 @@ def test_every_number_has_a_range_in_which_a_run_can_work(section, f):
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
     for value in (low, high):
         meta = dict(f.metadata)
-        assert config.convert("x", value, f.type, meta) == value
-        assert isinstance(config.convert("x", value, f.type, meta), kind)
+        assert convert("x", value, f.type, meta) == value
+        assert isinstance(convert("x", value, f.type, meta), kind)
 
 
 @pytest.mark.parametrize("name, value", [("eps", 0), ("eps", 1e-50), ("lr", 1e38)])
@@ -181,7 +187,7 @@ def test_settings_that_gave_weights_that_are_no_numbers_are_refused(name, value)
     ],
 )
 def test_bad_command_line_gets_one_line(arguments, expected, monkeypatch):
-    monkeypatch.chdir(config.ROOT)
+    monkeypatch.chdir(ROOT)
     with pytest.raises(UserError) as error:
         load_config(["configs/tiny.json", *arguments] if arguments[0].startswith("--") else arguments)
     assert expected in str(error.value) and "\n" not in str(error.value)
@@ -213,7 +219,7 @@ def test_bad_input_exits_with_2_and_one_line(capsys):
         raise UserError("x.json: found 1, expected 2")
 
     with pytest.raises(SystemExit) as stop:
-        config.run_command(fail, [])
+        run_command(fail, [])
     assert stop.value.code == 2
     assert capsys.readouterr().err.endswith("error: x.json: found 1, expected 2\n")
 
@@ -224,7 +230,7 @@ def test_help_says_all_of_every_key(capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0 and all(len(line) <= 120 for line in text.splitlines())
     flat = " ".join(text.split())
-    for section, cls in config.SECTIONS.items():
+    for section, cls in SECTIONS.items():
         for f in dataclasses.fields(cls):
             assert f"--{section}.{f.name} {f.metadata['meaning']} (" in flat
     assert "(float, at least 0, at most 1; default 0.1)" in flat and "(list[float]; default [0.9, 0.95])" in flat
@@ -246,13 +252,13 @@ def test_help_imports_neither_torch_nor_deepspeed():
 def test_a_rank_that_is_alone_with_its_fault_says_so(capsys, monkeypatch):
     waited = []
     monkeypatch.setenv("RANK", "3")
-    monkeypatch.setattr(config.time, "sleep", waited.append)
-    monkeypatch.setattr(config.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(commands.time, "sleep", waited.append)
+    monkeypatch.setattr(commands.signal, "signal", lambda *_: None)
 
     def fail(_):
         raise UserError("x.bin: was cut short")
 
     with pytest.raises(SystemExit) as stop:
-        config.run_command(fail, [])
+        run_command(fail, [])
     assert stop.value.code == 2 and waited == [10], "rank 0 has the first word"
     assert capsys.readouterr().err.endswith("rank 3: error: x.bin: was cut short\n")

@@ -3,8 +3,10 @@
 import pytest
 
 import plan
-from minzero.commands import UserError
-from minzero.config import ROOT, gradient_accumulation, load_config
+from minzero.config.deepspeed import gradient_accumulation
+from minzero.config.load import load_config
+from minzero.errors import UserError
+from minzero.files import ROOT
 from minzero.sizes import count_parameters, flops_per_token, peak_flops
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.json"))

@@ -19,14 +19,15 @@ import export
 import sample
 import train
 from eval import open_trained
-from minzero.commands import UserError
-from minzero.config import IGNORE, ROOT
 from minzero.data import pipeline
 from minzero.data.conversations import HEADINGS, LEARNED, Conversations, with_marks
 from minzero.data.mixture import Mixture
 from minzero.data.shards import TokenStream
 from minzero.data.sources import Files, Hub
 from minzero.data.tokenizer import load_tokenizer
+from minzero.errors import UserError
+from minzero.files import ROOT
+from minzero.sizes import IGNORE_INDEX
 from model import GPT
 from tests.trained_runs import GPT2, LLAMA, write_data, write_run
 
@@ -77,10 +78,10 @@ def test_shards_hold_every_token_and_which_are_learned(data):
         assert stream.dtype == np.uint32
         inputs, targets = stream.example(0, stream.tokens - 1)
         tokens = stream.read(0, stream.tokens)
-        assert (inputs == tokens[:-1]).all() and ((targets == tokens[1:]) | (targets == IGNORE)).all()
+        assert (inputs == tokens[:-1]).all() and ((targets == tokens[1:]) | (targets == IGNORE_INDEX)).all()
         text = encoding.decode(tokens.tolist())
         seen += text
-        learned = encoding.decode([token for token in targets.tolist() if token != IGNORE])
+        learned = encoding.decode([token for token in targets.tolist() if token != IGNORE_INDEX])
         answers = [part.split("### Assistant:\n")[1] for part in text.split(END) if "### Assistant:\n" in part]
         assert learned == "".join(answer + END for answer in answers)
         assert meta["splits"][split]["bytes"] == sum(len(answer.encode()) for answer in answers)
@@ -114,7 +115,7 @@ def test_a_mixture_of_text_and_conversations(data, tmp_path):
     mixture = Mixture({str(data): 1, text: 1}, "train", 16, 270, 1)
     assert mixture.loss_mask and not Mixture(text, "train", 16, 270, 1).loss_mask
     inputs, targets = mixture.batch(np.arange(mixture.windows))
-    masked = (targets == IGNORE).any(axis=1)
+    masked = (targets == IGNORE_INDEX).any(axis=1)
     assert 0 < masked.sum() <= TokenStream(data, "train", 16).windows < len(inputs) and inputs.max() < 270
 
 
@@ -123,7 +124,7 @@ def one_batch_at_a_time(data, micro_batch_size, ranks):
     mixture, model = Mixture(str(data), "train", 16, 270, 1), GPT(GPT2)
     accumulation, total = 12 // micro_batch_size // ranks, 0
     everyone = [list(mixture.batches(0, rank, ranks, micro_batch_size, accumulation)) for rank in range(ranks)]
-    counts = [sum((targets != IGNORE).sum() for _, targets in batches) for batches in everyone]
+    counts = [sum((targets != IGNORE_INDEX).sum() for _, targets in batches) for batches in everyone]
     for batches in everyone:
         with pytest.MonkeyPatch.context() as patch:  # the other ranks' part of the sum
             patch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.fill_(float(sum(counts))))
@@ -140,7 +141,7 @@ def test_every_answered_token_counts_the_same_in_any_split_of_the_batch(data, mi
     mixture, model = Mixture(str(data), "train", 16, 270, 1), GPT(GPT2)
     (batch,) = mixture.batches(0, 0, 1, 12, 1)
     inputs, targets = map(torch.from_numpy, batch)
-    expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
     expected.backward()
     loss, gradients = one_batch_at_a_time(data, micro_batch_size, ranks)
     assert loss == pytest.approx(expected.item(), rel=1e-6)
@@ -158,8 +159,10 @@ def test_evaluation_counts_the_answers_alone(data, tmp_path, capsys):
     for start in range(0, stream.tokens - 1, 16):
         inputs, targets = map(torch.from_numpy, stream.example(start, min(16, stream.tokens - 1 - start)))
         with torch.no_grad():
-            losses.append(F.cross_entropy(model(inputs[None])[0], targets, ignore_index=IGNORE, reduction="sum").item())
-        counts.append(int((targets != IGNORE).sum()))
+            losses.append(
+                F.cross_entropy(model(inputs[None])[0], targets, ignore_index=IGNORE_INDEX, reduction="sum").item()
+            )
+        counts.append(int((targets != IGNORE_INDEX).sum()))
     assert found["tokens"] == sum(counts) < stream.tokens / 2 and "the assistant's words count" in output
     assert found["val_loss"] == pytest.approx(sum(losses) / sum(counts), rel=1e-6)
     whole = slice(0, stream.windows)  # what train.py takes

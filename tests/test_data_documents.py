@@ -18,22 +18,14 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from minzero.commands import UserError
 from minzero.data import pipeline, sources, tokenizer
 from minzero.data.conversations import Conversations
 from minzero.data.shards import TokenStream
 from minzero.data.sources import BadDocument, Files
 from minzero.data.tokenizer import cut_long_runs, load_tokenizer
+from minzero.errors import UserError
 from tests.conftest import ROOT
-from tests.test_data_pipeline import (  # noqa: F401
-    contents,
-    ended_by,
-    in_a_child,
-    killed_before_each_operation,
-    prepare,
-    quick,
-    run,
-)
+from tests.test_data_pipeline import contents, ended_by, in_a_child, killed_before_each_operation, prepare, run
 
 BYTES = ["--tokenizer", "bytes", "--workers", 1]
 
@@ -418,7 +410,7 @@ def test_the_skipped_jsonl_of_a_killed_preparation_is_written_over(tmp_path):
     assert not list(tmp_path.glob("skipped.jsonl*"))
 
 
-def test_skipped_documents_are_named_once_after_any_kill(quick):  # noqa: F811
+def test_skipped_documents_are_named_once_after_any_kill(quick):
     """SIGKILL before the first, second, third ... file operation, as test_kill_before_each_file_operation does."""
     tokenizer.save_tokenizer(quick / "ab", *tokenizer.characters("ab"))
     flags = ["--on_bad_document", "skip", "--shard_tokens", "800"]
@@ -543,7 +535,7 @@ PATHS = ["file", "file/below", "x" * 300, "broken", os.fsdecode(b"caf\xe9"), "pi
 @pytest.mark.parametrize("out", PATHS, ids=ascii)
 @pytest.mark.parametrize("command", ["text", "shakespeare_char", "train_tokenizer"])
 def test_an_out_that_can_be_no_folder_is_refused_before_any_work(tmp_path, command, out, capsys, monkeypatch):
-    from minzero.config import run_command
+    from minzero.commands import run_command
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("text " * 100)
@@ -583,7 +575,7 @@ def test_an_out_that_can_be_no_folder_is_refused_before_any_work(tmp_path, comma
 )
 def test_absurd_values_of_flags_are_one_line(tmp_path, flags, words, monkeypatch, capsys):
     from data.text import prepare as text
-    from minzero.config import run_command
+    from minzero.commands import run_command
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("text " * 100)

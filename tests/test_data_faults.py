@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from data import verify
-from minzero.commands import UserError
 from minzero.data import pipeline, shards
 from minzero.data.mixture import Mixture
 from minzero.data.shards import TokenStream, read_meta, write_json, write_shard
+from minzero.errors import UserError
 from tests.conftest import ROOT, deepspeed_command, run, write_small_data
 from tests.test_data_shards import make
 
@@ -307,7 +307,7 @@ def test_a_run_of_two_ranks_ends_with_one_line_and_code_2(tmp_path):
 
 def verified(capsys, *folders):
     """(code, what verify.py printed)."""
-    from minzero.config import run_command
+    from minzero.commands import run_command
 
     try:
         run_command(verify.main, [str(folder) for folder in folders])

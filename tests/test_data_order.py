@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minzero.commands import UserError
-from minzero.config import build
+from minzero.config.build import build
 from minzero.data.mixture import Mixture
 from minzero.data.order import Schedule, sample_numbers, validation_windows, windows_of
+from minzero.errors import UserError
 from tests.test_data_shards import make
 
 TRILLION = 10**12 // 1024  # windows
@@ -222,7 +222,8 @@ def test_mixtures_in_the_configuration():
 
 
 def test_a_mixture_on_the_command_line_replaces_the_files():
-    from minzero.config import command_line_values, merge
+    from minzero.config.load import command_line_values
+    from minzero.config.nested import merge
 
     values, _ = command_line_values(["--data.path", '{"b": 2}'])
     assert merge({"data": {"path": {"a": 1}}}, values)["data"]["path"] == {"b": 2}

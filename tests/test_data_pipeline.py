@@ -23,10 +23,10 @@ import pytest
 from pyarrow import parquet
 from tqdm import tqdm
 
-from minzero.commands import UserError
 from minzero.data import pipeline, sources
 from minzero.data.shards import TokenStream, checksum, write_shard
 from minzero.data.tokenizer import load_tokenizer
+from minzero.errors import UserError
 from tests.conftest import ROOT, environment
 
 GENERATOR = random.Random(7)

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minzero.commands import UserError
 from minzero.data import shards
 from minzero.data.mixture import Mixture, check_same_data
 from minzero.data.shards import TokenStream, shard_layout, write_atomically, write_json, write_shard
+from minzero.errors import UserError
 
 
 def make(folder, parts, split="train", meta=True, vocab_size=1000):

@@ -16,7 +16,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.patterns import OLD_PATTERN
-from minzero.commands import UserError
 from minzero.data.tokenizer import (
     END_OF_TEXT,
     GPT2_PATTERNS,
@@ -33,6 +32,7 @@ from minzero.data.tokenizer import (
     save_tokenizer,
     train_tokenizer,
 )
+from minzero.errors import UserError
 from tests.conftest import ROOT, environment
 
 

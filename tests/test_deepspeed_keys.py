@@ -13,12 +13,14 @@ from deepspeed.runtime.zero import config as zero_config
 from deepspeed.runtime.zero import offload_config
 
 import plan
-from minzero import config
-from minzero.commands import UserError
-from minzero.config import build, load_config, merge
-from minzero.deepspeed_keys import ACCEPTED, AUTO, OURS, REFUSED, SECTIONS
+from minzero.config.build import build
+from minzero.config.load import load_config
+from minzero.config.nested import merge
+from minzero.deepspeed_keys import ACCEPTED, AUTO, DERIVED_KEYS, REFUSED, SECTIONS
+from minzero.errors import UserError
+from minzero.files import ROOT
 
-EVERY_KEY = {**ACCEPTED, **REFUSED, **dict.fromkeys(OURS)}
+EVERY_KEY = {**ACCEPTED, **REFUSED, **dict.fromkeys(DERIVED_KEYS)}
 
 
 def nested(key, value):
@@ -175,12 +177,12 @@ def test_mics_is_said_to_be_removed():
         build_with({"zero_optimization": {"stage": 3, "mics_shard_size": 8}})
 
 
-@pytest.mark.parametrize("key", OURS)
+@pytest.mark.parametrize("key", DERIVED_KEYS)
 def test_keys_that_follow_from_ours_are_refused_but_for_auto(key):
     for value in (1, True, {"type": "SGD"}, None):
         with pytest.raises(UserError) as error:
             build_with(nested(key, value))
-        assert str(error.value) == f"x.json: deepspeed.{key} follows from {OURS[key]}; set that and remove this"
+        assert str(error.value) == f"x.json: deepspeed.{key} follows from {DERIVED_KEYS[key]}; set that and remove this"
     assert key.rpartition(".")[2] not in json.dumps(build_with(nested(key, "auto")).deepspeed)
 
 
@@ -281,7 +283,7 @@ def test_the_planner_takes_the_same_keys_as_a_run(key, tmp_path):
 
 
 def test_a_key_that_deepspeed_passes_over_reaches_it_from_nowhere():
-    for path in (config.ROOT / "ds_config.json", *(config.ROOT / "configs").glob("*.json")):
+    for path in (ROOT / "ds_config.json", *(ROOT / "configs").glob("*.json")):
         content = json.loads(path.read_text())
         section = content if path.name == "ds_config.json" else content.get("deepspeed", {})
         assert build_with(section).deepspeed == section

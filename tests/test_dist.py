@@ -3,7 +3,7 @@
 import pytest
 
 from minzero import dist, launchers
-from minzero.commands import UserError
+from minzero.errors import UserError
 
 SLURM = {"SLURM_JOB_ID": "71", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "6", "SLURM_STEP_NUM_TASKS": "6"}
 SLURM |= {"SLURM_STEP_NODELIST": "gpu[07-08],login1", "SLURM_STEP_TASKS_PER_NODE": "3,1,2"}

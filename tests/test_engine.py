@@ -7,8 +7,9 @@ import torch
 
 import model
 from minzero import engine
-from minzero.commands import UserError
-from minzero.config import ModelConfig, build
+from minzero.config.build import build
+from minzero.config.sections import ModelConfig
+from minzero.errors import UserError
 from minzero.loss import cross_entropy
 from tests.conftest import run
 
@@ -165,7 +166,8 @@ def test_stage_0_in_16_bits_begins_with_the_weights_themselves(small_data, tmp_p
     script = f"""
 import torch
 from minzero import dist
-from minzero.config import build, deepspeed_config
+from minzero.config.build import build
+from minzero.config.deepspeed import deepspeed_config
 from minzero.engine import build_engine
 from minzero.zero import optimizer_steps, stage_0_masters
 device, _, world_size = dist.start_process_group()

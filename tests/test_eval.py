@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import eval
 import export
-from minzero.commands import UserError
 from minzero.data.shards import TokenStream
 from minzero.data.tokenizer import END_OF_TEXT, PATTERN, byte_ranks, save_tokenizer
+from minzero.errors import UserError
 from tests.conftest import deepspeed_command, run
 from tests.trained_runs import FAMILIES, LLAMA, write_data, write_run, write_runs
 

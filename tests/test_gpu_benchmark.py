@@ -11,8 +11,8 @@ import torch
 import benchmark
 import plan
 from benchmarks import gpu
-from minzero.commands import UserError
-from minzero.config import deepspeed_config
+from minzero.config.deepspeed import deepspeed_config
+from minzero.errors import UserError
 from tests.conftest import ROOT, run
 
 COMMAND = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--tiny"]
@@ -140,7 +140,7 @@ def test_the_deepest_fits_and_one_layer_more_does_not():
 
 def test_weights_copied_into_nanogpts_names():
     """Into modules of its names, which is all of it that is here: every weight arrives, none is left as it was."""
-    from minzero.config import ModelConfig
+    from minzero.config.sections import ModelConfig
     from model import GPT
 
     shape = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=4, vocab_size=16)
@@ -165,7 +165,7 @@ def test_weights_copied_into_nanogpts_names():
 
 SWITCHES = {
     "whole_loss": "g = model.GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=9));"
-    "t = torch.arange(8)[None]; t[0, 3] = model.IGNORE; i = t.clamp(min=0);"
+    "t = torch.arange(8)[None]; t[0, 3] = model.IGNORE_INDEX; i = t.clamp(min=0);"
     "a = g(i, t); gpu.SWITCHES[name](); b = g(i, t);"
     "assert model.Head.forward.__name__ == 'forward' and torch.allclose(a, b) and a != 0;"
     "assert 'whole_loss' in model.Head.forward.__qualname__",
@@ -174,11 +174,11 @@ SWITCHES = {
     "deepspeed_adam": "gpu.SWITCHES[name](); import train; c = gpu.Bench(1, 1, 1).config('gpt2-124m', 1);"
     "p = train.deepspeed_config(c, 1, 'bf16', on_gpu=True)['optimizer']['params'];"
     "assert p['lr'] == c.train.lr and not {'torch_adam', 'fused'} & p.keys()",
-    "large_chunks": "assert model.tokens_at_a_time(gpu.VOCABULARY, True) == 4096; gpu.SWITCHES[name]();"
-    "assert model.tokens_at_a_time(gpu.VOCABULARY, True) == 16384",
-    "small_chunks": "gpu.SWITCHES[name](); assert model.tokens_at_a_time(gpu.VOCABULARY, True) == 1024",
-    "unpadded": "from minzero import loss; assert loss.width_of_logits(50257, True) == gpu.VOCABULARY;"
-    "gpu.SWITCHES[name](); assert loss.width_of_logits(50257, True) == 50257",
+    "large_chunks": "assert model.loss_chunk_tokens(gpu.VOCABULARY, True) == 4096; gpu.SWITCHES[name]();"
+    "assert model.loss_chunk_tokens(gpu.VOCABULARY, True) == 16384",
+    "small_chunks": "gpu.SWITCHES[name](); assert model.loss_chunk_tokens(gpu.VOCABULARY, True) == 1024",
+    "unpadded": "from minzero import loss; assert loss.padded_vocab_size(50257, True) == gpu.VOCABULARY;"
+    "gpu.SWITCHES[name](); assert loss.padded_vocab_size(50257, True) == 50257",
     "whole_model": "g = model.GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8)); gpu.SWITCHES[name](); g.compile();"
     "assert 'forward' in vars(g) and 'forward' not in vars(g.blocks[0]) and 'cross_entropy' not in vars(g.head)",
     "tuned": "import torch._inductor.config as c; assert not c.coordinate_descent_tuning; gpu.SWITCHES[name]();"
@@ -187,7 +187,7 @@ SWITCHES = {
 ALL_IN_ONE_CALL = """
 import os, torch, model
 from benchmarks import gpu
-from minzero.config import ModelConfig
+from minzero.config.sections import ModelConfig
 failed = []
 for name, test in tests.items():
     child = os.fork()

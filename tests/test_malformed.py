@@ -21,9 +21,11 @@ import to_gguf
 import train
 from data import train_tokenizer, verify
 from data.text import prepare
-from minzero.commands import UserError
-from minzero.config import ROOT, load_config, read_json, run_command
+from minzero.commands import run_command
+from minzero.config.load import load_config
 from minzero.data.shards import write_json
+from minzero.errors import UserError
+from minzero.files import ROOT, read_json
 from tests.conftest import run
 from tests.trained_runs import GPT2, write_data, write_run
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from minzero import metrics
-from minzero.config import ModelConfig, build
+from minzero.config.build import build
+from minzero.config.sections import ModelConfig
 from minzero.metrics import MetricsLog, Stopwatch, console_line, duration, read_metrics
 from minzero.sizes import count_parameters, flops_per_token, peak_flops
 

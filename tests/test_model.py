@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from minzero.config import IGNORE, ROOT, ModelConfig, build, read_json, tokens_at_a_time
+from minzero.config.build import build
+from minzero.config.sections import ModelConfig
+from minzero.files import ROOT, read_json
 from minzero.loss import LinearCrossEntropy, cross_entropy
-from minzero.sizes import count_parameters, flops_per_token, recomputed_flops_per_token
+from minzero.sizes import IGNORE_INDEX, count_parameters, flops_per_token, loss_chunk_tokens, recomputed_flops_per_token
 from model import GPT, attention_backends, rotary_angles
 from tests.variants import variants
 
@@ -85,11 +87,11 @@ def test_every_config_counts_as_its_model_on_the_meta_device(path):
 def test_loss_is_the_mean_cross_entropy_of_the_targets_that_count():
     model, tokens = GPT(SMALL).eval(), random_tokens(SMALL)
     targets = tokens.roll(-1, dims=1)
-    targets[0, 5:] = IGNORE
+    targets[0, 5:] = IGNORE_INDEX
     logits = model(tokens)
-    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
     assert torch.allclose(model(tokens, targets), expected, rtol=1e-6)
-    assert model(tokens, torch.full_like(tokens, IGNORE)).item() == 0
+    assert model(tokens, torch.full_like(tokens, IGNORE_INDEX)).item() == 0
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 48, 1000])
@@ -105,11 +107,11 @@ def test_the_compiled_loss_is_the_same(width, monkeypatch):
 
 def compare_losses(function, chunk, width, monkeypatch):
     """LinearCrossEntropy by this function with torch's loss. width: of the logits of 50 ids, 64 as on a GPU."""
-    monkeypatch.setattr("minzero.loss.width_of_logits", lambda vocab_size, on_gpu: width)
+    monkeypatch.setattr("minzero.loss.padded_vocab_size", lambda vocab_size, on_gpu: width)
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(48, 16, generator=generator), torch.randn(50, 16, generator=generator)
     targets = torch.randint(50, (48,), generator=generator)
-    targets[[0, 20, 47]] = IGNORE
+    targets[[0, 20, 47]] = IGNORE_INDEX
     results = []
     for chunked in (False, True):
         inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
@@ -118,7 +120,7 @@ def compare_losses(function, chunk, width, monkeypatch):
             without_gradients = LinearCrossEntropy.apply(x, weight, targets, chunk, False, function)
             assert without_gradients.item() == pytest.approx(loss.item(), rel=1e-6)
         else:
-            loss = F.cross_entropy(F.linear(*inputs), targets, ignore_index=IGNORE, reduction="sum")
+            loss = F.cross_entropy(F.linear(*inputs), targets, ignore_index=IGNORE_INDEX, reduction="sum")
         (3 * loss).backward()
         results.append([loss.detach(), *(tensor.grad for tensor in inputs)])
     for ours, theirs in zip(*results, strict=True):
@@ -129,18 +131,18 @@ def compare_losses(function, chunk, width, monkeypatch):
 @pytest.mark.parametrize("width, chunk", [(50, 48), (64, 10)])
 def test_the_loss_in_16_bits(dtype, width, chunk, monkeypatch):
     """Against float32 on the same rounded inputs: sums are float32, what is rounded are logits and gradients."""
-    monkeypatch.setattr("minzero.loss.width_of_logits", lambda vocab_size, on_gpu: width)
+    monkeypatch.setattr("minzero.loss.padded_vocab_size", lambda vocab_size, on_gpu: width)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(n, 16, generator=generator).to(dtype) for n in (48, 50)]
     targets = torch.randint(50, (48,), generator=generator)
-    targets[5] = IGNORE
+    targets[5] = IGNORE_INDEX
     results = []
     for kind in (dtype, torch.float32):
         x, weight = (tensor.detach().to(kind).requires_grad_() for tensor in inputs)
         if kind == dtype:
             loss = LinearCrossEntropy.apply(x, weight, targets, chunk, True, cross_entropy)
         else:
-            loss = F.cross_entropy(F.linear(x, weight), targets, ignore_index=IGNORE, reduction="sum")
+            loss = F.cross_entropy(F.linear(x, weight), targets, ignore_index=IGNORE_INDEX, reduction="sum")
         loss.backward()
         assert x.grad.dtype == weight.grad.dtype == kind
         results.append((loss.item(), x.grad.float(), weight.grad.float()))
@@ -151,7 +153,7 @@ def test_the_loss_in_16_bits(dtype, width, chunk, monkeypatch):
 
 
 def test_chunks_of_the_loss_stay_small_enough_for_fp16():
-    assert tokens_at_a_time(65, True) == tokens_at_a_time(50257, True) == 4096 > tokens_at_a_time(128256, True)
+    assert loss_chunk_tokens(65, True) == loss_chunk_tokens(50257, True) == 4096 > loss_chunk_tokens(128256, True)
 
 
 def test_the_loss_survives_fp16_sums_that_exceed_it():
@@ -181,7 +183,7 @@ def test_no_step_holds_all_logits_at_once(monkeypatch):
 
     config = dataclasses.replace(SMALL, vocab_size=4000, n_embd=8)
     model, tokens = GPT(config), random_tokens(config, batch=8)  # 128 tokens x 4000 ids
-    monkeypatch.setattr("minzero.config.LOGITS_AT_A_TIME", 4 * 16 * 4000)
+    monkeypatch.setattr("minzero.sizes.LOGITS_AT_A_TIME", 4 * 16 * 4000)
     with Largest() as largest:
         model(tokens, tokens).backward()
         with torch.no_grad():

@@ -19,7 +19,9 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import plan
-from minzero.config import ROOT, ModelConfig, load_config
+from minzero.config.load import load_config
+from minzero.config.sections import ModelConfig
+from minzero.files import ROOT
 from minzero.planner.memory import Settings, calls_of, simulate, trace
 from model import GPT
 from tests.conftest import deepspeed_command, run

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import plot
-from minzero.commands import UserError
-from minzero.config import Config
+from minzero.config.sections import Config
+from minzero.errors import UserError
 from minzero.metrics import MetricsLog
 from minzero.sizes import flops_per_token
 

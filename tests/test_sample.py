@@ -19,9 +19,9 @@ from transformers import (
 import export
 import sample
 from eval import load_model, open_trained
-from minzero.commands import UserError
 from minzero.data.conversations import CHAT_TEMPLATE
 from minzero.data.tokenizer import huggingface_json, load_tokenizer
+from minzero.errors import UserError
 from tests.trained_runs import FAMILIES, OF_NO_FAMILY, write_data, write_run, write_runs
 
 # a random model whose output layer is its embedding mostly repeats the last token

@@ -19,7 +19,6 @@ import eval as evaluation
 import export
 import to_gguf
 from benchmarks.patterns import OLD_PATTERN
-from minzero.commands import UserError
 from minzero.data import pipeline
 from minzero.data.shards import TokenStream, write_json
 from minzero.data.tokenizer import (
@@ -34,6 +33,7 @@ from minzero.data.tokenizer import (
     save_tokenizer,
     train_tokenizer,
 )
+from minzero.errors import UserError
 from tests.conftest import ROOT, run
 from tests.trained_runs import FAMILIES, GPT2, LLAMA, NEOX, write_data, write_run
 

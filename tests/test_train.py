@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from minzero import checkpoint, dist, engine, watchdog
-from minzero.commands import UserError
-from minzero.config import Config, ModelConfig, TrainConfig
+from minzero.config.sections import Config, ModelConfig, TrainConfig
 from minzero.data import order
 from minzero.data.shards import TokenStream
+from minzero.errors import UserError
 from minzero.evaluate_loss import evaluate
 from minzero.schedule import learning_rate
 from minzero.summary import changed_settings

@@ -8,7 +8,7 @@ import torch
 
 import export
 from minzero import checkpoint, checkpoint_folder
-from minzero.config import Config, DataConfig, ModelConfig
+from minzero.config.sections import Config, DataConfig, ModelConfig
 from minzero.data import pipeline
 from minzero.data.mixture import Mixture
 from minzero.data.shards import write_json

@@ -3,7 +3,7 @@ any test, or the suite fails and says where its values belong."""
 
 import dataclasses
 
-from minzero.config import ModelConfig
+from minzero.config.sections import ModelConfig
 
 # Values to try of keys that are neither booleans nor a choice, other than their defaults.
 VALUES = {

@@ -13,7 +13,7 @@ from minzero.commands import begin
 if __name__ == "__main__":
     begin()
 
-from minzero.config import run_command
+from minzero.commands import run_command
 from minzero.data import pipeline, sources
 
 ADDRESS = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

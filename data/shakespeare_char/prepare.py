@@ -14,7 +14,7 @@ if __name__ == "__main__":
     begin()
 
 from data.shakespeare.prepare import documents
-from minzero.config import run_command
+from minzero.commands import run_command
 from minzero.data import pipeline
 from minzero.data.tokenizer import characters, own_tokenizer
 

@@ -15,10 +15,10 @@ from minzero.commands import begin
 if __name__ == "__main__":
     begin()
 
-from minzero.commands import UserError
-from minzero.config import run_command
+from minzero.commands import run_command
 from minzero.data import pipeline
 from minzero.data.tokenizer import own_tokenizer, train_tokenizer
+from minzero.errors import UserError
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 

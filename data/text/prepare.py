@@ -13,9 +13,9 @@ from minzero.commands import begin
 if __name__ == "__main__":
     begin()
 
-from minzero.commands import UserError
-from minzero.config import run_command
+from minzero.commands import run_command
 from minzero.data import pipeline, sources
+from minzero.errors import UserError
 
 
 def documents(args):

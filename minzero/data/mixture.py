@@ -10,10 +10,10 @@ import hashlib
 
 import numpy as np
 
-from minzero.commands import UserError
-from minzero.config import data_weights
+from minzero.config.sections import data_weights
 from minzero.data.order import Schedule, sample_numbers, windows_of
 from minzero.data.shards import TokenStream
+from minzero.errors import UserError
 
 DIGEST_TOKENS, DIGEST_BLOCK = 1 << 20, 4096  # of a digest of the content: tokens in all, and tokens read at a time
 

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from minzero.commands import UserError
+from minzero.errors import UserError
 
 ROUNDS = 8
 LARGEST_PERIOD = 100_000  # samples after which a mixture repeats; its table takes 5 bytes for each

@@ -34,7 +34,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from minzero.commands import UserError
 from minzero.data.conversations import LEARNED
 from minzero.data.shards import (
     HEADER_BYTES,
@@ -61,6 +60,7 @@ from minzero.data.tokenizer import (
     missing_characters,
     without_surrogates,
 )
+from minzero.errors import UserError
 from minzero.flags import FlagParser, a_number, a_path, at_least, check_can_write
 
 BATCH = 1 << 20  # characters handed to a worker at a time: large enough to hide the hand-over

@@ -22,10 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from minzero.commands import UserError
-from minzero.config import IGNORE, read_json
 from minzero.data.order import validation_windows
+from minzero.errors import UserError
+from minzero.files import read_json
 from minzero.flags import check_can_write
+from minzero.sizes import IGNORE_INDEX
 
 HEADER_BYTES = 256 * 4
 FORMATS = {np.dtype("<u2"): (20240520, 1), np.dtype("<u4"): (20240801, 7)}  # dtype: (magic, version)
@@ -378,11 +379,11 @@ class TokenStream:
         )
 
     def inputs_and_targets(self, tokens, position):
-        """Stored tokens (..., n + 1) -> inputs and targets (..., n) int64; a target that is none is IGNORE."""
+        """Stored tokens (..., n + 1) -> inputs and targets (..., n) int64; a target that is none is IGNORE_INDEX."""
         ids = self.ids(tokens, position)
         inputs, targets = ids[..., :-1].astype(np.int64), ids[..., 1:].astype(np.int64)
         if self.loss_mask:
-            targets[tokens[..., 1:] >= NO_LOSS] = IGNORE
+            targets[tokens[..., 1:] >= NO_LOSS] = IGNORE_INDEX
         return inputs, targets
 
     def validation_windows(self, wanted):

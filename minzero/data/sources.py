@@ -18,7 +18,7 @@ import stat
 import urllib.request
 from pathlib import Path
 
-from minzero.commands import UserError
+from minzero.errors import UserError
 
 TEXT_PIECE = 1 << 24  # characters of a text file that make one document; more would not fit bounded memory
 BOUNDARY = 1 << 16  # bytes in which a paragraph's end is looked for where a file is cut

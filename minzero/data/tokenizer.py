@@ -12,9 +12,9 @@ from pathlib import Path
 
 import tiktoken
 
-from minzero.commands import UserError
-from minzero.config import did_you_mean
+from minzero.config.values import did_you_mean
 from minzero.data.shards import is_regular, make_folder, read_object, write_atomically, write_json
+from minzero.errors import UserError
 from minzero.flags import check_can_write
 
 END_OF_TEXT = "<|endoftext|>"

@@ -4,7 +4,8 @@ import json
 import math
 from pathlib import Path
 
-from minzero.config import Config, read_json
+from minzero.config.sections import Config
+from minzero.files import read_json
 from minzero.metrics import formula_fault, read_metrics
 from minzero.sizes import flops_per_token
 

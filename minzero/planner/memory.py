@@ -14,8 +14,8 @@ import math
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from minzero.config import ModelConfig, tokens_at_a_time, width_of_logits
-from minzero.sizes import check_counted
+from minzero.config.sections import ModelConfig
+from minzero.sizes import check_counted, loss_chunk_tokens, padded_vocab_size
 
 PARTS = ("parameters", "gradients", "optimizer", "gathered", "buckets", "activations", "logits", "overhead")
 PHASES = ("forward", "loss", "backward", "reduction", "step")
@@ -256,8 +256,8 @@ class Trace:
     def chunked_head(self, weight):
         """model.py's Head: a chunk of logits at a time, and gradients at once."""
         s = self.settings
-        chunk = min(tokens_at_a_time(s.model.vocab_size, not s.on_cpu), s.tokens)
-        width = width_of_logits(s.model.vocab_size, not s.on_cpu)
+        chunk = min(loss_chunk_tokens(s.model.vocab_size, not s.on_cpu), s.tokens)
+        width = padded_vocab_size(s.model.vocab_size, not s.on_cpu)
         logits, product = chunk * width * s.half, width * self.width * s.half  # a part of the weight's gradient
         copied = s.half < 4 and (s.on_cpu or s.precision == "bf16")  # by log_softmax, into float32; not fp16 on a GPU
         probabilities = 0 if s.compiled else chunk * width * (8 if copied else 4)

@@ -13,8 +13,8 @@ from deepspeed import comm
 
 import train
 from minzero import dist
-from minzero.commands import UserError
 from minzero.data.mixture import Mixture
+from minzero.errors import UserError
 from minzero.zero import fragments_in_memory, local_fragments
 from tests.end_to_end import parity
 from tests.end_to_end.parity_settings import SPOILT

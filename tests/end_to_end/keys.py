@@ -16,7 +16,10 @@ from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 
 from minzero import checkpoint, checkpoint_folder, checkpoint_state, dist
-from minzero.config import Config, build, deepspeed_config, merge
+from minzero.config.build import build
+from minzero.config.deepspeed import deepspeed_config
+from minzero.config.nested import merge
+from minzero.config.sections import Config
 from minzero.engine import build_engine
 from minzero.tensor_files import SavedPieces
 from minzero.zero import KINDS, loss_scaler

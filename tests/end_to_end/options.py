@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import model
-from minzero import config, dist
-from minzero.config import build, deepspeed_config
+from minzero import dist, sizes
+from minzero.config.build import build
+from minzero.config.deepspeed import deepspeed_config
 from minzero.engine import build_engine, why_not_compiled
 from tests.variants import all_changed
 
@@ -100,7 +101,7 @@ def losses(stage, architecture, settings, adam=None, replaced=()):
 
 def main():
     _, rank, _ = dist.start_process_group()
-    few_logits = [(config, "LOGITS_AT_A_TIME", 4 * 32 * IDS)]
+    few_logits = [(sizes, "LOGITS_AT_A_TIME", 4 * 32 * IDS)]
     unfused = {"fused": False, "foreach": False}
     found = {}
     # with every key changed, but for dropout: two ways of computing drop other activations
@@ -111,7 +112,7 @@ def main():
     found["llama chunked loss"] = losses(3, LLAMA, {}, None, few_logits)
     found["llama unfused Adam"] = losses(3, LLAMA, {}, unfused)
     found["llama recomputed"] = losses(3, LLAMA, {"activation_checkpointing": True})
-    on_cpu = {"activation_checkpointing": 2, "checkpoints_on_cpu": True}
+    on_cpu = {"activation_checkpointing": 2, "activation_offload": True}
     found["llama every second recomputed, inputs on CPU"] = losses(3, LLAMA, on_cpu)
     compiled = {"compile": True}
     found["llama compiled, recomputed"] = losses(3, LLAMA, compiled | {"activation_checkpointing": True})

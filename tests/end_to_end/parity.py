@@ -17,7 +17,8 @@ from deepspeed import comm
 
 import train
 from minzero import checkpoint, checkpoint_folder, checkpoint_state, dist
-from minzero.config import build, deepspeed_config
+from minzero.config.build import build
+from minzero.config.deepspeed import deepspeed_config
 from minzero.data import order
 from minzero.engine import count_real_parameters
 from tests.end_to_end.parity_settings import MOVES, SETTINGS

@@ -6,8 +6,8 @@ checkpoints. On a CPU, DeepSpeed is told that some of its tensors are on a GPU, 
 
 import train
 from minzero import bad_steps, dist
-from minzero.commands import UserError
-from minzero.config import offload_ratio
+from minzero.config.deepspeed import offload_ratio
+from minzero.errors import UserError
 from tests.end_to_end import parity
 
 deepspeed_config, build_engine = train.deepspeed_config, train.build_engine

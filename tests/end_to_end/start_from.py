@@ -15,7 +15,8 @@ from deepspeed import comm
 import export
 import train
 from minzero import dist
-from minzero.config import build, deepspeed_config
+from minzero.config.build import build
+from minzero.config.deepspeed import deepspeed_config
 from minzero.engine import build_engine
 
 DATA, FOLDER = sys.argv[-2], Path(sys.argv[-1])

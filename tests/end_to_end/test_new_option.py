@@ -8,14 +8,14 @@ import sys
 
 import pytest
 
-from minzero.config import ROOT
+from minzero.files import ROOT
 from minzero.metrics import read_metrics
 from tests.conftest import environment
 from tests.trained_runs import write_data
 
 pytestmark = pytest.mark.slow
 CHANGES = {
-    "minzero/config.py": [
+    "minzero/config/sections.py": [
         (
             "    init_std: float = key(",
             '    qk_norm: bool = key(False, "norms over each head\'s queries and keys")\n    init_std: float = key(',
@@ -117,12 +117,12 @@ def test_the_tests_try_it(copy):
         output = run(copy, 1 if file == "test_model.py" else 0, *command)
         assert "qk_norm=True" in output if file == "test_model.py" else "3 passed" in output, output
     # a number has no values that could be guessed
-    config = (copy / "minzero" / "config.py").read_text()
+    config = (copy / "minzero" / "config" / "sections.py").read_text()
     number = config.replace("    qk_norm: bool = key(False,", "    qk_norm: float = key(1.5,")
     assert number != config
-    (copy / "minzero" / "config.py").write_text(number)
+    (copy / "minzero" / "config" / "sections.py").write_text(number)
     try:
         output = run(copy, 2, "-m", "pytest", "-q", "tests/test_model.py", "-k", "count")
     finally:
-        (copy / "minzero" / "config.py").write_text(config)
+        (copy / "minzero" / "config" / "sections.py").write_text(config)
     assert "model.qk_norm is tested with no value but its default: add others to tests/variants.py" in output

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import pytest
 
-from minzero.config import ROOT
+from minzero.files import ROOT
 from tests.conftest import environment
 from tests.trained_runs import GPT2, LLAMA, write_data, write_run
 

@@ -1,0 +1,62 @@
+"""Nested dictionaries, as JSON files hold them -> a checked Config."""
+
+from minzero.config.deepspeed import check_section, check_together
+from minzero.config.hints import suggest_key
+from minzero.config.sections import SECTIONS, Config
+from minzero.config.values import convert, in_short, printable
+from minzero.errors import UserError
+
+
+def build(values, source):
+    """Nested dictionaries -> Config, every key and type checked.
+
+    source: the file or the command line, for error messages. Raises UserError with all faults in one line."""
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: expected a JSON object with the sections model, data, train, deepspeed")
+    config = Config()
+    faults = []
+    for section, content in values.items():
+        if section not in (*SECTIONS, "deepspeed"):
+            faults.append(f"unknown section {section!r}; {suggest_key(section)}")
+        elif not isinstance(content, dict):
+            faults.append(f"section {section!r} must be a JSON object, found {in_short(content)}")
+        elif section in SECTIONS:
+            faults += set_keys(getattr(config, section), section, content)
+    if isinstance(values.get("deepspeed"), dict):
+        config.deepspeed = check_section(values["deepspeed"], config.model.n_embd, faults)
+    if not faults:  # these checks rely on keys that are right one by one
+        faults += faults_between_keys(config)
+    if faults:
+        raise UserError(f"{source}: {'; '.join(faults)}")
+    return config
+
+
+def set_keys(target, section, content):
+    """Set the keys of a section's dataclass. Returns a list with a line for each that cannot be set."""
+    fields = target.__dataclass_fields__
+    faults = []
+    for name, value in content.items():
+        if name not in fields:
+            faults.append(f"unknown key {section}.{printable(name)}; {suggest_key(name, section)}")
+            continue
+        try:
+            setattr(target, name, convert(f"{section}.{name}", value, fields[name].type, fields[name].metadata))
+        except UserError as error:
+            faults.append(str(error))
+    return faults
+
+
+def faults_between_keys(config):
+    """A list with a line for each section whose keys do not go together."""
+    faults = []
+    for check in (
+        config.model.check,
+        config.data.check,
+        config.train.check,
+        lambda: check_together(config.deepspeed, config.train.precision),
+    ):
+        try:
+            check()
+        except UserError as error:
+            faults.append(str(error))
+    return faults

@@ -1,0 +1,276 @@
+"""The sections of a config file: every key with its type, default, range and meaning.
+
+A run is described by four sections: `model`, `data` and `train` (the dataclasses below) and `deepspeed` (DeepSpeed's
+own keys, see deepspeed_keys.py). To add a key, add a line here: reading, checks, overrides and --help follow from it.
+"""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+
+from minzero.config.values import fault_of_text, in_short, nearest_divisors
+from minzero.errors import UserError
+
+
+def key(default, meaning, choices=None, minimum=None, maximum=None, off=None):
+    """A configuration key: its default, its meaning with the unit, and the values it may take.
+
+    off: for keys of the model section, the value with which the model computes the same as without this key (see
+    `switched_on`)."""
+    metadata = {"meaning": meaning, "choices": choices, "minimum": minimum, "maximum": maximum, "off": off}
+    if isinstance(default, list):  # each Config gets its own copy
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    n_layer: int = key(12, "transformer blocks", minimum=1, maximum=10**5)
+    n_head: int = key(12, "query heads of each attention", minimum=1, maximum=2**20)
+    n_kv_head: int | None = key(
+        None, "key and value heads, shared by groups of query heads; null: n_head", minimum=1, maximum=2**20
+    )
+    n_embd: int = key(768, "width of the residual stream", minimum=1, maximum=2**20)
+    block_size: int = key(1024, "context length in tokens", minimum=1, maximum=2**30)
+    vocab_size: int = key(50257, "number of token ids", minimum=1, maximum=2**32)
+    mlp_hidden: int | None = key(
+        None,
+        "hidden width of the MLP; null: 4 n_embd (gelu), 8/3 n_embd rounded up to a multiple of 64 (swiglu)",
+        minimum=1,
+        maximum=2**24,
+    )
+    dropout: float = key(0.0, "probability of dropping an activation", minimum=0, maximum=0.99)
+    bias: bool = key(True, "biases in the linear layers and layer norms")
+    norm: str = key("layernorm", "normalisation before each sub-layer", ["layernorm", "rmsnorm"])
+    norm_eps: float = key(
+        1e-5, "epsilon of the norms, added to the variance or mean square under the root", minimum=1e-12, maximum=1
+    )
+    position: str = key(
+        "learned", "position encoding: learned embeddings, or rotary angles of queries and keys", ["learned", "rotary"]
+    )
+    rotary_theta: float = key(10000.0, "base of the rotary wavelengths", minimum=1, maximum=1e12)
+    mlp: str = key("gelu", "activation of the MLP", ["gelu", "swiglu"])
+    tie_embeddings: bool = key(True, "the output layer shares the token embedding's weights")
+    init_std: float = key(0.02, "standard deviation of the initial weights", minimum=1e-6, maximum=1)
+
+    def check(self):
+        if self.n_embd % self.n_head:
+            raise UserError(
+                f"model.n_head: {self.n_head} does not divide model.n_embd {self.n_embd}; "
+                f"nearest that do: {nearest_divisors(self.n_embd, self.n_head)}"
+            )
+        if self.n_head % self.kv_heads:
+            raise UserError(
+                f"model.n_kv_head: {self.n_kv_head} does not divide model.n_head {self.n_head}; "
+                f"nearest that do: {nearest_divisors(self.n_head, self.n_kv_head)}"
+            )
+        if self.position == "rotary" and (self.n_embd // self.n_head) % 2:
+            raise UserError(
+                f"model.position: rotary turns pairs of channels, but a head has {self.n_embd // self.n_head}; "
+                "choose n_embd and n_head so that n_embd / n_head is even"
+            )
+
+    @property
+    def kv_heads(self):
+        return self.n_kv_head or self.n_head
+
+    @property
+    def mlp_width(self):
+        """Hidden width of the MLP. SwiGLU has three matrices instead of two, so 8/3 of the width
+        keeps the parameters of a GELU MLP of 4 (Shazeer 2020, arXiv 2002.05202, section 2)."""
+        if self.mlp_hidden:
+            return self.mlp_hidden
+        return 4 * self.n_embd if self.mlp == "gelu" else -(-8 * self.n_embd // 3 // 64) * 64
+
+
+@dataclass
+class DataConfig:
+    path: str | dict = key(
+        "data/openwebtext", "folder of token shards, as a prepare script writes them; or several: {folder: weight}"
+    )
+    verify: bool = key(False, "read every shard before training and compare its checksum with meta.json's")
+
+    @property
+    def weights(self):
+        """{folder: weight}, also of a single folder."""
+        return data_weights(self.path)
+
+    def check(self):
+        weights = self.weights
+        if not weights or "" in weights:
+            raise UserError("data.path: found no folder, expected a folder or {folder: weight}")
+        for folder, weight in weights.items():
+            if fault := fault_of_text(folder):
+                raise UserError(f"data.path: {fault}")
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 1e-9 <= weight <= 1e9:
+                raise UserError(
+                    f"data.path: {folder}: found weight {in_short(weight)}, expected a number above 0 (1e-9 to 1e9)"
+                )
+
+
+@dataclass
+class TrainConfig:
+    out_dir: str | None = key(None, "folder of the run; null: out/<name of the config file>")
+    seed: int = key(1337, "random seed of the initial weights, the data order and dropout", minimum=0, maximum=2**62)
+    precision: str = key(
+        "auto",
+        "number format of the computation; auto: bf16 on GPUs that have it, else fp16; fp32 on CPU",
+        ["auto", "bf16", "fp16", "fp32"],
+    )
+    micro_batch_size: int = key(8, "sequences of one forward and backward pass on one rank", minimum=1, maximum=2**30)
+    global_batch_tokens: int = key(
+        524288, "tokens of one optimizer step, summed over all ranks", minimum=1, maximum=10**10
+    )
+    max_tokens: int = key(10_000_000_000, "length of the run in tokens", minimum=1, maximum=10**18)
+    warmup_tokens: int = key(0, "tokens over which the learning rate rises from zero", minimum=0, maximum=10**18)
+    lr: float = key(6e-4, "peak learning rate", minimum=0, maximum=10)
+    min_lr_ratio: float = key(0.1, "last learning rate over the peak", minimum=0, maximum=1)
+    schedule: str = key("cosine", "how the learning rate falls after warm-up", ["cosine", "linear", "constant"])
+    weight_decay: float = key(0.1, "weight decay of AdamW, on matrices only", minimum=0, maximum=100)
+    betas: list[float] = key([0.9, 0.95], "decay rates of AdamW's two moments")
+    eps: float = key(1e-8, "epsilon of AdamW", minimum=1e-16, maximum=1)
+    grad_clip: float = key(
+        1.0, "scale the gradient down to this global norm where it is larger; 0: no clipping", minimum=0, maximum=1e9
+    )
+    activation_checkpointing: bool | int = key(
+        False,
+        "recompute blocks in the backward pass to save memory; true: every block; a number k: every k-th block",
+        minimum=0,
+        maximum=10**5,
+    )
+    activation_offload: bool = key(
+        False, "with activation_checkpointing, keep the inputs of recomputed blocks in CPU memory until they are needed"
+    )
+    kernels: str = key(
+        "auto",
+        "implementation of norms and Adam; auto: NVIDIA Apex's where it is installed on a GPU, else torch's",
+        ["auto", "apex", "torch"],
+    )
+    compile: bool | str = key("auto", "torch.compile the blocks and the loss; auto: on GPUs", [True, False, "auto"])
+    log_every: int = key(10, "optimizer steps from one line of metrics to the next", minimum=1, maximum=10**15)
+    eval_every: int = key(
+        1000, "optimizer steps from one evaluation to the next; 0: only at the end", minimum=0, maximum=10**15
+    )
+    eval_tokens: int = key(
+        1_048_576, "validation tokens of one evaluation, the same tokens each time", minimum=1, maximum=10**15
+    )
+    save_every: int = key(
+        1000, "optimizer steps from one checkpoint to the next; 0: only at the end", minimum=0, maximum=10**15
+    )
+    save_every_seconds: float = key(
+        0.0, "also save when the last checkpoint is this many seconds old; 0: never", minimum=0, maximum=1e9
+    )
+    save_in_background: bool = key(False, "copy a checkpoint to CPU memory, and write it while training continues")
+    save_best: bool = key(True, "also save when the validation loss is the lowest so far")
+    keep_checkpoints: int = key(
+        2, "how many of the newest checkpoints are kept, besides the best", minimum=1, maximum=10**9
+    )
+    resume: str = key(
+        "auto",
+        "auto: continue from the newest checkpoint in out_dir, or start at step 0 if it holds none; never: start at "
+        "step 0, and refuse an out_dir that holds checkpoints; the path of a checkpoint or a run: start from that, "
+        "until out_dir holds a checkpoint of its own, which is then continued",
+    )
+    init_from: str | None = key(
+        None,
+        "start from these weights: a folder in transformers' format, a name on the Hugging Face hub, or a run or "
+        "checkpoint of minZeRO; null: random. Prepare the data with that model's tokenizer",
+    )
+    bad_step: str = key(
+        "skip",
+        "at a step with a NaN, an infinity or a spike; skip: leave the weights as they were and continue; stop: end "
+        "the run; rollback: load the last checkpoint and continue with the data that follows the bad step",
+        ["skip", "stop", "rollback"],
+    )
+    spike_zscore: float = key(
+        0.0,
+        "a loss or gradient norm is a spike if it lies this many standard deviations above the mean of the last 128 "
+        "good steps; 0: nothing is a spike",
+        minimum=0,
+        maximum=1e6,
+    )
+    max_bad_steps: int = key(10, "end the run after this many bad steps in a row", minimum=1, maximum=10**9)
+    timeout_seconds: float = key(
+        1500.0, "end the run when it has made no progress for this many seconds", minimum=1, maximum=10**9
+    )
+    allow_changed: list[str] = key(
+        [],
+        "keys in which a resumed run may differ from its checkpoint",
+        ["data.path", "train.seed", "train.global_batch_tokens"],
+    )
+    loggers: list[str] = key([], "where metrics go besides metrics.jsonl", ["tensorboard", "wandb"])
+    profile: str | None = key(
+        None, "FIRST:LAST: steps that torch's profiler records on rank 0, into the run's folder; null: none"
+    )
+    verbose: bool = key(False, "show DeepSpeed's own log")
+
+    def check(self):
+        if len(self.betas) != 2 or not all(0 <= beta <= 0.99999 for beta in self.betas):
+            raise UserError(f"train.betas: found {in_short(self.betas)}, expected two numbers from 0 to 0.99999")
+        if 0 < self.grad_clip < 1e-6:  # a gradient divided by less overflows float32
+            raise UserError(f"train.grad_clip: found {self.grad_clip}, expected at least 1e-06, or 0 for no clipping")
+        if 0 < self.spike_zscore < 1:
+            raise UserError(f"train.spike_zscore: found {self.spike_zscore}, expected at least 1, or 0 for no spikes")
+        if self.lr * self.weight_decay >= 1:  # AdamW multiplies weights by 1 - lr x weight_decay
+            raise UserError(
+                f"train.weight_decay: found {self.weight_decay} with train.lr {self.lr}, which takes away all of the "
+                "weights at each step; expected a product below 1"
+            )
+        if self.global_batch_tokens > self.max_tokens:
+            raise UserError(
+                f"train.max_tokens: {self.max_tokens} is less than one step "
+                f"(train.global_batch_tokens {self.global_batch_tokens}); raise it to at least that"
+            )
+        if self.profile is not None:
+            first, last = self.profile_steps or (0, 0)
+            steps = self.max_tokens // self.global_batch_tokens
+            if not 1 <= first <= last or (last > steps and not self.allow_changed):
+                raise UserError(
+                    f"train.profile: found {json.dumps(self.profile)}, expected the first and last step to record, "
+                    f"as 10:15, of 1 to {steps}"
+                )
+
+    @property
+    def profile_steps(self):
+        """First and last step to record, or None."""
+        numbers = re.fullmatch(r"(\d+):(\d+)", self.profile or "")
+        return tuple(map(int, numbers.groups())) if numbers else None
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    deepspeed: dict = field(default_factory=dict)
+
+    def to_dict(self):
+        return dataclasses.asdict(self)
+
+
+SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+
+
+def switched_on(model: ModelConfig, known):
+    """Keys of the model section that are not in `known` and may change what the model computes.
+
+    Returns a list of (key, its value, the value that changes nothing or None). That value is the key's `off`, or its
+    default if that reads as off: false, null, 0, none. A key with neither is always in the list."""
+    found = []
+    for one in dataclasses.fields(model):
+        if one.name in known:
+            continue
+        value = getattr(model, one.name)
+        off = one.metadata.get("off")
+        has_off = off is not None or one.default in (False, None, 0, "none", "off")
+        if off is None and has_off:
+            off = one.default
+        if not has_off or value != off:
+            found.append((one.name, value, off))
+    return found
+
+
+def data_weights(path):
+    """`data.path`, a folder or {folder: weight}, as {folder: weight}."""
+    return path if isinstance(path, dict) else {path: 1}
