@@ -1,6 +1,6 @@
 """Nested dictionaries, as JSON files hold them -> a checked Config."""
 
-from minzero.config.deepspeed import resolve_section, check_together
+from minzero.config.deepspeed import check_together, resolve_section
 from minzero.config.hints import suggest_key
 from minzero.config.sections import SECTIONS, Config
 from minzero.config.values import convert, in_short, printable
