@@ -11,7 +11,7 @@ from minzero.config.nested import merge
 from minzero.config.values import convert, did_you_mean, in_short, nearest_divisors, printable
 from minzero.errors import UserError
 
-# -- ZeRO and offload -------------------------------------------------------------------------------
+# -- ZeRO and offload ----------------------------------------------------------------------------
 
 
 def zero_stage(deepspeed):
@@ -37,9 +37,9 @@ def offloads_optimizer(deepspeed):
 # -- checks --------------------------------------------------------------------------------------
 
 
-def check_section(section, n_embd, faults, path=""):
-    """Check the keys of a DeepSpeed configuration, and return those that DeepSpeed is given: with numbers in place of
-    "auto", and without keys that only say that something is not used.
+def resolve_section(section, n_embd, faults, path=""):
+    """The checked keys of a DeepSpeed configuration that DeepSpeed is given: with numbers in place of "auto", and
+    without keys that only say that something is not used.
 
     n_embd: width of the model, from which "auto" follows. faults: a list that each fault is added to as a line.
     path: the keys above this section, each followed by a dot ("zero_optimization.")."""
@@ -63,7 +63,7 @@ def check_section(section, n_embd, faults, path=""):
             if value is None and "offload" in name:
                 continue
             if isinstance(value, dict):
-                kept[name] = check_section(value, n_embd, faults, f"{key}.")
+                kept[name] = resolve_section(value, n_embd, faults, f"{key}.")
             else:
                 faults.append(f"{where}: found {in_short(value)}, expected an object")
         elif refused := deepspeed_keys.REFUSED.get(key):
@@ -123,7 +123,7 @@ def check_together(deepspeed, precision):
         raise UserError(f"deepspeed.fp16.min_loss_scale: found {lowest}, expected at most the first scale, {first}")
 
 
-# -- the whole for DeepSpeed ---------------------------------------------------------------------
+# -- the whole for DeepSpeed ----------------------------------------------------------------------
 
 
 def gradient_accumulation(config, world_size):

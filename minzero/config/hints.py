@@ -184,7 +184,7 @@ def suggest_flag(name):
     if name.replace("-", "_") in ("deepspeed", "deepspeed_config", "ds_config"):
         return "DeepSpeed's keys belong in the section deepspeed of the config file; "
     if meant := meant_by(name):
-        return f"did you mean --{meant}; "
+        return f"did you mean --{meant} " if meant.endswith("?") else f"did you mean --{meant}; "
     sections = {key: section for section, cls in SECTIONS.items() for key in cls.__dataclass_fields__}
     close = difflib.get_close_matches(name.replace("-", "_"), sections, n=1, cutoff=0.8)
     return f"did you mean --{sections[close[0]]}.{close[0]}? " if close else ""
