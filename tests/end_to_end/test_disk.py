@@ -6,8 +6,10 @@ import sys
 
 import pytest
 
-from minzero import checkpoint_folder, checkpoint_state, tensor_files
+from minzero.checkpoint_folder import find, name_of
+from minzero.checkpoint_state import read_state
 from minzero.metrics import read_metrics
+from minzero.tensor_files import check_sums
 from tests.conftest import ROOT, deepspeed_command, environment, run
 
 RUN = ["train.py", "configs/tiny.json", "--train.log_every", 1, "--train.save_every", 1, "--train.eval_tokens", 1024]
@@ -15,13 +17,13 @@ RUN += ["--train.keep_checkpoints", 10]  # of 10 MB each
 
 
 def check_last_good(out, step):
-    found = checkpoint_folder.find(out)
-    assert found.name == checkpoint_folder.name_of(step)
-    tensor_files.check_sums(found, checkpoint_state.read_state(found)["files"])
-    assert not list((out / "checkpoints").glob("*.tmp")), "what was begun is deleted again: it only takes room"
+    found = find(out)
+    assert found.name == name_of(step)
+    check_sums(found, read_state(found)["files"])
+    assert not list((out / "checkpoints").glob("*.tmp")), "an unfinished save is deleted: it only takes space"
 
 
-def test_a_full_disk_ends_both_ranks_with_one_line_and_the_run_goes_on_when_there_is_room(tmp_path):
+def test_a_full_disk_ends_both_ranks_with_one_line_and_the_run_continues_when_there_is_space(tmp_path):
     disk, options = tmp_path / "disk", ["-t", "tmpfs", "tmpfs"]
     disk.mkdir()
     if subprocess.run(["mount", "-o", "size=25m", *options, disk], capture_output=True).returncode:

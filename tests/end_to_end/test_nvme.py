@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from minzero import checkpoint_folder, checkpoint_state
+from minzero.checkpoint_folder import name_of
+from minzero.checkpoint_state import read_state
 from tests.conftest import deepspeed_command, run
 
 ZERO = "--deepspeed.zero_optimization"
@@ -28,7 +29,7 @@ def test_a_run_on_nvme_is_that_of_cpu_offload_and_resumes_bit_for_bit(small_data
         flags += ["--train.max_tokens", steps * 8 * 32, "--train.eval_tokens", 1024, "--train.save_every", 3]
         done = run(deepspeed_command("train.py", "configs/tiny.json", *flags, *more, port=29671))
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        state = checkpoint_state.read_state(tmp_path / out / "checkpoints" / checkpoint_folder.name_of(steps))
+        state = read_state(tmp_path / out / "checkpoints" / name_of(steps))
         return state["files"], state["best_val_loss"]
 
     on_cpu = [f"{ZERO}.offload_optimizer.device", "cpu"]
@@ -42,5 +43,5 @@ def test_a_run_on_nvme_is_that_of_cpu_offload_and_resumes_bit_for_bit(small_data
     assert train("nvme", 6, *on_nvme) == whole
     first_half = train("moved", 3, *on_nvme, *weights_too)
     assert len(list((tmp_path / "swap").rglob("*.swp"))) > 6, "DeepSpeed kept everything in memory"
-    assert first_half[0] == checkpoint_state.read_state(tmp_path / "cpu/checkpoints/step_00000003")["files"]
+    assert first_half[0] == read_state(tmp_path / "cpu/checkpoints/step_00000003")["files"]
     assert train("moved", 6, *on_nvme, *weights_too) == whole
