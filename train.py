@@ -81,6 +81,7 @@ class Setup(NamedTuple):
 def choose_setup(config, group):
     """Setup of this run. Raises UserError for what this machine or this number of ranks cannot do."""
     on_gpu = group.device.type == "cuda"
+    # tokens a step = micro_batch_size x block_size x ranks x accumulation
     accumulation = gradient_accumulation(config, group.world_size)
     precision = resolve_precision(config.train.precision, group.device)
     if precision == "fp32" and on_gpu:
@@ -135,9 +136,10 @@ def skip_damaged_checkpoints(config, train_data, start):
 def make_engine(config, group, setup, start):
     """The model and its optimizer in DeepSpeed's hands. Returns (engine, why the model is not compiled or None)."""
     zero = setup.ds_config.get("zero_optimization")
-    device, kernels = group.device, setup.kernels
-    not_compiled = why_not_compiled(config.train.compile, config.model, device, kernels, setup.precision, zero)
-    engine = build_engine(config, setup.ds_config, device, kernels, not not_compiled, start.load_weights)
+    device = group.device
+    not_compiled = why_not_compiled(config.train.compile, config.model, device, setup.kernels, setup.precision, zero)
+    compiled = not_compiled is None
+    engine = build_engine(config, setup.ds_config, device, setup.kernels, compiled, start.load_weights)
     torch.manual_seed(config.train.seed + 1 + group.rank)  # each rank drops other activations
     return engine, not_compiled
 
@@ -182,8 +184,6 @@ def micro_batches(run, data, step):
 def train_step(run, engine, data, step):
     """One optimizer step: forward and backward over this rank's micro-batches, then the update. DeepSpeed averages the
     gradient over micro-batches and ranks. Every rank must call this. Returns a StepResult."""
-    rate = learning_rate(run.config.train, run.tokens_at(step))
-    set_learning_rate(engine, rate)
     accumulation = run.setup.gradient_accumulation_steps
     mean_loss = torch.zeros((), device=run.group.device)  # of this rank
     for micro_step, (batch, weight) in enumerate(micro_batches(run, data, step), start=1):
@@ -202,10 +202,11 @@ def train_step(run, engine, data, step):
         engine.step()  # updates after the last micro-batch, unless bad_steps finds something wrong
         run.clock.mark("optimizer")
     fault = run.bad_steps.result(run.samples_of(step))
-    return StepResult(rate, facts.loss, run.bad_steps.grad_norm, fault, *facts[1:])
+    return StepResult(facts, run.bad_steps.grad_norm, fault)
 
 
 def own_grad_norm(engine):
+    """The norm of the gradient over all parameters, where this rank has all of it."""
     return float(torch.nn.utils.get_total_norm([parameter.grad for parameter in engine.module.parameters()]))
 
 
@@ -265,7 +266,9 @@ def main(config, watchdog=None):
             return run.best_val_loss
         run.take_folder(resumes=start.path is not None)
 
-        # ---- model, optimizer, ZeRO; weights that are new, of another model, or of a checkpoint
+        # ---- model and optimizer: in mixed precision 16 bytes a parameter, 2 of weight, 2 of gradient, 4 of float32
+        # copy and 8 of Adam's moments. ZeRO-1 shards the last 12 over the ranks, -2 the gradients too, -3 all 16
+        # (Rajbhandari et al. 2020, arXiv 1910.02054, figure 1)
         engine, not_compiled = make_engine(config, group, setup, start)
         watchdog.register_peers()  # from here on a rank that hangs is noticed
         if start.path:
@@ -275,30 +278,34 @@ def main(config, watchdog=None):
         elif start.init_source:
             dist.print0(f"weights from {start.init_source}")
         bad_steps = BadSteps(engine, train.spike_zscore, start.state.get("bad_steps"))
-        info = info_of(config, group, setup, train_data, compiled=not not_compiled)
+        info = info_of(config, group, setup, train_data, compiled=not_compiled is None)
         run.begin(engine, bad_steps, info, count_real_parameters(engine.module))
-        for line in summary.start_lines(run, train_data, f"no ({not_compiled})" if not_compiled else "yes"):
+        for line in summary.start_lines(run, train_data, not_compiled):
             dist.print0(line)
 
-        # ---- the loop: one optimizer step at a time
+        # ---- the loop: `step` optimizer steps are done after it, tokens_at(step) tokens are seen
         for step in run.steps():
+            rate = learning_rate(train, run.tokens_at(step))
+            set_learning_rate(engine, rate)
             result = train_step(run, engine, train_data, step)
 
+            # a loss or gradient that must not reach the weights, and has not
             if result.fault:
                 run.handle_bad_step(step, result)
             if run.should_log(step):
-                run.log_step(step, result)
+                run.log_step(step, rate, result)
             run.end_step(step, result)  # what follows is no part of the step's time
 
             if run.should_evaluate(step):
                 validate(run, engine, val_data, step)
 
+            # 12 bytes a parameter, over all ranks: the weight and Adam's two moments in float32
             if run.should_save(step, result):
                 run.save(step, result)
-            elif result.ranks_that_wrote == group.world_size:  # in the background
+            elif result.facts.ranks_that_wrote == group.world_size:  # in the background
                 run.finish_saving()
 
-            if result.stop_requested and not run.is_last(step):
+            if result.facts.stop_requested and not run.is_last(step):
                 run.stop(step)
                 break
         else:

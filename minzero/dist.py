@@ -25,9 +25,9 @@ import deepspeed
 from deepspeed import comm
 from deepspeed.utils.logging import set_log_level_from_string
 
-VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")  # which say what a process may see
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")  # the GPUs that a process sees
 local_place = 0, 1  # this process among those on its machine: (its number, how many)
-DIFFERENCES = 5  # as many are listed of two ranks that differ
+DIFFERENCES = 5  # most that are listed of two ranks that differ
 
 
 # -- how the ranks meet ----------------------------------------------------------------------------
@@ -155,8 +155,9 @@ def share_step(loss, stop_requested, save_due, checkpoint_is_written):
 
 
 def ask_store(action, seconds=5):
-    """What action(store) gives, or None if rank 0, which keeps the ranks' common store, does not answer."""
-    store, answers = distributed.distributed_c10d._get_default_store(), []
+    """The result of action(store), or None if rank 0, which keeps the ranks' common store, does not answer in time."""
+    store = distributed.distributed_c10d._get_default_store()
+    answers = []
 
     def ask():
         with contextlib.suppress(RuntimeError):  # rank 0 is gone
@@ -168,40 +169,41 @@ def ask_store(action, seconds=5):
     return answers[0] if answers else None
 
 
-def tell(line):
-    """Let the other ranks, which will only see that this one has gone, know why. Returns the SharedError to end by:
-    that of the first rank which has told, where several have."""
+def publish_fault(line):
+    """Write into the ranks' common store why this rank ends, as the others would only see that it has gone. Returns the
+    SharedError to end by: of the first rank that has published one."""
     mine = f"{os.environ['RANK']} {line}"
     first = ask_store(lambda store: store.compare_set("fault", "", mine))
-    return shared(first.decode() if first else mine)
+    return shared_error(first.decode() if first else mine)
 
 
-def told():
-    """The SharedError of the rank that has ended and told why, else None."""
+def published_fault():
+    """The SharedError of the rank that has ended and published why, else None."""
     if not distributed.is_initialized() or not ask_store(lambda store: store.check(["fault"])):
         return None
     fault = ask_store(lambda store: store.get("fault").decode())
-    return shared(fault) if fault else None
+    return shared_error(fault) if fault else None
 
 
-def shared(fault):
+def shared_error(fault):
+    """A fault in the store, "<rank> <line>" -> SharedError."""
     rank, _, line = fault.partition(" ")
     return SharedError(line, int(rank))
 
 
 @contextlib.contextmanager
 def ending_together(on_lost_contact=lambda reason: None, on_own_fault=lambda: None):
-    """For all that a rank does: what a user can cause on one rank ends all of them, and one line says it.
+    """A context for all that a rank does: what a user can cause on one rank ends all of them, with one line.
 
-    on_lost_contact: called with the reason where another rank has gone and told nothing. on_own_fault: called where
-    this rank is the one that says the line, before it ends."""
+    on_lost_contact: called with the reason where another rank has gone and published nothing. on_own_fault: called
+    before the end on the rank that prints the line."""
     try:
         yield
     except SharedError:
         raise
     except Exception as error:
         if is_lost_contact(error):
-            if fault := told():
+            if fault := published_fault():
                 raise fault from None
             reason = f"lost contact with another rank ({' '.join(str(error).split())[:400]})"
             on_lost_contact(reason)
@@ -209,7 +211,7 @@ def ending_together(on_lost_contact=lambda reason: None, on_own_fault=lambda: No
         line = errors.explain(error)
         if line is None or not distributed.is_initialized() or distributed.get_world_size() == 1:
             raise
-        fault = tell(line)
+        fault = publish_fault(line)
         if fault.said_by == distributed.get_rank():
             on_own_fault()
         raise fault from None
@@ -228,8 +230,8 @@ def is_lost_contact(error):
 
 @contextlib.contextmanager
 def all_or_none():
-    """For a block that every rank runs: what a user can cause on one rank is raised on all, as SharedError, so that
-    none waits for a rank that has ended. It names the rank and its machine, unless all ranks found the same."""
+    """A context for a block that every rank runs: what a user can cause on one rank is raised on all, as SharedError,
+    so that none waits for a rank that has ended. It names the rank and its machine, unless all found the same."""
     fault = None
     try:
         yield

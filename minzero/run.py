@@ -12,13 +12,9 @@ from minzero.errors import SharedError, UserError
 class StepResult(NamedTuple):
     """What one optimizer step has produced. All ranks have the same."""
 
-    lr: float
-    loss: float  # mean over micro-batches and ranks, nats per token
+    facts: dist.StepFacts  # the loss, and what is asked of the run
     grad_norm: float  # before clipping
     fault: str | None  # why the step was not taken
-    stop_requested: bool  # of any rank
-    save_due: bool  # the last checkpoint is older than train.save_every_seconds
-    ranks_that_wrote: int  # how many have written their part of the checkpoint that is being saved
 
 
 class Run:
@@ -91,7 +87,7 @@ class Run:
     # -- the steps -----------------------------------------------------------------------------------
 
     def steps(self):
-        """Yields the number of each step that is still to be done."""
+        """Yields the number of each step that is still to be done, and starts to measure it."""
         self.saved_at = time.monotonic()
         self.watchdog.begin_loop()
         for step in range(self.steps_done + 1, self.total_steps + 1):
@@ -136,11 +132,12 @@ class Run:
     def should_log(self, step):
         return step % self.config.train.log_every == 0 or step == 1 or self.is_last(step)
 
-    def log_step(self, step, result):
+    def log_step(self, step, rate, result):
         """Write and print a line of metrics: averages over the steps since the last one."""
         seconds = self.clock.read()
         device = self.setup.versions["device"]
-        line = {"loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm, "skipped": self.bad_steps.skipped}
+        line = {"loss": result.facts.loss, "lr": rate}
+        line |= {"grad_norm": result.grad_norm, "skipped": self.bad_steps.skipped}
         line |= seconds
         line |= metrics.throughput(self.config, seconds["step_seconds"], self.group.world_size, device, self.parameters)
         line |= metrics.peak_memory()
@@ -151,9 +148,9 @@ class Run:
     def end_step(self, step, result):
         """Call before anything that is no part of a step, such as an evaluation: its time does not count."""
         evaluates_or_saves = self.should_evaluate(step) or self.should_save(step, result)
-        if evaluates_or_saves or result.ranks_that_wrote or step == self.profiler.last:
+        if evaluates_or_saves or result.facts.ranks_that_wrote or step == self.profiler.last:
             self.clock.pause()
-        dist.print0(self.profiler.end_step(step, ending=self.is_last(step) or result.stop_requested))
+        dist.print0(self.profiler.end_step(step, ending=self.is_last(step) or result.facts.stop_requested))
 
     def write(self, step, numbers):
         """Add a line to the log."""
@@ -181,7 +178,7 @@ class Run:
 
     def should_save(self, step, result):
         train = self.config.train
-        if self.is_last(step) or result.stop_requested or result.save_due:
+        if self.is_last(step) or result.facts.stop_requested or result.facts.save_due:
             return True
         is_best = self.best_at == step and train.save_best
         return is_best or (train.save_every > 0 and step % train.save_every == 0)
@@ -205,7 +202,7 @@ class Run:
             train.save_in_background,
             self.watchdog.heartbeat,
         )
-        if self.is_last(step) or result.stop_requested or not train.save_in_background:
+        if self.is_last(step) or result.facts.stop_requested or not train.save_in_background:
             self.finish_saving()
 
     def finish_saving(self):

@@ -8,11 +8,13 @@ from minzero.schedule import learning_rate
 SHAPES_THE_RATE = [f"train.{name}" for name in checkpoint_state.SHAPES_THE_RATE]
 
 
-def start_lines(run, data, compiled):
-    """What the run will do, as a list of lines. run: a Run that has begun. data: its training Mixture. compiled: "yes",
-    or "no" and why."""
-    config, setup = run.config, run.setup
-    model, train = config.model, config.train
+def start_lines(run, data, not_compiled=None):
+    """Sum up a run, as a list of lines. run: a Run that has begun. data: its training Mixture. not_compiled: why the
+    model is not compiled, or None if it is."""
+    config = run.config
+    setup = run.setup
+    model = config.model
+    train = config.train
     lines = []
     if train.verbose:
         lines += [f"{section}: {json.dumps(content)}" for section, content in config.to_dict().items()]
@@ -20,6 +22,7 @@ def start_lines(run, data, compiled):
         f"{run.parameters:,} parameters, {model.n_layer} layers of width {model.n_embd}, {model.n_head} heads, "
         f"vocabulary {model.vocab_size:,}, context {model.block_size:,} tokens"
     )
+    compiled = f"no ({not_compiled})" if not_compiled else "yes"
     lines.append(
         f"{setup.precision}, ZeRO-{setup.stage} on {run.group.world_size} x {setup.versions['device']}; "
         f"kernels: {setup.kernels} ({setup.why_kernels}); compiled: {compiled}"

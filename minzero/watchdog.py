@@ -198,7 +198,7 @@ class Watchdog:
         now = time.monotonic()
         if self.seconds_without_progress() > 2 and now - self.last_asked > max(1, distributed.get_world_size() / 100):
             self.last_asked = now
-            if (fault := dist.told()) and fault.said_by != self.rank and not self.is_stopped:
+            if (fault := dist.published_fault()) and fault.said_by != self.rank and not self.is_stopped:
                 os._exit(2)
 
     def publish_heartbeats(self):

@@ -1,5 +1,6 @@
 """The parts of the loop that need no launcher."""
 
+import dataclasses
 import inspect
 import math
 
@@ -9,12 +10,18 @@ import torch
 from minzero import checkpoint, dist, engine, watchdog
 from minzero.config.sections import Config, ModelConfig, TrainConfig
 from minzero.data import order
+from minzero.data.mixture import Mixture
 from minzero.data.shards import TokenStream
 from minzero.errors import UserError
 from minzero.evaluate_loss import evaluate
+from minzero.run import Run
+from minzero.run_folder import RunFolder
 from minzero.schedule import learning_rate
-from minzero.summary import changed_settings
+from minzero.sizes import count_parameters
+from minzero.summary import changed_settings, epochs, start_lines
 from model import GPT
+from tests.conftest import write_small_data
+from train import Setup
 
 CPU = torch.device("cpu")
 
@@ -130,6 +137,43 @@ def test_progress_of_another_rank_is_no_hang_and_none_of_any_is(monkeypatch, tmp
     store.beats["beat/2"] = 5
     assert look(), "rank 2 moved"
     assert not look() and watch.who_hangs() == "no rank makes progress"
+
+
+def test_the_start_of_a_run_is_summed_up_in_six_lines(tmp_path, small_data):
+    model = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=64)
+    settings = TrainConfig(micro_batch_size=2, global_batch_tokens=256, max_tokens=15_000, out_dir=str(tmp_path))
+    group, parameters = dist.Group(CPU, 0, 2), count_parameters(model)[0]
+    setup = Setup(2, "fp32", 3, {}, "torch", "asked for", {"device": "cpu"})
+    state = {"step": 10, "tokens": 2560, "best_val_loss": None}
+    data = Mixture({str(small_data): 1}, "train", 32, 64, 1)
+
+    def lines(**changed):
+        config = Config(model=model, train=dataclasses.replace(settings, **changed))
+        run = Run(config, group, RunFolder(tmp_path, 0), None, setup, state)
+        run.parameters = parameters
+        return start_lines(run, data, "on CPU it gains little")
+
+    assert lines() == [
+        "4,848 parameters, 1 layers of width 16, 2 heads, vocabulary 64, context 32 tokens",
+        "fp32, ZeRO-3 on 2 x cpu; kernels: torch (asked for); compiled: no (on CPU it gains little)",
+        "256 tokens a step = 2 (ranks) x 2 (micro-batches) x 2 (sequences) x 32 (tokens)",
+        f"58 steps, 10 of them done; 14,848 tokens: 0.25 epochs of {small_data} (60,000 tokens)",
+        f"run in {tmp_path}: all settings and versions in its config.json, numbers in metrics.jsonl",
+        "to stop: Ctrl-C or SIGTERM saves and ends after the step; the same command continues",
+    ]
+    warned = lines(warmup_tokens=20_000)
+    assert len(warned) == 7 and "train.warmup_tokens 20,000 exceeds train.max_tokens 15,000" in warned[-1]
+    verbose = lines(verbose=True)
+    assert [line.split(": {")[0] for line in verbose[:4]] == ["model", "data", "train", "deepspeed"]
+
+
+def test_each_folder_of_a_mixture_has_epochs_of_its_own(small_data, tmp_path):
+    other = write_small_data(tmp_path)
+    mixture = Mixture({str(small_data): 3, str(other): 1}, "train", 32, 64, 1)
+    expected = {small_data: f"1.50 epochs of {small_data} (60,000 tokens)"}
+    expected[other] = f"0.50 epochs of {other} (60,000 tokens)"
+    assert epochs(120_000, mixture) == ", ".join(expected[folder] for folder in sorted(expected, key=str))
+    assert epochs(60, mixture).startswith("0.0")
 
 
 def test_a_change_of_settings_is_said_whatever_the_checkpoint_was_set_to():
