@@ -40,9 +40,11 @@ from minzero.data.mixture import Mixture
 from minzero.data.shards import make_folder, token_dtype, write_atomically, write_json, write_shard
 from minzero.flags import FlagParser, a_path, at_least
 from minzero.metrics import read_metrics
-from minzero.planner.memory import simulate
+from minzero.planner.gpus import in_units
+from minzero.planner.memory import peak_bytes
+from minzero.planner.search import with_choice
+from minzero.planner.settings import settings_of
 from minzero.sizes import check_counted
-from plan import in_units, settings_of, with_choice
 
 # name on the command line: (title, stage, what is kept in CPU memory, whether all blocks are recomputed)
 ROWS = {
@@ -202,7 +204,7 @@ def why_it_ended(log, code):
 def predicted_bytes(config, gpus, made):
     """Peak of the tensors on one device, for what the run in fact used: `made` is its config.json."""
     settings = dataclasses.replace(settings_of(config, gpus), precision=made["precision"], compiled=made["compiled"])
-    return max(total for total, _ in simulate(settings)[0].peaks.values())
+    return peak_bytes(settings)
 
 
 def measure(config, gpus, steps, warmup, folder, on_gpu, **launching):

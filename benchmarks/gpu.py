@@ -39,7 +39,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import benchmark
-import plan
 from minzero.config import (
     ROOT,
     Config,
@@ -54,8 +53,11 @@ from minzero.config import (
 from minzero.data.mixture import Mixture
 from minzero.data.shards import make_folder, write_atomically, write_json, write_shard
 from minzero.flags import FlagParser, a_number, a_path, at_least
+from minzero.planner import search
+from minzero.planner.gpus import USABLE, Hardware, in_units
+from minzero.planner.plan import plan_run
+from minzero.planner.search import with_choice
 from minzero.sizes import flops_per_token, peak_flops
-from plan import with_choice
 
 ENDLESS = 10**9  # steps of a run that is ended from outside
 LEAST_SECONDS = 15  # what no measurement is shorter than: with less time left, none is begun
@@ -118,7 +120,7 @@ class Bench:
 
     def planned(self, config):
         """plan.py's plan of a configuration on one GPU of this machine."""
-        return plan.plan(config, 1, 1, self.gpu_bytes, None, None, plan.Assumptions())
+        return plan_run(config, Hardware(1, 1, self.gpu_bytes))
 
     def why_not(self, config):
         """Why a configuration cannot run here, so that nothing has to be killed to find out; None if it can."""
@@ -128,7 +130,7 @@ class Bench:
             ("CPU", found["cpu_bytes_range"][0], self.cpu_bytes),
         ):
             if needed > there:
-                needed, there = plan.in_units(needed), plan.in_units(there)
+                needed, there = in_units(needed), in_units(there)
                 return f"not started: plan.py says {needed} of {what} memory at the least, and there are {there}"
         return None
 
@@ -141,10 +143,10 @@ class Bench:
                 return {"fits": False}
             found = self.planned(candidate)
             cpu_bytes = found["cpu_bytes_range"][certain_of_cpu]
-            return {"fits": found["fits"] and cpu_bytes <= plan.USABLE * self.cpu_bytes}
+            return {"fits": found["fits"] and cpu_bytes <= USABLE * self.cpu_bytes}
 
         config = copy.deepcopy(config)
-        config.model.n_layer = max(1, plan.deepest(config, planned))
+        config.model.n_layer = max(1, search.deepest(config, planned))
         return config
 
 
@@ -185,9 +187,9 @@ def larger_models(bench):
     ):
         stage = 1 if name.endswith("stage1") else 3
         config = bench.config(model, 1, 32, stage, changes, kernels="torch")
-        sizes = plan.micro_batches(config, 1)
+        sizes = search.micro_batches(config, 1)
         candidates = [with_choice(config, stage, "none", recompute, size) for size in sizes]
-        _, config = plan.first_that_fits(candidates, bench.planned)
+        _, config = search.first_that_fits(candidates, bench.planned)
         if config:
             yield Row(name, title, config, steps=4, warmup=2)
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-import plan
 from minzero.config import ROOT, UserError, gradient_accumulation, load_config
+from minzero.planner.gpus import GiB, Hardware
+from minzero.planner.plan import plan_run
 from minzero.sizes import count_parameters, flops_per_token, peak_flops
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
@@ -39,7 +40,7 @@ def test_a_row_states_what_its_config_computes_to(name):
     assert tokens == short(config.train.max_tokens)
     gpus = int(gpus)
     assert gradient_accumulation(config, gpus) >= 1
-    found = plan.plan(config, gpus, -(-gpus // 8), 80 * plan.GiB, peak_flops("H100"), None, plan.Assumptions())
+    found = plan_run(config, Hardware(gpus, -(-gpus // 8), 80 * GiB, peak_flops("H100")))
     assert found["fits"] and hours == rounded_hours(found["gpu_hours"])
     assert source
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import benchmark
-import plan
 from benchmarks import gpu
 from minzero.config import UserError, deepspeed_config
+from minzero.planner.gpus import USABLE
+from minzero.planner.search import with_choice
 from tests.conftest import ROOT, run
 
 COMMAND = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--tiny"]
@@ -129,12 +130,12 @@ def test_every_row_on_an_h100_is_a_setting_that_train_takes(part, tmp_path):
 
 
 def test_the_deepest_fits_and_one_layer_more_does_not():
-    config = plan.with_choice(H100.config("10b", 1, model={"block_size": 128}), 3, "param", True, 1)
+    config = with_choice(H100.config("10b", 1, model={"block_size": 128}), 3, "param", True, 1)
     deepest = H100.deepest(config)
     assert 1 < deepest.model.n_layer < config.model.n_layer
     assert H100.why_not(deepest) is None and "CPU memory" in H100.why_not(config)
     deepest.model.n_layer += 1
-    assert H100.planned(deepest)["cpu_bytes_range"][1] > plan.USABLE * H100.cpu_bytes
+    assert H100.planned(deepest)["cpu_bytes_range"][1] > USABLE * H100.cpu_bytes
 
 
 def test_weights_copied_into_nanogpts_names():
