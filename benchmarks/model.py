@@ -1,21 +1,18 @@
 """How fast the model is against nanoGPT's, and how much memory its options save.
 
-    python tests/bench_model.py speed --nanogpt PATH/TO/nanoGPT/model.py [--shape gpt2-124m] [--rounds 5]
-    python tests/bench_model.py memory
+    python benchmarks/model.py speed --nanogpt PATH/TO/nanoGPT/model.py [--shape gpt2-124m] [--rounds 5]
+    python benchmarks/model.py memory
 
 speed: tokens/s of forward and backward pass, and of a whole step with clipping and AdamW, the same batch for
 both. Theirs is the step of nanoGPT's train.py: bf16 by autocast, its own configure_optimizers. Ours is the
 engine that train.py builds, on one rank: stage 0 in fp32, ZeRO-1 in bf16, with float32 masters. All settings take turns
 in one process, round by round, so that a busy minute hits all; medians are printed. Beside them is the
-processor's own rate for products of 1024 x 1024 matrices, in the same rounds, and how far each is from it.
+processor's rate for products of 1024 x 1024 matrices, in the same rounds, and each speed's share of it.
 memory: the most that one forward and backward pass allocates above weights and gradients, from torch's
 profiler.
 """
 
 import argparse
-import contextlib
-import importlib.util
-import io
 import statistics
 import sys
 import time
@@ -26,69 +23,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import model
+from benchmarks.nanogpt import load_nanogpt, nanogpt_optimizer, nanogpt_passes, product_rate
 from minzero import dist
 from minzero.config import Config, ModelConfig, TrainConfig, deepspeed_config
 from minzero.engine import build_engine
 from minzero.sizes import flops_per_token
 
-CPU = torch.device("cpu")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = {  # ours, sequences of a batch: GPT-2's smallest, and nanoGPT's model of Shakespeare's characters
     "gpt2-124m": (ModelConfig(vocab_size=50304), 1),
     "6x384": (ModelConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=128), 16),
 }
-
-
-def now(device):
-    """Seconds, when the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def product_rate(dtype, device=CPU, width=1024, products=4):
-    """FLOP/s of so many products of width x width matrices."""
-    left, right = torch.randn(2, width, width, device=device).to(dtype)
-    started = now(device)
-    for _ in range(products):
-        left @ right
-    return products * 2 * width**3 / (now(device) - started)
-
-
-def load_nanogpt(path, config, device=CPU):
-    """nanoGPT's model of this shape, from the model.py of a copy of it. It prints what it counts: that is dropped."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt_model"] = module
-    spec.loader.exec_module(module)
-    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-    with contextlib.redirect_stdout(io.StringIO()):
-        return module.GPT(module.GPTConfig(**{name: getattr(config, name) for name in names})).to(device)
-
-
-def nanogpt_passes(run, micro_batches, precision):
-    """Forward and backward pass of nanoGPT over the micro-batches of one step, pairs of inputs and targets, as its
-    train.py does them. run: its model, or that compiled. Returns the mean loss, on its device."""
-    total = 0
-    for tokens, targets in micro_batches:
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = run(tokens, targets)[1] / len(micro_batches)
-        loss.backward()
-        total += loss.detach()
-    return total
-
-
-def nanogpt_optimizer(gpt, train, device=CPU):
-    """nanoGPT's own AdamW, and its step: clipping, update, gradients dropped."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        optimizer = gpt.configure_optimizers(train.weight_decay, train.lr, tuple(train.betas), device.type)
-
-    def update():
-        torch.nn.utils.clip_grad_norm_(gpt.parameters(), train.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return optimizer, update
 
 
 def nanogpt(path, config, tokens, precision, compiled):
