@@ -2,6 +2,7 @@
 would measure on a GPU are settings that train.py takes."""
 
 import dataclasses
+import importlib
 import json
 import re
 import sys
@@ -143,7 +144,7 @@ def test_every_row_on_an_h100_is_a_setting_that_train_takes(part, tmp_path):
             assert made["gradient_accumulation_steps"] >= 1
             assert bench.planned(row.config)["gpu_bytes"] < bench.gpu_bytes
         else:
-            assert row.function in gpu.FUNCTIONS
+            assert callable(getattr(importlib.import_module(gpu.FUNCTIONS[row.function]), row.function))
         assert row.switch in {None, *SWITCHES}
 
 
