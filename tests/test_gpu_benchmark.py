@@ -60,7 +60,7 @@ def test_report(measured):
     assert report.strip() == ended.stdout.strip()
     for part in gpu_parts.PARTS:
         assert f"## {part}\n" in report
-    assert "failed: NVIDIA Apex" in report and "Not measured yet: nanogpt, stage0, stage1." in report
+    assert "failed: NVIDIA Apex" in report and "Not measured yet: nanogpt, stage0, stage1, " in report
     assert (out / "convergence.png").read_bytes().startswith(b"\x89PNG")
     assert re.search(r"Call 2: .*torch \d.*deepspeed \d.*git ", report)
 
