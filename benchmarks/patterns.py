@@ -20,7 +20,8 @@ from minzero.commands import run_command
 from minzero.data.sources import Files
 from minzero.data.tokenizer import GPT2_PATTERNS, PATTERN, faster, train_tokenizer
 
-# Of tokenizers trained here before: a mark joins the letters after it, line ends take the indentation along.
+# The pattern of tokenizers trained here before: a punctuation mark joins the letters after it, and line ends the
+# indentation after them.
 OLD_PATTERN = (
     r"'(?:[sdmt]|ll|ve|re)|[^\s\p{L}\p{N}]?\p{L}+| ?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?|\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+"
@@ -29,7 +30,10 @@ PATTERNS = {"Llama 3's": PATTERN, "GPT-2's": GPT2_PATTERNS[-1], "our former one"
 
 
 def bytes_per_token(encoding, texts):
-    return sum(len(text.encode()) for text in texts) / sum(len(encoding.encode_ordinary(text)) for text in texts)
+    """Bytes of UTF-8 for each token of these texts."""
+    number_of_bytes = sum(len(text.encode()) for text in texts)
+    number_of_tokens = sum(len(encoding.encode_ordinary(text)) for text in texts)
+    return number_of_bytes / number_of_tokens
 
 
 def main(arguments):

@@ -1,5 +1,5 @@
 """Started by test_plan.py under the launcher on two ranks: what tensors the real engine holds, and the most there was
-of them, beside what memory.py replays, for stages 0 to 3 and for settings drawn at random."""
+of them, beside what minzero/planner replays, for stages 0 to 3 and for settings drawn at random."""
 
 import gc
 import itertools
@@ -14,12 +14,12 @@ from deepspeed import comm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-import plan
 from minzero import dist, sizes
 from minzero.config.build import build
 from minzero.config.deepspeed import deepspeed_config
 from minzero.engine import build_engine
-from minzero.planner.memory import simulate
+from minzero.planner.settings import settings_of
+from tests.other_engines import OtherSettings, simulate_other
 
 SHAPE = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 64, "vocab_size": 512}
 
@@ -89,9 +89,8 @@ def measured_and_predicted(zero, batch, precision, shape, loss_tokens=2**20):
     batch = {"global_batch_tokens": 64 * batch["micro_batch_size"] * ranks} | batch | {"compile": False}
     sections = {"model": SHAPE | shape, "train": batch, "deepspeed": {"zero_optimization": zero}}
     config = build(sections, "")
-    settings = plan.settings_of(config, ranks)
-    settings.precision, settings.on_cpu, settings.rank = precision, True, rank
-    memory, _ = simulate(settings)
+    settings = OtherSettings(**vars(settings_of(config, ranks)) | {"precision": precision}, on_cpu=True, rank=rank)
+    memory, _ = simulate_other(settings)
     with LiveBytes() as live:
         engine = build_engine(config, deepspeed_config(config, ranks, precision, False), device)
         peaks = []

@@ -6,6 +6,8 @@ import sys
 import pytest
 
 import benchmark
+from minzero.benchmark import benchmark_config, launch, why_it_ended
+from minzero.config.load import load_config
 from minzero.errors import UserError
 from tests.conftest import ROOT, run
 
@@ -59,7 +61,31 @@ def test_a_row_that_runs_and_one_that_fails(config, tmp_path):
     ],
 )
 def test_why_a_run_ended(log, code, reason):
-    assert benchmark.why_it_ended(log, code).startswith(reason)
+    assert why_it_ended(log, code).startswith(reason)
+
+
+EAGER_RUN = """
+import json, sys
+from pathlib import Path
+folder = Path(json.loads(Path(sys.argv[1]).read_text())["train"]["out_dir"])
+print("kernels: torch (asked for); compiled: no (RuntimeError: it (the compiler) broke)", flush=True)
+(folder / "config.json").write_text(json.dumps({"compiled": False}))
+(folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "tokens": 8, "step_seconds": 0.1, "loss": 1.0}))
+"""
+
+
+@pytest.mark.parametrize("wanted", [True, False, "auto"])
+def test_an_eager_run_is_no_measurement_of_a_compiled_one(config, tmp_path, wanted):
+    (tmp_path / "eager.py").write_text(EAGER_RUN)
+    asked = benchmark_config(load_config([str(config)]), tmp_path / "run")
+    asked.train.compile = wanted
+    lines, failed = launch(asked, 1, 1, tmp_path / "run", on_gpu=False, program=(str(tmp_path / "eager.py"),))
+    assert len(lines) == 1
+    if wanted is True:
+        reason = "RuntimeError: it (the compiler) broke"
+        assert failed == f"train.compile is true, but the model was not compiled: {reason}"
+    else:
+        assert failed is None
 
 
 @pytest.mark.parametrize(

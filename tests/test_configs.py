@@ -2,11 +2,12 @@
 
 import pytest
 
-import plan
 from minzero.config.deepspeed import gradient_accumulation
 from minzero.config.load import load_config
 from minzero.errors import UserError
 from minzero.files import ROOT
+from minzero.planner.gpus import GiB, Hardware
+from minzero.planner.plan import plan_run
 from minzero.sizes import count_parameters, flops_per_token, peak_flops
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
@@ -42,7 +43,7 @@ def test_a_row_states_what_its_config_computes_to(name):
     assert tokens == short(config.train.max_tokens)
     gpus = int(gpus)
     assert gradient_accumulation(config, gpus) >= 1
-    found = plan.plan(config, gpus, -(-gpus // 8), 80 * plan.GiB, peak_flops("H100"), None, plan.Assumptions())
+    found = plan_run(config, Hardware(gpus, -(-gpus // 8), 80 * GiB, peak_flops("H100")))
     assert found["fits"] and hours == rounded_hours(found["gpu_hours"])
     assert source
 

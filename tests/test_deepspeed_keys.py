@@ -12,13 +12,13 @@ from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero import config as zero_config
 from deepspeed.runtime.zero import offload_config
 
-import plan
 from minzero.config.build import build
 from minzero.config.load import load_config
 from minzero.config.nested import merge
 from minzero.deepspeed_keys import ACCEPTED, AUTO, DERIVED_KEYS, REFUSED, SECTIONS
 from minzero.errors import UserError
 from minzero.files import ROOT
+from minzero.planner.settings import settings_of
 
 EVERY_KEY = {**ACCEPTED, **REFUSED, **dict.fromkeys(DERIVED_KEYS)}
 
@@ -259,7 +259,7 @@ def test_auto_means_what_it_means_to_hugging_faces_trainer(tmp_path):
     assert zero["reduce_bucket_size"] == 10**6 and zero["stage3_prefetch_bucket_size"] == 900_000
     assert zero["stage3_param_persistence_threshold"] == 10_000
     assert "train_batch_size" not in found.deepspeed and "enabled" not in found.deepspeed["fp16"]
-    settings = plan.settings_of(found, 8)
+    settings = settings_of(found, 8)
     assert settings.reduce_bucket_size == 10**6 and settings.persistence_threshold == 10_000
 
 
@@ -279,7 +279,7 @@ def test_the_planner_takes_the_same_keys_as_a_run(key, tmp_path):
             found = load_config([f"--deepspeed.{key}={json.dumps(value)}"])
         except UserError:
             continue
-        assert plan.settings_of(found, 8).stage in (0, 1, 2, 3)
+        assert settings_of(found, 8).stage in (0, 1, 2, 3)
 
 
 def test_a_key_that_deepspeed_passes_over_reaches_it_from_nowhere():

@@ -1,6 +1,8 @@
 """benchmarks/gpu.py on a CPU, tiny: it measures, continues with what is missing, says what cannot be had; and what it
 would measure on a GPU are settings that train.py takes."""
 
+import dataclasses
+import importlib
 import json
 import re
 import sys
@@ -8,15 +10,18 @@ import sys
 import pytest
 import torch
 
-import benchmark
-import plan
-from benchmarks import gpu
+from benchmarks import gpu, gpu_parts, gpu_report, kernels, nanogpt
+from benchmarks.switches import SWITCHES
+from minzero import benchmark
 from minzero.config.deepspeed import deepspeed_config
 from minzero.errors import UserError
+from minzero.planner.gpus import USABLE
+from minzero.planner.search import with_choice
 from tests.conftest import ROOT, run
+from tests.switch_checks import CHECKS
 
 COMMAND = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--tiny"]
-H100 = gpu.Bench(gpus=1, gpu_bytes=80 * 2**30, cpu_bytes=128 * 2**30)
+H100 = gpu_parts.Bench(gpus=1, gpu_bytes=80 * 2**30, cpu_bytes=128 * 2**30)
 
 
 @pytest.fixture(scope="module")
@@ -54,37 +59,37 @@ def test_report(measured):
     out, ended = measured
     report = (out / "report.md").read_text()
     assert report.strip() == ended.stdout.strip()
-    for part in gpu.PARTS:
+    for part in gpu_parts.PARTS:
         assert f"## {part}\n" in report
-    assert "failed: NVIDIA Apex" in report and "Not measured yet: nanogpt, stage0, stage1." in report
+    assert "failed: NVIDIA Apex" in report and "Not measured yet: nanogpt, stage0, stage1, " in report
     assert (out / "convergence.png").read_bytes().startswith(b"\x89PNG")
     assert re.search(r"Call 2: .*torch \d.*deepspeed \d.*git ", report)
 
 
 def test_rivals():
     """torch's other Adam goes where its fused one goes; a rival that goes elsewhere is seen."""
-    tiny = gpu.Bench(gpus=0, gpu_bytes=2**30, cpu_bytes=2**30, tiny=True)
-    found = gpu.compare_adams(tiny.config("gpt2-124m", 1), "foreach")
+    tiny = gpu_parts.Bench(gpus=0, gpu_bytes=2**30, cpu_bytes=2**30, tiny=True)
+    found = kernels.compare_adams(tiny.config("gpt2-124m", 1), "foreach")
     assert found["largest_difference"] < 1e-5
     assert found["times_as_fast"] == pytest.approx(found["torch_ms"] / found["rival_ms"])
-    assert gpu.largest_difference([torch.tensor([1.0, 2.5])], [torch.tensor([1.0, 2.0])]) == pytest.approx(0.25)
+    assert kernels.largest_difference([torch.tensor([1.0, 2.5])], [torch.tensor([1.0, 2.0])]) == pytest.approx(0.25)
 
 
 def test_ratios():
     """Against nanoGPT's best, against the products of the same call, and against ZeRO-3's losses."""
     speeds = {"nanogpt_eager": 50.0, "nanogpt_compiled": 80.0, "stage0_eager": 100.0}
     results = {name: {"tokens_per_second": speed, "flops_per_token": 3.0} for name, speed in speeds.items()}
-    found = list(gpu.with_ratios("speed", results, lambda result: 600.0))
+    found = list(gpu_report.with_ratios("speed", results, lambda result: 600.0))
     assert [row["of_nanogpt"] for row in found] == [0.625, 1.0, 1.25]
     assert [row["of_products"] for row in found] == [0.25, 0.4, 0.5]
     losses = {"stage3": {"losses": [4.0, 2.0]}, "nanogpt": {"losses": [4.0, 2.5]}}
-    found = list(gpu.with_ratios("convergence", losses, None))
+    found = list(gpu_report.with_ratios("convergence", losses, None))
     assert [row["from_stage3"] for row in found] == [0.0, 0.25] and found[1]["last_loss"] == 2.5
 
 
 @pytest.mark.slow
 def test_compiled_norm():
-    found = gpu.compare_norms(None, "layernorm", "compiled", 64, 32)
+    found = kernels.compare_norms(None, "layernorm", "compiled", 64, 32)
     assert found["largest_difference"] < 1e-5 and found["rival_ms"] > 0
     assert torch._dynamo.utils.counters["frames"]["ok"] > 0  # it was compiled indeed
 
@@ -103,19 +108,34 @@ def test_a_process_is_ended_when_its_time_is_over(tmp_path):
 
 def test_locks_of_ended_compilations_are_removed(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "elsewhere")
-    monkeypatch.setattr(gpu, "EXTENSIONS", tmp_path)
     (tmp_path / "cpu_adam").mkdir()
     for name in ("lock", "cpu_adam.o"):
         (tmp_path / "cpu_adam" / name).write_text("")
-    impossible = gpu.measure_row(H100, gpu.Row("name", "title", impossible="no"), 1, tmp_path / "run")
+    bench = dataclasses.replace(H100, extensions=tmp_path)
+    impossible = gpu.measure_row(bench, gpu_parts.Row("name", "title", impossible="no"), 1, tmp_path / "run")
     assert impossible == {"title": "title", "failed": "no"}
     assert [path.name for path in tmp_path.rglob("*.*")] == ["cpu_adam.o"] and not list(tmp_path.rglob("lock"))
 
 
-@pytest.mark.parametrize("part", gpu.PARTS)
+def test_processes_beside_each_other_keep_their_own_extensions(tmp_path, monkeypatch):
+    """Or one would remove the lock of another that is compiling."""
+    monkeypatch.setattr(benchmark, "this_device", lambda: ("a CPU", 0))
+
+    def folder(*flags):
+        bench, _ = gpu.this_machine(gpu.read_options(["--tiny", *map(str, flags)]))
+        return bench.extensions
+
+    one, other = tmp_path / "one", tmp_path / "other"
+    alone = folder("--out", one)
+    assert alone == folder("--out", other) == H100.extensions
+    assert len({alone, folder("--out", one, "--beside"), folder("--out", other, "--beside")}) == 3
+    assert folder("--out", one, "--beside") == folder("--out", tmp_path / "other" / ".." / "one", "--beside")
+
+
+@pytest.mark.parametrize("part", gpu_parts.PARTS)
 def test_every_row_on_an_h100_is_a_setting_that_train_takes(part, tmp_path):
-    bench = gpu.Bench(**vars(H100) | {"nanogpt": tmp_path / "model.py"})
-    rows = list(gpu.PARTS[part](bench))
+    bench = gpu_parts.Bench(**vars(H100) | {"nanogpt": tmp_path / "model.py"})
+    rows = list(gpu_parts.PARTS[part](bench))
     assert len({row.name for row in rows}) == len(rows) >= 4
     for row in rows:
         if row.impossible:
@@ -125,17 +145,17 @@ def test_every_row_on_an_h100_is_a_setting_that_train_takes(part, tmp_path):
             assert made["gradient_accumulation_steps"] >= 1
             assert bench.planned(row.config)["gpu_bytes"] < bench.gpu_bytes
         else:
-            assert row.function in gpu.FUNCTIONS
-        assert row.switch in {None, *gpu.SWITCHES}
+            assert callable(getattr(importlib.import_module(gpu.FUNCTIONS[row.function]), row.function))
+        assert row.switch in {None, *SWITCHES}
 
 
 def test_the_deepest_fits_and_one_layer_more_does_not():
-    config = plan.with_choice(H100.config("10b", 1, model={"block_size": 128}), 3, "param", True, 1)
+    config = with_choice(H100.config("10b", 1, model={"block_size": 128}), 3, "param", True, 1)
     deepest = H100.deepest(config)
     assert 1 < deepest.model.n_layer < config.model.n_layer
     assert H100.why_not(deepest) is None and "CPU memory" in H100.why_not(config)
     deepest.model.n_layer += 1
-    assert H100.planned(deepest)["cpu_bytes_range"][1] > plan.USABLE * H100.cpu_bytes
+    assert H100.planned(deepest)["cpu_bytes_range"][1] > USABLE * H100.cpu_bytes
 
 
 def test_weights_copied_into_nanogpts_names():
@@ -158,67 +178,25 @@ def test_weights_copied_into_nanogpts_names():
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.fill_(torch.nan)
-    gpu.copy_weights(ours, theirs)
+    nanogpt.copy_weights(ours, theirs)
     assert sum(p.sum() for p in theirs.parameters()).isfinite()
     assert torch.equal(theirs.transformer.h[1].attn.c_attn.weight, ours.blocks[1].attention.qkv.weight)
 
 
-SWITCHES = {
-    "whole_loss": "g = model.GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=9));"
-    "t = torch.arange(8)[None]; t[0, 3] = model.IGNORE_INDEX; i = t.clamp(min=0);"
-    "a = g(i, t); gpu.SWITCHES[name](); b = g(i, t);"
-    "assert model.Head.forward.__name__ == 'forward' and torch.allclose(a, b) and a != 0;"
-    "assert 'whole_loss' in model.Head.forward.__qualname__",
-    "torch_attention": "model.torch.cuda.get_device_capability = lambda device: (9, 0); d = torch.device('cuda');"
-    "assert model.attention_backends(d); gpu.SWITCHES[name](); assert model.attention_backends(d) is None",
-    "deepspeed_adam": "gpu.SWITCHES[name](); import train; c = gpu.Bench(1, 1, 1).config('gpt2-124m', 1);"
-    "p = train.deepspeed_config(c, 1, 'bf16', on_gpu=True)['optimizer']['params'];"
-    "assert p['lr'] == c.train.lr and not {'torch_adam', 'fused'} & p.keys()",
-    "large_chunks": "assert model.loss_chunk_tokens(gpu.VOCABULARY, True) == 4096; gpu.SWITCHES[name]();"
-    "assert model.loss_chunk_tokens(gpu.VOCABULARY, True) == 16384",
-    "small_chunks": "gpu.SWITCHES[name](); assert model.loss_chunk_tokens(gpu.VOCABULARY, True) == 1024",
-    "unpadded": "from minzero import loss; assert loss.padded_vocab_size(50257, True) == gpu.VOCABULARY;"
-    "gpu.SWITCHES[name](); assert loss.padded_vocab_size(50257, True) == 50257",
-    "whole_model": "g = model.GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8)); gpu.SWITCHES[name](); g.compile();"
-    "assert 'forward' in vars(g) and 'forward' not in vars(g.blocks[0]) and 'cross_entropy' not in vars(g.head)",
-    "tuned": "import torch._inductor.config as c; assert not c.coordinate_descent_tuning; gpu.SWITCHES[name]();"
-    "assert c.coordinate_descent_tuning",
-}
-ALL_IN_ONE_CALL = """
-import os, torch, model
-from benchmarks import gpu
-from minzero.config.sections import ModelConfig
-failed = []
-for name, test in tests.items():
-    child = os.fork()
-    if not child:
-        try:
-            exec(test)
-            os._exit(0)
-        except BaseException as error:
-            print(name, repr(error), flush=True)
-            os._exit(1)
-    if os.waitpid(child, 0)[1]:
-        failed.append(name)
-assert not failed, failed
-"""
-
-
-@pytest.mark.parametrize("names", [[*SWITCHES][1:], pytest.param([*SWITCHES][:1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("names", [[*CHECKS][1:], pytest.param([*CHECKS][:1], marks=pytest.mark.slow)])
 def test_switches_change_what_they_say(names):
-    """Each in a process of its own, because a switch changes modules: a copy of one that has loaded torch already."""
-    tests = {name: SWITCHES[name] for name in names}
-    ended = run([sys.executable, "-c", f"tests = {tests!r}\n{ALL_IN_ONE_CALL}"])
+    """In a process of their own, because a switch changes modules."""
+    ended = run([sys.executable, "-m", "tests.switch_checks", *names])
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 @pytest.mark.slow
 def test_a_switch_under_the_launcher_trains_the_same_model(tmp_path):
     """Ways to compute the same: the losses of the steps are those of train.py as it is."""
-    bench, losses = gpu.Bench(gpus=0, gpu_bytes=2**40, cpu_bytes=2**40, tiny=True, temporary=tmp_path), []
+    bench, losses = gpu_parts.Bench(gpus=0, gpu_bytes=2**40, cpu_bytes=2**40, tiny=True, temporary=tmp_path), []
     for switch in (None, "whole_loss", "torch_attention", "whole_model"):
         config = bench.config("gpt2-124m", 2, 1, 2, compile=True if switch == "whole_model" else "auto")
-        row = gpu.Row("row", "title", config, switch=switch)
+        row = gpu_parts.Row("row", "title", config, switch=switch)
         result = gpu.measure_row(bench, row, 100, tmp_path / f"run_{switch}")
         assert result["failed"] is None and len(result["losses"]) == 2
         losses.append(result["losses"])

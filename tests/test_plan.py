@@ -1,4 +1,4 @@
-"""plan.py and memory.py: measured rows replayed, our own model's activations counted, and what must hold of any plan.
+"""plan.py and minzero/planner: measured rows replayed, our model's activations counted, and what must hold of any plan.
 
 `python tests/test_plan.py FOLDER` prints the error of every row of FOLDER/published_memory.json, beside those of
 DeepSpeed's own estimator and of EleutherAI's calculator."""
@@ -22,9 +22,14 @@ import plan
 from minzero.config.load import load_config
 from minzero.config.sections import ModelConfig
 from minzero.files import ROOT
-from minzero.planner.memory import Settings, calls_of, simulate, trace
+from minzero.planner.activations import calls_of, trace
+from minzero.planner.gpus import USABLE, GiB, Hardware
+from minzero.planner.plan import plan_run
+from minzero.planner.report import in_flags
+from minzero.planner.settings import Settings
 from model import GPT
 from tests.conftest import deepspeed_command, run
+from tests.other_engines import OtherSettings, OtherTrace, simulate_other
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.json"))
 WHO = ("ours", "DeepSpeed", "EleutherAI")
@@ -32,7 +37,7 @@ MEMORY = {"a100_40gb": 40, "a100_80gb": 80, "h100_80gb": 80, "8xA100-40GB": 40, 
 
 
 def settings_of_row(row):
-    """A row of published_memory.json as Settings, or None if it ran on another library than DeepSpeed or DDP."""
+    """A row of published_memory.json as OtherSettings, or None if it ran on another library than DeepSpeed or DDP."""
     engine, stage = row["engine"], {"DDP": 0}.get(row["zero_stage"], row["zero_stage"])
     model = ModelConfig(
         n_layer=row["n_layer"],
@@ -54,7 +59,7 @@ def settings_of_row(row):
     loss = "plain" if engine.get("ce_fp32") else "half"
     min_gpt = {"attention": "plain", "loss": loss, "separate_qkv": True, "masks": True}
     if row["id"].startswith("cpu-"):
-        return Settings(
+        return OtherSettings(
             **given | min_gpt,
             reduce_bucket_size=int(engine["bucket"]),
             prefetch_bucket_size=int(engine["prefetch"]),
@@ -70,7 +75,7 @@ def settings_of_row(row):
         )
     if row["id"].startswith("sn-") and stage in (0, 2, 3):
         model.dropout = 0.1
-        return Settings(
+        return OtherSettings(
             **given | min_gpt,
             precision="fp16" if stage else "amp",
             overlap_comm=True,
@@ -84,25 +89,25 @@ def settings_of_row(row):
         )
     if row["id"] == "dse-bf16-full":
         sizes = {"reduce_bucket_size": 50_000_000, "persistence_threshold": 0, "master_bytes": 2, "moment_bytes": 4}
-        return Settings(**given, **sizes, loss="plain")
+        return OtherSettings(**given, **sizes, loss="plain")
     if row["id"].startswith("dschat-"):  # OPT: a clamp's input, a float32 softmax and its cast for each score; ReLU
         model.tie_embeddings, model.block_size, model.dropout = True, 2050, 0.1
         details = {"attention": "plain", "score_bytes": 8, "relu": True, "loss": "plain", "separate_qkv": True}
-        return Settings(**given, **details, sequence=row["seq"], precision="fp16")
+        return OtherSettings(**given, **details, sequence=row["seq"], precision="fp16")
     if row["kind"] == "fits":  # FSDP, as ZeRO-3 with small buckets
         model.tie_embeddings = True
-        return Settings(**given | {"stage": 3}, loss="fused", reduce_bucket_size=50_000_000)
+        return OtherSettings(**given | {"stage": 3}, loss="fused", reduce_bucket_size=50_000_000)
     return None
 
 
 def peak(settings):
-    return max(total for total, _ in simulate(settings)[0].peaks.values())
+    return max(total for total, _ in simulate_other(settings)[0].peaks.values())
 
 
 def deepspeed_says(settings):
     """Bytes by DeepSpeed's own estimators, which know the model's states alone; None where there is none."""
-    layers = [sum(weight.size for weight in call.weights) for call in calls_of(trace(settings))]
-    parameters, gpus = simulate(settings)[1], settings.world_size
+    layers = [sum(weight.size for weight in call.weights) for call in calls_of(OtherTrace(settings).model())]
+    parameters, gpus = simulate_other(settings)[1], settings.world_size
     if settings.stage == 2:
         return estimate_zero2_model_states_mem_needs(parameters, gpus, cpu_offload=settings.offload_optimizer)[1]
     if settings.stage == 3:
@@ -183,8 +188,8 @@ def test_what_ran_fits_and_what_did_not_does_not(rows):
     for row in rows:
         settings = settings_of_row(row) if row["kind"] in ("fits", "oom", "fits_max") else None
         if settings:
-            fraction = peak(settings) / (MEMORY[row["gpu"]] * plan.GiB)
-            assert (fraction <= plan.USABLE) == (row["kind"] != "oom"), (row["id"], fraction)
+            fraction = peak(settings) / (MEMORY[row["gpu"]] * GiB)
+            assert (fraction <= USABLE) == (row["kind"] != "oom"), (row["id"], fraction)
 
 
 @pytest.mark.parametrize("changes", [{}, {"position": "rotary", "mlp": "swiglu", "bias": False, "n_kv_head": 2}])
@@ -239,7 +244,7 @@ def planned(name, gpus, **zero):
     config = load_config([f"configs/{name}"])
     config.train.micro_batch_size = 1
     config.deepspeed["zero_optimization"] |= zero
-    return plan.plan(config, gpus, -(-gpus // 8), 80 * plan.GiB, 989e12, 2.0, plan.Assumptions())
+    return plan_run(config, Hardware(gpus, -(-gpus // 8), 80 * GiB, peak=989e12, price=2.0))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -310,11 +315,11 @@ def answer_of(capsys, arguments):
 def test_the_cheapest_change_is_enough(capsys, arguments):
     found = answer_of(capsys, arguments)
     assert not found["fits"] and 1 <= len(found["cheapest_change"]) <= 2
-    assert answer_of(capsys, f"{arguments} {plan.in_flags(found['cheapest_change'])}")["fits"]
+    assert answer_of(capsys, f"{arguments} {in_flags(found['cheapest_change'])}")["fits"]
     for key in found["cheapest_change"]:  # each of them is needed
         rest = {other: value for other, value in found["cheapest_change"].items() if other != key}
         pair = all("offload" in other for other in found["cheapest_change"])  # parameters take the optimizer along
-        assert pair or not answer_of(capsys, f"{arguments} {plan.in_flags(rest)}")["fits"]
+        assert pair or not answer_of(capsys, f"{arguments} {in_flags(rest)}")["fits"]
     if found["enough_gpus"]:
         gpus = int(arguments.split("--gpus ")[1].split()[0])
         more = arguments.replace(f"--gpus {gpus} ", "--gpus {} ")

@@ -1,21 +1,18 @@
 """How fast the model is against nanoGPT's, and how much memory its options save.
 
-    python tests/bench_model.py speed --nanogpt PATH/TO/nanoGPT/model.py [--shape gpt2-124m] [--rounds 5]
-    python tests/bench_model.py memory
+    python benchmarks/model.py speed --nanogpt PATH/TO/nanoGPT/model.py [--shape gpt2-124m] [--rounds 5]
+    python benchmarks/model.py memory
 
 speed: tokens/s of forward and backward pass, and of a whole step with clipping and AdamW, the same batch for
 both. Theirs is the step of nanoGPT's train.py: bf16 by autocast, its own configure_optimizers. Ours is the
 engine that train.py builds, on one rank: stage 0 in fp32, ZeRO-1 in bf16, with float32 masters. All settings take turns
 in one process, round by round, so that a busy minute hits all; medians are printed. Beside them is the
-processor's own rate for products of 1024 x 1024 matrices, in the same rounds, and how far each is from it.
+processor's rate for products of 1024 x 1024 matrices, in the same rounds, and each speed's share of it.
 memory: the most that one forward and backward pass allocates above weights and gradients, from torch's
 profiler.
 """
 
 import argparse
-import contextlib
-import importlib.util
-import io
 import statistics
 import sys
 import time
@@ -26,71 +23,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import model
+from benchmarks.nanogpt import load_nanogpt, nanogpt_optimizer, nanogpt_passes, product_rate
 from minzero import dist
 from minzero import loss as losses
 from minzero.config.deepspeed import deepspeed_config
 from minzero.config.sections import Config, ModelConfig, TrainConfig
 from minzero.engine import build_engine
-from minzero.sizes import flops_per_token
+from minzero.sizes import flops_per_token, loss_chunk_tokens
 
-CPU = torch.device("cpu")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = {  # ours, sequences of a batch: GPT-2's smallest, and nanoGPT's model of Shakespeare's characters
     "gpt2-124m": (ModelConfig(vocab_size=50304), 1),
     "6x384": (ModelConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=128), 16),
 }
-
-
-def now(device):
-    """Seconds, when the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def product_rate(dtype, device=CPU, width=1024, products=4):
-    """FLOP/s of so many products of width x width matrices."""
-    left, right = torch.randn(2, width, width, device=device).to(dtype)
-    started = now(device)
-    for _ in range(products):
-        left @ right
-    return products * 2 * width**3 / (now(device) - started)
-
-
-def load_nanogpt(path, config, device=CPU):
-    """nanoGPT's model of this shape, from the model.py of a copy of it. It prints what it counts: that is dropped."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt_model"] = module
-    spec.loader.exec_module(module)
-    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-    with contextlib.redirect_stdout(io.StringIO()):
-        return module.GPT(module.GPTConfig(**{name: getattr(config, name) for name in names})).to(device)
-
-
-def nanogpt_passes(run, micro_batches, precision):
-    """Forward and backward pass of nanoGPT over the micro-batches of one step, pairs of inputs and targets, as its
-    train.py does them. run: its model, or that compiled. Returns the mean loss, on its device."""
-    total = 0
-    for tokens, targets in micro_batches:
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = run(tokens, targets)[1] / len(micro_batches)
-        loss.backward()
-        total += loss.detach()
-    return total
-
-
-def nanogpt_optimizer(gpt, train, device=CPU):
-    """nanoGPT's own AdamW, and its step: clipping, update, gradients dropped."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        optimizer = gpt.configure_optimizers(train.weight_decay, train.lr, tuple(train.betas), device.type)
-
-    def update():
-        torch.nn.utils.clip_grad_norm_(gpt.parameters(), train.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return optimizer, update
 
 
 def nanogpt(path, config, tokens, precision, compiled):
@@ -137,7 +82,25 @@ def ours(config, tokens, precision, compiled):
     return alone, step
 
 
+def time_rounds(rows, rounds):
+    """Call each function of rows, {name: (passes, step)}, once a round. Returns {name: (seconds of passes, of steps)},
+    and {precision: FLOP/s of matrix products}, lists over the rounds."""
+    seconds = {name: ([], []) for name in rows}
+    rates = {precision: [] for precision in TYPES}
+    for number in range(rounds + 1):
+        for precision, dtype in TYPES.items():
+            rates[precision].append(product_rate(dtype))
+        for name, functions in rows.items():
+            for column, function in zip(seconds[name], functions, strict=True):
+                started = time.perf_counter()
+                function()
+                if number:  # the first warms up, and compiles
+                    column.append(time.perf_counter() - started)
+    return seconds, rates
+
+
 def speed(args):
+    """Prints tokens/s of all settings, and ours over nanoGPT's."""
     config, batch = SHAPES[args.shape]
     tokens = torch.randint(config.vocab_size, (batch, config.block_size), generator=torch.Generator().manual_seed(0))
     dist.start_process_group()
@@ -148,34 +111,29 @@ def speed(args):
             name = f"{precision} {'compiled' if compiled else 'eager'}"
             rows[f"nanoGPT {name}"] = nanogpt(args.nanogpt, config, tokens, precision, compiled)
             rows[f"ours {name}"] = ours(config, tokens, precision, compiled)
-    times, rates = {name: ([], []) for name in rows}, {precision: [] for precision in TYPES}
-    for number in range(args.rounds + 1):
-        for precision, dtype in TYPES.items():
-            rates[precision].append(product_rate(dtype))
-        for name, functions in rows.items():
-            for seconds, function in zip(times[name], functions, strict=True):
-                started = time.perf_counter()
-                function()
-                if number:  # the first warms up, and compiles
-                    seconds.append(time.perf_counter() - started)
+    seconds, rates = time_rounds(rows, args.rounds)
     rates = {precision: statistics.median(found) for precision, found in rates.items()}
     print(f"{args.shape}, {batch} x {config.block_size} tokens, {args.threads} threads, torch {torch.__version__}")
     print(f"matrix products: fp32 {rates['fp32'] / 1e9:.0f} GFLOP/s, bf16 {rates['bf16'] / 1e9:.0f} GFLOP/s")
     print(f"{'':24s}{'passes':>10s}{'of products':>12s}{'step':>10s}{'of products':>12s}   tokens/s")
-    speeds, flops = {}, flops_per_token(config)
-    for name, columns in times.items():
+    speeds = {}
+    for name, columns in seconds.items():
         speeds[name] = [tokens.numel() / statistics.median(column) for column in columns]
-        shares = [found * flops / rates[name.split()[1]] for found in speeds[name]]
-        cells = "".join(f"{found:10.0f}{share:12.0%}" for found, share in zip(speeds[name], shares, strict=True))
+        rate = rates[name.split()[1]]
+        cells = "".join(f"{found:10.0f}{found * flops_per_token(config) / rate:12.0%}" for found in speeds[name])
         print(f"{name:24s}{cells}")
-    for column, what in enumerate(("forward and backward pass", "whole step")):
-        best = {
-            side: max((found[column], name) for name, found in speeds.items() if name.startswith(side))
-            for side in ("ours", "nanoGPT")
-        }
-        eager = speeds["ours fp32 eager"][column] / speeds["nanoGPT fp32 eager"][column]
-        ratio = best["ours"][0] / best["nanoGPT"][0]
-        print(f"{what}: eager fp32 {eager:.2f}, best {ratio:.2f} ({best['ours'][1]} over {best['nanoGPT'][1]})")
+    for column, title in enumerate(("forward and backward pass", "whole step")):
+        print(f"{title}: {ratios(speeds, column)}")
+
+
+def ratios(speeds, column):
+    """Ours over nanoGPT's, as text: eager in fp32, and the best of each. speeds: {name: [passes, step]}."""
+    eager = speeds["ours fp32 eager"][column] / speeds["nanoGPT fp32 eager"][column]
+    best = {}
+    for side in ("ours", "nanoGPT"):
+        best[side] = max((found[column], name) for name, found in speeds.items() if name.startswith(side))
+    ratio = best["ours"][0] / best["nanoGPT"][0]
+    return f"eager fp32 {eager:.2f}, best {ratio:.2f} ({best['ours'][1]} over {best['nanoGPT'][1]})"
 
 
 def peak_bytes(function):
@@ -193,6 +151,12 @@ def peak_bytes(function):
 
 def memory(args):
     torch.set_num_threads(args.threads)
+    memory_of_loss()
+    memory_of_recomputation()
+
+
+def memory_of_loss():
+    """Prints the peak of the loss from all logits at once, and of ours in chunks."""
     tokens, width, ids = 4096, 768, 50304
     print(f"loss of {tokens} tokens x {ids} ids, width {width}: peak MB of forward and backward, and of evaluation")
     for precision, dtype in TYPES.items():
@@ -206,22 +170,28 @@ def memory(args):
                 x.grad = weight.grad = None
 
         def chunked(x=x, weight=weight, targets=targets):
-            chunk, gradients = config.loss_chunk_tokens(ids, False), x.requires_grad
+            chunk, gradients = loss_chunk_tokens(ids, False), x.requires_grad
             loss = losses.LinearCrossEntropy.apply(x, weight, targets, chunk, gradients, losses.cross_entropy)
             if gradients:
                 loss.backward()
                 x.grad = weight.grad = None
 
         for name, function in (("all logits at once", whole), ("chunked", chunked)):
-            peaks = [peak_bytes(function)]
-            x.requires_grad_(), weight.requires_grad_()
-            peaks.insert(0, peak_bytes(function))
-            x.requires_grad_(False), weight.requires_grad_(False)
-            print(f"  {precision} {name:20s}{peaks[0] / 1e6:10.0f}{peaks[1] / 1e6:10.0f}")
+            evaluation = peak_bytes(function)
+            for tensor in (x, weight):
+                tensor.requires_grad_()
+            training = peak_bytes(function)
+            for tensor in (x, weight):
+                tensor.requires_grad_(False)
+            print(f"  {precision} {name:20s}{training / 1e6:10.0f}{evaluation / 1e6:10.0f}")
+
+
+def memory_of_recomputation():
+    """Prints the peak of a model whose blocks are recomputed, or not."""
     config, batch = ModelConfig(n_layer=6, block_size=512, vocab_size=1024), 8
     print(f"6 layers of width {config.n_embd}, {batch} x {config.block_size} tokens, fp32: peak MB over the weights")
     inputs = config.n_layer * batch * config.block_size * config.n_embd * 4
-    print("  with their gradients; a CPU has no other memory for inputs to wait in: on a GPU the last row would hold")
+    print("  with their gradients; a CPU has no second memory for the blocks' inputs: on a GPU the last row would hold")
     print(f"  {inputs / 1e6:.0f} MB less than the second, the blocks' inputs")
     example = torch.randint(config.vocab_size, (batch, config.block_size))
     options = {"none recomputed": {}, "every block": {"recompute_every": 1}, "every second": {"recompute_every": 2}}

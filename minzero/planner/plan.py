@@ -1,0 +1,42 @@
+"""The plan of one configuration on given hardware: memory, speed and cost, as one dictionary."""
+
+import dataclasses
+
+from minzero.planner.gpus import USABLE
+from minzero.planner.memory import checkpoint_bytes, cpu_memory, simulate
+from minzero.planner.replay import PARTS
+from minzero.planner.settings import settings_of
+from minzero.planner.speed import Assumptions, speed_and_cost
+
+
+def plan_run(config, hardware, assumptions=None):
+    """All there is to say about one setting, as `plan.py --json` prints it. Sizes are in bytes, of one GPU (gpu_) or
+    one node (cpu_). Raises UserError for a model that the replay does not know."""
+    assumptions = assumptions or Assumptions()
+    settings = settings_of(config, hardware.gpus)
+    memory, parameters = simulate(settings)
+    by_size = sorted(((total, phase) for phase, (total, _) in memory.peaks.items()), reverse=True)
+    (gpu_bytes, peak_phase), (second_bytes, second_phase) = by_size[:2]
+    held_at_peak = memory.peaks[peak_phase][1]
+    cpu_bytes_range = cpu_memory(settings, parameters, hardware.gpus // hardware.nodes)
+    return {
+        "parameters": parameters,
+        "gpu_bytes": gpu_bytes,
+        "gpu_parts": {part: held_at_peak.get(part, 0) for part in PARTS},
+        "peak_phase": peak_phase,
+        "runner_up": {"phase": second_phase, "gpu_bytes": second_bytes},
+        "phases": {phase: total for phase, (total, _) in memory.peaks.items()},
+        "gpu_fraction": gpu_bytes / hardware.memory_bytes,
+        "fits": gpu_bytes <= USABLE * hardware.memory_bytes,
+        "cpu_bytes": cpu_bytes_range[1],
+        "cpu_bytes_range": list(cpu_bytes_range),
+        "checkpoint_bytes": checkpoint_bytes(settings, parameters),
+        "micro_batch_size": config.train.micro_batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "stage": settings.stage,
+        "offload_optimizer": settings.offload_optimizer,
+        "offload_param": settings.offload_param,
+        "activation_checkpointing": settings.recompute_every,
+        **speed_and_cost(settings, parameters, config.train.max_tokens, hardware, assumptions),
+        "assumptions": dataclasses.asdict(assumptions),
+    }

@@ -1,0 +1,322 @@
+"""A replay of one training step's allocations: what all stages share, and ZeRO's stages 0 to 2 (3 is in stage3.py).
+
+An engine goes through one step of the model in activations.py, and allocates and frees what DeepSpeed 0.19.8 does, in
+the same order. It follows runtime/zero/stage_1_and_2.py, stage3.py, partition_parameters.py and
+partitioned_param_coordinator.py. Sizes of allocations are in bytes, sizes of weights and buckets in elements.
+"""
+
+import itertools
+import math
+from collections import Counter
+
+from minzero.planner.activations import trace, weights_of
+
+PARTS = ("parameters", "gradients", "optimizer", "gathered", "buckets", "activations", "logits", "overhead")
+PHASES = ("forward", "loss", "backward", "reduction", "step")
+
+
+class Memory:
+    """What is allocated on one device.
+
+    held: {part: bytes}; total: their sum; peaks: {phase: (the largest total in it, held at that moment)}."""
+
+    def __init__(self):
+        self.held = Counter()
+        self.total = 0
+        self.phase = "forward"
+        self.peaks = {}
+
+    def allocate(self, part, size):
+        """Returns the tensor, for free()."""
+        self.held[part] += size
+        self.total += size
+        if self.phase not in self.peaks or self.total > self.peaks[self.phase][0]:
+            self.peaks[self.phase] = (self.total, dict(self.held))
+        return part, size
+
+    def free(self, tensor):
+        part, size = tensor
+        self.held[part] -= size
+        self.total -= size
+
+    def touch(self, part, size):
+        """A temporary that is freed at once."""
+        self.free(self.allocate(part, size))
+
+
+class Engine:
+    """One rank's step: the walk through the model. A stage defines what is resident, how weights are fetched and
+    released, and how gradients are reduced."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.memory = Memory()
+        self.model = self.trace()
+        self.weights = weights_of(self.model)
+        self.size = sum(weight.size for weight in self.weights)
+        self.groups = self.optimizer_groups()
+        self.kept = {}  # module -> the tensor that it saved for the backward pass
+        self.passing = []  # the last tensors of a block that keeps none, because it is recomputed
+        self.pending = {}  # shared weight -> the sum of its gradients so far
+        self.uses = Counter()  # shared weight -> how many gradients it has so far
+
+    def trace(self):
+        return trace(self.settings)
+
+    def optimizer_groups(self):
+        """engine.py's: decayed weights and spared ones."""
+        groups = [[w for w in self.weights if w.decayed == decayed] for decayed in (True, False)]
+        return [group for group in groups if group]
+
+    def run(self):
+        """One optimizer step in its steady state; returns the memory with its peaks."""
+        s, memory = self.settings, self.memory
+        memory.allocate("overhead", 2 * s.tokens * 8)  # inputs and targets, int64
+        self.resident()
+        for self.micro_step in range(2 if s.gradient_accumulation_steps > 1 else 1):  # later ones are as the second
+            self.last = self.micro_step or s.gradient_accumulation_steps == 1
+            memory.phase = "forward"
+            self.forward(self.model)
+            memory.phase = "backward"
+            stream = memory.allocate("activations", s.tokens * s.model.n_embd * s.bytes)  # the stream's gradient
+            self.backward(self.model)
+            memory.free(stream)
+            memory.phase = "reduction"
+            self.end_backward()
+        memory.phase = "step"
+        self.step()
+        return memory
+
+    # ---- the walk
+
+    def forward(self, module, keeps=True):
+        """keeps: whether what the backward pass needs is kept; else only the last call's is, for the next call."""
+        memory = self.memory
+        if module.hooked:
+            self.fetch(module, forward=True)
+        if module.name == "head":
+            memory.phase = "loss"
+        for child in module.inside:
+            self.forward(child, keeps and not module.recomputed)
+        if module.recomputed and keeps:
+            for tensor in self.passing:
+                memory.free(tensor)
+            self.passing = []
+            self.kept[module] = memory.allocate("activations", 0 if self.settings.inputs_on_cpu else module.output)
+        if module.kept and keeps:
+            self.kept[module] = memory.allocate(module.part, module.kept)
+        elif module.kept:
+            self.passing.append(memory.allocate(module.part, module.kept))
+            if len(self.passing) > 2:
+                memory.free(self.passing.pop(0))
+        if module.forward:
+            memory.touch(module.part, module.forward)
+        if module.hooked:
+            self.release(module, forward=True)
+
+    def backward(self, module):
+        memory = self.memory
+        if module.hooked:
+            self.fetch(module, forward=False)
+        if module.recomputed:
+            self.recompute(module)
+        for child in reversed(module.inside):
+            self.backward(child)
+        if module in self.kept and not module.own:
+            memory.free(self.kept.pop(module))
+        flowing = memory.allocate(module.part, module.backward)
+        for weight in module.weights:
+            self.make_gradient(weight)
+        memory.free(flowing)
+        if module in self.kept:
+            memory.free(self.kept.pop(module))
+        if module.hooked:
+            self.release(module, forward=False)
+
+    def recompute(self, block):
+        """The forward pass of a block again, this time keeping what its backward pass needs."""
+        self.memory.free(self.kept.pop(block))
+        block.recomputed = False
+        last = block.inside.pop()  # the sum at the end: nothing in the backward pass needs it
+        self.forward(block)
+        block.inside.append(last)
+        block.recomputed = True
+
+    def make_gradient(self, weight):
+        """Autograd sums a shared weight's gradients before the engine sees them: the first waits for the last."""
+        gradient = self.memory.allocate("gradients", weight.size * self.settings.bytes)
+        self.uses[weight] += 1
+        if self.uses[weight] < weight.uses:
+            self.pending[weight] = gradient
+            return
+        self.uses[weight] = 0
+        if weight in self.pending:
+            self.memory.free(self.pending.pop(weight))
+        self.reduce_later(weight, gradient)
+
+    def put_into_bucket(self, weight, gradient):
+        """A gradient that fits is copied; one larger than the whole bucket stays until it is reduced."""
+        if self.elements + weight.size <= self.settings.reduce_bucket_size:
+            self.memory.free(gradient)
+            gradient = None
+        self.bucket.append((weight, gradient))
+        self.elements += weight.size
+
+    def shard(self, weight):
+        """Elements of one rank's shard of a weight."""
+        return -(-weight.size // self.settings.world_size)
+
+    # ---- what a stage defines
+
+    def resident(self):
+        """Allocate what lives as long as the engine."""
+        raise NotImplementedError
+
+    def fetch(self, module, forward):
+        """Before a module's forward (or backward) pass."""
+
+    def release(self, module, forward):
+        """After a module's forward (or backward) pass."""
+
+    def reduce_later(self, weight, gradient):
+        """A gradient is there."""
+        raise NotImplementedError
+
+    def end_backward(self):
+        """After the backward pass of a micro-batch."""
+        raise NotImplementedError
+
+    def step(self):
+        """The optimizer's step."""
+        raise NotImplementedError
+
+
+class Stage0(Engine):
+    """Every rank holds everything. 16-bit weights have a float32 copy of each and of its gradient."""
+
+    def resident(self):
+        s = self.settings
+        self.memory.allocate("parameters", self.size * s.bytes)
+        master_bytes = s.master_bytes if s.bytes < 4 else 0
+        self.memory.allocate("optimizer", self.size * (s.moment_bytes + master_bytes))
+
+    def reduce_later(self, weight, gradient):
+        if self.micro_step:  # added to the first micro-batch's
+            self.memory.free(gradient)
+
+    def end_backward(self):
+        if self.last:
+            self.memory.touch("buckets", min(self.size, 500_000_000) * self.settings.bytes)
+
+    def step(self):
+        if self.settings.bytes < 4:
+            self.memory.touch("gradients", self.size * 4)
+
+
+class Stage12(Engine):
+    """Stages 1 and 2: whole weights, a slice of the optimizer, and of the gradients those that the slice touches."""
+
+    def resident(self):
+        s = self.settings
+        self.memory.allocate("parameters", self.size * s.bytes)
+        if not s.offload_optimizer:
+            self.memory.allocate("optimizer", -(-self.size // s.world_size) * (s.master_bytes + s.moment_bytes))
+        self.bucket = []  # (weight, its gradient if that was not copied)
+        self.elements = 0  # in the bucket
+        self.buffers = []
+        self.waiting = {}  # weight -> its gradient, which is reduced after the backward pass
+        self.partition = None  # gradients of this rank's slice, of this micro-batch
+        self.accumulated = None  # and of those before
+        self.touched = self.slice_of_rank()
+
+    def slice_of_rank(self):
+        """{weight: elements of it in the slice} of the rank whose slices touch the most: whole tensors are kept of
+        the weights in which a slice begins or ends."""
+        return max(self.slices(), key=lambda touched: sum(weight.size for weight in touched))
+
+    def slices(self):
+        """For each rank: {weight: elements of it in the rank's slice}; each group is cut into equal slices."""
+        ranks = self.settings.world_size
+        slices = [{} for _ in range(ranks)]
+        for group in self.groups:
+            total, end = sum(weight.size for weight in group), 0
+            for weight in group:
+                begin, end = end, end + weight.size
+                for rank in range(begin * ranks // total, -(-end * ranks // total)):
+                    low, high = rank * total / ranks, (rank + 1) * total / ranks
+                    slices[rank][weight] = min(end, high) - max(begin, low)
+        return slices
+
+    def make_buffers(self):
+        """The first gradient allocates the buckets."""
+        size = self.settings.reduce_bucket_size * self.settings.bytes
+        return [self.memory.allocate("buckets", size) for _ in range(2 if self.settings.overlap_comm else 1)]
+
+    def reduce_later(self, weight, gradient):
+        s = self.settings
+        if not self.buffers:
+            self.buffers = self.make_buffers()
+        if s.stage == 1:  # summed over the micro-batches, and reduced with the last one
+            if weight in self.waiting:
+                self.memory.free(gradient)
+            gradient = self.waiting.setdefault(weight, gradient)
+        if s.stage == 2 or (s.overlap_comm and self.last):  # else after the backward pass, all at once
+            self.waiting.pop(weight, None)
+            self.add(weight, gradient)
+
+    def add(self, weight, gradient):
+        """Into the bucket, which is reduced first if it would overflow."""
+        if self.elements + weight.size > self.settings.reduce_bucket_size:
+            self.reduce()
+        self.put_into_bucket(weight, gradient)
+
+    def flatten_bucket(self):
+        """The slices for all ranks are flattened into one temporary tensor."""
+        if len(self.bucket) > 1:
+            self.memory.touch("buckets", self.elements * self.settings.bytes)
+
+    def reduce(self):
+        s, memory = self.settings, self.memory
+        phase_before, memory.phase = memory.phase, "reduction"
+        self.flatten_bucket()
+        for weight, gradient in self.bucket:
+            if weight in self.touched:
+                if s.offload_optimizer:
+                    memory.touch("overhead", 8 * math.ceil(self.touched[weight]))  # the norm, in float64
+                elif not self.partition:
+                    size = sum(w.size for w in self.touched) * s.bytes
+                    self.partition = memory.allocate("gradients", size)
+            if gradient:
+                memory.free(gradient)
+        self.bucket = []
+        self.elements = 0
+        memory.phase = phase_before
+
+    def end_backward(self):
+        if self.settings.stage == 1 and not self.last:
+            return  # the buckets stay as well
+        if self.waiting:
+            order = {weight: number for number, weight in enumerate(itertools.chain(*self.groups))}
+            for weight in sorted(self.waiting, key=order.get):
+                self.add(weight, self.waiting.pop(weight))
+        self.reduce()
+        for buffer in self.buffers:
+            self.memory.free(buffer)
+        self.buffers = []
+        if self.partition and self.accumulated:  # the new gradients are added to those so far
+            self.memory.free(self.partition)
+        elif self.partition:
+            self.accumulated = self.partition
+        self.partition = None
+
+    def step(self):
+        s = self.settings
+        if s.offload_optimizer:
+            return
+        self.memory.touch("overhead", 8 * math.ceil(max(self.touched.values())))
+        for group in self.groups:
+            size = -(-sum(weight.size for weight in group) // s.world_size)
+            flat = self.memory.allocate("gradients", size * s.bytes)
+            if s.bytes < 4:
+                self.memory.touch("gradients", size * 4)
+            self.memory.free(flat)

@@ -1,0 +1,108 @@
+"""One training setting as the planner sees it: the keys of a configuration that change memory or speed."""
+
+from dataclasses import dataclass
+
+from minzero.config.deepspeed import offload_device, offload_ratio, offloads_optimizer, zero_stage
+from minzero.config.sections import ModelConfig
+from minzero.errors import UserError
+
+MOST_LAYERS = 2**12  # a model with more is not planned: each layer is replayed
+
+# key of deepspeed.zero_optimization -> field of Settings
+ZERO_KEYS = {
+    "reduce_bucket_size": "reduce_bucket_size",
+    "stage3_prefetch_bucket_size": "prefetch_bucket_size",
+    "stage3_param_persistence_threshold": "persistence_threshold",
+    "stage3_max_live_parameters": "max_live_parameters",
+    "stage3_max_reuse_distance": "max_reuse_distance",
+    "sub_group_size": "sub_group_size",
+}
+# Keys that `settings_of` reads by other means, and keys that have no effect on memory as it is modelled.
+OTHER_ZERO_KEYS = {"stage", "overlap_comm", "offload_optimizer", "offload_param", "contiguous_gradients"}
+WITHOUT_EFFECT = {"allgather_bucket_size", "round_robin_gradients", "ignore_unused_parameters"}
+WITHOUT_EFFECT |= {"stage3_gather_16bit_weights_on_model_save", "log_trace_cache_warnings", "enable_sanity_checks"}
+
+
+@dataclass
+class Settings:
+    """One training setting. Defaults of the engine are DeepSpeed 0.19.8's. Bucket sizes and thresholds are in elements,
+    widths in bytes per element."""
+
+    model: ModelConfig
+    world_size: int = 1
+    stage: int = 3
+    micro_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    precision: str = "bf16"  # bf16, fp16 or fp32
+    recompute_every: int = 0  # k: blocks 0, k, 2k, ... are recomputed in the backward pass; 0: none
+    inputs_on_cpu: bool = False  # the inputs of recomputed blocks are kept in CPU memory
+    offload_optimizer: bool = False
+    offload_ratio: float = 1.0  # stage 3: the share of the optimizer in CPU memory, counted in sub-groups
+    offload_param: bool = False
+    overlap_comm: bool = False
+    reduce_bucket_size: int = 500_000_000
+    prefetch_bucket_size: int = 50_000_000
+    persistence_threshold: int = 100_000
+    max_live_parameters: int = 1_000_000_000
+    max_reuse_distance: int = 1_000_000_000
+    sub_group_size: int = 1_000_000_000
+    accumulation_bytes: int | None = None  # of an accumulated gradient; None: as wide as the weights
+    compiled: bool = False  # the loss keeps no probabilities; stage 3: blocks are gathered and reduced whole
+    master_bytes: int = 4
+    moment_bytes: int = 8  # both of Adam's moments
+
+    @property
+    def length(self):
+        """Tokens of a sequence."""
+        return self.model.block_size
+
+    @property
+    def tokens(self):
+        """Tokens of a micro-batch."""
+        return self.micro_batch_size * self.length
+
+    @property
+    def bytes(self):
+        """Width of the weights and of the residual stream."""
+        return {"bf16": 2, "fp16": 2, "fp32": 4}[self.precision]
+
+    @property
+    def product_bytes(self):
+        """Width of what matrix products read and write: the weights' own, as nothing here casts (torch.autocast
+        would)."""
+        return self.bytes
+
+
+def gradient_accumulation_steps(config, gpus):
+    """Micro-batches of one step, rounded up where the batch does not divide."""
+    tokens_at_once = config.model.block_size * config.train.micro_batch_size * gpus
+    return -(-config.train.global_batch_tokens // tokens_at_once)
+
+
+def settings_of(config, gpus):
+    """The Settings of a run's configuration on this many GPUs. Raises UserError for a model too deep to be planned."""
+    train, zero = config.train, config.deepspeed.get("zero_optimization", {})
+    if config.model.n_layer > MOST_LAYERS:
+        raise UserError(f"model.n_layer: found {config.model.n_layer}, expected at most {MOST_LAYERS} to be planned")
+    stage = zero_stage(config.deepspeed)
+    overlap_comm = zero.get("overlap_comm")
+    if overlap_comm is None:
+        overlap_comm = stage == 3
+    accumulated_type = config.deepspeed.get("data_types", {}).get("grad_accum_dtype")
+    return Settings(
+        model=config.model,
+        world_size=gpus,
+        stage=stage,
+        micro_batch_size=train.micro_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps(config, gpus),
+        precision="bf16" if train.precision == "auto" else train.precision,
+        recompute_every=int(train.activation_checkpointing),
+        inputs_on_cpu=train.activation_offload,
+        offload_optimizer=offloads_optimizer(config.deepspeed),
+        offload_ratio=offload_ratio(zero),
+        offload_param=offload_device(zero, "offload_param") != "none",
+        overlap_comm=overlap_comm,
+        compiled=train.compile is not False,
+        accumulation_bytes={"fp32": 4, "bf16": 2, "fp16": 2}.get(accumulated_type),
+        **{field: zero[key] for key, field in ZERO_KEYS.items() if key in zero},
+    )
