@@ -37,7 +37,8 @@ import numpy as np
 
 from minzero.config import ROOT, UserError, gradient_accumulation, load_config, run_command
 from minzero.data.mixture import Mixture
-from minzero.data.shards import make_folder, token_dtype, write_atomically, write_json, write_shard
+from minzero.data.shards import token_dtype, write_shard
+from minzero.files import make_folder, write_atomically, write_json
 from minzero.flags import FlagParser, a_path, at_least
 from minzero.metrics import read_metrics
 from minzero.planner.memory import simulate

@@ -24,7 +24,8 @@ import torch
 
 from minzero import checkpoint
 from minzero.config import ModelConfig, UserError, build, read_json, refuse_pipe, run_command, switched_on
-from minzero.data.shards import read_meta, write_json
+from minzero.data.shards import read_meta
+from minzero.files import write_json
 from minzero.flags import FlagParser, a_checkpoint, a_path, check_can_write
 from model import GPT
 

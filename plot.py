@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from minzero.config import UserError, build, read_json, run_command
-from minzero.data.shards import cannot_write, write_atomically
+from minzero.files import cannot_write, write_atomically
 from minzero.flags import FlagParser, a_path, check_can_write
 from minzero.metrics import duration, good_lines
 from minzero.sizes import flops_per_token

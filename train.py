@@ -38,7 +38,6 @@ from minzero.config import (
     zero_stage,
 )
 from minzero.data.mixture import Mixture
-from minzero.data.shards import write_json
 from minzero.engine import (
     build_engine,
     check_deepspeed,
@@ -48,6 +47,7 @@ from minzero.engine import (
     resolve_precision,
     why_not_compiled,
 )
+from minzero.files import write_json
 from minzero.run_folder import RunFolder
 from minzero.zero import optimizers
 from model import IGNORE

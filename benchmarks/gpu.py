@@ -52,7 +52,8 @@ from minzero.config import (
     run_command,
 )
 from minzero.data.mixture import Mixture
-from minzero.data.shards import make_folder, write_atomically, write_json, write_shard
+from minzero.data.shards import write_shard
+from minzero.files import make_folder, write_atomically, write_json
 from minzero.flags import FlagParser, a_number, a_path, at_least
 from minzero.sizes import flops_per_token, peak_flops
 from plan import with_choice

@@ -45,7 +45,7 @@ from torch import distributed
 from minzero import commands
 from minzero.config import Config, DataConfig, ModelConfig, SharedError, TrainConfig, UserError, build, flat, read_json
 from minzero.data.mixture import check_same_data
-from minzero.data.shards import cannot_write, is_count, is_number, make_way, write_atomically, write_json
+from minzero.files import cannot_write, is_count, is_number, make_way, write_atomically, write_json
 from minzero.zero import (
     SavedPieces,
     TensorFile,

@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToMo
 from torch import distributed
 
 from minzero.config import UserError
-from minzero.data.shards import open_regular
+from minzero.files import open_regular
 
 KINDS = ("exp_avg", "exp_avg_sq", "fp32")  # what is saved of each element: two moments of Adam, and the weight
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}

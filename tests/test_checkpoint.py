@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from minzero import checkpoint, dist, guard
 from minzero import zero as pieces
 from minzero.config import Config, SharedError, TrainConfig, UserError
-from minzero.data.shards import write_json
+from minzero.files import write_json
 from tests.trained_runs import write_file
 
 TENSORS = {

@@ -14,7 +14,8 @@ from data import verify
 from minzero.config import UserError
 from minzero.data import pipeline, shards
 from minzero.data.mixture import Mixture
-from minzero.data.shards import TokenStream, read_meta, write_json, write_shard
+from minzero.data.shards import TokenStream, read_meta, write_shard
+from minzero.files import write_json
 from tests.conftest import ROOT, deepspeed_command, run, write_small_data
 from tests.test_data_shards import make
 

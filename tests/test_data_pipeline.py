@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from minzero.config import UserError
 from minzero.data import pipeline, sources
-from minzero.data.shards import TokenStream, checksum, write_shard
+from minzero.data.shards import TokenStream, write_shard
 from minzero.data.tokenizer import load_tokenizer
+from minzero.files import checksum
 from tests.conftest import ROOT, environment
 
 GENERATOR = random.Random(7)

@@ -24,8 +24,8 @@ from eval import load_model, open_trained
 from minzero import checkpoint
 from minzero.config import ROOT, ModelConfig, UserError, key, load_config
 from minzero.data.mixture import Mixture
-from minzero.data.shards import write_json
 from minzero.data.tokenizer import END_OF_TEXT, load_tokenizer, save_for_transformers
+from minzero.files import write_json
 from minzero.metrics import read_metrics
 from minzero.sizes import count_parameters
 from model import GPT

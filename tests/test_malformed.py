@@ -22,7 +22,7 @@ import train
 from data import train_tokenizer, verify
 from data.text import prepare
 from minzero.config import ROOT, UserError, load_config, read_json, run_command
-from minzero.data.shards import write_json
+from minzero.files import write_json
 from tests.conftest import run
 from tests.trained_runs import GPT2, write_data, write_run
 

@@ -11,7 +11,7 @@ from minzero import checkpoint
 from minzero.config import Config, DataConfig, ModelConfig
 from minzero.data import pipeline
 from minzero.data.mixture import Mixture
-from minzero.data.shards import write_json
+from minzero.files import write_json
 from minzero.zero import write_tensors
 from model import GPT
 

@@ -39,17 +39,11 @@ from minzero.data.conversations import LEARNED
 from minzero.data.shards import (
     HEADER_BYTES,
     NO_LOSS,
-    cannot_write,
     check_progress,
-    checksum,
-    is_regular,
-    make_folder,
-    make_way,
     read_meta,
     shard_header,
     shard_layout,
     token_dtype,
-    write_json,
 )
 from minzero.data.sources import BadDocument, is_far, plural
 from minzero.data.tokenizer import (
@@ -61,6 +55,7 @@ from minzero.data.tokenizer import (
     missing_characters,
     without_surrogates,
 )
+from minzero.files import cannot_write, checksum, is_regular, make_folder, make_way, write_json
 from minzero.flags import FlagParser, a_number, a_path, at_least, check_can_write
 
 BATCH = 1 << 20  # characters handed to a worker at a time: large enough to hide the hand-over

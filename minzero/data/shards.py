@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import stat
@@ -24,7 +23,7 @@ import numpy as np
 
 from minzero.config import IGNORE, UserError, read_json
 from minzero.data.order import validation_windows
-from minzero.flags import check_can_write
+from minzero.files import checksum, is_count, is_regular, open_regular, write_atomically
 
 HEADER_BYTES = 256 * 4
 FORMATS = {np.dtype("<u2"): (20240520, 1), np.dtype("<u4"): (20240801, 7)}  # dtype: (magic, version)
@@ -41,58 +40,6 @@ def token_dtype(vocab_size, loss_mask=False):
 # -- writing -------------------------------------------------------------------------------------
 
 
-def write_atomically(path, *chunks):
-    """Write bytes under a temporary name, flush them to the disk, rename. A crash leaves either the
-    old file or the new one, never a part. What lies under either name and is no file is moved (see `make_way`).
-    Raises UserError if the disk is full or not writable."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    make_way(path)
-    make_way(temporary, unless_plain=True)  # a pipe would block, and a link lead elsewhere
-    try:
-        with open(temporary, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise cannot_write(path, error) from None
-
-
-def make_way(path, unless_plain=False, for_a_folder=False):
-    """Rename to NAME.moved1 (2, ...) what lies where a file is to be written and cannot be replaced by one: a folder;
-    unless_plain: also a link, pipe or device; for_a_folder: whatever it is. Raises UserError."""
-    path = Path(path)
-    try:
-        mode = os.lstat(path).st_mode
-        if not (for_a_folder or stat.S_ISDIR(mode) or (unless_plain and not stat.S_ISREG(mode))):
-            return
-        names = (path.with_name(f"{path.name}.moved{number}") for number in itertools.count(1))
-        os.rename(path, next(name for name in names if not os.path.lexists(name)))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise cannot_write(path, error) from None
-
-
-def make_folder(key, path):
-    """Make a folder, if it is not there, that this key of the configuration or flag names. Raises UserError."""
-    check_can_write(key, path, folder=True)
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{key}: {path}: {error.strerror}; choose a folder that can be written") from None
-
-
-def cannot_write(path, error):
-    return UserError(f"{path}: could not be written ({error.strerror}); fix that and run the same command again")
-
-
-def write_json(path, content):
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
 def shard_header(dtype, tokens):
     """The 1,024 bytes before `tokens` tokens."""
     header = np.zeros(256, dtype="<u4")
@@ -107,38 +54,7 @@ def write_shard(path, tokens):
     return {"file": Path(path).name, "tokens": len(tokens), "sha256": checksum(path)}
 
 
-def checksum(path):
-    """SHA-256 of a file, as `sha256sum` prints it."""
-    digest, chunk = hashlib.sha256(), bytearray(1 << 20)
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(chunk):
-            digest.update(memoryview(chunk)[:count])
-    return digest.hexdigest()
-
-
 # -- reading -------------------------------------------------------------------------------------
-
-
-def is_regular(path):
-    """Whether a path leads to a file that can be read from any place: no pipe, device or folder."""
-    try:
-        return stat.S_ISREG(os.stat(path).st_mode)
-    except (OSError, ValueError):
-        return False
-
-
-def open_regular(path, links=True):
-    """The descriptor of a plain file that is open for reading. links: whether a link to one will do. Opens no device
-    and does not wait at a pipe. Raises OSError that says what was found."""
-    found = os.stat(path) if links else os.lstat(path)  # before it is opened, which some devices would notice
-    if stat.S_ISREG(found.st_mode):
-        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-        file = os.open(path, flags if links else flags | os.O_NOFOLLOW)
-        if stat.S_ISREG(os.fstat(file).st_mode):  # it may have been replaced meanwhile
-            return file
-        os.close(file)
-    wrong = "folder, pipe or device" if links else "link, folder, pipe or device"
-    raise OSError(0, f"found a {wrong}, not a regular file")
 
 
 def open_shard(path):
@@ -532,15 +448,6 @@ def damaged(path, name, value, expected, remedy="prepare the data again"):
     found = json.dumps(value)
     found = found if len(found) < 80 else f"{found[:80]}..."
     return UserError(f"{path}: damaged: {name}: found {found}, expected {expected}; {remedy}")
-
-
-def is_count(value):
-    return type(value) is int and 0 <= value < 2**63
-
-
-def is_number(value, most=math.inf):
-    """Whether a JSON value is a number from -most to most, which NaN is not."""
-    return type(value) in (int, float) and -most <= value <= most
 
 
 def check_split(path, where, content):
