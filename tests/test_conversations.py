@@ -22,9 +22,10 @@ from eval import open_trained
 from minzero.config import IGNORE, ROOT, UserError
 from minzero.data import pipeline
 from minzero.data.conversations import HEADINGS, LEARNED, Conversations, with_marks
+from minzero.data.local_files import Files
 from minzero.data.mixture import Mixture
 from minzero.data.shards import TokenStream
-from minzero.data.sources import Files, Hub
+from minzero.data.sources import Hub
 from minzero.data.tokenizer import load_tokenizer
 from model import GPT
 from tests.trained_runs import GPT2, LLAMA, write_data, write_run

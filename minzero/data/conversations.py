@@ -7,7 +7,7 @@ What is the capital of Nepal?
 Kathmandu.<|endoftext|>
 """
 
-from minzero.data.sources import BadDocument
+from minzero.data.documents import BadDocument
 from minzero.data.tokenizer import END_OF_TEXT
 
 HEADINGS = {"system": "### System:\n", "user": "### User:\n", "assistant": "### Assistant:\n"}
@@ -71,5 +71,5 @@ class Conversations:
                 try:
                     messages = with_marks(key, messages)
                 except BadDocument as bad:
-                    messages = self.source.usable(bad)
+                    messages = self.source.raise_or_yield(bad)
             yield key, messages

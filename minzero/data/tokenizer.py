@@ -194,6 +194,23 @@ def faster(encoding):
     )
 
 
+def checked_special_tokens(given, vocab_size):
+    """The special tokens of a tokenizer to be learned: those given, and END_OF_TEXT, which the shards need.
+
+    Raises UserError for a name that is too short, not printable or given twice, and if `vocab_size` has no room for
+    them and the 256 bytes."""
+    for token in given:
+        if len(token) < 2 or not token.isprintable() or given.count(token) > 1:
+            raise UserError(
+                f"--special_tokens: found {token!a}, expected names of two characters or more, each once, as <|user|>"
+            )
+    special = list(dict.fromkeys([*given, END_OF_TEXT]))
+    least = 256 + len(special)
+    if vocab_size < least:
+        raise UserError(f"--vocab_size: found {vocab_size}, expected at least {least}: bytes and special tokens")
+    return special
+
+
 def train_tokenizer(texts, vocab_size, special_tokens=(END_OF_TEXT,), pattern=PATTERN):
     """Learn a byte-level BPE of `vocab_size` ids, the special tokens last. Returns (ranks, special).
 
