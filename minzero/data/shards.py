@@ -1,4 +1,4 @@
-"""Token shards: one file format, a writer that never leaves half a file, a reader for any size.
+"""Token shards: one file format, a writer that never leaves a partial file, a reader for any size.
 
 A shard is 256 little-endian int32 of header, then the tokens. The header is llm.c's: a magic number,
 a version and the number of tokens; the magic tells uint16 from uint32. `meta.json` beside the shards
@@ -27,13 +27,13 @@ from minzero.files import checksum, is_count, is_regular, open_regular, write_at
 
 HEADER_BYTES = 256 * 4
 FORMATS = {np.dtype("<u2"): (20240520, 1), np.dtype("<u4"): (20240801, 7)}  # dtype: (magic, version)
-OPEN_FILES = 128  # of a process: data sets have thousands of shards, and it may often hold only 1,024 files
-HEADERS_AT_START = 64  # shards of a data set whose headers are read at the start; of the others, their sizes
-NO_LOSS = np.uint32(1 << 31)  # set in a token that is read but no target, where meta.json says loss_mask
+OPEN_FILES = 128  # of a process: data sets have thousands of shards, and the usual limit is 1,024 open files
+HEADERS_AT_START = 64  # shards of a data set whose headers are read at the start; of the others, the sizes
+NO_LOSS = np.uint32(1 << 31)  # set in a token that is read but not a target, if meta.json says loss_mask
 
 
 def token_dtype(vocab_size, loss_mask=False):
-    """The smallest of the two token types that holds every id of the vocabulary, and NO_LOSS if there is a mask."""
+    """The smaller of the two token types that holds every id of the vocabulary, and NO_LOSS if there is a mask."""
     return np.dtype("<u2") if vocab_size <= 65536 and not loss_mask else np.dtype("<u4")
 
 
@@ -67,9 +67,9 @@ def open_shard(path):
 
 
 def shard_layout(path):
-    """What a shard's header and size say: (dtype, bytes before the tokens, number of tokens).
+    """Read a shard's header: (dtype, bytes before the tokens, number of tokens).
 
-    Raises UserError for a file that is not a whole shard."""
+    Raises UserError for a file that is not a shard, or has another size than its header says."""
     file = open_shard(path)
     try:
         dtype, offset, tokens = layout_of(file, path)
@@ -86,16 +86,17 @@ def shard_layout(path):
 
 
 def layout_of(file, path):
-    """`shard_layout` by the header alone. file: the shard's descriptor."""
+    """As `shard_layout`, but the size is not checked. file: the shard's descriptor."""
     try:
-        start, size = os.pread(file, 12, 0), os.fstat(file).st_size
+        start = os.pread(file, 12, 0)
+        size = os.fstat(file).st_size
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected a token shard; copy or prepare it again") from None
     magic, version, tokens = struct.unpack("<3I", start) if len(start) == 12 else (None, None, None)
     by_magic = {magic: (dtype, version) for dtype, (magic, version) in FORMATS.items()}
     if magic not in by_magic:
         if os.path.basename(path) in ("train.bin", "val.bin") and size and size % 2 == 0:
-            return np.dtype("<u2"), 0, size // 2  # nanoGPT's: nothing but tokens
+            return np.dtype("<u2"), 0, size // 2  # nanoGPT's: no header
         found = f"{size} bytes" if magic is None else f"magic number {magic}"
         magics = " or ".join(map(str, by_magic))
         raise UserError(f"{path}: not a token shard: found {found}, expected magic {magics}; prepare the data again")
@@ -116,16 +117,17 @@ def check_layout(path, layout, dtype, entry, first):
 
 
 class OpenFiles:
-    """Open shards, of all data sets of this process together at most `most`: the least recently used is closed."""
+    """At most `most` open shards, of all data sets of this process together: the least recently used is closed."""
 
     def __init__(self, most):
-        self.most, self.files = most, OrderedDict()  # (stream, number of its shard) -> descriptor
+        self.most = most
+        self.files = OrderedDict()  # (number of the stream, number of its shard) -> descriptor
 
     def __len__(self):
         return len(self.files)
 
     def get(self, stream, shard, path, check):
-        """The descriptor of a shard. check(descriptor): called when it was opened."""
+        """The descriptor of a shard. check(descriptor): called when it is opened; raises UserError to refuse it."""
         key = stream, shard
         if key in self.files:
             self.files.move_to_end(key)
@@ -155,20 +157,22 @@ STREAMS = itertools.count()
 class TokenStream:
     """The shards of one split, in the order of their names, read as one long array of tokens.
 
-    Window w is the block_size + 1 tokens from w * block_size on: its inputs and, one further, its
-    targets. Neighbouring windows share one token, so every token but the first is a target once.
+    Window w is tokens [w * block_size, w * block_size + block_size + 1): its inputs and, shifted by one, its targets.
+    Neighbouring windows share one token, so every token but the first is a target once.
 
-    Tokens are read with pread, not through a memory map: pages of a map count as the process's own
-    memory, and a map of a file that was cut short kills the process without a word.
+    Tokens are read with pread, not through a memory map: pages of a map count as the process's own memory, and
+    reading a map of a file that was cut short kills the process without a message.
 
-    At the start every shard must have the size that meta.json lists; headers are read of HEADERS_AT_START shards,
-    and of each other when it is first opened. (Without meta.json, of all: nothing else tells how many tokens there
-    are.) Ids are compared with the vocabulary whenever they are read.
+    At the start every shard must have the size that meta.json lists. Headers are read of the first HEADERS_AT_START
+    shards, and of each other shard when it is first opened. Without meta.json all headers are read at the start: only
+    they say how many tokens there are. Ids are compared with the vocabulary on every read.
 
     Raises UserError if a shard is missing, broken, or the split is shorter than one window."""
 
     def __init__(self, folder, split, block_size):
-        self.folder, self.split, self.block_size = Path(folder), split, block_size
+        self.folder = Path(folder)
+        self.split = split
+        self.block_size = block_size
         if not os.path.isdir(folder):
             script = self.folder / "prepare.py"
             raise UserError(f"data.path: no folder {folder}; expected token shards: make them with python {script}")
@@ -186,9 +190,12 @@ class TokenStream:
                 remedy = "no document fell into it when it was prepared; prepare more and smaller documents"
             raise UserError(f"data.path: {folder} holds no {split} shards ({split}_000000.bin ...); {remedy}")
         self.paths = [self.folder / entry["file"] for entry in self.entries]
-        self.dtype, self.offsets, self.starts = shard_layout(self.paths[0])[0], [], [0]
+        self.dtype = shard_layout(self.paths[0])[0]
+        self.offsets = []  # of each shard: bytes before its tokens
+        self.starts = [0]  # of each shard: its first token's place in the stream; last, the number of tokens
         for number, (path, entry) in enumerate(zip(self.paths, self.entries, strict=True)):
-            offset, tokens = HEADER_BYTES, entry.get("tokens")
+            offset = HEADER_BYTES
+            tokens = entry.get("tokens")
             if number < HEADERS_AT_START or tokens is None or not self.has_size(path, tokens):
                 layout = shard_layout(path)
                 check_layout(path, layout, self.dtype, entry, self.paths[0])
@@ -197,7 +204,8 @@ class TokenStream:
             self.starts.append(self.starts[-1] + tokens)
         self.tokens = self.starts[-1]
         self.windows = (self.tokens - 1) // block_size
-        self.files, self.number = SHARED_FILES, next(STREAMS)
+        self.files = SHARED_FILES
+        self.number = next(STREAMS)
         weakref.finalize(self, SHARED_FILES.close, self.number)
         if self.windows < 1:
             raise UserError(
@@ -206,41 +214,45 @@ class TokenStream:
             )
 
     def has_size(self, path, tokens):
-        """Whether a file is there and has the size of a shard of so many tokens."""
+        """Whether a file exists and has the size of a shard of this many tokens."""
         try:
-            found = os.stat(path)
+            status = os.stat(path)
         except OSError:
             return False
-        return stat.S_ISREG(found.st_mode) and found.st_size == HEADER_BYTES + tokens * self.dtype.itemsize
+        return stat.S_ISREG(status.st_mode) and status.st_size == HEADER_BYTES + tokens * self.dtype.itemsize
 
     def open(self, shard):
-        """The descriptor of a shard, whose header was looked at. Raises UserError."""
+        """The descriptor of a shard, whose header has been checked. Raises UserError."""
         path = self.paths[shard]
 
         def check(file):
             layout = layout_of(file, path)
-            if self.offsets[shard]:  # a file without a header says nothing but its size
+            if self.offsets[shard]:  # else it has no header to check
                 expected = {"tokens": self.starts[shard + 1] - self.starts[shard]}
                 check_layout(path, layout, self.dtype, expected, self.paths[0])
 
         return self.files.get(self.number, shard, path, check)
 
     def fill(self, start, out):
-        """Put tokens from `start` on into `out`, (n,) of the stream's dtype, across shard boundaries. Raises UserError
-        that names the shard and the place in it."""
-        shard, done = bisect.bisect_right(self.starts, start) - 1, 0
+        """Read tokens [start, start + n) into `out`, (n,) of the stream's dtype, across shard boundaries. Raises
+        UserError that names the shard and the place in it."""
+        shard = bisect.bisect_right(self.starts, start) - 1
+        done = 0
         while done < len(out):
-            here = start + done - self.starts[shard]
-            piece = out[done : done + self.starts[shard + 1] - self.starts[shard] - here]
+            first = start + done - self.starts[shard]  # in this shard
+            left = self.starts[shard + 1] - self.starts[shard] - first
+            piece = out[done : done + left]
             if len(piece):
-                self.fill_from(shard, here, piece)
+                self.fill_from(shard, first, piece)
             done += len(piece)
             shard += 1
 
     def fill_from(self, shard, token, out):
-        """`fill` from one shard, from this token of it on."""
-        file, path = self.open(shard), self.paths[shard]
-        position, left = self.offsets[shard] + token * self.dtype.itemsize, memoryview(out).cast("B")
+        """As `fill`, from one shard; token: the first one's number in that shard."""
+        file = self.open(shard)
+        path = self.paths[shard]
+        position = self.offsets[shard] + token * self.dtype.itemsize  # bytes
+        left = memoryview(out).cast("B")
         while len(left):  # one call reads less than 2 GiB
             try:
                 count = os.preadv(file, [left], position)
@@ -254,7 +266,8 @@ class TokenStream:
                     f"{path}: was cut short while it was read: it ends before byte {position + len(left)} (tokens "
                     f"{token} to {token + len(out) - 1}); copy or prepare it again"
                 )
-            left, position = left[count:], position + count
+            left = left[count:]
+            position += count
 
     def read(self, start, length):
         """Tokens [start, start + length) -> (length,) int64."""
@@ -263,14 +276,14 @@ class TokenStream:
         return self.ids(out, lambda place: start + place).astype(np.int64)
 
     def example(self, start, length):
-        """Inputs and targets, both (length,) int64, from the token `start` on."""
+        """Inputs and targets, both (length,) int64, of which the first input is token `start`."""
         out = np.empty(length + 1, dtype=self.dtype)
         self.fill(start, out)
         return self.inputs_and_targets(out, lambda place: start + place)
 
     def ids(self, tokens, position):
-        """Stored tokens -> their ids, of the same dtype. position: place in the flat array -> token of the stream.
-        Raises UserError that names shard and place if an id is not below the vocabulary."""
+        """Stored tokens -> their ids, of the same dtype. position: index into the flat array -> token of the stream.
+        Raises UserError that names shard and place if an id is not below the vocabulary size."""
         ids = tokens & ~NO_LOSS if self.loss_mask else tokens
         if self.vocab_size is not None and ids.size and ids.max() >= self.vocab_size:
             start = position(int(ids.argmax()))
@@ -293,7 +306,8 @@ class TokenStream:
         )
 
     def inputs_and_targets(self, tokens, position):
-        """Stored tokens (..., n + 1) -> inputs and targets (..., n) int64; a target that is none is IGNORE."""
+        """Stored tokens (..., n + 1) -> inputs and targets (..., n) int64; a token without loss is IGNORE as a
+        target."""
         ids = self.ids(tokens, position)
         inputs, targets = ids[..., :-1].astype(np.int64), ids[..., 1:].astype(np.int64)
         if self.loss_mask:
@@ -305,8 +319,8 @@ class TokenStream:
         return validation_windows(self.windows, wanted)
 
     def check_vocabulary(self, vocab_size, samples=64):
-        """Raise UserError if meta.json, or a token in one of `samples` windows, is above the vocabulary. From here on
-        every read compares with it."""
+        """Raise UserError if the vocabulary of meta.json is larger than the model's, or a token in one of `samples`
+        windows is outside it. Later reads compare with it too."""
         if self.meta and self.meta["vocab_size"] > vocab_size:
             raise UserError(
                 f"model.vocab_size: {vocab_size}, but {self.folder} has token ids up to "
@@ -318,14 +332,14 @@ class TokenStream:
             self.read(int(window) * self.block_size, self.block_size + 1)
 
     def verify(self, share=0, of=1):
-        """Read every `of`-th shard from number `share` on as a whole. Raises UserError if its checksum is not that of
-        meta.json, or an id in it is not below the vocabulary."""
+        """Read shards number share, share + of, share + 2 * of, ... as a whole. Raises UserError if a checksum is not
+        that of meta.json, or an id is not below the vocabulary size."""
         for path, entry in list(zip(self.paths, self.entries, strict=True))[share::of]:
             verify_shard(path, entry, self.vocab_size, self.loss_mask)
 
     def fingerprint(self):
-        """What a checkpoint records of this stream: plain values that differ whenever the tokenizer, the
-        vocabulary or the shards do. Shards without meta.json are known by their names and lengths alone."""
+        """The identity of this stream, for checkpoints: plain values that differ whenever the tokenizer, the vocabulary
+        or the shards do. Shards without meta.json are identified by their names and lengths alone."""
         known = self.entries if self.meta else [path.name for path in self.paths]
         return {
             "tokenizer": self.meta["tokenizer"]["fingerprint"] if self.meta else None,
@@ -344,8 +358,8 @@ def shards_of(folder, split, meta):
 
 
 def verify_shard(path, entry, vocab_size=None, loss_mask=False):
-    """Read a whole shard. entry: of meta.json. Returns (dtype, tokens, largest id or None if it has none). Raises
-    UserError if its header, size, checksum or an id is not as it should be."""
+    """Read a whole shard and compare it with its entry of meta.json. Returns (dtype, tokens, largest id, or None if it
+    is empty). Raises UserError if the header, the size, the checksum or an id is wrong."""
     dtype, offset, tokens = layout = shard_layout(path)
     check_layout(path, layout, dtype, entry, path)
     digest = hashlib.sha256()
@@ -361,9 +375,10 @@ def verify_shard(path, entry, vocab_size=None, loss_mask=False):
             count = os.preadv(file, [part], done)
             digest.update(part[:count])
             if done >= offset:
-                count -= count % dtype.itemsize  # of a file that is cut short meanwhile
+                count -= count % dtype.itemsize  # if the file is cut short meanwhile
                 ids = np.frombuffer(part[:count], dtype)
-                ids = ids & ~NO_LOSS if loss_mask else ids
+                if loss_mask:
+                    ids = ids & ~NO_LOSS
                 if largest is None or ids.max() > largest:
                     largest, place = int(ids.max()), (done - offset) // dtype.itemsize + int(ids.argmax())
             done += count
@@ -386,8 +401,8 @@ def verify_shard(path, entry, vocab_size=None, loss_mask=False):
 
 
 def read_meta(folder):
-    """meta.json of a data folder, every field of it checked, or None where there is none (shards from elsewhere).
-    Raises UserError."""
+    """meta.json of a data folder, every field checked, or None if there is none (shards of other programs). Raises
+    UserError."""
     path = Path(folder) / "meta.json"
     if not os.path.lexists(path):
         return None
@@ -399,7 +414,8 @@ def read_meta(folder):
 
     for name, expected in (("vocab_size", "a number of ids"), ("tokenizer", "an object"), ("splits", "an object")):
         expect(name in meta, name, None, expected)
-    vocab_size, tokenizer = meta["vocab_size"], meta["tokenizer"]
+    vocab_size = meta["vocab_size"]
+    tokenizer = meta["tokenizer"]
     expect(is_count(vocab_size) and 0 < vocab_size <= 2**31, "vocab_size", vocab_size, "a number of ids, 1 to 2^31")
     expect(isinstance(tokenizer, dict), "tokenizer", tokenizer, "an object")
     for name, kind in (("fingerprint", str), ("name", str), ("trained", bool)):
@@ -419,7 +435,7 @@ def read_meta(folder):
 
 
 def check_progress(path):
-    """progress.json, every field of it checked. Raises UserError."""
+    """The content of progress.json, every field checked. Raises UserError."""
     progress = read_object(path)
     for name in ("settings", "skipped"):
         if not isinstance(progress.get(name, {}), dict):
@@ -433,7 +449,7 @@ def check_progress(path):
 
 
 def read_object(path, remedy="prepare the data again"):
-    """The object in a JSON file. Raises UserError, for a pipe or a device too."""
+    """The object in a JSON file. remedy: for the error. Raises UserError, for a pipe or a device too."""
     if not os.path.lexists(path):
         raise UserError(f"{path}: no such file; {remedy}")
     if not is_regular(path):
@@ -445,6 +461,7 @@ def read_object(path, remedy="prepare the data again"):
 
 
 def damaged(path, name, value, expected, remedy="prepare the data again"):
+    """The UserError for a wrong value in a JSON file. name: where in it."""
     found = json.dumps(value)
     found = found if len(found) < 80 else f"{found[:80]}..."
     return UserError(f"{path}: damaged: {name}: found {found}, expected {expected}; {remedy}")
