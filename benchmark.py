@@ -25,8 +25,8 @@ from minzero.benchmark import ROWS, SET_BY_ROWS, markdown, measure_rows, this_de
 from minzero.commands import run_command
 from minzero.config.deepspeed import gradient_accumulation
 from minzero.config.load import load_config
-from minzero.data.shards import make_folder
 from minzero.errors import UserError
+from minzero.files import make_folder
 from minzero.flags import FlagParser, a_path, at_least
 from minzero.sizes import check_counted
 

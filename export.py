@@ -26,10 +26,10 @@ from minzero import checkpoint, checkpoint_folder, checkpoint_state
 from minzero.commands import run_command
 from minzero.config.build import build
 from minzero.config.sections import ModelConfig, switched_on
-from minzero.data.shards import read_meta, write_json
+from minzero.data.shards import read_meta
 from minzero.errors import UserError
-from minzero.files import read_json, refuse_pipe
-from minzero.flags import FlagParser, a_checkpoint, a_path, check_can_write
+from minzero.files import check_can_write, read_json, refuse_pipe, write_json
+from minzero.flags import FlagParser, a_checkpoint, a_path
 from model import GPT
 
 MAX_SHARD = "5GB"  # of one file of weights

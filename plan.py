@@ -19,7 +19,8 @@ import json
 from minzero.commands import run_command
 from minzero.config.load import load_config
 from minzero.errors import UserError
-from minzero.flags import FlagParser, a_number, a_path, at_least, check_can_write
+from minzero.files import check_can_write
+from minzero.flags import FlagParser, a_number, a_path, at_least
 from minzero.planner.gpus import MOST_GPUS, GiB, Hardware, peak_of
 from minzero.planner.plan import plan_run
 from minzero.planner.report import draw, notes_on, plan_text, suggest_fix, train_command

@@ -27,10 +27,9 @@ from minzero import checkpoint_folder, checkpoint_state
 from minzero.commands import run_command
 from minzero.config.build import build
 from minzero.config.hints import rename_old_keys
-from minzero.data.shards import cannot_write, write_atomically
 from minzero.errors import UserError
-from minzero.files import read_json
-from minzero.flags import FlagParser, a_path, check_can_write
+from minzero.files import cannot_write, check_can_write, read_json, write_atomically
+from minzero.flags import FlagParser, a_path
 from minzero.metrics import duration, good_lines
 from minzero.sizes import flops_per_token
 

@@ -27,8 +27,8 @@ from minzero.commands import run_command
 from minzero.config.sections import ModelConfig
 from minzero.data.tokenizer import GPT2_PATTERNS, PATTERN, open_huggingface
 from minzero.errors import UserError
-from minzero.files import read_json
-from minzero.flags import FlagParser, a_path, check_can_write
+from minzero.files import check_can_write, read_json
+from minzero.flags import FlagParser, a_path
 
 # what llama.cpp calls these patterns (`tokenizer.ggml.pre`), and whether it takes a piece that is a token as it is
 PRE_TOKENIZERS = {PATTERN: ("llama-bpe", True)} | dict.fromkeys(GPT2_PATTERNS, ("gpt-2", False))

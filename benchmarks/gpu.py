@@ -40,9 +40,9 @@ from benchmarks.gpu_report import write_report
 from minzero import benchmark
 from minzero.commands import run_command
 from minzero.config.build import build
-from minzero.data.shards import make_folder, write_json, write_shard
+from minzero.data.shards import write_shard
 from minzero.errors import UserError
-from minzero.files import git_commit
+from minzero.files import git_commit, make_folder, write_json
 from minzero.flags import FlagParser, a_number, a_path, at_least
 from minzero.sizes import flops_per_token
 

@@ -4,7 +4,7 @@ import statistics
 
 from benchmarks.gpu_parts import PARTS
 from minzero import benchmark
-from minzero.data.shards import write_atomically
+from minzero.files import write_atomically
 from minzero.sizes import peak_flops
 
 SPEED = {

@@ -9,15 +9,14 @@ measured on the 20th. Text files are cut into documents of 20,000 characters.
 import argparse
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import tiktoken
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.stdlib.prepare import documents
 from minzero.commands import run_command
-from minzero.data.sources import Files
+from minzero.data.local_files import Files
+from minzero.data.sources import StandardLibrary
 from minzero.data.tokenizer import GPT2_PATTERNS, PATTERN, faster, train_tokenizer
 
 # The pattern of tokenizers trained here before: a punctuation mark joins the letters after it, and line ends the
@@ -41,7 +40,7 @@ def main(arguments):
     parser.add_argument("--input", nargs="+", help="text files, folders, quoted globs")
     parser.add_argument("--vocab_size", nargs="+", type=int, default=[4096, 32768])
     args = parser.parse_args(arguments)
-    corpora = {"code": [text for _, text in documents(SimpleNamespace(input=None))]}
+    corpora = {"code": [text for _, text in StandardLibrary()]}
     if args.input:
         texts = [text for _, text in Files(args.input)]
         corpora["text"] = [text[start : start + 20_000] for text in texts for start in range(0, len(text), 20_000)]

@@ -8,7 +8,6 @@ Writes tokenizer.tiktoken, which everything here loads, and tokenizer.json, whic
 """
 
 import importlib
-import itertools
 import sys
 from pathlib import Path
 
@@ -19,18 +18,17 @@ from minzero.commands import begin
 if __name__ == "__main__":
     begin()
 
-from tqdm import tqdm
-
 from minzero.commands import run_command
 from minzero.config.values import did_you_mean
+from minzero.data.documents import UsableTexts, plural
 from minzero.data.pipeline import MOST_IDS
-from minzero.data.sources import BadDocument, plural
-from minzero.data.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
+from minzero.data.tokenizer import END_OF_TEXT, checked_special_tokens, save_tokenizer, train_tokenizer
 from minzero.errors import UserError
-from minzero.flags import FlagParser, a_path, at_least, check_can_write
+from minzero.files import check_can_write
+from minzero.flags import FlagParser, a_path, at_least
 
 
-def main(arguments):
+def flags():
     parser = FlagParser(__doc__)
     parser.add_argument("--source", default="text", help="a data set: the name of a folder in data/")
     parser.add_argument("--input", nargs="+", help="local copies of the source: files, folders, quoted globs")
@@ -48,7 +46,11 @@ def main(arguments):
     )
     parser.add_argument("--special_tokens", nargs="+", default=[END_OF_TEXT], help="get the last ids, in this order")
     parser.add_argument("--out", type=a_path, required=True, help="folder for the tokenizer")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments):
+    args = flags().parse_args(arguments)
     args.val_fraction = 0.0  # learn from the training side where a source is cut in two
     names = sorted(path.parent.name for path in Path(__file__).parent.glob("*/prepare.py"))
     if args.source not in names:
@@ -56,33 +58,15 @@ def main(arguments):
     if args.source == "text" and not args.input:
         raise UserError("--input: none given; name your files, or a data set: --source fineweb_edu")
     check_can_write("--out", args.out, folder=True)  # before the training
-    for token in args.special_tokens:
-        if len(token) < 2 or not token.isprintable() or args.special_tokens.count(token) > 1:
-            raise UserError(
-                f"--special_tokens: found {token!a}, expected names of two characters or more, each once, as <|user|>"
-            )
-    special = list(dict.fromkeys([*args.special_tokens, END_OF_TEXT]))  # the shards need an end of text
-    least = 256 + len(special)
-    if args.vocab_size < least:
-        raise UserError(f"--vocab_size: found {args.vocab_size}, expected at least {least}: bytes and special tokens")
-    documents = importlib.import_module(f"data.{args.source}.prepare").documents(args)
+    special_tokens = checked_special_tokens(args.special_tokens, args.vocab_size)
+
+    documents = importlib.import_module(f"data.{args.source}.prepare").script.documents(args)
     if hasattr(documents, "summary"):
         print(documents.summary)
-    if args.on_bad_document == "skip" and hasattr(documents, "yield_bad"):
-        documents.yield_bad = True
-    bad = []
-
-    def texts():
-        for _, text in itertools.islice(documents, args.limit):
-            if isinstance(text, BadDocument):
-                bad.append(1)
-            else:
-                yield text
-
-    progress = tqdm(texts(), unit=" documents", desc=str(args.out))
-    save_tokenizer(args.out, *train_tokenizer(progress, args.vocab_size, special))
-    if bad:
-        print(f"skipped {plural(len(bad), 'document')} that could not be read")
+    texts = UsableTexts(documents, args.limit, args.on_bad_document, str(args.out))
+    save_tokenizer(args.out, *train_tokenizer(texts, args.vocab_size, special_tokens))
+    if texts.skipped:
+        print(f"skipped {plural(texts.skipped, 'document')} that could not be read")
     print(f"{args.out}: {args.vocab_size:,} ids")
 
 

@@ -25,9 +25,9 @@ import numpy as np
 
 from minzero.config.deepspeed import gradient_accumulation
 from minzero.data.mixture import Mixture
-from minzero.data.shards import token_dtype, write_atomically, write_json, write_shard
+from minzero.data.shards import token_dtype, write_shard
 from minzero.errors import UserError
-from minzero.files import ROOT
+from minzero.files import ROOT, write_atomically, write_json
 from minzero.metrics import read_metrics
 from minzero.planner.gpus import in_units
 from minzero.planner.memory import peak_bytes

@@ -31,25 +31,12 @@ import torch
 from torch import distributed
 
 from minzero import errors
-from minzero.checkpoint_folder import (
-    Saved,
-    is_ours,
-    name_of,
-    prune,
-    remove_unfinished,
-    write_marks,
-)
-from minzero.checkpoint_state import (
-    SCALER,
-    as_saved,
-    read_state,
-    state_checksum,
-    state_if_whole,  # noqa: F401
-)
+from minzero.checkpoint_folder import Saved, is_ours, name_of, prune, remove_unfinished, write_marks
+from minzero.checkpoint_state import SCALER, as_saved, read_state, state_checksum
 from minzero.config.build import build
 from minzero.config.sections import DataConfig, TrainConfig
-from minzero.data.shards import cannot_write, make_way, write_json
 from minzero.errors import SharedError, UserError
+from minzero.files import cannot_write, make_way, write_json
 from minzero.tensor_files import SavedPieces, check_sums, damaged, index_of, pieces_in, write_tensors
 from minzero.zero import (
     KINDS,

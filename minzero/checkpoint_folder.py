@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minzero.checkpoint_state import RANK_FILE, state_if_whole
-from minzero.data.shards import write_atomically
 from minzero.errors import UserError
+from minzero.files import write_atomically
 from minzero.tensor_files import open_plain_file
 
 FOLDER = re.compile(r"step_([0-9]{8,15})(|\.tmp|\.old\.tmp|\.deleted\.tmp)")

@@ -13,9 +13,8 @@ import zlib
 from pathlib import Path
 
 from minzero.config.sections import TrainConfig
-from minzero.data.shards import is_count, is_number
 from minzero.errors import UserError
-from minzero.files import read_json
+from minzero.files import is_count, is_number, read_json
 from minzero.tensor_files import check_size, damaged, fault_of_index, open_plain_file
 
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # the state of fp16's loss scaler

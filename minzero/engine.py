@@ -13,8 +13,8 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 import export
 from minzero.config.deepspeed import check_together, offload_device, offload_ratio, offloads_optimizer, zero_stage
-from minzero.data.shards import make_folder
 from minzero.errors import UserError
+from minzero.files import make_folder
 from minzero.sizes import count_parameters
 from minzero.zero import stage_0_masters, torch_linear
 from model import GPT, Block

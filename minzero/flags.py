@@ -1,10 +1,7 @@
 """Command-line flags: a parser whose errors are one line, and types of flags with a range."""
 
 import argparse
-import errno
 import math
-import os
-import stat
 from pathlib import Path
 
 from minzero.errors import UserError
@@ -86,49 +83,3 @@ def a_checkpoint(text):
     if len(text) > 60:
         raise argparse.ArgumentTypeError(f"found {shown(text)!r}, expected best, latest or a step")
     return text
-
-
-def check_can_write(flag, path, folder=False):
-    """Raise UserError unless a file can be written at this path. Called before the work that makes its content; writes
-    nothing itself.
-
-    flag: the flag or key of the config that names the path. folder: the path is for a folder, which need not exist."""
-    path = os.fspath(path)
-    try:
-        reason = obstacle(path, folder)
-    except OSError as error:
-        reason = error.strerror
-    except UnicodeEncodeError:
-        reason = "found a name that is not UTF-8"
-    except ValueError:
-        reason = "found a NUL byte in the name"
-    if reason:
-        name = path if path.isprintable() else ascii(path)
-        name = f"{flag}: {name}" if folder else name
-        raise UserError(f"{name}: could not be written ({reason}); choose another {flag}")
-
-
-def obstacle(path, folder):
-    """Why no file (or folder) can be written at a path, or None if it can. Raises OSError, and ValueError for a path
-    that is not valid."""
-    if folder:
-        path.encode()  # libraries that write into a folder take only UTF-8
-    place = os.path.abspath(path)
-    try:
-        is_folder = stat.S_ISDIR(os.stat(place).st_mode)
-    except FileNotFoundError:
-        pass
-    else:
-        if is_folder != folder:
-            return os.strerror(errno.ENOTDIR if folder else errno.EISDIR)
-        if not os.access(place, os.W_OK):
-            return os.strerror(errno.EACCES)
-    above = place if folder else os.path.dirname(place)
-    while folder and not os.path.lexists(above):
-        above = os.path.dirname(above)
-    where = "" if above == place or not folder else f": {above}"
-    if not os.path.isdir(above):
-        return os.strerror(errno.ENOTDIR if os.path.lexists(above) else errno.ENOENT) + where
-    if not os.access(above, os.W_OK | os.X_OK):
-        return os.strerror(errno.EACCES) + where
-    return None

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from minzero.data.shards import is_number, write_atomically
 from minzero.errors import UserError
+from minzero.files import is_number, write_atomically
 from minzero.sizes import count_parameters, flops_per_token, peak_flops, recomputed_flops_per_token
 
 # Seconds that W&B may take to begin, which is how long a run without a network waits, and to end, where it would

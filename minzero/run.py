@@ -5,8 +5,8 @@ import time
 from typing import NamedTuple
 
 from minzero import checkpoint, checkpoint_folder, dist, metrics
-from minzero.data.shards import write_json
 from minzero.errors import SharedError, UserError
+from minzero.files import write_json
 
 
 class StepResult(NamedTuple):

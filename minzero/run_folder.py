@@ -20,8 +20,8 @@ from pathlib import Path
 
 import psutil
 
-from minzero.data.shards import make_folder, write_atomically
 from minzero.errors import UserError
+from minzero.files import make_folder, write_atomically
 
 PATIENCE = 5.0  # seconds that the last ranks of a run that was killed may need to notice it
 STATUS_SECONDS = 2.0  # a step's number in status.json is at most that old, besides the time between two log lines

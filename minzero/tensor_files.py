@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from minzero.data.shards import open_regular
 from minzero.errors import UserError
+from minzero.files import open_regular
 from minzero.zero import all_finite
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}

@@ -81,7 +81,8 @@ def small_data(tmp_path_factory):
 def write_small_data(folder):
     import numpy as np
 
-    from minzero.data.shards import write_json, write_shard
+    from minzero.data.shards import write_shard
+    from minzero.files import write_json
 
     generator, splits = np.random.default_rng(0), {}
     for split, sizes in (("train", (20_000, 31_000, 9_000)), ("val", (5_000,))):

@@ -9,7 +9,7 @@ from minzero import checkpoint
 from minzero.checkpoint_folder import complete_checkpoints, name_of, prune
 from minzero.checkpoint_state import state_checksum
 from minzero.config.sections import Config
-from minzero.data.shards import write_json
+from minzero.files import write_json
 from minzero.tensor_files import index_of, pieces_in
 from minzero.zero import KINDS
 from tests.trained_runs import write_file

@@ -12,14 +12,14 @@ import model
 import train
 from benchmarks.gpu_parts import VOCABULARY, Bench
 from benchmarks.switches import SWITCHES
-from minzero import sizes
+from minzero import loss
 from minzero.config.sections import ModelConfig
 
 
 def whole_loss():
     gpt = model.GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=9))
     targets = torch.arange(8)[None]
-    targets[0, 3] = sizes.IGNORE_INDEX
+    targets[0, 3] = loss.IGNORE_INDEX
     tokens = targets.clamp(min=0)
     before = gpt(tokens, targets)
     SWITCHES["whole_loss"]()
@@ -45,20 +45,20 @@ def deepspeed_adam():
 
 
 def large_chunks():
-    assert sizes.loss_chunk_tokens(VOCABULARY, True) == 4096
+    assert model.loss_chunk_tokens(VOCABULARY, True) == 4096
     SWITCHES["large_chunks"]()
-    assert sizes.loss_chunk_tokens(VOCABULARY, True) == 16384
+    assert model.loss_chunk_tokens(VOCABULARY, True) == 16384
 
 
 def small_chunks():
     SWITCHES["small_chunks"]()
-    assert sizes.loss_chunk_tokens(VOCABULARY, True) == 1024
+    assert model.loss_chunk_tokens(VOCABULARY, True) == 1024
 
 
 def unpadded():
-    assert sizes.padded_vocab_size(50257, True) == VOCABULARY
+    assert loss.padded_vocab_size(50257, True) == VOCABULARY
     SWITCHES["unpadded"]()
-    assert sizes.padded_vocab_size(50257, True) == 50257
+    assert loss.padded_vocab_size(50257, True) == 50257
 
 
 def whole_model():

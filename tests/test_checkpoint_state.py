@@ -8,8 +8,8 @@ import pytest
 from minzero import checkpoint, resume
 from minzero.checkpoint_folder import find
 from minzero.checkpoint_state import read_state
-from minzero.data.shards import write_json
 from minzero.errors import UserError
+from minzero.files import write_json
 from minzero.tensor_files import check_sums
 from tests.saved_checkpoints import (
     deep,

@@ -19,7 +19,7 @@ import torch
 import plan
 import plot
 from data import train_tokenizer
-from minzero import commands, flags, metrics
+from minzero import commands, files, flags, metrics
 from minzero.commands import run_command
 from minzero.config.load import load_config
 from minzero.errors import UserError, explain
@@ -27,7 +27,8 @@ from tests.conftest import ROOT, environment
 from tests.test_plot import make_run
 
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("data/*/prepare.py")]
-COMMANDS = sorted(file.relative_to(ROOT).as_posix() for file in FILES if "    run_command(" in file.read_text())
+RUNS = ("    run_command(", "    script.run()")
+COMMANDS = sorted(file.relative_to(ROOT).as_posix() for file in FILES if any(run in file.read_text() for run in RUNS))
 
 
 def ended(capsys, function, arguments=()):
@@ -52,7 +53,7 @@ def test_all_commands_are_found():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_begins_before_the_imports_that_take_seconds(command):
     lines = ast.parse((ROOT / command).read_text()).body
-    begins = next(place for place, line in enumerate(lines) if ast.unparse(line).endswith("begin()"))
+    begins = next(place for place, line in enumerate(lines) if ast.unparse(line).endswith(("begin()", "script.run()")))
     before = {name.name for line in lines[:begins] if isinstance(line, ast.Import) for name in line.names}
     before |= {line.module for line in lines[:begins] if isinstance(line, ast.ImportFrom)}
     before = {name.partition(".")[0] for name in before}
@@ -288,9 +289,9 @@ def test_a_flag_takes_what_is_in_its_range():
 def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to("nowhere")
-    flags.check_can_write("--out", tmp_path / "new.png")
-    flags.check_can_write("--out", tmp_path / "\udcff.png")
-    flags.check_can_write("--out", tmp_path / "new" / "folder", folder=True)
+    files.check_can_write("--out", tmp_path / "new.png")
+    files.check_can_write("--out", tmp_path / "\udcff.png")
+    files.check_can_write("--out", tmp_path / "new" / "folder", folder=True)
     for path, folder, reason in (
         (tmp_path, False, "Is a directory"),
         (tmp_path / "file", True, "Not a directory"),
@@ -305,11 +306,11 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
         (tmp_path / N, True, "File name too long"),
     ):
         with pytest.raises(UserError, match=rf"could not be written \({reason}\); choose another --out$"):
-            flags.check_can_write("--out", path, folder)
+            files.check_can_write("--out", path, folder)
     if os.geteuid():  # root may write everywhere
         (tmp_path / "shut").mkdir(mode=0o500)
         with pytest.raises(UserError, match=rf"could not be written \(Permission denied: {tmp_path / 'shut'}\)"):
-            flags.check_can_write("--out", tmp_path / "shut" / "new" / "folder", folder=True)
+            files.check_can_write("--out", tmp_path / "shut" / "new" / "folder", folder=True)
 
 
 def test_numbers_of_any_length_in_a_config_name_the_file_or_key(tmp_path):

@@ -21,9 +21,10 @@ import train
 from eval import open_trained
 from minzero.data import pipeline
 from minzero.data.conversations import HEADINGS, LEARNED, Conversations, with_marks
+from minzero.data.local_files import Files
 from minzero.data.mixture import Mixture
 from minzero.data.shards import TokenStream
-from minzero.data.sources import Files, Hub
+from minzero.data.sources import Hub
 from minzero.data.tokenizer import load_tokenizer
 from minzero.errors import UserError
 from minzero.files import ROOT

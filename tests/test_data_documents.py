@@ -18,10 +18,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from minzero.data import pipeline, sources, tokenizer
+from minzero.data import encode, pipeline, sources, tokenizer
 from minzero.data.conversations import Conversations
+from minzero.data.documents import BadDocument
+from minzero.data.local_files import Files
 from minzero.data.shards import TokenStream
-from minzero.data.sources import BadDocument, Files
 from minzero.data.tokenizer import cut_long_runs, load_tokenizer
 from minzero.errors import UserError
 from tests.conftest import ROOT
@@ -107,6 +108,15 @@ def test_a_glob_or_a_name_reads_other_files_as_text(mixed):
         (mixed / name).write_bytes(content)
         with pytest.raises(BadDocument, match=rf"{name}.*UTF-8|{name}.*UnicodeDecodeError"):
             found(name)
+
+
+def test_an_input_in_a_folder_that_is_not_there_is_refused_with_the_nearest_that_is(tmp_path):
+    for below in ("gone/a.txt", "gone/further/*.txt", "gone/**/*.md"):
+        with pytest.raises(UserError, match="matches no file") as caught:
+            Files(str(tmp_path / below))
+        assert f"(nearest existing folder: {tmp_path})" in str(caught.value)
+    with pytest.raises(UserError, match=r"none.txt matches no file; name files"):
+        Files(str(tmp_path / "none.txt"))
 
 
 def test_links_in_circles_give_each_file_once(tmp_path):
@@ -496,7 +506,7 @@ def test_runs_up_to_the_limit_are_given_to_the_tokenizer_whole():
 
 def test_any_text_that_makes_the_tokenizer_fail_is_given_in_small_pieces(monkeypatch):
     """As another's pattern may choke where ours does not."""
-    pipeline.start_worker("bytes", False)
+    encode.start_worker("bytes", False)
 
     class Choking:
         def __getattr__(self, name):
@@ -507,9 +517,9 @@ def test_any_text_that_makes_the_tokenizer_fail_is_given_in_small_pieces(monkeyp
                 raise ValueError("Max stack size exceeded")
             return real.encode_to_numpy(text, **how)
 
-    real = pipeline.encoding
-    monkeypatch.setattr(pipeline, "encoding", Choking())
-    tokens, size = pipeline.encode_text("key", "word " * 10_000)
+    real = encode.encoding
+    monkeypatch.setattr(encode, "encoding", Choking())
+    tokens, size = encode.encode_text("key", "word " * 10_000)
     assert size == 50_000 and real.decode(np.concatenate(tokens).tolist()) == "word " * 10_000
 
 
@@ -521,9 +531,13 @@ def test_ten_megabytes_without_a_boundary_take_seconds(tmp_path, shared):
 
 
 def test_batches_are_bounded_by_documents_as_well_as_by_characters(tmp_path):
-    sizes = [len(batch) for batch in pipeline.batches(((str(i), "") for i in range(40_000)), 10**6, lambda key: "val")]
-    assert max(sizes) == pipeline.BATCH_DOCUMENTS == 16_384 and sum(sizes) == 40_000
-    sizes = [len(batch) for batch in pipeline.batches(((str(i), "x" * 10) for i in range(100)), 100, lambda key: "val")]
+    sizes = [
+        len(batch) for batch in encode.make_batches(((str(i), "") for i in range(40_000)), 10**6, lambda key: "val")
+    ]
+    assert max(sizes) == encode.BATCH_DOCUMENTS == 16_384 and sum(sizes) == 40_000
+    sizes = [
+        len(batch) for batch in encode.make_batches(((str(i), "x" * 10) for i in range(100)), 100, lambda key: "val")
+    ]
     assert sizes == [10] * 10
 
 
@@ -651,7 +665,7 @@ def test_where_the_shards_go_is_looked_at_before_the_source(tmp_path, monkeypatc
     """A download or a learned tokenizer would be for nothing."""
     command = importlib.import_module(f"data.{name}.prepare")
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr(command, "documents", lambda args: pytest.fail("opened"))
+    monkeypatch.setattr(command.script, "documents", lambda args: pytest.fail("opened"))
     refused = r"^--out: .*could not be written \(Not a directory\); choose another --out$"
     for out, words in (("file", refused), ("file/below", refused), ("", "^--out: .*expected a path")):
         flags = ["--input", str(tmp_path / "file"), "--out", out and str(tmp_path / out)]

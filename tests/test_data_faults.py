@@ -13,8 +13,10 @@ import pytest
 from data import verify
 from minzero.data import pipeline, shards
 from minzero.data.mixture import Mixture
-from minzero.data.shards import TokenStream, read_meta, write_json, write_shard
+from minzero.data.shards import TokenStream, read_meta, write_shard
+from minzero.data.verify import verify_folder
 from minzero.errors import UserError
+from minzero.files import write_json
 from tests.conftest import ROOT, deepspeed_command, run, write_small_data
 from tests.test_data_shards import make
 
@@ -157,7 +159,7 @@ def test_odd_values_in_meta_json_are_named(tmp_path, change, words):
     else:
         meta |= change
     (folder / "meta.json").write_text(json.dumps(meta))
-    for read in (lambda: [TokenStream(folder, "train", 4)], lambda: verify.verify(str(folder))[0]):
+    for read in (lambda: [TokenStream(folder, "train", 4)], lambda: verify_folder(str(folder))[0]):
         try:
             lines = read()
         except UserError as error:
@@ -376,6 +378,8 @@ def test_verify_of_headerless_files_and_of_what_is_no_data(tmp_path, capsys):
     for place in (tmp_path / "none", tmp_path / "empty", tmp_path / "val.bin", "x" * 300):
         code, said = verified(capsys, place)
         assert code == 2 and str(place) in said.out and "Traceback" not in said.err
+    code, said = verified(capsys, tmp_path / "empty" / "gone" / "further")
+    assert code == 2 and f"(nearest existing folder: {tmp_path / 'empty'})" in said.out
 
 
 def test_the_command_itself(tmp_path):

@@ -23,10 +23,11 @@ import pytest
 from pyarrow import parquet
 from tqdm import tqdm
 
-from minzero.data import pipeline, sources
-from minzero.data.shards import TokenStream, checksum, write_shard
+from minzero.data import local_files, pipeline, sources
+from minzero.data.shards import TokenStream, write_shard
 from minzero.data.tokenizer import load_tokenizer
 from minzero.errors import UserError
+from minzero.files import checksum
 from tests.conftest import ROOT, environment
 
 GENERATOR = random.Random(7)
@@ -118,7 +119,7 @@ def test_same_tokens_from_every_format(tmp_path):
         (folders["txt"] / f"{i:04d}.txt").write_bytes(text.encode())
     results = {}
     for name, folder in folders.items():
-        files = sources.Files(str(folder))
+        files = local_files.Files(str(folder))
         prepare(files, tmp_path / f"{name}_out", side=lambda key: "train")
         assert files.fraction == 1
         stream = TokenStream(tmp_path / f"{name}_out", "train", 8)
@@ -158,7 +159,7 @@ def test_files_folders_and_globs(tmp_path):
         (tmp_path / name).write_text(name)
 
     def found(*patterns):
-        return [text for _, text in sources.Files([str(tmp_path / p) for p in patterns])]
+        return [text for _, text in local_files.Files([str(tmp_path / p) for p in patterns])]
 
     assert (
         found("**/*.txt")
@@ -172,17 +173,17 @@ def test_files_folders_and_globs(tmp_path):
 
 
 def test_long_text_files_are_cut_at_line_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "TEXT_PIECE", 100)
+    monkeypatch.setattr(local_files, "TEXT_PIECE", 100)
     text = "".join(f"line {i} of a long text\r\n" for i in range(30))
     (tmp_path / "long.txt").write_bytes(text.encode())
-    pieces = [piece for _, piece in sources.Files(str(tmp_path))]
+    pieces = [piece for _, piece in local_files.Files(str(tmp_path))]
     assert "".join(pieces) == text and len(pieces) > 3
     assert all(piece.endswith("\n") and len(piece) < 130 for piece in pieces)
 
 
 def test_half_a_surrogate_pair(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud83d"}\n{"text": "\\ud83d\\ude00"}\n')
-    prepare(sources.Files(str(tmp_path / "a.jsonl")), tmp_path / "out", side=lambda key: "train")
+    prepare(local_files.Files(str(tmp_path / "a.jsonl")), tmp_path / "out", side=lambda key: "train")
     stream = TokenStream(tmp_path / "out", "train", 4)
     assert load_tokenizer("bytes").decode(stream.read(0, stream.tokens).tolist()).split("<|endoftext|>")[1:] == [
         "a�",
@@ -441,7 +442,7 @@ def cut_short():
 
 def refused(files, *words, flags=()):
     with pytest.raises(UserError) as caught:
-        list(sources.Files([str(file) for file in files], *flags))
+        list(local_files.Files([str(file) for file in files], *flags))
     message = str(caught.value)
     assert "\n" not in message
     for word in words:
@@ -484,7 +485,7 @@ def test_broken_files_are_named(tmp_path):
 def test_a_file_that_vanishes(tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name)
-    files = sources.Files(str(tmp_path))
+    files = local_files.Files(str(tmp_path))
     (tmp_path / "b.txt").unlink()
     with pytest.raises(UserError, match=r"b.txt row 1: could not be read \(FileNotFoundError"):
         list(files)

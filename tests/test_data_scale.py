@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from minzero.data.shards import shard_header, write_json
+from minzero.data.shards import shard_header
+from minzero.files import write_json
 from tests.conftest import ROOT, environment
 
 SHARDS, SHARD_TOKENS = 10_000, 10**8

@@ -1,19 +1,17 @@
 """Shards: what is written is read again, whatever the borders; what is broken is refused by name."""
 
-import itertools
 import json
 import os
-import signal
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minzero.data import shards
 from minzero.data.mixture import Mixture, check_same_data
-from minzero.data.shards import TokenStream, shard_layout, write_atomically, write_json, write_shard
+from minzero.data.shards import TokenStream, shard_layout, write_shard
 from minzero.errors import UserError
+from minzero.files import write_json
 
 
 def make(folder, parts, split="train", meta=True, vocab_size=1000):
@@ -28,25 +26,6 @@ def make(folder, parts, split="train", meta=True, vocab_size=1000):
         splits = {split: {"tokens": sum(map(len, parts)), "shards": entries}}
         write_json(folder / "meta.json", {"tokenizer": tokenizer, "vocab_size": vocab_size, "splits": splits})
     return folder
-
-
-def test_only_a_regular_file_is_opened(tmp_path):
-    """A pipe is not waited at, and a link is followed only where that is asked for."""
-    (tmp_path / "file").write_bytes(b"content")
-    (tmp_path / "link").symlink_to("file")
-    (tmp_path / "folder").mkdir()
-    os.mkfifo(tmp_path / "pipe")
-    for name, links in (("file", True), ("file", False), ("link", True)):
-        file = shards.open_regular(tmp_path / name, links=links)
-        assert os.read(file, 100) == b"content"
-        os.close(file)
-    for name, links in itertools.product(("folder", "pipe", "/dev/null"), (True, False)):
-        with pytest.raises(OSError, match="folder, pipe or device, not a regular file"):
-            shards.open_regular(tmp_path / name, links=links)
-    with pytest.raises(OSError, match=r"found a link, .*not a regular file"):
-        shards.open_regular(tmp_path / "link", links=False)
-    with pytest.raises(FileNotFoundError):
-        shards.open_regular(tmp_path / "gone")
 
 
 @given(st.data())
@@ -193,27 +172,3 @@ def test_a_damaged_meta_json_is_named(tmp_path, content):
     write_json(folder / "meta.json", meta | content if content else content)
     with pytest.raises(UserError, match=r"meta.json: damaged|holds no train shards"):
         TokenStream(folder, "train", 8)
-
-
-@pytest.mark.parametrize("kind", ["folder", "pipe", "link", "link to nowhere"])
-@pytest.mark.parametrize("name", ["status.json", "status.json.tmp"])
-def test_a_file_is_written_whatever_lies_under_its_names(tmp_path, name, kind):
-    """Nothing that somebody has put there is lost, and no link is followed."""
-    place, other = tmp_path / name, tmp_path / "other"
-    other.write_text("of the user")
-    if kind == "folder":
-        place.mkdir()
-        (place / "file").write_text("of the user")
-    elif kind == "pipe":
-        os.mkfifo(place)
-    else:
-        place.symlink_to("other" if kind == "link" else "nowhere")
-    signal.alarm(30)  # a pipe would block
-    for content in (b"first", b"second"):
-        write_atomically(tmp_path / "status.json", content)
-        assert (tmp_path / "status.json").read_bytes() == content
-    signal.alarm(0)
-    assert other.read_text() == "of the user" and not (tmp_path / "nowhere").exists()
-    assert (tmp_path / "status.json").is_file() and not os.path.lexists(tmp_path / "status.json.tmp")
-    if kind == "folder":
-        assert (tmp_path / f"{name}.moved1" / "file").read_text() == "of the user"

@@ -25,10 +25,9 @@ from minzero import checkpoint, checkpoint_folder, checkpoint_state
 from minzero.config.load import load_config
 from minzero.config.sections import ModelConfig, key
 from minzero.data.mixture import Mixture
-from minzero.data.shards import write_json
 from minzero.data.tokenizer import END_OF_TEXT, load_tokenizer, save_for_transformers
 from minzero.errors import UserError
-from minzero.files import ROOT
+from minzero.files import ROOT, write_json
 from minzero.metrics import read_metrics
 from minzero.sizes import count_parameters
 from model import GPT

@@ -23,9 +23,8 @@ from data import train_tokenizer, verify
 from data.text import prepare
 from minzero.commands import run_command
 from minzero.config.load import load_config
-from minzero.data.shards import write_json
 from minzero.errors import UserError
-from minzero.files import ROOT, read_json
+from minzero.files import ROOT, read_json, write_json
 from tests.conftest import run
 from tests.trained_runs import GPT2, write_data, write_run
 

@@ -20,7 +20,7 @@ import export
 import to_gguf
 from benchmarks.patterns import OLD_PATTERN
 from minzero.data import pipeline
-from minzero.data.shards import TokenStream, write_json
+from minzero.data.shards import TokenStream
 from minzero.data.tokenizer import (
     END_OF_TEXT,
     GPT2_PATTERNS,
@@ -34,6 +34,7 @@ from minzero.data.tokenizer import (
     train_tokenizer,
 )
 from minzero.errors import UserError
+from minzero.files import write_json
 from tests.conftest import ROOT, run
 from tests.trained_runs import FAMILIES, GPT2, LLAMA, NEOX, write_data, write_run
 

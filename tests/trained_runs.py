@@ -11,7 +11,7 @@ from minzero import checkpoint, checkpoint_folder
 from minzero.config.sections import Config, DataConfig, ModelConfig
 from minzero.data import pipeline
 from minzero.data.mixture import Mixture
-from minzero.data.shards import write_json
+from minzero.files import write_json
 from minzero.tensor_files import write_tensors
 from model import GPT
 

@@ -12,26 +12,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from minzero.commands import begin
+from minzero.data.scripts import PrepareScript, conversations, hub
+
+script = PrepareScript(
+    __file__,
+    __doc__,
+    conversations(hub("CohleM/lillm-sft-dataset-v1", kind=list)),
+    loss_mask=True,
+    column="conversation",
+    val_fraction=0.02,
+)
+main = script.main
 
 if __name__ == "__main__":
-    begin()
-
-from minzero.commands import run_command
-from minzero.data import pipeline, sources
-from minzero.data.conversations import Conversations
-
-
-def documents(args):
-    return Conversations(sources.open_source(args, "CohleM/lillm-sft-dataset-v1", kind=list))
-
-
-def main(arguments):
-    parser = pipeline.options(__doc__, Path(__file__).parent, val_fraction=0.02)
-    parser.set_defaults(column="conversation")
-    args = parser.parse_args(arguments)
-    pipeline.prepare(documents(args), args.tokenizer, args, loss_mask=True)
-
-
-if __name__ == "__main__":
-    run_command(main)
+    script.run()

@@ -8,23 +8,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from minzero.commands import begin
+from minzero.data.scripts import PrepareScript, hub
+
+script = PrepareScript(__file__, __doc__, hub("HuggingFaceFW/fineweb-edu", "sample-10BT"), val_fraction=0.0005)
+main = script.main
 
 if __name__ == "__main__":
-    begin()
-
-from minzero.commands import run_command
-from minzero.data import pipeline, sources
-
-
-def documents(args):
-    return sources.open_source(args, "HuggingFaceFW/fineweb-edu", "sample-10BT")
-
-
-def main(arguments):
-    args = pipeline.options(__doc__, Path(__file__).parent, val_fraction=0.0005).parse_args(arguments)
-    pipeline.prepare(documents(args), args.tokenizer, args)
-
-
-if __name__ == "__main__":
-    run_command(main)
+    script.run()

@@ -8,25 +8,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from minzero.commands import begin
+from minzero.data.scripts import PrepareScript, learn_characters, tiny_shakespeare
+
+script = PrepareScript(__file__, __doc__, tiny_shakespeare, learn_characters, side=str, val_fraction=0.1)
+main = script.main
 
 if __name__ == "__main__":
-    begin()
-
-from data.shakespeare.prepare import documents
-from minzero.commands import run_command
-from minzero.data import pipeline
-from minzero.data.tokenizer import characters, own_tokenizer
-
-
-def main(arguments):
-    args = pipeline.options(__doc__, Path(__file__).parent, tokenizer=None, val_fraction=0.1).parse_args(arguments)
-    parts = documents(args)
-    tokenizer = args.tokenizer or own_tokenizer(
-        args.out / "tokenizer", lambda: characters("".join(text for _, text in parts))
-    )
-    pipeline.prepare(parts, tokenizer, args, side=str)
-
-
-if __name__ == "__main__":
-    run_command(main)
+    script.run()

@@ -1,4 +1,4 @@
-"""Conversations as text, for supervised fine-tuning: the model reads all of it and learns the assistant's words alone.
+"""Conversations as text for supervised fine-tuning: the model reads all of it and learns only the assistant's words.
 
 ### User:
 What is the capital of Nepal?
@@ -7,13 +7,13 @@ What is the capital of Nepal?
 Kathmandu.<|endoftext|>
 """
 
-from minzero.data.sources import BadDocument
+from minzero.data.documents import BadDocument
 from minzero.data.tokenizer import END_OF_TEXT
 
 HEADINGS = {"system": "### System:\n", "user": "### User:\n", "assistant": "### Assistant:\n"}
-# ASCII's record separator: what stands between the first and the second, the third and the fourth ... is learned
+# The assistant's text is wrapped in a pair of these (ASCII's record separator). The tokenizer never sees them.
 LEARNED = "\x1e"
-# The same for transformers' tokenizers, in Jinja. `generation` encloses what is learned, for transformers'
+# The same format for transformers' tokenizers, in Jinja. `generation` encloses the learned text, for transformers'
 # `return_assistant_tokens_mask` and TRL's `assistant_only_loss`.
 CHAT_TEMPLATE = (
     f"{{% set headings = {HEADINGS!r} %}}{{{{ bos_token }}}}{{% for message in messages %}}"
@@ -28,11 +28,15 @@ CHAT_TEMPLATE = (
 
 
 def with_marks(key, messages):
-    """A list of {"role": system, user or assistant, "content": text} as one text, with LEARNED around each answer of
-    the assistant. Raises BadDocument, which names the conversation by its key."""
+    """A conversation as one text, with the separator LEARNED before and after each answer of the assistant.
+
+    messages: [{"role": "system", "user" or "assistant", "content": text}]. key: names the conversation in errors.
+    Raises BadDocument if a message is not of this form, or none is the assistant's."""
     text = ""
     for number, message in enumerate(messages, 1):
-        role, content = (message.get(name) if isinstance(message, dict) else None for name in ("role", "content"))
+        fields = message if isinstance(message, dict) else {}
+        role = fields.get("role")
+        content = fields.get("content")
         if not isinstance(role, str) or role not in HEADINGS or not isinstance(content, str):
             found = " ".join(str(message).split())[:80]
             raise BadDocument(
@@ -40,17 +44,22 @@ def with_marks(key, messages):
                 f"message {number}: found {found}, expected a role ({', '.join(HEADINGS)}) and a text as content",
             )
         content = content.replace(LEARNED, "")
-        text += HEADINGS[role] + (f"{LEARNED}{content}{LEARNED}" if role == "assistant" else f"{content}\n\n")
+        text += HEADINGS[role]
+        if role == "assistant":
+            text += f"{LEARNED}{content}{LEARNED}"
+        else:
+            text += f"{content}\n\n"
     if LEARNED not in text:
         raise BadDocument(key, "found no message of the assistant, expected at least one")
     return text
 
 
 class Conversations:
-    """A source of conversations as a source of texts with marks."""
+    """A source of lists of messages as a source of texts with separators (see `with_marks`)."""
 
     def __init__(self, source):
-        self.source, self.description = source, f"conversations: {source.description}"
+        self.source = source
+        self.description = f"conversations: {source.description}"
         self.summary = getattr(source, "summary", None)
 
     @property
@@ -71,5 +80,5 @@ class Conversations:
                 try:
                     messages = with_marks(key, messages)
                 except BadDocument as bad:
-                    messages = self.source.usable(bad)
+                    messages = self.source.raise_or_yield(bad)
             yield key, messages

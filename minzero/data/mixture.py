@@ -1,9 +1,9 @@
-"""What `data.path` means: one folder of shards, or several that are mixed by weight.
+"""The data of a run, as `data.path` names it: one folder of shards, or several that are mixed by weight.
 
     {"path": "data/openwebtext"}
     {"path": {"data/fineweb_edu": 0.7, "data/simplewiki": 0.2, "data/stdlib": 0.1}}
 
-A single folder is a mixture of one, so nothing else in the code tells them apart.
+A single folder is a mixture of one, so the rest of the code need not distinguish them.
 """
 
 import hashlib
@@ -15,26 +15,29 @@ from minzero.data.order import Schedule, sample_numbers, windows_of
 from minzero.data.shards import TokenStream
 from minzero.errors import UserError
 
-DIGEST_TOKENS, DIGEST_BLOCK = 1 << 20, 4096  # of a digest of the content: tokens in all, and tokens read at a time
+DIGEST_TOKENS = 1 << 20  # read for a digest of the content
+DIGEST_BLOCK = 4096  # tokens read at a time for it
 
 
 class Mixture:
-    """One split of the data. Its windows are numbered through: those of the first folder, then the next.
+    """One split of the data. Its windows are numbered consecutively: those of the first folder, then the next.
 
-    path: a folder, or {folder: weight}; the order in which they are written does not matter. Each folder
-    goes through epochs of its own. verify: (number, ranks) of this rank on its machine, whose ranks share the reading
-    of every shard as a whole to compare its checksum; None: no such reading. Raises UserError for shards that are
-    broken, too short, made with different tokenizers, or with ids at or above `vocab_size`."""
+    path: a folder, or {folder: weight} in any order. Each folder has its own epochs. verify: None, or (number of this
+    rank, number of ranks) on this machine, whose ranks then share the work of reading every shard and comparing its
+    checksum. Raises UserError for shards that are broken, too short, made with different tokenizers, or with ids at or
+    above `vocab_size`."""
 
     def __init__(self, path, split, block_size, vocab_size, seed, verify=None):
         weights = data_weights(path)
-        self.folders, self.block_size, self.seed = sorted(weights), block_size, seed
+        self.folders = sorted(weights)
+        self.block_size = block_size
+        self.seed = seed
         self.streams = [TokenStream(folder, split, block_size) for folder in self.folders]
         self.schedule = Schedule([weights[folder] for folder in self.folders])
         self.first_windows = np.cumsum([0] + [stream.windows for stream in self.streams])
         self.windows = int(self.first_windows[-1])
         self.loss_mask = any(stream.loss_mask for stream in self.streams)
-        known = {}
+        known = {}  # fingerprint of a tokenizer -> the first folder made with it
         for folder, stream in zip(self.folders, self.streams, strict=True):
             stream.check_vocabulary(vocab_size)
             if stream.meta:
@@ -52,14 +55,14 @@ class Mixture:
         windows = np.empty(len(sets), dtype=np.int64)
         for number in set(sets.tolist()):
             mine = sets == number
-            # a seed for each, so that two folders of the same size are not walked through in step
+            # a seed for each folder, so that two of the same size are not read in the same order
             order = windows_of(draws[mine], self.streams[number].windows, self.seed + (number << 32))
             windows[mine] = order + self.first_windows[number]
         return windows
 
     def batches(self, step, rank, world_size, micro_batch_size, accumulation, first_sample=0):
-        """Yields the micro-batches that one rank takes in one optimizer step, as `batch` gives them. first_sample: what
-        the run's samples are counted from."""
+        """Yield the micro-batches of one rank in one optimizer step, as `batch` returns them. accumulation: their
+        number. first_sample: the number of the run's first sample."""
         for micro_step in range(accumulation):
             samples = sample_numbers(step, micro_step, rank, world_size, micro_batch_size, accumulation)
             yield self.batch(self.windows_of(samples + first_sample))
@@ -69,7 +72,8 @@ class Mixture:
         if len(self.streams) == 1:
             return self.streams[0].batch(windows)
         windows = np.asarray(windows)
-        inputs, targets = (np.empty((len(windows), self.block_size), dtype=np.int64) for _ in range(2))
+        inputs = np.empty((len(windows), self.block_size), dtype=np.int64)
+        targets = np.empty_like(inputs)
         sets = np.searchsorted(self.first_windows, windows, side="right") - 1
         for number in set(sets.tolist()):
             mine = np.flatnonzero(sets == number)
@@ -77,18 +81,21 @@ class Mixture:
         return inputs, targets
 
     def validation_windows(self, wanted):
-        """About `wanted` windows, each folder's share by its weight and spread evenly over it: the same at
-        every evaluation. Fewer if a folder has less than its share of them."""
+        """Window numbers for an evaluation, the same each time: about `wanted`, shared among the folders by weight and
+        spread evenly over each. Fewer if a folder has less than its share."""
         counts, period = self.schedule.counts, self.schedule.period
         most = min(stream.windows * period // n for stream, n in zip(self.streams, counts, strict=True))
         sets, _ = self.schedule.draws(np.arange(max(1, min(wanted, most))))
         shares = np.bincount(sets, minlength=len(self.streams))
-        parts = zip(self.streams, shares, self.first_windows, strict=False)
-        return np.concatenate([s.validation_windows(int(n)) + first for s, n, first in parts if n])
+        chosen = []
+        for stream, share, first_window in zip(self.streams, shares, self.first_windows, strict=False):
+            if share:
+                chosen.append(stream.validation_windows(int(share)) + first_window)
+        return np.concatenate(chosen)
 
     def content_digests(self):
-        """{split of a folder: digest of its tokens}, by which ranks notice that they read other data: of all tokens of
-        a small data set, and of a million, spread evenly, of a large one."""
+        """{folder/split: digest of its tokens}, by which ranks notice that they read different data. All tokens of a
+        small data set are read, and about a million, spread evenly, of a large one."""
         share = max(DIGEST_BLOCK, DIGEST_TOKENS // len(self.streams))
         return {
             f"{folder}/{stream.split}": content_digest(stream, share)
@@ -96,12 +103,12 @@ class Mixture:
         }
 
     def fingerprint(self):
-        """{folder: what a checkpoint records of it}; see TokenStream.fingerprint."""
+        """{folder: its identity, for checkpoints}; see TokenStream.fingerprint."""
         return {folder: stream.fingerprint() for folder, stream in zip(self.folders, self.streams, strict=True)}
 
 
 def content_digest(stream, tokens=DIGEST_TOKENS):
-    """A digest of a TokenStream's length and of about that many of its tokens, in blocks spread evenly over it."""
+    """A digest of a TokenStream's length and of about this many of its tokens, in blocks spread evenly over it."""
     blocks = min(-(-stream.tokens // DIGEST_BLOCK), max(1, tokens // DIGEST_BLOCK))
     length = min(DIGEST_BLOCK, stream.tokens)
     digest = hashlib.sha256(str(stream.tokens).encode())
@@ -113,8 +120,8 @@ def content_digest(stream, tokens=DIGEST_TOKENS):
 
 
 def check_same_data(recorded, data, where):
-    """Refuse to continue with other data than a checkpoint was trained on. recorded: the `fingerprint` in the
-    checkpoint `where`. Raises UserError that names the folder, what was found and what was expected."""
+    """Raise UserError if the data is not that of a checkpoint: it names the folder, what was found and what was
+    expected. recorded: the Mixture.fingerprint() in the checkpoint; where: names the checkpoint."""
     for folder, now in data.fingerprint().items():
         was = recorded.get(folder, {})
         different = [name for name in now if now[name] != was.get(name)]

@@ -1,4 +1,4 @@
-"""Token shards: one file format, a writer that never leaves half a file, a reader for any size.
+"""Token shards: one file format, a writer that never leaves a partial file, a reader for any size.
 
 A shard is 256 little-endian int32 of header, then the tokens. The header is llm.c's: a magic number,
 a version and the number of tokens; the magic tells uint16 from uint32. `meta.json` beside the shards
@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import stat
@@ -24,75 +23,22 @@ import numpy as np
 
 from minzero.data.order import validation_windows
 from minzero.errors import UserError
-from minzero.files import read_json
-from minzero.flags import check_can_write
+from minzero.files import checksum, is_count, is_regular, open_regular, read_json, write_atomically
 from minzero.sizes import IGNORE_INDEX
 
 HEADER_BYTES = 256 * 4
 FORMATS = {np.dtype("<u2"): (20240520, 1), np.dtype("<u4"): (20240801, 7)}  # dtype: (magic, version)
-OPEN_FILES = 128  # of a process: data sets have thousands of shards, and it may often hold only 1,024 files
-HEADERS_AT_START = 64  # shards of a data set whose headers are read at the start; of the others, their sizes
-NO_LOSS = np.uint32(1 << 31)  # set in a token that is read but no target, where meta.json says loss_mask
+OPEN_FILES = 128  # of a process: data sets have thousands of shards, and the usual limit is 1,024 open files
+HEADERS_AT_START = 64  # shards of a data set whose headers are read at the start; of the others, the sizes
+NO_LOSS = np.uint32(1 << 31)  # set in a token that is read but not a target, if meta.json says loss_mask
 
 
 def token_dtype(vocab_size, loss_mask=False):
-    """The smallest of the two token types that holds every id of the vocabulary, and NO_LOSS if there is a mask."""
+    """The smaller of the two token types that holds every id of the vocabulary, and NO_LOSS if there is a mask."""
     return np.dtype("<u2") if vocab_size <= 65536 and not loss_mask else np.dtype("<u4")
 
 
 # -- writing -------------------------------------------------------------------------------------
-
-
-def write_atomically(path, *chunks):
-    """Write bytes under a temporary name, flush them to the disk, rename. A crash leaves either the
-    old file or the new one, never a part. What lies under either name and is no file is moved (see `make_way`).
-    Raises UserError if the disk is full or not writable."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    make_way(path)
-    make_way(temporary, unless_plain=True)  # a pipe would block, and a link lead elsewhere
-    try:
-        with open(temporary, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise cannot_write(path, error) from None
-
-
-def make_way(path, unless_plain=False, for_a_folder=False):
-    """Rename to NAME.moved1 (2, ...) what lies where a file is to be written and cannot be replaced by one: a folder;
-    unless_plain: also a link, pipe or device; for_a_folder: whatever it is. Raises UserError."""
-    path = Path(path)
-    try:
-        mode = os.lstat(path).st_mode
-        if not (for_a_folder or stat.S_ISDIR(mode) or (unless_plain and not stat.S_ISREG(mode))):
-            return
-        names = (path.with_name(f"{path.name}.moved{number}") for number in itertools.count(1))
-        os.rename(path, next(name for name in names if not os.path.lexists(name)))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise cannot_write(path, error) from None
-
-
-def make_folder(key, path):
-    """Make a folder, if it is not there, that this key of the configuration or flag names. Raises UserError."""
-    check_can_write(key, path, folder=True)
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{key}: {path}: {error.strerror}; choose a folder that can be written") from None
-
-
-def cannot_write(path, error):
-    return UserError(f"{path}: could not be written ({error.strerror}); fix that and run the same command again")
-
-
-def write_json(path, content):
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def shard_header(dtype, tokens):
@@ -109,38 +55,7 @@ def write_shard(path, tokens):
     return {"file": Path(path).name, "tokens": len(tokens), "sha256": checksum(path)}
 
 
-def checksum(path):
-    """SHA-256 of a file, as `sha256sum` prints it."""
-    digest, chunk = hashlib.sha256(), bytearray(1 << 20)
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(chunk):
-            digest.update(memoryview(chunk)[:count])
-    return digest.hexdigest()
-
-
 # -- reading -------------------------------------------------------------------------------------
-
-
-def is_regular(path):
-    """Whether a path leads to a file that can be read from any place: no pipe, device or folder."""
-    try:
-        return stat.S_ISREG(os.stat(path).st_mode)
-    except (OSError, ValueError):
-        return False
-
-
-def open_regular(path, links=True):
-    """The descriptor of a plain file that is open for reading. links: whether a link to one will do. Opens no device
-    and does not wait at a pipe. Raises OSError that says what was found."""
-    found = os.stat(path) if links else os.lstat(path)  # before it is opened, which some devices would notice
-    if stat.S_ISREG(found.st_mode):
-        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-        file = os.open(path, flags if links else flags | os.O_NOFOLLOW)
-        if stat.S_ISREG(os.fstat(file).st_mode):  # it may have been replaced meanwhile
-            return file
-        os.close(file)
-    wrong = "folder, pipe or device" if links else "link, folder, pipe or device"
-    raise OSError(0, f"found a {wrong}, not a regular file")
 
 
 def open_shard(path):
@@ -153,9 +68,9 @@ def open_shard(path):
 
 
 def shard_layout(path):
-    """What a shard's header and size say: (dtype, bytes before the tokens, number of tokens).
+    """Read a shard's header: (dtype, bytes before the tokens, number of tokens).
 
-    Raises UserError for a file that is not a whole shard."""
+    Raises UserError for a file that is not a shard, or has another size than its header says."""
     file = open_shard(path)
     try:
         dtype, offset, tokens = layout_of(file, path)
@@ -172,16 +87,17 @@ def shard_layout(path):
 
 
 def layout_of(file, path):
-    """`shard_layout` by the header alone. file: the shard's descriptor."""
+    """As `shard_layout`, but the size is not checked. file: the shard's descriptor."""
     try:
-        start, size = os.pread(file, 12, 0), os.fstat(file).st_size
+        start = os.pread(file, 12, 0)
+        size = os.fstat(file).st_size
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected a token shard; copy or prepare it again") from None
     magic, version, tokens = struct.unpack("<3I", start) if len(start) == 12 else (None, None, None)
     by_magic = {magic: (dtype, version) for dtype, (magic, version) in FORMATS.items()}
     if magic not in by_magic:
         if os.path.basename(path) in ("train.bin", "val.bin") and size and size % 2 == 0:
-            return np.dtype("<u2"), 0, size // 2  # nanoGPT's: nothing but tokens
+            return np.dtype("<u2"), 0, size // 2  # nanoGPT's: no header
         found = f"{size} bytes" if magic is None else f"magic number {magic}"
         magics = " or ".join(map(str, by_magic))
         raise UserError(f"{path}: not a token shard: found {found}, expected magic {magics}; prepare the data again")
@@ -202,16 +118,17 @@ def check_layout(path, layout, dtype, entry, first):
 
 
 class OpenFiles:
-    """Open shards, of all data sets of this process together at most `most`: the least recently used is closed."""
+    """At most `most` open shards, of all data sets of this process together: the least recently used is closed."""
 
     def __init__(self, most):
-        self.most, self.files = most, OrderedDict()  # (stream, number of its shard) -> descriptor
+        self.most = most
+        self.files = OrderedDict()  # (number of the stream, number of its shard) -> descriptor
 
     def __len__(self):
         return len(self.files)
 
     def get(self, stream, shard, path, check):
-        """The descriptor of a shard. check(descriptor): called when it was opened."""
+        """The descriptor of a shard. check(descriptor): called when it is opened; raises UserError to refuse it."""
         key = stream, shard
         if key in self.files:
             self.files.move_to_end(key)
@@ -241,20 +158,22 @@ STREAMS = itertools.count()
 class TokenStream:
     """The shards of one split, in the order of their names, read as one long array of tokens.
 
-    Window w is the block_size + 1 tokens from w * block_size on: its inputs and, one further, its
-    targets. Neighbouring windows share one token, so every token but the first is a target once.
+    Window w is tokens [w * block_size, w * block_size + block_size + 1): its inputs and, shifted by one, its targets.
+    Neighbouring windows share one token, so every token but the first is a target once.
 
-    Tokens are read with pread, not through a memory map: pages of a map count as the process's own
-    memory, and a map of a file that was cut short kills the process without a word.
+    Tokens are read with pread, not through a memory map: pages of a map count as the process's own memory, and
+    reading a map of a file that was cut short kills the process without a message.
 
-    At the start every shard must have the size that meta.json lists; headers are read of HEADERS_AT_START shards,
-    and of each other when it is first opened. (Without meta.json, of all: nothing else tells how many tokens there
-    are.) Ids are compared with the vocabulary whenever they are read.
+    At the start every shard must have the size that meta.json lists. Headers are read of the first HEADERS_AT_START
+    shards, and of each other shard when it is first opened. Without meta.json all headers are read at the start: only
+    they say how many tokens there are. Ids are compared with the vocabulary on every read.
 
     Raises UserError if a shard is missing, broken, or the split is shorter than one window."""
 
     def __init__(self, folder, split, block_size):
-        self.folder, self.split, self.block_size = Path(folder), split, block_size
+        self.folder = Path(folder)
+        self.split = split
+        self.block_size = block_size
         if not os.path.isdir(folder):
             script = self.folder / "prepare.py"
             raise UserError(f"data.path: no folder {folder}; expected token shards: make them with python {script}")
@@ -272,9 +191,12 @@ class TokenStream:
                 remedy = "no document fell into it when it was prepared; prepare more and smaller documents"
             raise UserError(f"data.path: {folder} holds no {split} shards ({split}_000000.bin ...); {remedy}")
         self.paths = [self.folder / entry["file"] for entry in self.entries]
-        self.dtype, self.offsets, self.starts = shard_layout(self.paths[0])[0], [], [0]
+        self.dtype = shard_layout(self.paths[0])[0]
+        self.offsets = []  # of each shard: bytes before its tokens
+        self.starts = [0]  # of each shard: its first token's place in the stream; last, the number of tokens
         for number, (path, entry) in enumerate(zip(self.paths, self.entries, strict=True)):
-            offset, tokens = HEADER_BYTES, entry.get("tokens")
+            offset = HEADER_BYTES
+            tokens = entry.get("tokens")
             if number < HEADERS_AT_START or tokens is None or not self.has_size(path, tokens):
                 layout = shard_layout(path)
                 check_layout(path, layout, self.dtype, entry, self.paths[0])
@@ -283,7 +205,8 @@ class TokenStream:
             self.starts.append(self.starts[-1] + tokens)
         self.tokens = self.starts[-1]
         self.windows = (self.tokens - 1) // block_size
-        self.files, self.number = SHARED_FILES, next(STREAMS)
+        self.files = SHARED_FILES
+        self.number = next(STREAMS)
         weakref.finalize(self, SHARED_FILES.close, self.number)
         if self.windows < 1:
             raise UserError(
@@ -292,41 +215,45 @@ class TokenStream:
             )
 
     def has_size(self, path, tokens):
-        """Whether a file is there and has the size of a shard of so many tokens."""
+        """Whether a file exists and has the size of a shard of this many tokens."""
         try:
-            found = os.stat(path)
+            status = os.stat(path)
         except OSError:
             return False
-        return stat.S_ISREG(found.st_mode) and found.st_size == HEADER_BYTES + tokens * self.dtype.itemsize
+        return stat.S_ISREG(status.st_mode) and status.st_size == HEADER_BYTES + tokens * self.dtype.itemsize
 
     def open(self, shard):
-        """The descriptor of a shard, whose header was looked at. Raises UserError."""
+        """The descriptor of a shard, whose header has been checked. Raises UserError."""
         path = self.paths[shard]
 
         def check(file):
             layout = layout_of(file, path)
-            if self.offsets[shard]:  # a file without a header says nothing but its size
+            if self.offsets[shard]:  # else it has no header to check
                 expected = {"tokens": self.starts[shard + 1] - self.starts[shard]}
                 check_layout(path, layout, self.dtype, expected, self.paths[0])
 
         return self.files.get(self.number, shard, path, check)
 
     def fill(self, start, out):
-        """Put tokens from `start` on into `out`, (n,) of the stream's dtype, across shard boundaries. Raises UserError
-        that names the shard and the place in it."""
-        shard, done = bisect.bisect_right(self.starts, start) - 1, 0
+        """Read tokens [start, start + n) into `out`, (n,) of the stream's dtype, across shard boundaries. Raises
+        UserError that names the shard and the place in it."""
+        shard = bisect.bisect_right(self.starts, start) - 1
+        done = 0
         while done < len(out):
-            here = start + done - self.starts[shard]
-            piece = out[done : done + self.starts[shard + 1] - self.starts[shard] - here]
+            first = start + done - self.starts[shard]  # in this shard
+            left = self.starts[shard + 1] - self.starts[shard] - first
+            piece = out[done : done + left]
             if len(piece):
-                self.fill_from(shard, here, piece)
+                self.fill_from(shard, first, piece)
             done += len(piece)
             shard += 1
 
     def fill_from(self, shard, token, out):
-        """`fill` from one shard, from this token of it on."""
-        file, path = self.open(shard), self.paths[shard]
-        position, left = self.offsets[shard] + token * self.dtype.itemsize, memoryview(out).cast("B")
+        """As `fill`, from one shard; token: the first one's number in that shard."""
+        file = self.open(shard)
+        path = self.paths[shard]
+        position = self.offsets[shard] + token * self.dtype.itemsize  # bytes
+        left = memoryview(out).cast("B")
         while len(left):  # one call reads less than 2 GiB
             try:
                 count = os.preadv(file, [left], position)
@@ -340,7 +267,8 @@ class TokenStream:
                     f"{path}: was cut short while it was read: it ends before byte {position + len(left)} (tokens "
                     f"{token} to {token + len(out) - 1}); copy or prepare it again"
                 )
-            left, position = left[count:], position + count
+            left = left[count:]
+            position += count
 
     def read(self, start, length):
         """Tokens [start, start + length) -> (length,) int64."""
@@ -349,14 +277,14 @@ class TokenStream:
         return self.ids(out, lambda place: start + place).astype(np.int64)
 
     def example(self, start, length):
-        """Inputs and targets, both (length,) int64, from the token `start` on."""
+        """Inputs and targets, both (length,) int64, of which the first input is token `start`."""
         out = np.empty(length + 1, dtype=self.dtype)
         self.fill(start, out)
         return self.inputs_and_targets(out, lambda place: start + place)
 
     def ids(self, tokens, position):
-        """Stored tokens -> their ids, of the same dtype. position: place in the flat array -> token of the stream.
-        Raises UserError that names shard and place if an id is not below the vocabulary."""
+        """Stored tokens -> their ids, of the same dtype. position: index into the flat array -> token of the stream.
+        Raises UserError that names shard and place if an id is not below the vocabulary size."""
         ids = tokens & ~NO_LOSS if self.loss_mask else tokens
         if self.vocab_size is not None and ids.size and ids.max() >= self.vocab_size:
             start = position(int(ids.argmax()))
@@ -379,7 +307,8 @@ class TokenStream:
         )
 
     def inputs_and_targets(self, tokens, position):
-        """Stored tokens (..., n + 1) -> inputs and targets (..., n) int64; a target that is none is IGNORE_INDEX."""
+        """Stored tokens (..., n + 1) -> inputs and targets (..., n) int64; a token without loss is IGNORE_INDEX as a
+        target."""
         ids = self.ids(tokens, position)
         inputs, targets = ids[..., :-1].astype(np.int64), ids[..., 1:].astype(np.int64)
         if self.loss_mask:
@@ -391,8 +320,8 @@ class TokenStream:
         return validation_windows(self.windows, wanted)
 
     def check_vocabulary(self, vocab_size, samples=64):
-        """Raise UserError if meta.json, or a token in one of `samples` windows, is above the vocabulary. From here on
-        every read compares with it."""
+        """Raise UserError if the vocabulary of meta.json is larger than the model's, or a token in one of `samples`
+        windows is outside it. Later reads compare with it too."""
         if self.meta and self.meta["vocab_size"] > vocab_size:
             raise UserError(
                 f"model.vocab_size: {vocab_size}, but {self.folder} has token ids up to "
@@ -404,14 +333,14 @@ class TokenStream:
             self.read(int(window) * self.block_size, self.block_size + 1)
 
     def verify(self, share=0, of=1):
-        """Read every `of`-th shard from number `share` on as a whole. Raises UserError if its checksum is not that of
-        meta.json, or an id in it is not below the vocabulary."""
+        """Read shards number share, share + of, share + 2 * of, ... as a whole. Raises UserError if a checksum is not
+        that of meta.json, or an id is not below the vocabulary size."""
         for path, entry in list(zip(self.paths, self.entries, strict=True))[share::of]:
             verify_shard(path, entry, self.vocab_size, self.loss_mask)
 
     def fingerprint(self):
-        """What a checkpoint records of this stream: plain values that differ whenever the tokenizer, the
-        vocabulary or the shards do. Shards without meta.json are known by their names and lengths alone."""
+        """The identity of this stream, for checkpoints: plain values that differ whenever the tokenizer, the vocabulary
+        or the shards do. Shards without meta.json are identified by their names and lengths alone."""
         known = self.entries if self.meta else [path.name for path in self.paths]
         return {
             "tokenizer": self.meta["tokenizer"]["fingerprint"] if self.meta else None,
@@ -430,8 +359,8 @@ def shards_of(folder, split, meta):
 
 
 def verify_shard(path, entry, vocab_size=None, loss_mask=False):
-    """Read a whole shard. entry: of meta.json. Returns (dtype, tokens, largest id or None if it has none). Raises
-    UserError if its header, size, checksum or an id is not as it should be."""
+    """Read a whole shard and compare it with its entry of meta.json. Returns (dtype, tokens, largest id, or None if it
+    is empty). Raises UserError if the header, the size, the checksum or an id is wrong."""
     dtype, offset, tokens = layout = shard_layout(path)
     check_layout(path, layout, dtype, entry, path)
     digest = hashlib.sha256()
@@ -447,9 +376,10 @@ def verify_shard(path, entry, vocab_size=None, loss_mask=False):
             count = os.preadv(file, [part], done)
             digest.update(part[:count])
             if done >= offset:
-                count -= count % dtype.itemsize  # of a file that is cut short meanwhile
+                count -= count % dtype.itemsize  # if the file is cut short meanwhile
                 ids = np.frombuffer(part[:count], dtype)
-                ids = ids & ~NO_LOSS if loss_mask else ids
+                if loss_mask:
+                    ids = ids & ~NO_LOSS
                 if largest is None or ids.max() > largest:
                     largest, place = int(ids.max()), (done - offset) // dtype.itemsize + int(ids.argmax())
             done += count
@@ -472,8 +402,8 @@ def verify_shard(path, entry, vocab_size=None, loss_mask=False):
 
 
 def read_meta(folder):
-    """meta.json of a data folder, every field of it checked, or None where there is none (shards from elsewhere).
-    Raises UserError."""
+    """meta.json of a data folder, every field checked, or None if there is none (shards of other programs). Raises
+    UserError."""
     path = Path(folder) / "meta.json"
     if not os.path.lexists(path):
         return None
@@ -485,7 +415,8 @@ def read_meta(folder):
 
     for name, expected in (("vocab_size", "a number of ids"), ("tokenizer", "an object"), ("splits", "an object")):
         expect(name in meta, name, None, expected)
-    vocab_size, tokenizer = meta["vocab_size"], meta["tokenizer"]
+    vocab_size = meta["vocab_size"]
+    tokenizer = meta["tokenizer"]
     expect(is_count(vocab_size) and 0 < vocab_size <= 2**31, "vocab_size", vocab_size, "a number of ids, 1 to 2^31")
     expect(isinstance(tokenizer, dict), "tokenizer", tokenizer, "an object")
     for name, kind in (("fingerprint", str), ("name", str), ("trained", bool)):
@@ -505,7 +436,7 @@ def read_meta(folder):
 
 
 def check_progress(path):
-    """progress.json, every field of it checked. Raises UserError."""
+    """The content of progress.json, every field checked. Raises UserError."""
     progress = read_object(path)
     for name in ("settings", "skipped"):
         if not isinstance(progress.get(name, {}), dict):
@@ -519,7 +450,7 @@ def check_progress(path):
 
 
 def read_object(path, remedy="prepare the data again"):
-    """The object in a JSON file. Raises UserError, for a pipe or a device too."""
+    """The object in a JSON file. remedy: for the error. Raises UserError, for a pipe or a device too."""
     if not os.path.lexists(path):
         raise UserError(f"{path}: no such file; {remedy}")
     if not is_regular(path):
@@ -531,18 +462,10 @@ def read_object(path, remedy="prepare the data again"):
 
 
 def damaged(path, name, value, expected, remedy="prepare the data again"):
+    """The UserError for a wrong value in a JSON file. name: where in it."""
     found = json.dumps(value)
     found = found if len(found) < 80 else f"{found[:80]}..."
     return UserError(f"{path}: damaged: {name}: found {found}, expected {expected}; {remedy}")
-
-
-def is_count(value):
-    return type(value) is int and 0 <= value < 2**63
-
-
-def is_number(value, most=math.inf):
-    """Whether a JSON value is a number from -most to most, which NaN is not."""
-    return type(value) in (int, float) and -most <= value <= most
 
 
 def check_split(path, where, content):

@@ -13,9 +13,9 @@ from pathlib import Path
 import tiktoken
 
 from minzero.config.values import did_you_mean
-from minzero.data.shards import is_regular, make_folder, read_object, write_atomically, write_json
+from minzero.data.shards import read_object
 from minzero.errors import UserError
-from minzero.flags import check_can_write
+from minzero.files import check_can_write, is_regular, make_folder, write_atomically, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 LONGEST_RUN = 100_000  # characters without a change between blanks and others that the tokenizer gets at once
@@ -192,6 +192,23 @@ def faster(encoding):
         mergeable_ranks=encoding._mergeable_ranks,
         special_tokens=encoding._special_tokens,
     )
+
+
+def checked_special_tokens(given, vocab_size):
+    """The special tokens of a tokenizer to be learned: those given, and END_OF_TEXT, which the shards need.
+
+    Raises UserError for a name that is too short, not printable or given twice, and if `vocab_size` has no room for
+    them and the 256 bytes."""
+    for token in given:
+        if len(token) < 2 or not token.isprintable() or given.count(token) > 1:
+            raise UserError(
+                f"--special_tokens: found {token!a}, expected names of two characters or more, each once, as <|user|>"
+            )
+    special = list(dict.fromkeys([*given, END_OF_TEXT]))
+    least = 256 + len(special)
+    if vocab_size < least:
+        raise UserError(f"--vocab_size: found {vocab_size}, expected at least {least}: bytes and special tokens")
+    return special
 
 
 def train_tokenizer(texts, vocab_size, special_tokens=(END_OF_TEXT,), pattern=PATTERN):

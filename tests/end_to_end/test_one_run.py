@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from minzero import checkpoint_folder, checkpoint_state
-from minzero.data.shards import write_json
+from minzero.files import write_json
 from minzero.metrics import read_metrics
 from tests.conftest import ROOT, environment
 

@@ -1,15 +1,15 @@
-"""How fast the data comes: preparing against nanoGPT's way and bare tiktoken, reading against get_batch.
+"""Speed of the data: preparation compared with nanoGPT's way and bare tiktoken, reading compared with get_batch.
 
-    MINZERO_SHARED=../shared TIKTOKEN_CACHE_DIR=../shared/tiktoken python tests/bench_data.py [--megabytes 100]
+    MINZERO_SHARED=../shared TIKTOKEN_CACHE_DIR=../shared/tiktoken python benchmarks/data.py [--megabytes 100]
 
-The documents are pieces of the texts in MINZERO_SHARED/text, where it is set, and of the standard
-library's files, as long as OpenWebText's, over and over until there are enough. Each measurement is a
-process of its own; its peak memory is the private memory (USS) of it and its children, sampled.
-nanoGPT's way is written anew here: datasets.map, one document at a time, into lists of integers, and
-then 1,024 pieces copied into a memory map; get_batch likewise. Starting processes is part of each
-time; imports, writing the input, and loading the tokenizer into the first process are not. Tokens a
-CPU second, of all processes together, are what a machine that does other work as well still tells
-truly.
+The documents are pieces of the texts in MINZERO_SHARED/text, if that is set, and of the standard library's files. They
+have OpenWebText's mean length and are repeated until there are enough. Each measurement runs in its own process; the
+peak memory is the private memory (USS) of that process and its children, sampled.
+
+nanoGPT's way is rewritten here: datasets.map, one document at a time, into lists of integers, and then 1,024 pieces
+copied into a memory map; get_batch likewise. The times include starting processes, but not imports, writing the input,
+and loading the tokenizer into the first process. On a machine that does other work as well, compare tokens per CPU
+second (of all processes together).
 """
 
 import argparse
@@ -30,8 +30,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from minzero.data import tokenizer
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 BATCH, BLOCK = 12, 1024
@@ -39,7 +37,7 @@ MEAN_LENGTH = 5000  # characters: OpenWebText has 40 GB in 8.01 million document
 
 
 def corpus(megabytes):
-    """About that many megabytes of documents, cut at blank lines into OpenWebText's mean length."""
+    """Documents of about this many megabytes in all, cut at blank lines to OpenWebText's mean length."""
     paths = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
     paths = [path for path in paths if "site-packages" not in path.parts]
     if os.environ.get("MINZERO_SHARED"):
@@ -56,11 +54,11 @@ def corpus(megabytes):
     return texts * max(1, round(megabytes * 1e6 / sum(map(len, texts))))
 
 
-# -- what is measured, each in a process of its own ----------------------------------------------
+# -- measurements, each in its own process -------------------------------------------------------
 
 
 def bare(folder, workers, texts):
-    """tiktoken's encode_ordinary and nothing else, in one thread."""
+    """tiktoken's encode_ordinary and nothing else, in one thread. As the others: (tokens, seconds)."""
     import tiktoken
 
     encoding = tiktoken.get_encoding("gpt2")
@@ -70,22 +68,25 @@ def bare(folder, workers, texts):
 
 
 def ours(folder, workers, texts):
-    from minzero.data import pipeline, sources
+    """This project's preparation of corpus.jsonl."""
+    from minzero.data import pipeline
+    from minzero.data.local_files import Files
+    from minzero.data.tokenizer import load_tokenizer
 
     shutil.rmtree(folder / f"ours_{workers}", ignore_errors=True)
     arguments = ["--out", f"{folder}/ours_{workers}", "--workers", str(workers), "--val_fraction", "0.0005"]
     args = pipeline.options("", folder).parse_args(arguments)
-    tokenizer.load_tokenizer("gpt2")  # as the other two, in front of the clock
+    load_tokenizer("gpt2")  # before the time starts, as in the other two
     started = time.perf_counter()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        pipeline.prepare(sources.Files(folder / "corpus.jsonl"), "gpt2", args)
+        pipeline.prepare(Files(folder / "corpus.jsonl"), "gpt2", args)
     seconds = time.perf_counter() - started
     meta = json.loads((args.out / "meta.json").read_text())
     return sum(split["tokens"] for split in meta["splits"].values()), seconds
 
 
 def nanogpt(folder, workers, texts):
-    """One document at a time through datasets.map into lists, the lists then joined into train.bin."""
+    """nanoGPT's: one document at a time through datasets.map into lists, which are then joined into train.bin."""
     import datasets
     import tiktoken
 
@@ -121,13 +122,15 @@ def measured(function, folder, workers, texts):
     receiver, sender = context.Pipe(duplex=False)
 
     def work():
-        before, result = sum(os.times()[:4]), function(folder, workers, texts)
+        before = sum(os.times()[:4])
+        result = function(folder, workers, texts)
         sender.send((*result, sum(os.times()[:4]) - before))
 
     child = context.Process(target=work)
     child.start()
-    sender.close()  # so that a child that fails ends the wait below
-    peak, finished = [0], threading.Event()
+    sender.close()  # so that recv below ends if the child fails
+    peak = [0]  # bytes
+    finished = threading.Event()
 
     def watch():
         process = psutil.Process(child.pid)
@@ -187,11 +190,11 @@ def reader(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=100)
-    parser.add_argument("--rounds", type=int, default=1, help="the fastest of so many counts")
+    parser.add_argument("--rounds", type=int, default=1, help="repeat each measurement; the fastest counts")
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-    folder = Path(tempfile.mkdtemp(prefix="bench_data_"))
+    folder = Path(tempfile.mkdtemp(prefix="benchmark_data_"))
     try:
         texts = corpus(args.megabytes)
         with open(folder / "corpus.jsonl", "w") as file:
@@ -206,7 +209,7 @@ def main():
         head = f"{'':16s}{'processes':>10s}{'tokens':>13s}{'M tokens/s':>12s}{'a process':>11s}"
         print(f"{head}{'a CPU second':>14s}{'peak MB':>9s}")
         for name, function, workers in rows:
-            given = texts if function is bare else None  # the others read their files, as in life
+            given = texts if function is bare else None  # the others read files, as a user would
             runs = [measured(function, folder, workers, given) for _ in range(args.rounds)]
             tokens, seconds, cpu_seconds, peak = min(runs, key=lambda run: run[1])
             rate = results[name, workers] = tokens / seconds / 1e6
