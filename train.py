@@ -26,7 +26,6 @@ if __name__ == "__main__":
 import torch
 from torch import distributed
 
-import export
 from minzero import checkpoint, dist, guard, metrics
 from minzero.config import (
     SharedError,
@@ -49,6 +48,7 @@ from minzero.engine import (
     why_not_compiled,
 )
 from minzero.run_folder import RunFolder
+from minzero.trained import open_weights
 from minzero.zero import optimizers
 from model import IGNORE
 
@@ -177,7 +177,7 @@ def train_in(folder, config, watch, device, rank, world_size):
         resume_from, state = checkpoint.where_to_start(config, train_data)
         weights, load_weights = None, None
         if train.init_from and not resume_from:
-            weights, load_weights = export.open_weights(train.init_from, config.model)
+            weights, load_weights = open_weights(train.init_from, config.model)
         digests = train_data.content_digests() | val_data.content_digests()
         code = dist.code_digests()
 

@@ -11,11 +11,10 @@ from deepspeed import comm
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
 
-import export
 from minzero.config import UserError, check_together, offload_device, offload_ratio, offloads_optimizer, zero_stage
 from minzero.data.shards import make_folder
 from minzero.sizes import count_parameters
-from minzero.zero import stage_0_masters, torch_linear
+from minzero.zero import copy_into, stage_0_masters, torch_linear
 from model import GPT, Block
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -246,7 +245,7 @@ def why_not_compiled(wanted, config, device, kernels, precision="fp32", zero=Non
 def build_engine(config, ds_config, device, kernels="torch", compiled=False, load_weights=None):
     """The model and its optimizer, in DeepSpeed's hands. Under ZeRO-3 each matrix is sharded as soon as it
     is made, so that no rank ever holds the whole model. The weights are the same bit for bit whatever the
-    stage and the number of ranks; load_weights: what export.open_weights gives, if they are not random."""
+    stage and the number of ranks; load_weights: what trained.open_weights gives, if they are not random."""
     train, sharded = config.train, zero_stage(ds_config) == 3
     if compiled:  # the graphs keep no gathered weights either way, and torch 2.11 compiles DeepSpeed's linear wrongly
         zero = ds_config.get("zero_optimization", {}) | {"memory_efficient_linear": False}
@@ -255,7 +254,7 @@ def build_engine(config, ds_config, device, kernels="torch", compiled=False, loa
     with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=sharded), device:
         model = GPT(config.model, train.seed, int(train.activation_checkpointing), train.checkpoints_on_cpu, kernels)
     if load_weights:
-        export.copy_into(model, load_weights)
+        copy_into(model, load_weights)
     if compiled:
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled after all runs as it is
         if sharded:  # a block's weights are gathered at once, before its graph, which no hook then breaks

@@ -510,3 +510,28 @@ def pieces_in(tensors):
     """The (parameter, first element, elements) of which a file holds the weights, of its {name: elements}."""
     names = ((name.split("/"), elements) for name, elements in tensors.items())
     return [(parameter, int(start), elements) for (kind, parameter, start), elements in names if kind == "fp32"]
+
+
+@torch.no_grad()
+def copy_into(model, load):
+    """Give every parameter of `model` the value read(name), where read = load(), from rank 0. Parameter by
+    parameter, so that under ZeRO-3 no rank ever holds more than one whole; in the other stages `deepspeed.initialize`
+    broadcasts rank 0's. Every rank must call this; all raise UserError if rank 0 cannot read."""
+    from deepspeed import comm, zero
+
+    from minzero import dist
+
+    is_first = comm.get_rank() == 0
+    fault, read = None, None
+    for name, parameter in model.named_parameters():
+        with zero.GatheredParameters([parameter], modifier_rank=0):
+            if not is_first or fault:
+                continue  # all ranks gather, whatever rank 0 finds
+            try:
+                read = read or load()
+                parameter.copy_(read(name)[: len(parameter)])  # learned positions past block_size are left out
+            except UserError as error:
+                fault = error
+    with dist.all_or_none():
+        if fault:
+            raise fault

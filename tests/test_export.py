@@ -20,14 +20,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import export
 import model
-from eval import load_model, open_trained
 from minzero import checkpoint
 from minzero.config import ROOT, ModelConfig, UserError, key, load_config
 from minzero.data.mixture import Mixture
 from minzero.data.shards import write_json
 from minzero.data.tokenizer import END_OF_TEXT, load_tokenizer, save_for_transformers
+from minzero.hf import families
+from minzero.hf import read as hf_read
+from minzero.hf import write as hf_write
 from minzero.metrics import read_metrics
 from minzero.sizes import count_parameters
+from minzero.trained import load_model, open_trained, open_weights
 from model import GPT
 from tests.conftest import deepspeed_command, run
 from tests.trained_runs import FAMILIES, LLAMA, NEOX, write_data, write_run
@@ -58,16 +61,16 @@ def randomised(model, seed=0):
 
 
 def to_transformers(config, model):
-    return dict(export.to_transformers(config, model.state_dict().__getitem__))
+    return dict(families.to_transformers(config, model.state_dict().__getitem__))
 
 
 def zero_biases(config):
     """Whether transformers' model has biases that ours does not have."""
-    return not config.bias and export.FAMILIES[export.family_of(config)].always_biased
+    return not config.bias and families.FAMILIES[families.family_of(config)].always_biased
 
 
 def their_model(config):
-    return AutoModelForCausalLM.from_config(export.transformers_config(config)).eval()
+    return AutoModelForCausalLM.from_config(families.transformers_config(config)).eval()
 
 
 def make_folder(folder, config, shards="5GB"):
@@ -100,7 +103,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(config, seed):
     assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-6)
     our_loss.backward()
     their_loss.backward()
-    read = export.from_transformers(config, {name: p.grad for name, p in theirs.named_parameters()}.get)
+    read = families.from_transformers(config, {name: p.grad for name, p in theirs.named_parameters()}.get)
     for name, parameter in ours.named_parameters():
         scale = parameter.grad.abs().max().item()
         difference = (parameter.grad - read(name)).abs().max().item()
@@ -114,7 +117,7 @@ VARIANTS = {f"{family} {name}": config for family, base in FAMILIES.items() for 
 def test_every_value_of_every_key_is_exported_right_or_refused(config, tmp_path):
     """The variants come from ModelConfig's own fields, so that a new key cannot be passed over."""
     try:
-        export.check_expressible(config)
+        families.check_expressible(config)
     except UserError as error:
         assert "is the nearest to this model" in str(error)
         with pytest.raises(UserError):
@@ -125,11 +128,11 @@ def test_every_value_of_every_key_is_exported_right_or_refused(config, tmp_path)
     theirs.tie_weights()
     tokens = torch.randint(config.vocab_size, (2, config.block_size), generator=torch.Generator().manual_seed(0))
     assert (ours(tokens) - theirs(tokens).logits).abs().max().item() < 1e-5
-    write_json(tmp_path / "config.json", export.in_all_words(export.transformers_config(config)))
-    published = dataclasses.replace(export.published_model(tmp_path), bias=config.bias)
+    write_json(tmp_path / "config.json", hf_write.config_json(families.transformers_config(config)))
+    published = dataclasses.replace(hf_read.read_model_config(tmp_path), bias=config.bias)
     of_training = {"dropout": 0.0, "init_std": 0.02}
     of_training |= {"rotary_theta": 10000.0} if config.position == "learned" else {}
-    assert published == export.explicit(dataclasses.replace(config, **of_training))
+    assert published == families.explicit(dataclasses.replace(config, **of_training))
 
 
 def with_key(base, default, value, **settings):
@@ -158,7 +161,7 @@ def with_key(base, default, value, **settings):
 )
 def test_a_key_that_nobody_takes_into_account_must_be_off(base, default, value, settings, known):
     config = with_key(base, default, value, **settings)
-    for refuse in (export.family_of, export.transformers_config, export.check_expressible, count_parameters):
+    for refuse in (families.family_of, families.transformers_config, families.check_expressible, count_parameters):
         if known:
             refuse(config)
         else:
@@ -167,7 +170,7 @@ def test_a_key_that_nobody_takes_into_account_must_be_off(base, default, value, 
     off = with_key(base, default, default, **settings)
     if value != default:
         with pytest.raises(UserError, match=r"set --model\.new "):
-            export.refuse_differences("there", config, off)
+            hf_read.refuse_differences("there", config, off)
 
 
 class MoreParameters(GPT):
@@ -200,9 +203,9 @@ def capped(self, x, targets=None):
 @pytest.mark.parametrize(
     ("where", "name", "value", "expected"),
     [
-        (export, "GPT", MoreParameters, "blocks.0.attention.q_norm.weight: found [8], expected none"),
-        (export, "GPT", OtherShapes, "final_norm.weight: found [1], expected [32]"),
-        (export, "GPT", FewerParameters, "blocks.1.mlp.down.weight: found none, expected [32, 128]"),
+        (families, "GPT", MoreParameters, "blocks.0.attention.q_norm.weight: found [8], expected none"),
+        (families, "GPT", OtherShapes, "final_norm.weight: found [1], expected [32]"),
+        (families, "GPT", FewerParameters, "blocks.1.mlp.down.weight: found none, expected [32, 128]"),
         (model.Head, "forward", capped, "its logits differ by"),
         (model.MLP, "forward", exact_gelu, "its logits differ by"),
     ],
@@ -210,10 +213,10 @@ def capped(self, x, targets=None):
 def test_a_model_py_that_was_changed_without_a_key_is_refused(base, where, name, value, expected, monkeypatch):
     if value is exact_gelu and base.mlp == "swiglu":
         pytest.skip("has no gelu")
-    export.check_expressible(base)
+    families.check_expressible(base)
     monkeypatch.setattr(where, name, value)
     with pytest.raises(UserError, match=r"^model\.py: [^\n]+$") as error:
-        export.check_expressible(base)
+        families.check_expressible(base)
     assert expected in str(error.value)
 
 
@@ -222,8 +225,8 @@ def test_a_checkpoint_of_another_model_py_is_refused(tmp_path, monkeypatch):
     write_run(tmp_path / "run", LLAMA, write_data(tmp_path / "data"))
     for changed, expected in ((MoreParameters, "expected [8]"), (OtherShapes, "found [32], expected [1]")):
         with monkeypatch.context() as patch:
-            patch.setattr(export, "GPT", changed)
-            for refuse in (open_trained, lambda path: export.open_weights(str(path), LLAMA)):
+            patch.setattr(families, "GPT", changed)
+            for refuse in (open_trained, lambda path: open_weights(str(path), LLAMA)):
                 with pytest.raises(UserError, match=r"^[^\n]*use the model.py that it was trained with") as error:
                     refuse(tmp_path / "run")
                 assert expected in str(error.value)
@@ -239,7 +242,7 @@ def test_config_json_speaks_the_words_of_transformers_4_and_5(tmp_path):
     }
     for family, base in FAMILIES.items():
         config = dataclasses.replace(base, rotary_theta=5e5)
-        found = export.in_all_words(export.transformers_config(config, "bfloat16", 256))
+        found = hf_write.config_json(families.transformers_config(config, "bfloat16", 256))
         same = expected[family] | {"dtype": "bfloat16", "torch_dtype": "bfloat16", "model_type": family}
         same |= {"bos_token_id": 256, "eos_token_id": 256, "tie_word_embeddings": base.tie_embeddings}
         # transformers' Llama learns nothing of the pad token's row, which is the end of text's
@@ -249,31 +252,31 @@ def test_config_json_speaks_the_words_of_transformers_4_and_5(tmp_path):
             assert found["rope_parameters"]["rope_theta"] == 5e5
         assert {name: found[name] for name in same} == same
         write_json(tmp_path / "config.json", found)
-        assert export.published_model(tmp_path).rotary_theta == (10000.0 if family == "gpt2" else 5e5)
+        assert hf_read.read_model_config(tmp_path).rotary_theta == (10000.0 if family == "gpt2" else 5e5)
     of_4 = {name: value for name, value in found.items() if name != "rope_parameters"}
     write_json(tmp_path / "config.json", of_4)
-    assert export.published_model(tmp_path).rotary_theta == 5e5
+    assert hf_read.read_model_config(tmp_path).rotary_theta == 5e5
 
 
 @pytest.mark.parametrize("config", MODELS)
 def test_weights_and_settings_come_back_bit_for_bit(config, tmp_path):
     ours = randomised(GPT(config))
     tensors = to_transformers(config, ours)
-    read = export.from_transformers(config, tensors.get)
+    read = families.from_transformers(config, tensors.get)
     for name, parameter in ours.named_parameters():
         assert torch.equal(read(name), parameter), name
     theirs = randomised(their_model(config)).state_dict()
     if zero_biases(config):
         theirs = {name: tensor * (not name.endswith("bias")) for name, tensor in theirs.items()}
-    read = export.from_transformers(config, theirs.get)
-    back = dict(export.to_transformers(config, read))
+    read = families.from_transformers(config, theirs.get)
+    back = dict(families.to_transformers(config, read))
     assert back.keys() | {"lm_head.weight"} == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in back.items())
-    export.transformers_config(config).save_pretrained(tmp_path)
-    published = export.published_model(tmp_path)
+    families.transformers_config(config).save_pretrained(tmp_path)
+    published = hf_read.read_model_config(tmp_path)
     if zero_biases(config):
         published = dataclasses.replace(published, bias=False)
-    assert published == export.explicit(dataclasses.replace(config, init_std=0.02))
+    assert published == families.explicit(dataclasses.replace(config, init_std=0.02))
 
 
 @pytest.mark.parametrize(
@@ -289,7 +292,7 @@ def test_weights_and_settings_come_back_bit_for_bit(config, tmp_path):
 )
 def test_what_neither_can_express_is_refused(more, expected):
     config = dataclasses.replace(SMALL, **more)
-    for refuse in (export.transformers_config, export.correspondence):
+    for refuse in (families.transformers_config, families.their_names):
         with pytest.raises(UserError, match=r"^[^\n]+$") as error:
             refuse(config)
         assert expected in str(error.value)
@@ -297,7 +300,7 @@ def test_what_neither_can_express_is_refused(more, expected):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.stem)
 def test_every_config_can_be_exported(path):
-    export.family_of(load_config([str(path)]).model)
+    families.family_of(load_config([str(path)]).model)
 
 
 # -- tokenizers ----------------------------------------------------------------------------------
@@ -332,7 +335,7 @@ def test_auto_tokenizer_gives_our_ids(name, config, tmp_path, monkeypatch, reque
     encoding = of_pattern(name, monkeypatch) if name.endswith("_base") else load_tokenizer(name)
     parts = encoding._mergeable_ranks, encoding._special_tokens, encoding._pat_str
     save_for_transformers(tmp_path, *parts, bos_token=END_OF_TEXT)
-    export.transformers_config(config).save_pretrained(tmp_path)  # by which AutoTokenizer may choose another class
+    families.transformers_config(config).save_pretrained(tmp_path)  # by which AutoTokenizer may choose another class
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     generator = random.Random(0)
     pieces = [*"  \n\r\t'stLlvRe0123456789½²\u017fKabß.,/-é東\u0301\u00a0\u2028\u3000😀ǅ", "\n\n", "'LL", "'re"]
@@ -376,7 +379,7 @@ def first_batch(folder, block_size=16):
 def test_every_stage_rank_and_precision_starts_from_the_published_weights(launched):
     for family in FAMILIES:
         config = ModelConfig(**json.loads((launched / f"{family}.json").read_text()))
-        read = export.from_transformers(
+        read = families.from_transformers(
             config, AutoModelForCausalLM.from_pretrained(launched / family).state_dict().get
         )
         for rank in (0, 1):
@@ -424,7 +427,7 @@ def published(tmp_path_factory):
 
 def refused(folder, config):
     with pytest.raises(UserError, match=r"^[^\n]+$") as error:
-        export.open_weights(str(folder), config)
+        open_weights(str(folder), config)
     return str(error.value)
 
 
@@ -436,7 +439,7 @@ def test_what_is_not_the_published_model_is_named_with_the_flags_that_mend_it(pu
         "model.tie_embeddings: false, expected true; " in message
         and "model.block_size: 32, expected 16; set --model" in message
     )
-    assert message.endswith("--model.tie_embeddings true --model.rotary_theta 10000.0 --model.block_size 16")
+    assert message.endswith("--model.rotary_theta 10000.0 --model.tie_embeddings true --model.block_size 16")
     message = refused(published / "gpt2", LLAMA)
     for part in ("norm: rmsnorm, expected layernorm", "position: rotary", "mlp: swiglu", "n_kv_head: 2, expected 4"):
         assert f"model.{part}" in message
@@ -530,7 +533,7 @@ def spoil(folder, how):
 )
 def test_malformed_folders_are_one_line(published, tmp_path, how, expected):
     folder = shutil.copytree(published / "llama", tmp_path / "copy")
-    export.open_weights(str(folder), LLAMA)  # nothing is wrong with it yet
+    open_weights(str(folder), LLAMA)  # nothing is wrong with it yet
     spoil(folder, how)
     assert expected in refused(folder, LLAMA)
 
@@ -539,7 +542,7 @@ def test_a_model_without_biases_starts_from_biases_of_zero_alone(published, tmp_
     config = dataclasses.replace(SMALL, bias=False)
     assert "model.bias: false, expected true, as transformer.h.0" in refused(published / "gpt2", config)
     model = make_folder(tmp_path, config)
-    _, load = export.open_weights(str(tmp_path), config)
+    _, load = open_weights(str(tmp_path), config)
     ours, read = GPT(config).eval(), load()
     ours.load_state_dict({name: read(name) for name, _ in ours.named_parameters()}, strict=False)
     tokens = torch.arange(16)[None]
@@ -554,7 +557,7 @@ def test_the_output_layer_of_gpt_neox_is_read_under_both_names(published, tmp_pa
         save_file(
             {name if key == stored else key: tensor for key, tensor in tensors.items()}, folder / "model.safetensors"
         )
-        assert torch.equal(export.open_weights(str(folder), NEOX)[1]()("head.weight"), tensors[stored])
+        assert torch.equal(open_weights(str(folder), NEOX)[1]()("head.weight"), tensors[stored])
 
 
 def test_names_without_the_prefix_and_old_buffers_are_read(published, tmp_path):
@@ -565,7 +568,7 @@ def test_names_without_the_prefix_and_old_buffers_are_read(published, tmp_path):
     tensors |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 16, 16) for layer in (0, 1)}
     save_file(tensors, tmp_path / "model.safetensors")
     shutil.copy(published / "gpt2" / "config.json", tmp_path)
-    read, whole = (export.open_weights(str(folder), SMALL)[1]() for folder in (tmp_path, published / "gpt2"))
+    read, whole = (open_weights(str(folder), SMALL)[1]() for folder in (tmp_path, published / "gpt2"))
     for name, _ in GPT(SMALL).named_parameters():
         assert torch.equal(read(name), whole(name)), name
 
@@ -587,7 +590,7 @@ def test_a_start_from_nowhere_ends_with_code_2_and_one_line(launched, tmp_path, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_exported_folder_loads_generates_and_comes_back(launched, tmp_path, family, monkeypatch, capsys):
-    monkeypatch.setattr(export, "MAX_SHARD", 40_000)
+    monkeypatch.setattr(hf_write, "MAX_SHARD", 40_000)
     export.main([str(launched / f"{family}_3"), str(tmp_path / "hf"), "--checkpoint", "latest"])
     assert capsys.readouterr().out.count("\n") == 1
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists() and not list(tmp_path.glob("*.tmp"))
@@ -600,7 +603,7 @@ def test_the_exported_folder_loads_generates_and_comes_back(launched, tmp_path, 
     tokens, ours = torch.arange(16)[None], load_model(source)
     assert torch.allclose(theirs(tokens).logits, ours(tokens), atol=1e-5)
     assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == 256
-    _, load = export.open_weights(str(tmp_path / "hf"), source.model)
+    _, load = open_weights(str(tmp_path / "hf"), source.model)
     read, original = load(), source.load()
     assert all(torch.equal(read(name), original(name)) for name, _ in ours.named_parameters())
 
@@ -657,7 +660,7 @@ def test_other_types_and_no_tokenizer(launched, tmp_path, monkeypatch, capsys):
     AutoModelForCausalLM.from_pretrained(tmp_path / "without")
     large = {name: 1e7 * tensor for name, tensor in GPT(SMALL).state_dict().items()}
     with pytest.raises(UserError, match=r"--dtype: transformer.wte.weight holds numbers too large for torch.float16"):
-        export.write_weights(tmp_path, SMALL, large.__getitem__, torch.float16)
+        hf_write.write_weights(tmp_path, SMALL, large.__getitem__, torch.float16)
 
 
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
@@ -671,8 +674,8 @@ def test_of_the_weights_two_at_most_are_in_memory_beside_the_file_being_made(con
         return weight
 
     for size in ("5GB", 40_000):
-        monkeypatch.setattr(export, "MAX_SHARD", size)
-        export.write_weights(tmp_path, config, read, torch.float32)
+        monkeypatch.setattr(hf_write, "MAX_SHARD", size)
+        hf_write.write_weights(tmp_path, config, read, torch.float32)
     assert most == 2, "the one that is read and the one before it"
 
 

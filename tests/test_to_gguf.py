@@ -34,6 +34,9 @@ from minzero.data.tokenizer import (
     save_tokenizer,
     train_tokenizer,
 )
+from minzero.evaluate import window_losses
+from minzero.hf import families, gguf
+from minzero.trained import load_model, open_trained
 from tests.conftest import ROOT, run
 from tests.trained_runs import FAMILIES, GPT2, LLAMA, NEOX, write_data, write_run
 
@@ -60,7 +63,7 @@ def parts_of(encoding):
 def test_the_names_of_patterns(tmp_path, ranks):
     def name(pattern):
         (tmp_path / "tokenizer.json").write_text(huggingface_json(*ranks, pattern))
-        return to_gguf.pre_tokenizer_name(tmp_path)
+        return gguf.pre_tokenizer_name(tmp_path)
 
     assert name(PATTERN) == "llama-bpe"
     ranks = train_tokenizer(TEXTS, 1000, pattern=GPT2_PATTERNS[-1])
@@ -69,12 +72,12 @@ def test_the_names_of_patterns(tmp_path, ranks):
     split = {"type": "Split", "pattern": {"Regex": GPT2_PATTERNS[0]}, "behavior": "Isolated", "invert": False}
     cut = {"type": "Sequence", "pretokenizers": [split, older["pre_tokenizer"] | {"use_regex": False}]}
     write_json(tmp_path / "tokenizer.json", older | {"pre_tokenizer": cut})
-    assert to_gguf.pre_tokenizer_name(tmp_path) == "gpt-2"
+    assert gguf.pre_tokenizer_name(tmp_path) == "gpt-2"
 
 
 def test_gpt2s_own_tokenizer_is_named(tmp_path, shared):
     save_for_transformers(tmp_path, *parts_of(load_tokenizer("gpt2")))
-    assert to_gguf.pre_tokenizer_name(tmp_path) == "gpt-2"
+    assert gguf.pre_tokenizer_name(tmp_path) == "gpt-2"
 
 
 LEARNED = byte_ranks() | {b"ab": 256}
@@ -96,7 +99,7 @@ OTHER_TOKENIZERS = {
 def test_tokenizers_that_llama_cpp_would_not_give_the_ids_of(kind, tmp_path):
     save_for_transformers(tmp_path, *OTHER_TOKENIZERS[kind])
     with pytest.raises(UserError, match=r"tokenizer\.json: .*(llama\.cpp has no other|'abcd').*[Tt]rain a tokenizer"):
-        to_gguf.pre_tokenizer_name(tmp_path)
+        gguf.pre_tokenizer_name(tmp_path)
 
 
 def adds_bos(content):
@@ -141,7 +144,7 @@ def test_tokenizer_files_of_others(kind, tmp_path, ranks):
     change(content)
     write_json(tmp_path / "tokenizer.json", content)
     with pytest.raises(UserError, match=words):
-        to_gguf.pre_tokenizer_name(tmp_path)
+        gguf.pre_tokenizer_name(tmp_path)
 
 
 def test_the_commands_faults(tmp_path, ranks, monkeypatch):
@@ -176,7 +179,7 @@ def test_the_commands_faults(tmp_path, ranks, monkeypatch):
     assert sorted(tmp_path.iterdir()) == before and (tmp_path / "there.gguf").read_text() == "mine"
     (tmp_path / "hf" / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="no such file; export a run whose data has"):
-        to_gguf.convert(tmp_path / "hf", tmp_path / "new.gguf", torn)
+        gguf.convert(tmp_path / "hf", tmp_path / "new.gguf", torn)
 
 
 # -- what llama.cpp makes of the others ----------------------------------------------------------
@@ -392,7 +395,7 @@ def trained_data(tmp_path_factory, ranks):
 
 
 def test_every_family_is_tried():
-    assert {export.family_of(config) for config in VARIANTS.values()} == set(export.FAMILIES) == set(FAMILIES)
+    assert {families.family_of(config) for config in VARIANTS.values()} == set(families.FAMILIES) == set(FAMILIES)
 
 
 @pytest.mark.slow
@@ -421,8 +424,8 @@ def test_loss_and_ids_are_llama_cpps(name, trained_data, llama_cpp, tmp_path, ca
     # the mean hides what GELU's table does to each window; with the same table, half of the windows have none of it
     # (in the others an input of GELU's lies between two float16 numbers, and falls to either side)
     monkeypatch.setattr(F, "gelu", half_gelu)
-    model = evaluation.load_model(evaluation.open_trained(tmp_path / "run"), torch.device("cpu"))
-    one_by_one, _ = evaluation.window_losses(model, stream)
+    model = load_model(open_trained(tmp_path / "run"), torch.device("cpu"))
+    one_by_one, _ = window_losses(model, stream, device=torch.device("cpu"))
     assert (losses - one_by_one).abs().median().item() / block < 1e-5
 
 

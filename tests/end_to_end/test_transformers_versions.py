@@ -13,10 +13,12 @@ import pytest
 import torch
 
 import export
-from eval import load_model, open_trained
 from minzero.data import pipeline
 from minzero.data.conversations import LEARNED, with_marks
 from minzero.data.tokenizer import load_tokenizer, save_for_transformers, save_tokenizer, train_tokenizer
+from minzero.hf.families import transformers_config
+from minzero.hf.write import config_json
+from minzero.trained import load_model, open_trained
 from tests.conftest import environment
 from tests.test_export import NASTY, of_pattern
 from tests.trained_runs import FAMILIES, GPT2, LLAMA, NEOX, write_data, write_run
@@ -116,8 +118,8 @@ def write_tokenizers(folder):
         (folder / name).mkdir(exist_ok=True)
         save_for_transformers(folder / name, encoding._mergeable_ranks, encoding._special_tokens, encoding._pat_str)
         config = dataclasses.replace(LLAMA, vocab_size=encoding.n_vocab)
-        theirs = export.transformers_config(config, end_of_text=encoding._special_tokens["<|endoftext|>"])
-        (folder / name / "config.json").write_text(json.dumps(export.in_all_words(theirs)))
+        theirs = transformers_config(config, end_of_text=encoding._special_tokens["<|endoftext|>"])
+        (folder / name / "config.json").write_text(json.dumps(config_json(theirs)))
     return encodings
 
 
