@@ -1,4 +1,4 @@
-"""How good is a trained model? Its loss over validation splits, what gzip makes of them, and lm-eval's benchmarks."""
+"""How good is a trained model? Its loss over validation splits, gzip's size of the same text, and lm-eval's benchmarks."""
 
 import contextlib
 import gzip
@@ -18,10 +18,10 @@ from minzero.data.mixture import content_digest
 from minzero.data.pipeline import tokenizer_of
 from minzero.data.shards import TokenStream
 from minzero.data.sources import one_line
+from minzero.hf.families import own_shapes
 from minzero.hf.write import write_model
 from minzero.nearest import suggesting
 from minzero.trained import ModelSource, best_device, holds_data, load_model, load_sharded, open_trained
-from model import GPT
 
 SHOW_AFTER = 1.0  # seconds that work must take before its progress is shown
 
@@ -160,17 +160,11 @@ def open_all(path, which="best", data=None, needs_data=True, needs_text=False):
 
 def evaluate_alone(source: ModelSource, streams, batch_size):
     """The result of `evaluate` in one process. Keeps no memory of the model."""
-    with progress_bar("loading", count_parameters(source)) as progress:
+    with progress_bar("loading", len(own_shapes(source.model))) as progress:
         model = load_model(source, progress=progress)
     passes = sum(count_passes(stream, batch_size) for stream in streams)
     with progress_bar("evaluating", passes) as progress:
         return evaluate(model, streams, batch_size, progress=progress)
-
-
-def count_parameters(source: ModelSource):
-    """The number of parameter tensors."""
-    with torch.device("meta"):
-        return len(list(GPT(source.model).parameters()))
 
 
 def evaluate_on_ranks(open_model, batch_size):

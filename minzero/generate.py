@@ -133,7 +133,7 @@ def generate(model, tokens, max_new_tokens, block_size, streamer, **settings):
 
 class Writer:
     """A trained model that writes to the terminal. data: a folder made with the model's tokenizer, in place of the
-    run's own; chat: prompts are what a user says; temperature: 0 for the most likely token. Raises UserError."""
+    run's own; chat: prompts are messages of a user; temperature: 0 for the most likely token. Raises UserError."""
 
     def __init__(self, source: ModelSource, data=None, chat=False, temperature=0.8, top_k=50, top_p=1.0):
         self.source, self.chat = source, chat
@@ -152,8 +152,10 @@ class Writer:
 
     def encode(self, prompt):
         """The ids of a text or, in a chat, of a user's message, as transformers' own code gives them. Raises UserError
-        for what the tokenizer cannot say."""
-        if odd := [char for char in prompt if "\ud800" <= char <= "\udfff"]:  # what a byte that is not UTF-8 becomes
+        for text that the tokenizer cannot encode."""
+        if odd := [
+            char for char in prompt if "\ud800" <= char <= "\udfff"
+        ]:  # Python's stand-in for a byte that is not UTF-8
             raise UserError(f"prompt: found {odd[0]!r} in it, expected UTF-8 text")
         if self.encoding and (missing := missing_characters(self.encoding, prompt)):
             raise UserError(f"prompt: found {missing[0]!r}, expected characters that the model's tokenizer has")
@@ -179,7 +181,7 @@ class Writer:
         return tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
 
     def write(self, prompt, max_new_tokens=200, samples=1, seed=1337):
-        """Print what follows a prompt, several times with `samples`, each with a seed of its own."""
+        """Print a continuation of a prompt, or several with `samples`, each with a seed of its own."""
         tokens = self.encode(prompt)
         block_size = self.source.model.block_size
         if len(tokens) > block_size:

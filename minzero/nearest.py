@@ -12,7 +12,7 @@ MOST_ENTRIES = 10_000  # of a folder that are looked at
 
 
 def entries(folder):
-    """{name: path} of what is in a folder; nothing if it cannot be read."""
+    """{name: path} of a folder's entries; empty if it cannot be read."""
     try:
         with os.scandir(folder) as found:
             return {entry.name: Path(folder) / entry.name for entry in itertools.islice(found, MOST_ENTRIES)}

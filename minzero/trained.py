@@ -140,14 +140,16 @@ def open_weights(source, model: ModelConfig):
     """The weights that `train.init_from` names, for a model of these settings -> (a description, a function load()
     that gives read(name of a parameter)). Reads none yet, but has checked everything that could be wrong: raises
     UserError."""
-    folder = local_folder(source)
+    with suggesting(source, holds_model):
+        folder = local_folder(source)
+        if not is_published(folder) and checkpoint.find(folder, "best") is None:
+            raise UserError(
+                f"train.init_from: {source}: found neither a config.json of transformers' nor a checkpoint; expected "
+                "one"
+            )
     if is_published(folder):
         description, _, load = open_published(folder, model)
         return description.replace(str(folder), source, 1), load
-    if checkpoint.find(folder, "best") is None:
-        raise UserError(
-            f"train.init_from: {source}: found neither a config.json of transformers' nor a checkpoint; expected one"
-        )
     found, saved = checkpoint.reading(folder, "best", lambda found: (found, model_of(found)))
     refuse_differences(found, model, saved)
     return str(found), lambda: checkpoint.open_weights(found)[2]

@@ -234,7 +234,7 @@ def test_a_checkpoint_of_another_model_py_is_refused(tmp_path, monkeypatch):
 
 
 def test_config_json_speaks_the_words_of_transformers_4_and_5(tmp_path):
-    """What the versions make of them: tests/end_to_end/test_transformers_versions.py."""
+    """How the versions read them: tests/end_to_end/test_transformers_versions.py."""
     expected = {
         "gpt2": {"n_ctx": 16, "n_inner": 128, "activation_function": "gelu_new", "scale_attn_weights": True},
         "llama": {"num_key_value_heads": 2, "head_dim": 8, "attention_bias": False, "mlp_bias": False},
@@ -290,7 +290,7 @@ def test_weights_and_settings_come_back_bit_for_bit(config, tmp_path):
         ({"position": "rotary", "norm": "rmsnorm"}, "model.mlp: found gelu, expected swiglu"),
     ],
 )
-def test_what_neither_can_express_is_refused(more, expected):
+def test_a_model_of_no_family_is_refused(more, expected):
     config = dataclasses.replace(SMALL, **more)
     for refuse in (families.transformers_config, families.their_names):
         with pytest.raises(UserError, match=r"^[^\n]+$") as error:
@@ -402,7 +402,7 @@ def test_the_first_loss_is_that_of_transformers(launched):
         assert read_metrics(launched / name)[0]["loss"] == pytest.approx(expected, rel=2e-6), name
 
 
-def test_a_run_that_goes_on_and_one_that_starts_from_a_run(launched):
+def test_a_run_that_continues_and_one_that_starts_from_a_run(launched):
     lines = [line for line in read_metrics(launched / "llama_3") if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2]
     model = load_model(open_trained(launched / "llama_3"))
@@ -412,7 +412,7 @@ def test_a_run_that_goes_on_and_one_that_starts_from_a_run(launched):
     assert expected != pytest.approx(lines[0]["loss"], rel=1e-3), "the second run must start where the first ended"
 
 
-# -- what is refused -----------------------------------------------------------------------------
+# -- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -431,7 +431,7 @@ def refused(folder, config):
     return str(error.value)
 
 
-def test_what_is_not_the_published_model_is_named_with_the_flags_that_mend_it(published):
+def test_each_difference_from_the_published_model_is_named_with_the_flags_that_fix_it(published):
     config = dataclasses.replace(LLAMA, n_layer=3, rotary_theta=5e5, tie_embeddings=False, block_size=32)
     message = refused(published / "llama", config)
     assert "model.n_layer: 3, expected 2" in message and "model.rotary_theta: 500000.0, expected 10000.0" in message
@@ -561,7 +561,7 @@ def test_the_output_layer_of_gpt_neox_is_read_under_both_names(published, tmp_pa
 
 
 def test_names_without_the_prefix_and_old_buffers_are_read(published, tmp_path):
-    """As GPT-2 itself is published: no `transformer.` in front, causal masks among the tensors."""
+    """As GPT-2 itself is published: without the prefix `transformer.`, causal masks among the tensors."""
     tensors = {}
     for file in (published / "gpt2").glob("*.safetensors"):
         tensors |= {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
@@ -632,7 +632,7 @@ def test_the_model_card_states_the_facts_of_the_run(launched, tmp_path, capsys):
         "![training and validation loss](loss.png)",
     ):
         assert fact in card.text, fact
-    assert (tmp_path / "hf" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n", "drawn anew from the metrics"
+    assert (tmp_path / "hf" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n", "drawn again from the metrics"
     code = card.text.split("```python\n")[1].split("```")[0].replace("PATH", str(tmp_path / "hf"))
     capsys.readouterr()
     exec(code.replace("max_new_tokens=50", "max_new_tokens=5"), {})
@@ -698,7 +698,7 @@ def test_nothing_is_overwritten(launched, tmp_path):
 
 
 def reseal(found, change):
-    """Let change(state) alter what a checkpoint's state.json records."""
+    """Let change(state) alter the content of a checkpoint's state.json."""
     state = json.loads((found / "state.json").read_text())
     del state["crc32"]
     change(state)

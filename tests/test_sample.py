@@ -149,7 +149,7 @@ def words(folder):
 
 
 def sentence_piece(folder):
-    """As Llama 2's: a space before the text, bytes for what has no token, and a class that adds the BOS."""
+    """As Llama 2's: a space before the text, bytes where there is no token, and a class that adds the BOS."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -277,7 +277,7 @@ def test_characters_are_printed_whole_and_as_soon_as_they_are(bytes_tokenizer, c
         terminal.put(torch.tensor([byte]))
         printed.append(capsys.readouterr().out)
     assert [part for part in printed if part] == list(text)
-    for byte in "é".encode()[:1] + b"x":  # what never becomes a character does not hold up the rest
+    for byte in "é".encode()[:1] + b"x":  # a part of a character that never comes does not hold up the rest
         terminal.put(torch.tensor([byte]))
     terminal.put(torch.tensor(["東".encode()[0]]))
     terminal.end()
@@ -299,7 +299,7 @@ def test_prompts_come_from_a_file_a_pipe_or_the_flag(trained, tmp_path, capsys, 
     assert from_the_start.encode()[:1] == bytes([first]) if first < 128 else from_the_start
 
 
-# -- what is refused -----------------------------------------------------------------------------
+# -- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_tokenizer_files_of_others(kind, tmp_path, ranks):
 
 
 def test_the_commands_faults(tmp_path, ranks, monkeypatch):
-    """One line that says what to do, code 2, and nothing is written or overwritten."""
+    """One line with a remedy, code 2, and nothing is written or overwritten."""
     save_tokenizer(tmp_path / "tokenizer", *ranks)
     data = write_data(tmp_path / "data", tmp_path / "tokenizer")
     write_run(tmp_path / "run", dataclasses.replace(LLAMA, vocab_size=1000), data)
@@ -182,7 +182,7 @@ def test_the_commands_faults(tmp_path, ranks, monkeypatch):
         gguf.convert(tmp_path / "hf", tmp_path / "new.gguf", torn)
 
 
-# -- what llama.cpp makes of the others ----------------------------------------------------------
+# -- llama.cpp's losses and ids of the others -----------------------------------------------------
 
 VARIANTS = {
     "gpt2": GPT2,
@@ -319,7 +319,7 @@ def odd_strings():
 
 
 def fetched(name, *command):
-    """The folder into which pip puts what this command fetches, kept beside the tests' environment. Skips where there
+    """The folder of pip's download by this command, kept beside the tests' environment. Skips where there
     is no package index."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minzero-tests" / name
     if not folder.exists():
@@ -421,7 +421,7 @@ def test_loss_and_ids_are_llama_cpps(name, trained_data, llama_cpp, tmp_path, ca
     assert ours["tokens"] == stream.tokens - 1 > 20_000
     assert losses.sum().item() / ours["tokens"] == pytest.approx(ours["val_loss"], abs=1e-5)
 
-    # the mean hides what GELU's table does to each window; with the same table, half of the windows have none of it
+    # the mean hides the effect of GELU's table on each window; with the same table, half of the windows have none of it
     # (in the others an input of GELU's lies between two float16 numbers, and falls to either side)
     monkeypatch.setattr(F, "gelu", half_gelu)
     model = load_model(open_trained(tmp_path / "run"), torch.device("cpu"))

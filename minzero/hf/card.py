@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, how it was trained, how good it is, how to load it."""
+"""The README.md of an exported model: its size, its training, its loss, and the code that loads it."""
 
 import json
 import math

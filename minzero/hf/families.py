@@ -1,4 +1,4 @@
-"""The architectures of transformers that a model of ours can be: one table a family, and what follows from it.
+"""The architectures of transformers that a model of ours can be: one table a family, and conversions made of them.
 
 GPT-2's settings are its GPT2LMHeadModel, Llama's its LlamaForCausalLM, and GPT-2's with rotary positions, as min-LLM's,
 its GPTNeoXForCausalLM. A new family is an entry of FAMILIES; `check_expressible` then tries it on a small model.

@@ -1,5 +1,5 @@
-"""Exports as other programs read them: transformers 4.46, 4.57 and the one installed, and CTranslate2. What is not
-installed here is put into a folder of the user's cache, once."""
+"""Exports as other programs read them: transformers 4.46, 4.57 and the one installed, and CTranslate2. Versions that
+are not installed are put into a folder of the user's cache, once."""
 
 import dataclasses
 import json
@@ -83,7 +83,7 @@ def run_with(folders, *command):
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory, shared):
-    """A folder with EXPORTS, tokenizers, and asked.json, which says what to do with them."""
+    """A folder with EXPORTS, tokenizers, and asked.json, the instructions for other_transformers.py."""
     folder = tmp_path_factory.mktemp("exports")
     data = write_data(folder / "data")
     for name, config in MODELS.items():
@@ -125,7 +125,7 @@ def write_tokenizers(folder):
 
 @pytest.fixture(scope="module", params=VERSIONS)
 def read_by(request, exports):
-    """What one version of transformers found."""
+    """The results of one version of transformers."""
     version, out = request.param, exports / f"{request.param}.pt"
     folders = (
         []
@@ -205,7 +205,7 @@ for name in json.loads(sys.argv[2]):
 
 
 def test_ctranslate2_computes_what_our_model_does(exports, tmp_path):
-    """With what it takes: as many ids as the tokenizer has, the usual epsilon and, in GPT-NeoX, rotary_theta."""
+    """With settings that it supports: the ids of the tokenizer alone, the usual epsilon and, in GPT-NeoX, rotary base."""
     names = {"gpt2": MODELS["gpt2"], "llama": MODELS["llama"], "gpt_neox": NEOX}
     for name, config in names.items():
         write_run(tmp_path / "runs" / name, dataclasses.replace(config, vocab_size=257), str(exports / "data"))
