@@ -1,4 +1,4 @@
-"""How good is a trained model? Its loss over validation splits, gzip's size of the same text, and lm-eval's benchmarks."""
+"""How good is a trained model? Its loss over validation splits, gzip on the same text, and lm-eval's benchmarks."""
 
 import contextlib
 import gzip

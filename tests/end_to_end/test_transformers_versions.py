@@ -205,7 +205,7 @@ for name in json.loads(sys.argv[2]):
 
 
 def test_ctranslate2_computes_what_our_model_does(exports, tmp_path):
-    """With settings that it supports: the ids of the tokenizer alone, the usual epsilon and, in GPT-NeoX, rotary base."""
+    """With settings that it supports: the ids of the tokenizer alone, the usual epsilon, GPT-NeoX's rotary base."""
     names = {"gpt2": MODELS["gpt2"], "llama": MODELS["llama"], "gpt_neox": NEOX}
     for name, config in names.items():
         write_run(tmp_path / "runs" / name, dataclasses.replace(config, vocab_size=257), str(exports / "data"))
