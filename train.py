@@ -26,8 +26,7 @@ if __name__ == "__main__":
     run_command(help_if_asked, may_be_many=True)  # before the imports that take seconds
 import torch
 
-import export
-from minzero import checkpoint, dist, resume, summary
+from minzero import checkpoint, dist, resume, summary, trained
 from minzero.bad_steps import BadSteps
 from minzero.config.deepspeed import deepspeed_config, gradient_accumulation, zero_stage
 from minzero.config.load import load_config
@@ -99,14 +98,14 @@ class Start(NamedTuple):
     path: Path | None  # of the checkpoint
     state: dict  # its state.json
     init_source: str | None = None  # train.init_from in words, where its weights are taken
-    load_weights: Callable | None = None  # as export.open_weights gives it
+    load_weights: Callable | None = None  # as trained.open_weights gives it
 
 
 def choose_start(config, train_data):
     """Start of this run, by train.resume and train.init_from. Raises UserError."""
     path, state = resume.where_to_start(config, train_data)
     if config.train.init_from and not path:
-        return Start(path, state, *export.open_weights(config.train.init_from, config.model))
+        return Start(path, state, *trained.open_weights(config.train.init_from, config.model))
     return Start(path, state)
 
 

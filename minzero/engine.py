@@ -11,12 +11,11 @@ from deepspeed import comm
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
 
-import export
 from minzero.config.deepspeed import check_together, offload_device, offload_ratio, offloads_optimizer, zero_stage
 from minzero.errors import UserError
 from minzero.files import make_folder
 from minzero.sizes import count_parameters
-from minzero.zero import stage_0_masters, torch_linear
+from minzero.zero import copy_into, stage_0_masters, torch_linear
 from model import GPT, Block
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -271,7 +270,7 @@ def build_engine(config, ds_config, device, kernels="torch", compiled=False, loa
     sharded as soon as it is made, so that no rank ever holds the whole model. The initial weights are the same bit for
     bit whatever the stage and the number of ranks.
 
-    kernels: apex or torch. load_weights: what export.open_weights gives, if they are not random."""
+    kernels: apex or torch. load_weights: what trained.open_weights gives, if they are not random."""
     train = config.train
     stage = zero_stage(ds_config)
 
@@ -283,7 +282,7 @@ def build_engine(config, ds_config, device, kernels="torch", compiled=False, loa
     with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage == 3), device:
         model = GPT(config.model, train.seed, int(train.activation_checkpointing), train.activation_offload, kernels)
     if load_weights:
-        export.copy_into(model, load_weights)
+        copy_into(model, load_weights)
     if compiled:
         torch._dynamo.config.suppress_errors = True  # a part that cannot be compiled runs eagerly
         if stage == 3:  # a block's weights are gathered at once, before its graph, which no hook then breaks

@@ -10,8 +10,12 @@ from collections.abc import Callable, Iterator
 from itertools import chain, groupby
 from typing import NamedTuple
 
+import deepspeed
 import torch
 from torch import distributed
+
+from minzero import dist
+from minzero.errors import UserError
 
 KINDS = ("exp_avg", "exp_avg_sq", "fp32")  # per element: Adam's two moments and the float32 weight
 
@@ -236,3 +240,24 @@ def first_not_finite(engine, progress: Callable = lambda: None) -> str | None:
             if not all_finite(part):
                 return f"{kind} of {fragment.parameter}"
     return None
+
+
+@torch.no_grad()
+def copy_into(model, load):
+    """Give every parameter of `model` the value read(name), where read = load(), from rank 0. Parameter by
+    parameter, so that under ZeRO-3 no rank ever holds more than one whole; in the other stages `deepspeed.initialize`
+    broadcasts rank 0's. Every rank must call this; all raise UserError if rank 0 cannot read."""
+    is_first = distributed.get_rank() == 0
+    fault, read = None, None
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if not is_first or fault:
+                continue  # all ranks gather, whatever rank 0 finds
+            try:
+                read = read or load()
+                parameter.copy_(read(name)[: len(parameter)])  # learned positions past block_size are left out
+            except UserError as error:
+                fault = error
+    with dist.all_or_none():
+        if fault:
+            raise fault

@@ -18,7 +18,6 @@ import eval
 import export
 import sample
 import train
-from eval import open_trained
 from minzero.data import pipeline
 from minzero.data.conversations import HEADINGS, LEARNED, Conversations, with_marks
 from minzero.data.local_files import Files
@@ -28,7 +27,9 @@ from minzero.data.sources import Hub
 from minzero.data.tokenizer import load_tokenizer
 from minzero.errors import UserError
 from minzero.files import ROOT
+from minzero.generate import generate, load_generator
 from minzero.sizes import IGNORE_INDEX
+from minzero.trained import open_trained
 from model import GPT
 from tests.trained_runs import GPT2, LLAMA, write_data, write_run
 
@@ -189,8 +190,8 @@ def test_sampling_and_the_exported_template_begin_as_the_data_does(data, tmp_pat
     capsys.readouterr()
     sample.main([str(tmp_path / "run"), "--chat", "--prompt", "7?", "--tokens", "6", "--temperature", "0"])
     answer = capsys.readouterr().out
-    writer = sample.load_writer(open_trained(tmp_path / "run"))
-    written = sample.write(writer, start, 6, 16, None, do_sample=False, eos_token_id=256, pad_token_id=256)
+    writer = load_generator(open_trained(tmp_path / "run"))
+    written = generate(writer, start, 6, 16, None, do_sample=False, eos_token_id=256, pad_token_id=256)
     assert answer == tokenizer.decode(start + written, skip_special_tokens=True)[len(question) :] + "\n"
 
 

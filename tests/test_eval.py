@@ -91,7 +91,7 @@ def other_tokenizer(folder):
         (["llama", "--tasks", "x", "--task_path", "gone"], "--task_path: "),
     ],
 )
-def test_what_cannot_be_evaluated_is_one_line(trained, arguments, expected):
+def test_a_model_or_data_that_cannot_be_evaluated_is_one_line(trained, arguments, expected):
     if "nothing_like_it" in arguments or "x" in arguments:
         pytest.importorskip("lm_eval")
     if "other" in arguments and not (trained / "other").exists():
@@ -131,7 +131,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 @torch.no_grad()
 def most_likely(model, question, choices):
-    """Which of the choices the model finds most likely behind the question; tokens are bytes."""
+    """Which of the choices the model finds most likely after the question; tokens are bytes."""
     scores = []
     for choice in choices:
         tokens = torch.tensor([list((question + choice).encode())])

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import export
 import model
-from eval import load_model, open_trained
 from minzero import checkpoint, checkpoint_folder, checkpoint_state
 from minzero.config.load import load_config
 from minzero.config.sections import ModelConfig, key
@@ -28,8 +27,12 @@ from minzero.data.mixture import Mixture
 from minzero.data.tokenizer import END_OF_TEXT, load_tokenizer, save_for_transformers
 from minzero.errors import UserError
 from minzero.files import ROOT, write_json
+from minzero.hf import families
+from minzero.hf import read as hf_read
+from minzero.hf import write as hf_write
 from minzero.metrics import read_metrics
 from minzero.sizes import count_parameters
+from minzero.trained import load_model, open_trained, open_weights
 from model import GPT
 from tests.conftest import deepspeed_command, run
 from tests.trained_runs import FAMILIES, LLAMA, NEOX, write_data, write_run
@@ -60,16 +63,16 @@ def randomised(model, seed=0):
 
 
 def to_transformers(config, model):
-    return dict(export.to_transformers(config, model.state_dict().__getitem__))
+    return dict(families.to_transformers(config, model.state_dict().__getitem__))
 
 
 def zero_biases(config):
     """Whether transformers' model has biases that ours does not have."""
-    return not config.bias and export.FAMILIES[export.family_of(config)].always_biased
+    return not config.bias and families.FAMILIES[families.family_of(config)].always_biased
 
 
 def their_model(config):
-    return AutoModelForCausalLM.from_config(export.transformers_config(config)).eval()
+    return AutoModelForCausalLM.from_config(families.transformers_config(config)).eval()
 
 
 def make_folder(folder, config, shards="5GB"):
@@ -102,7 +105,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(config, seed):
     assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-6)
     our_loss.backward()
     their_loss.backward()
-    read = export.from_transformers(config, {name: p.grad for name, p in theirs.named_parameters()}.get)
+    read = families.from_transformers(config, {name: p.grad for name, p in theirs.named_parameters()}.get)
     for name, parameter in ours.named_parameters():
         scale = parameter.grad.abs().max().item()
         difference = (parameter.grad - read(name)).abs().max().item()
@@ -116,7 +119,7 @@ VARIANTS = {f"{family} {name}": config for family, base in FAMILIES.items() for 
 def test_every_value_of_every_key_is_exported_right_or_refused(config, tmp_path):
     """The variants come from ModelConfig's own fields, so that a new key cannot be passed over."""
     try:
-        export.check_expressible(config)
+        families.check_expressible(config)
     except UserError as error:
         assert "is the nearest to this model" in str(error)
         with pytest.raises(UserError):
@@ -127,11 +130,11 @@ def test_every_value_of_every_key_is_exported_right_or_refused(config, tmp_path)
     theirs.tie_weights()
     tokens = torch.randint(config.vocab_size, (2, config.block_size), generator=torch.Generator().manual_seed(0))
     assert (ours(tokens) - theirs(tokens).logits).abs().max().item() < 1e-5
-    write_json(tmp_path / "config.json", export.in_all_words(export.transformers_config(config)))
-    published = dataclasses.replace(export.published_model(tmp_path), bias=config.bias)
+    write_json(tmp_path / "config.json", hf_write.config_json(families.transformers_config(config)))
+    published = dataclasses.replace(hf_read.read_model_config(tmp_path), bias=config.bias)
     of_training = {"dropout": 0.0, "init_std": 0.02}
     of_training |= {"rotary_theta": 10000.0} if config.position == "learned" else {}
-    assert published == export.explicit(dataclasses.replace(config, **of_training))
+    assert published == families.explicit(dataclasses.replace(config, **of_training))
 
 
 def with_key(base, default, value, **settings):
@@ -160,7 +163,7 @@ def with_key(base, default, value, **settings):
 )
 def test_a_key_that_nobody_takes_into_account_must_be_off(base, default, value, settings, known):
     config = with_key(base, default, value, **settings)
-    for refuse in (export.family_of, export.transformers_config, export.check_expressible, count_parameters):
+    for refuse in (families.family_of, families.transformers_config, families.check_expressible, count_parameters):
         if known:
             refuse(config)
         else:
@@ -169,7 +172,7 @@ def test_a_key_that_nobody_takes_into_account_must_be_off(base, default, value, 
     off = with_key(base, default, default, **settings)
     if value != default:
         with pytest.raises(UserError, match=r"set --model\.new "):
-            export.refuse_differences("there", config, off)
+            hf_read.refuse_differences("there", config, off)
 
 
 class MoreParameters(GPT):
@@ -202,9 +205,9 @@ def capped(self, x, targets=None):
 @pytest.mark.parametrize(
     ("where", "name", "value", "expected"),
     [
-        (export, "GPT", MoreParameters, "blocks.0.attention.q_norm.weight: found [8], expected none"),
-        (export, "GPT", OtherShapes, "final_norm.weight: found [1], expected [32]"),
-        (export, "GPT", FewerParameters, "blocks.1.mlp.down.weight: found none, expected [32, 128]"),
+        (families, "GPT", MoreParameters, "blocks.0.attention.q_norm.weight: found [8], expected none"),
+        (families, "GPT", OtherShapes, "final_norm.weight: found [1], expected [32]"),
+        (families, "GPT", FewerParameters, "blocks.1.mlp.down.weight: found none, expected [32, 128]"),
         (model.Head, "forward", capped, "its logits differ by"),
         (model.MLP, "forward", exact_gelu, "its logits differ by"),
     ],
@@ -212,10 +215,10 @@ def capped(self, x, targets=None):
 def test_a_model_py_that_was_changed_without_a_key_is_refused(base, where, name, value, expected, monkeypatch):
     if value is exact_gelu and base.mlp == "swiglu":
         pytest.skip("has no gelu")
-    export.check_expressible(base)
+    families.check_expressible(base)
     monkeypatch.setattr(where, name, value)
     with pytest.raises(UserError, match=r"^model\.py: [^\n]+$") as error:
-        export.check_expressible(base)
+        families.check_expressible(base)
     assert expected in str(error.value)
 
 
@@ -224,8 +227,8 @@ def test_a_checkpoint_of_another_model_py_is_refused(tmp_path, monkeypatch):
     write_run(tmp_path / "run", LLAMA, write_data(tmp_path / "data"))
     for changed, expected in ((MoreParameters, "expected [8]"), (OtherShapes, "found [32], expected [1]")):
         with monkeypatch.context() as patch:
-            patch.setattr(export, "GPT", changed)
-            for refuse in (open_trained, lambda path: export.open_weights(str(path), LLAMA)):
+            patch.setattr(families, "GPT", changed)
+            for refuse in (open_trained, lambda path: open_weights(str(path), LLAMA)):
                 with pytest.raises(UserError, match=r"^[^\n]*use the model.py that it was trained with") as error:
                     refuse(tmp_path / "run")
                 assert expected in str(error.value)
@@ -233,7 +236,7 @@ def test_a_checkpoint_of_another_model_py_is_refused(tmp_path, monkeypatch):
 
 
 def test_config_json_speaks_the_words_of_transformers_4_and_5(tmp_path):
-    """What the versions make of them: tests/end_to_end/test_transformers_versions.py."""
+    """How the versions read them: tests/end_to_end/test_transformers_versions.py."""
     expected = {
         "gpt2": {"n_ctx": 16, "n_inner": 128, "activation_function": "gelu_new", "scale_attn_weights": True},
         "llama": {"num_key_value_heads": 2, "head_dim": 8, "attention_bias": False, "mlp_bias": False},
@@ -241,7 +244,7 @@ def test_config_json_speaks_the_words_of_transformers_4_and_5(tmp_path):
     }
     for family, base in FAMILIES.items():
         config = dataclasses.replace(base, rotary_theta=5e5)
-        found = export.in_all_words(export.transformers_config(config, "bfloat16", 256))
+        found = hf_write.config_json(families.transformers_config(config, "bfloat16", 256))
         same = expected[family] | {"dtype": "bfloat16", "torch_dtype": "bfloat16", "model_type": family}
         same |= {"bos_token_id": 256, "eos_token_id": 256, "tie_word_embeddings": base.tie_embeddings}
         # transformers' Llama learns nothing of the pad token's row, which is the end of text's
@@ -251,31 +254,31 @@ def test_config_json_speaks_the_words_of_transformers_4_and_5(tmp_path):
             assert found["rope_parameters"]["rope_theta"] == 5e5
         assert {name: found[name] for name in same} == same
         write_json(tmp_path / "config.json", found)
-        assert export.published_model(tmp_path).rotary_theta == (10000.0 if family == "gpt2" else 5e5)
+        assert hf_read.read_model_config(tmp_path).rotary_theta == (10000.0 if family == "gpt2" else 5e5)
     of_4 = {name: value for name, value in found.items() if name != "rope_parameters"}
     write_json(tmp_path / "config.json", of_4)
-    assert export.published_model(tmp_path).rotary_theta == 5e5
+    assert hf_read.read_model_config(tmp_path).rotary_theta == 5e5
 
 
 @pytest.mark.parametrize("config", MODELS)
 def test_weights_and_settings_come_back_bit_for_bit(config, tmp_path):
     ours = randomised(GPT(config))
     tensors = to_transformers(config, ours)
-    read = export.from_transformers(config, tensors.get)
+    read = families.from_transformers(config, tensors.get)
     for name, parameter in ours.named_parameters():
         assert torch.equal(read(name), parameter), name
     theirs = randomised(their_model(config)).state_dict()
     if zero_biases(config):
         theirs = {name: tensor * (not name.endswith("bias")) for name, tensor in theirs.items()}
-    read = export.from_transformers(config, theirs.get)
-    back = dict(export.to_transformers(config, read))
+    read = families.from_transformers(config, theirs.get)
+    back = dict(families.to_transformers(config, read))
     assert back.keys() | {"lm_head.weight"} == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in back.items())
-    export.transformers_config(config).save_pretrained(tmp_path)
-    published = export.published_model(tmp_path)
+    families.transformers_config(config).save_pretrained(tmp_path)
+    published = hf_read.read_model_config(tmp_path)
     if zero_biases(config):
         published = dataclasses.replace(published, bias=False)
-    assert published == export.explicit(dataclasses.replace(config, init_std=0.02))
+    assert published == families.explicit(dataclasses.replace(config, init_std=0.02))
 
 
 @pytest.mark.parametrize(
@@ -289,9 +292,9 @@ def test_weights_and_settings_come_back_bit_for_bit(config, tmp_path):
         ({"position": "rotary", "norm": "rmsnorm"}, "model.mlp: found gelu, expected swiglu"),
     ],
 )
-def test_what_neither_can_express_is_refused(more, expected):
+def test_a_model_of_no_family_is_refused(more, expected):
     config = dataclasses.replace(SMALL, **more)
-    for refuse in (export.transformers_config, export.correspondence):
+    for refuse in (families.transformers_config, families.their_names):
         with pytest.raises(UserError, match=r"^[^\n]+$") as error:
             refuse(config)
         assert expected in str(error.value)
@@ -299,7 +302,7 @@ def test_what_neither_can_express_is_refused(more, expected):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.stem)
 def test_every_config_can_be_exported(path):
-    export.family_of(load_config([str(path)]).model)
+    families.family_of(load_config([str(path)]).model)
 
 
 # -- tokenizers ----------------------------------------------------------------------------------
@@ -334,7 +337,7 @@ def test_auto_tokenizer_gives_our_ids(name, config, tmp_path, monkeypatch, reque
     encoding = of_pattern(name, monkeypatch) if name.endswith("_base") else load_tokenizer(name)
     parts = encoding._mergeable_ranks, encoding._special_tokens, encoding._pat_str
     save_for_transformers(tmp_path, *parts, bos_token=END_OF_TEXT)
-    export.transformers_config(config).save_pretrained(tmp_path)  # by which AutoTokenizer may choose another class
+    families.transformers_config(config).save_pretrained(tmp_path)  # by which AutoTokenizer may choose another class
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     generator = random.Random(0)
     pieces = [*"  \n\r\t'stLlvRe0123456789½²\u017fKabß.,/-é東\u0301\u00a0\u2028\u3000😀ǅ", "\n\n", "'LL", "'re"]
@@ -378,7 +381,7 @@ def first_batch(folder, block_size=16):
 def test_every_stage_rank_and_precision_starts_from_the_published_weights(launched):
     for family in FAMILIES:
         config = ModelConfig(**json.loads((launched / f"{family}.json").read_text()))
-        read = export.from_transformers(
+        read = families.from_transformers(
             config, AutoModelForCausalLM.from_pretrained(launched / family).state_dict().get
         )
         for rank in (0, 1):
@@ -401,7 +404,7 @@ def test_the_first_loss_is_that_of_transformers(launched):
         assert read_metrics(launched / name)[0]["loss"] == pytest.approx(expected, rel=2e-6), name
 
 
-def test_a_run_that_goes_on_and_one_that_starts_from_a_run(launched):
+def test_a_run_that_continues_and_one_that_starts_from_a_run(launched):
     lines = [line for line in read_metrics(launched / "llama_3") if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2]
     model = load_model(open_trained(launched / "llama_3"))
@@ -411,7 +414,7 @@ def test_a_run_that_goes_on_and_one_that_starts_from_a_run(launched):
     assert expected != pytest.approx(lines[0]["loss"], rel=1e-3), "the second run must start where the first ended"
 
 
-# -- what is refused -----------------------------------------------------------------------------
+# -- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -426,11 +429,11 @@ def published(tmp_path_factory):
 
 def refused(folder, config):
     with pytest.raises(UserError, match=r"^[^\n]+$") as error:
-        export.open_weights(str(folder), config)
+        open_weights(str(folder), config)
     return str(error.value)
 
 
-def test_what_is_not_the_published_model_is_named_with_the_flags_that_mend_it(published):
+def test_each_difference_from_the_published_model_is_named_with_the_flags_that_fix_it(published):
     config = dataclasses.replace(LLAMA, n_layer=3, rotary_theta=5e5, tie_embeddings=False, block_size=32)
     message = refused(published / "llama", config)
     assert "model.n_layer: 3, expected 2" in message and "model.rotary_theta: 500000.0, expected 10000.0" in message
@@ -438,7 +441,7 @@ def test_what_is_not_the_published_model_is_named_with_the_flags_that_mend_it(pu
         "model.tie_embeddings: false, expected true; " in message
         and "model.block_size: 32, expected 16; set --model" in message
     )
-    assert message.endswith("--model.tie_embeddings true --model.rotary_theta 10000.0 --model.block_size 16")
+    assert message.endswith("--model.rotary_theta 10000.0 --model.tie_embeddings true --model.block_size 16")
     message = refused(published / "gpt2", LLAMA)
     for part in ("norm: rmsnorm, expected layernorm", "position: rotary", "mlp: swiglu", "n_kv_head: 2, expected 4"):
         assert f"model.{part}" in message
@@ -532,7 +535,7 @@ def spoil(folder, how):
 )
 def test_malformed_folders_are_one_line(published, tmp_path, how, expected):
     folder = shutil.copytree(published / "llama", tmp_path / "copy")
-    export.open_weights(str(folder), LLAMA)  # nothing is wrong with it yet
+    open_weights(str(folder), LLAMA)  # nothing is wrong with it yet
     spoil(folder, how)
     assert expected in refused(folder, LLAMA)
 
@@ -541,7 +544,7 @@ def test_a_model_without_biases_starts_from_biases_of_zero_alone(published, tmp_
     config = dataclasses.replace(SMALL, bias=False)
     assert "model.bias: false, expected true, as transformer.h.0" in refused(published / "gpt2", config)
     model = make_folder(tmp_path, config)
-    _, load = export.open_weights(str(tmp_path), config)
+    _, load = open_weights(str(tmp_path), config)
     ours, read = GPT(config).eval(), load()
     ours.load_state_dict({name: read(name) for name, _ in ours.named_parameters()}, strict=False)
     tokens = torch.arange(16)[None]
@@ -556,18 +559,18 @@ def test_the_output_layer_of_gpt_neox_is_read_under_both_names(published, tmp_pa
         save_file(
             {name if key == stored else key: tensor for key, tensor in tensors.items()}, folder / "model.safetensors"
         )
-        assert torch.equal(export.open_weights(str(folder), NEOX)[1]()("head.weight"), tensors[stored])
+        assert torch.equal(open_weights(str(folder), NEOX)[1]()("head.weight"), tensors[stored])
 
 
 def test_names_without_the_prefix_and_old_buffers_are_read(published, tmp_path):
-    """As GPT-2 itself is published: no `transformer.` in front, causal masks among the tensors."""
+    """As GPT-2 itself is published: without the prefix `transformer.`, causal masks among the tensors."""
     tensors = {}
     for file in (published / "gpt2").glob("*.safetensors"):
         tensors |= {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
     tensors |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 16, 16) for layer in (0, 1)}
     save_file(tensors, tmp_path / "model.safetensors")
     shutil.copy(published / "gpt2" / "config.json", tmp_path)
-    read, whole = (export.open_weights(str(folder), SMALL)[1]() for folder in (tmp_path, published / "gpt2"))
+    read, whole = (open_weights(str(folder), SMALL)[1]() for folder in (tmp_path, published / "gpt2"))
     for name, _ in GPT(SMALL).named_parameters():
         assert torch.equal(read(name), whole(name)), name
 
@@ -589,7 +592,7 @@ def test_a_start_from_nowhere_ends_with_code_2_and_one_line(launched, tmp_path, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_exported_folder_loads_generates_and_comes_back(launched, tmp_path, family, monkeypatch, capsys):
-    monkeypatch.setattr(export, "MAX_SHARD", 40_000)
+    monkeypatch.setattr(hf_write, "MAX_SHARD", 40_000)
     export.main([str(launched / f"{family}_3"), str(tmp_path / "hf"), "--checkpoint", "latest"])
     assert capsys.readouterr().out.count("\n") == 1
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists() and not list(tmp_path.glob("*.tmp"))
@@ -602,7 +605,7 @@ def test_the_exported_folder_loads_generates_and_comes_back(launched, tmp_path, 
     tokens, ours = torch.arange(16)[None], load_model(source)
     assert torch.allclose(theirs(tokens).logits, ours(tokens), atol=1e-5)
     assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == 256
-    _, load = export.open_weights(str(tmp_path / "hf"), source.model)
+    _, load = open_weights(str(tmp_path / "hf"), source.model)
     read, original = load(), source.load()
     assert all(torch.equal(read(name), original(name)) for name, _ in ours.named_parameters())
 
@@ -631,7 +634,7 @@ def test_the_model_card_states_the_facts_of_the_run(launched, tmp_path, capsys):
         "![training and validation loss](loss.png)",
     ):
         assert fact in card.text, fact
-    assert (tmp_path / "hf" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n", "drawn anew from the metrics"
+    assert (tmp_path / "hf" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n", "drawn again from the metrics"
     code = card.text.split("```python\n")[1].split("```")[0].replace("PATH", str(tmp_path / "hf"))
     capsys.readouterr()
     exec(code.replace("max_new_tokens=50", "max_new_tokens=5"), {})
@@ -659,7 +662,7 @@ def test_other_types_and_no_tokenizer(launched, tmp_path, monkeypatch, capsys):
     AutoModelForCausalLM.from_pretrained(tmp_path / "without")
     large = {name: 1e7 * tensor for name, tensor in GPT(SMALL).state_dict().items()}
     with pytest.raises(UserError, match=r"--dtype: transformer.wte.weight holds numbers too large for torch.float16"):
-        export.write_weights(tmp_path, SMALL, large.__getitem__, torch.float16)
+        hf_write.write_weights(tmp_path, SMALL, large.__getitem__, torch.float16)
 
 
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
@@ -673,8 +676,8 @@ def test_of_the_weights_two_at_most_are_in_memory_beside_the_file_being_made(con
         return weight
 
     for size in ("5GB", 40_000):
-        monkeypatch.setattr(export, "MAX_SHARD", size)
-        export.write_weights(tmp_path, config, read, torch.float32)
+        monkeypatch.setattr(hf_write, "MAX_SHARD", size)
+        hf_write.write_weights(tmp_path, config, read, torch.float32)
     assert most == 2, "the one that is read and the one before it"
 
 
@@ -697,7 +700,7 @@ def test_nothing_is_overwritten(launched, tmp_path):
 
 
 def reseal(found, change):
-    """Let change(state) alter what a checkpoint's state.json records."""
+    """Let change(state) alter the content of a checkpoint's state.json."""
     state = json.loads((found / "state.json").read_text())
     del state["crc32"]
     change(state)

@@ -25,6 +25,7 @@ from minzero.commands import run_command
 from minzero.config.load import load_config
 from minzero.errors import UserError
 from minzero.files import ROOT, read_json, write_json
+from minzero.hf.read import open_published
 from tests.conftest import run
 from tests.trained_runs import GPT2, write_data, write_run
 
@@ -434,7 +435,7 @@ def test_the_index_of_a_published_model_names_files_of_its_folder_alone(place, c
     write_json(place / "hf" / "model.safetensors.index.json", {"weight_map": {"transformer.wte.weight": file}})
     capsys.readouterr()
     with pytest.raises(UserError, match=r"safetensors[^\n]*(found the file name|not a plain one)"):
-        export.open_published("hf")
+        open_published("hf")
 
 
 FOR_A_PIPE = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]

@@ -18,10 +18,12 @@ from transformers import (
 
 import export
 import sample
-from eval import load_model, open_trained
 from minzero.data.conversations import CHAT_TEMPLATE
 from minzero.data.tokenizer import huggingface_json, load_tokenizer
 from minzero.errors import UserError
+from minzero.generate import Terminal, generate, load_generator
+from minzero.hf.families import family_of
+from minzero.trained import load_model, open_trained
 from tests.trained_runs import FAMILIES, OF_NO_FAMILY, write_data, write_run, write_runs
 
 # a random model whose output layer is its embedding mostly repeats the last token
@@ -68,9 +70,9 @@ def test_greedy_is_token_by_token_what_transformers_generates(trained, family, c
     tokenizer = AutoTokenizer.from_pretrained(trained / f"hf_{family}")
     inputs = tokenizer("abc", return_tensors="pt")
     expected = theirs.generate(**inputs, max_new_tokens=12, do_sample=False)[0].tolist()
-    ours = sample.load_writer(open_trained(trained / family))
+    ours = load_generator(open_trained(trained / family))
     settings = {"do_sample": False, "eos_token_id": 256, "pad_token_id": 256}
-    written = sample.write(ours, expected[:3], 12, 16, Recorder(), **settings)
+    written = generate(ours, expected[:3], 12, 16, Recorder(), **settings)
     assert written == expected[3:] and len(set(written)) > 2
     # the command says the same, of the run as of the exported folder
     readable = [token for token in expected if token < 256]
@@ -84,32 +86,32 @@ def test_greedy_is_token_by_token_what_transformers_generates(trained, family, c
 def test_a_model_of_no_family_writes_what_is_most_likely(trained):
     trained = open_trained(trained / "none")
     with pytest.raises(UserError):
-        export.family_of(trained.model)
+        family_of(trained.model)
     ours, tokens = load_model(trained), [1, 2, 3]
     with torch.no_grad():
         while len(tokens) < 16:
             tokens.append(ours(torch.tensor([tokens]))[0, -1].argmax().item())
-    written = sample.write(sample.load_writer(trained), [1, 2, 3], 13, 16, Recorder(), do_sample=False)
+    written = generate(load_generator(trained), [1, 2, 3], 13, 16, Recorder(), do_sample=False)
     assert written == tokens[3:]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_text_is_longer_than_the_context(trained, name):
     """After the end of the context it continues as from its last half."""
-    model, recorder = sample.load_writer(open_trained(trained / name)), Recorder()
-    written = sample.write(model, [1, 2, 3], 40, 16, recorder, do_sample=False)
+    model, recorder = load_generator(open_trained(trained / name)), Recorder()
+    written = generate(model, [1, 2, 3], 40, 16, recorder, do_sample=False)
     assert len(written) == 40
     context = [1, 2, 3, *written][: 16 + 1]  # the 17th was still predicted from 16
-    again = sample.write(model, context[-16:][-8:], 3, 16, Recorder(), do_sample=False)
+    again = generate(model, context[-16:][-8:], 3, 16, Recorder(), do_sample=False)
     assert written[14:17] == again
-    assert len(sample.write(model, list(range(30)), 5, 16, Recorder(), do_sample=False)) == 5
+    assert len(generate(model, list(range(30)), 5, 16, Recorder(), do_sample=False)) == 5
 
 
 def test_the_end_of_text_ends_it(trained):
-    model = sample.load_writer(open_trained(trained / "llama"))
-    written = sample.write(model, [1, 2, 3], 12, 16, Recorder(), do_sample=False)
+    model = load_generator(open_trained(trained / "llama"))
+    written = generate(model, [1, 2, 3], 12, 16, Recorder(), do_sample=False)
     cut = written.index(written[5]) + 1
-    assert sample.write(model, [1, 2, 3], 12, 16, Recorder(), do_sample=False, eos_token_id=written[5]) == written[:cut]
+    assert generate(model, [1, 2, 3], 12, 16, Recorder(), do_sample=False, eos_token_id=written[5]) == written[:cut]
 
 
 # -- published models: their own tokenizer, generation settings and chat template ------------------
@@ -147,7 +149,7 @@ def words(folder):
 
 
 def sentence_piece(folder):
-    """As Llama 2's: a space before the text, bytes for what has no token, and a class that adds the BOS."""
+    """As Llama 2's: a space before the text, bytes where there is no token, and a class that adds the BOS."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -248,13 +250,13 @@ def test_the_seed_decides_and_no_token_is_written_that_nobody_can_read(trained, 
     both = sampled(capsys, *flags, "--samples", 2)
     second = sampled(capsys, *flags, "--seed", 1338)
     assert both == text + "-" * 40 + "\n" + second, "each sample has a seed of its own"
-    model, recorder = sample.load_writer(open_trained(trained / "gpt2")), Recorder()
+    model, recorder = load_generator(open_trained(trained / "gpt2")), Recorder()
     unknown = [token for token in range(270) if bytes_tokenizer.id_to_token(token) is None]
     assert unknown == list(range(257, 270))
     torch.manual_seed(0)
     settings = {"do_sample": True, "temperature": 5.0, "top_k": 0}
-    assert max(sample.write(model, [1], 300, 16, recorder, **settings)) > 256, "else this shows nothing"
-    assert max(sample.write(model, [1], 300, 16, recorder, **settings, suppress_tokens=unknown)) <= 256
+    assert max(generate(model, [1], 300, 16, recorder, **settings)) > 256, "else this shows nothing"
+    assert max(generate(model, [1], 300, 16, recorder, **settings, suppress_tokens=unknown)) <= 256
 
 
 @pytest.mark.parametrize("flag", [("--top_k", 1), ("--top_p", 1e-6)])
@@ -268,14 +270,14 @@ def test_a_choice_of_one_is_greedy(trained, capsys, flag):
 
 def test_characters_are_printed_whole_and_as_soon_as_they_are(bytes_tokenizer, capsys):
     text = "a東京 é😀\n"
-    terminal = sample.Terminal(bytes_tokenizer, [ord(">")])
+    terminal = Terminal(bytes_tokenizer, [ord(">")])
     terminal.put(torch.tensor([[ord(">")]]))  # the prompt comes first, and is not printed
     printed = []
     for byte in text.encode():
         terminal.put(torch.tensor([byte]))
         printed.append(capsys.readouterr().out)
     assert [part for part in printed if part] == list(text)
-    for byte in "é".encode()[:1] + b"x":  # what never becomes a character does not hold up the rest
+    for byte in "é".encode()[:1] + b"x":  # a part of a character that never comes does not hold up the rest
         terminal.put(torch.tensor([byte]))
     terminal.put(torch.tensor(["東".encode()[0]]))
     terminal.end()
@@ -297,7 +299,7 @@ def test_prompts_come_from_a_file_a_pipe_or_the_flag(trained, tmp_path, capsys, 
     assert from_the_start.encode()[:1] == bytes([first]) if first < 128 else from_the_start
 
 
-# -- what is refused -----------------------------------------------------------------------------
+# -- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,10 @@ from minzero.data.tokenizer import (
     train_tokenizer,
 )
 from minzero.errors import UserError
+from minzero.evaluate import window_losses
 from minzero.files import write_json
+from minzero.hf import families, gguf
+from minzero.trained import load_model, open_trained
 from tests.conftest import ROOT, run
 from tests.trained_runs import FAMILIES, GPT2, LLAMA, NEOX, write_data, write_run
 
@@ -61,7 +64,7 @@ def parts_of(encoding):
 def test_the_names_of_patterns(tmp_path, ranks):
     def name(pattern):
         (tmp_path / "tokenizer.json").write_text(huggingface_json(*ranks, pattern))
-        return to_gguf.pre_tokenizer_name(tmp_path)
+        return gguf.pre_tokenizer_name(tmp_path)
 
     assert name(PATTERN) == "llama-bpe"
     ranks = train_tokenizer(TEXTS, 1000, pattern=GPT2_PATTERNS[-1])
@@ -70,12 +73,12 @@ def test_the_names_of_patterns(tmp_path, ranks):
     split = {"type": "Split", "pattern": {"Regex": GPT2_PATTERNS[0]}, "behavior": "Isolated", "invert": False}
     cut = {"type": "Sequence", "pretokenizers": [split, older["pre_tokenizer"] | {"use_regex": False}]}
     write_json(tmp_path / "tokenizer.json", older | {"pre_tokenizer": cut})
-    assert to_gguf.pre_tokenizer_name(tmp_path) == "gpt-2"
+    assert gguf.pre_tokenizer_name(tmp_path) == "gpt-2"
 
 
 def test_gpt2s_own_tokenizer_is_named(tmp_path, shared):
     save_for_transformers(tmp_path, *parts_of(load_tokenizer("gpt2")))
-    assert to_gguf.pre_tokenizer_name(tmp_path) == "gpt-2"
+    assert gguf.pre_tokenizer_name(tmp_path) == "gpt-2"
 
 
 LEARNED = byte_ranks() | {b"ab": 256}
@@ -97,7 +100,7 @@ OTHER_TOKENIZERS = {
 def test_tokenizers_that_llama_cpp_would_not_give_the_ids_of(kind, tmp_path):
     save_for_transformers(tmp_path, *OTHER_TOKENIZERS[kind])
     with pytest.raises(UserError, match=r"tokenizer\.json: .*(llama\.cpp has no other|'abcd').*[Tt]rain a tokenizer"):
-        to_gguf.pre_tokenizer_name(tmp_path)
+        gguf.pre_tokenizer_name(tmp_path)
 
 
 def adds_bos(content):
@@ -142,11 +145,11 @@ def test_tokenizer_files_of_others(kind, tmp_path, ranks):
     change(content)
     write_json(tmp_path / "tokenizer.json", content)
     with pytest.raises(UserError, match=words):
-        to_gguf.pre_tokenizer_name(tmp_path)
+        gguf.pre_tokenizer_name(tmp_path)
 
 
 def test_the_commands_faults(tmp_path, ranks, monkeypatch):
-    """One line that says what to do, code 2, and nothing is written or overwritten."""
+    """One line with a remedy, code 2, and nothing is written or overwritten."""
     save_tokenizer(tmp_path / "tokenizer", *ranks)
     data = write_data(tmp_path / "data", tmp_path / "tokenizer")
     write_run(tmp_path / "run", dataclasses.replace(LLAMA, vocab_size=1000), data)
@@ -177,10 +180,10 @@ def test_the_commands_faults(tmp_path, ranks, monkeypatch):
     assert sorted(tmp_path.iterdir()) == before and (tmp_path / "there.gguf").read_text() == "mine"
     (tmp_path / "hf" / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="no such file; export a run whose data has"):
-        to_gguf.convert(tmp_path / "hf", tmp_path / "new.gguf", torn)
+        gguf.convert(tmp_path / "hf", tmp_path / "new.gguf", torn)
 
 
-# -- what llama.cpp makes of the others ----------------------------------------------------------
+# -- llama.cpp's losses and ids of the others -----------------------------------------------------
 
 VARIANTS = {
     "gpt2": GPT2,
@@ -317,7 +320,7 @@ def odd_strings():
 
 
 def fetched(name, *command):
-    """The folder into which pip puts what this command fetches, kept beside the tests' environment. Skips where there
+    """The folder of pip's download by this command, kept beside the tests' environment. Skips where there
     is no package index."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minzero-tests" / name
     if not folder.exists():
@@ -393,7 +396,7 @@ def trained_data(tmp_path_factory, ranks):
 
 
 def test_every_family_is_tried():
-    assert {export.family_of(config) for config in VARIANTS.values()} == set(export.FAMILIES) == set(FAMILIES)
+    assert {families.family_of(config) for config in VARIANTS.values()} == set(families.FAMILIES) == set(FAMILIES)
 
 
 @pytest.mark.slow
@@ -419,11 +422,11 @@ def test_loss_and_ids_are_llama_cpps(name, trained_data, llama_cpp, tmp_path, ca
     assert ours["tokens"] == stream.tokens - 1 > 20_000
     assert losses.sum().item() / ours["tokens"] == pytest.approx(ours["val_loss"], abs=1e-5)
 
-    # the mean hides what GELU's table does to each window; with the same table, half of the windows have none of it
+    # the mean hides the effect of GELU's table on each window; with the same table, half of the windows have none of it
     # (in the others an input of GELU's lies between two float16 numbers, and falls to either side)
     monkeypatch.setattr(F, "gelu", half_gelu)
-    model = evaluation.load_model(evaluation.open_trained(tmp_path / "run"), torch.device("cpu"))
-    one_by_one, _ = evaluation.window_losses(model, stream)
+    model = load_model(open_trained(tmp_path / "run"), torch.device("cpu"))
+    one_by_one, _ = window_losses(model, stream, device=torch.device("cpu"))
     assert (losses - one_by_one).abs().median().item() / block < 1e-5
 
 

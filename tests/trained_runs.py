@@ -1,5 +1,5 @@
-"""Runs of random models, written as a run of two ranks leaves them but without training: for the tests of what is
-done with a trained model."""
+"""Runs of random models, written as a run of two ranks leaves them but without training: for the tests of commands
+that read a trained model."""
 
 import json
 import random
@@ -36,7 +36,7 @@ def write_data(folder, tokenizer="bytes"):
 
 @torch.no_grad()
 def random_model(config, seed=1):
-    """A GPT whose norms and biases are not all ones and zeros, and which is sure enough of what it says."""
+    """A GPT whose norms and biases are not all ones and zeros, and whose predictions are far from uniform."""
     model = GPT(ModelConfig(**vars(config) | {"init_std": 0.2}), seed).eval()
     for parameter in model.parameters():
         if parameter.dim() == 1:

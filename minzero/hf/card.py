@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, how it was trained, how good it is, how to load it."""
+"""The README.md of an exported model: its size, its training, its loss, and the code that loads it."""
 
 import json
 import math
@@ -10,25 +10,25 @@ from minzero.metrics import formula_fault, read_metrics
 from minzero.sizes import flops_per_token
 
 
-def table(heads, rows):
+def markdown_table(heads, rows):
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def run_of(found):
+def run_of(checkpoint):
     """The folder of the run that a checkpoint belongs to, or None if it was moved out of one."""
-    folder = Path(found).resolve().parent
+    folder = Path(checkpoint).resolve().parent
     return folder.parent if folder.name == "checkpoints" else None
 
 
 def validation_loss(run, step):
-    """What the run measured at the step of the checkpoint, or None if it did not."""
+    """The validation loss that the run measured at this step, or None if it did not."""
     lines = read_metrics(run) if run else []
     return next((line["val_loss"] for line in reversed(lines) if line["step"] == step and line.get("val_loss")), None)
 
 
 def draw_loss(run, picture):
-    """The run's loss curve, drawn from its metrics: its own picture may be damaged. Returns whether there is one."""
+    """Draw the run's loss curve from its metrics: its own picture may be damaged. Returns whether there is one."""
     if run and read_metrics(run):
         import plot  # matplotlib takes a second to import
 
@@ -42,79 +42,94 @@ def shown(value, form):
 
 
 def training_facts(state, config: Config, loss):
-    """Rows of (what, value) about the run up to the checkpoint. config: of `checkpoint.open_weights`, whose train
-    section may hold what this code does not take."""
-    versions, train = state.get("versions", {}), config.train
-    data = ", ".join(Path(folder).name for folder in sorted(config.data.weights))
+    """Rows of (name, value) about the run up to the checkpoint. config: of `checkpoint.open_weights`, whose train
+    section may hold values that this code does not accept."""
+    versions = state.get("versions", {})
+    train = config.train
     batch = f"{train.global_batch_tokens:,} tokens, {train.global_batch_tokens / config.model.block_size:,g} sequences"
-    decay, clipping = shown(train.weight_decay, "g"), shown(train.grad_clip, "g")
-    rate = f"{train.schedule} from {train.lr:g} to {train.lr * train.min_lr_ratio:g}" + (
-        f", {train.warmup_tokens:,} tokens of warm-up" if train.warmup_tokens else ""
-    )
+    rate = f"{train.schedule} from {train.lr:g} to {train.lr * train.min_lr_ratio:g}"
+    if train.warmup_tokens:
+        rate += f", {train.warmup_tokens:,} tokens of warm-up"
+    decay = shown(train.weight_decay, "g")
+    clipping = shown(train.grad_clip, "g")
     eval_tokens = shown(train.eval_tokens, ",")
     loss = "not measured at this step" if loss is None else f"{loss:.4f} nats per token, over {eval_tokens} tokens"
-    hardware = f"{state['world_size']} x {versions.get('device', 'unknown device')}, ZeRO stage {state['stage']}"
-    software = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "deepspeed") if name in versions)
+    software = [f"{name} {versions[name]}" for name in ("python", "torch", "deepspeed") if name in versions]
     return [
-        ("data", data),
+        ("data", ", ".join(Path(folder).name for folder in sorted(config.data.weights))),
         ("tokens seen", f"{state['tokens']:,} in {state['step']:,} steps"),
         ("validation loss", loss),
         ("batch", batch),
         ("learning rate", rate),
         ("optimizer", f"AdamW, betas {train.betas}, weight decay {decay}, clipping {clipping}"),
         ("precision", state["precision"]),
-        ("hardware", hardware),
-        ("software", software),
+        (
+            "hardware",
+            f"{state['world_size']} x {versions.get('device', 'unknown device')}, ZeRO stage {state['stage']}",
+        ),
+        ("software", ", ".join(software)),
         ("git commit", versions.get("git") or "unknown"),
     ]
 
 
-def write_model_card(folder, found, state, config: Config, dtype):
-    """Write README.md, with the front matter that the Hugging Face hub reads, and loss.png into `folder`. The
-    tokenizer's files are expected to be there already, if there are any."""
-    from huggingface_hub import ModelCardData
-
-    run = run_of(found)
-    name = run.name if run else Path(found).name
-    parameters = sum(math.prod(shape) for shape in state["parameters"].values())
-    fault = formula_fault(config.model, parameters)  # then its FLOPs are not known
-    cost = "" if fault else f" ({flops_per_token(config.model):,} FLOPs per training token)"
-    loss, start = validation_loss(run, state["step"]), "other weights" if config.train.init_from else "scratch"
-    front = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["minzero", "deepspeed"])
-    settings = [(key, json.dumps(value)) for key, value in config.to_dict()["model"].items()]
-    tokenizer = (folder / "tokenizer.json").exists()
-    if tokenizer and "chat_template" in read_json(folder / "tokenizer_config.json"):
-        purpose = "It was trained on conversations: ask it in the form of the tokenizer's chat template."
-    else:
-        purpose = "It continues text; it was not taught to answer or to refuse."
-    loading = ['model = AutoModelForCausalLM.from_pretrained("PATH")']
-    if tokenizer:
+def loading_code(folder, block_size):
+    """Python that loads the model, and writes a text where the exported `folder` has a tokenizer."""
+    lines = [
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("PATH")',
+    ]
+    if (folder / "tokenizer.json").exists():
         from tokenizers import Tokenizer
 
         prompt = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("Once").ids
-        room = max(1, min(50, config.model.block_size - len(prompt)))
-        loading += [
+        room = max(1, min(50, block_size - len(prompt)))
+        lines[0] += ", AutoTokenizer"
+        lines += [
             'tokenizer = AutoTokenizer.from_pretrained("PATH")',
             'inputs = tokenizer("Once", return_tensors="pt")',
             f"print(tokenizer.decode(model.generate(**inputs, max_new_tokens={room}, do_sample=True)[0]))",
         ]
+    return "\n".join(lines)
+
+
+def is_chat(folder):
+    """Whether the tokenizer in an exported folder has a chat template."""
+    path = folder / "tokenizer_config.json"
+    return path.exists() and "chat_template" in read_json(path)
+
+
+def write_model_card(folder, source, dtype):
+    """Write README.md, with the front matter that the Hugging Face hub reads, and loss.png into `folder`. source: of
+    `trained.open_checkpoint`. The tokenizer's files are expected to be in `folder` already, if there are any."""
+    from huggingface_hub import ModelCardData
+
+    state, config = source.state, source.config
+    run = run_of(source.path)
+    parameters = sum(math.prod(shape) for shape in state["parameters"].values())
+    cost = ""
+    if not formula_fault(config.model, parameters):  # else its FLOPs are not known
+        cost = f" ({flops_per_token(config.model):,} FLOPs per training token)"
+    start = "other weights" if config.train.init_from else "scratch"
+    front = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["minzero", "deepspeed"])
+    purpose = "It continues text; it was not taught to answer or to refuse."
+    if is_chat(folder):
+        purpose = "It was trained on conversations: ask it in the form of the tokenizer's chat template."
+    loss = validation_loss(run, state["step"])
+    settings = [(key, json.dumps(value)) for key, value in config.to_dict()["model"].items()]
     parts = [
         f"---\n{front.to_yaml()}\n---",
-        f"# {name}",
+        f"# {run.name if run else source.path.name}",
         f"A language model of {parameters:,} parameters{cost}, trained from {start} with minZeRO and exported in "
         f"{dtype} from the checkpoint of step {state['step']:,}. {purpose}",
         "![training and validation loss](loss.png)" if draw_loss(run, folder / "loss.png") else "",
         "## How to load it",
         "With PATH the folder of this file or its name on the hub:",
-        "```python\nfrom transformers import AutoModelForCausalLM"
-        + (", AutoTokenizer" if tokenizer else "")
-        + "\n\n"
-        + "\n".join(loading)
-        + "\n```",
+        f"```python\n{loading_code(folder, config.model.block_size)}\n```",
         f"Its context is {config.model.block_size:,} tokens.",
         "## Training",
-        table(("", ""), training_facts(state, config, loss)),
+        markdown_table(("", ""), training_facts(state, config, loss)),
         "## Model settings",
-        table(("key", "value"), settings),
+        markdown_table(("key", "value"), settings),
     ]
     (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")

@@ -1,5 +1,5 @@
 """Started by test_transformers_versions.py with another version of transformers before the installed one: reads
-exports as somebody with that version does, and leaves what it found in OUT, a file of torch's.
+exports as somebody with that version does, and leaves the results in OUT, a file of torch's.
 
     other_transformers.py FOLDER OUT      FOLDER holds exports, and asked.json
 """
@@ -20,7 +20,7 @@ FOLDER, OUT = Path(sys.argv[1]), Path(sys.argv[2])
 
 @torch.no_grad()
 def read_export(folder, tokens, prompts):
-    """What one export says: logits, greedy text of a padded batch, ids, the model card's own code."""
+    """The results of one export: logits, greedy text of a padded batch, ids, the model card's own code."""
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto").eval()
     dtype, model = str(model.dtype), model.float()
     tokenizer, generation = AutoTokenizer.from_pretrained(folder), GenerationConfig.from_pretrained(folder)

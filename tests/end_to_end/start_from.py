@@ -12,12 +12,12 @@ import deepspeed
 import torch
 from deepspeed import comm
 
-import export
 import train
 from minzero import dist
 from minzero.config.build import build
 from minzero.config.deepspeed import deepspeed_config
 from minzero.engine import build_engine
+from minzero.trained import open_weights
 
 DATA, FOLDER = sys.argv[-2], Path(sys.argv[-1])
 
@@ -36,7 +36,7 @@ def starting_weights(family, stage, precision):
     """Every parameter, whole, right after the engine was made."""
     device, _, world_size = dist.init_process()
     config = config_of(family, "unused", stage, 1, FOLDER / family)
-    _, load = export.open_weights(config.train.init_from, config.model)
+    _, load = open_weights(config.train.init_from, config.model)
     engine = build_engine(config, deepspeed_config(config, world_size, precision, False), device, load_weights=load)
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         return {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import train
-from eval import load_model, open_trained
 from minzero import checkpoint_state, tensor_files
 from minzero.data import pipeline
 from minzero.data.conversations import with_marks
 from minzero.data.shards import TokenStream
 from minzero.metrics import read_metrics
 from minzero.tensor_files import SavedPieces
+from minzero.trained import load_model, open_trained
 from minzero.zero import KINDS
 from tests.conftest import deepspeed_command, run
 from tests.end_to_end.parity_settings import MOVES, SETTINGS

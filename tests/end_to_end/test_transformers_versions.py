@@ -1,5 +1,5 @@
-"""Exports as other programs read them: transformers 4.46, 4.57 and the one installed, and CTranslate2. What is not
-installed here is put into a folder of the user's cache, once."""
+"""Exports as other programs read them: transformers 4.46, 4.57 and the one installed, and CTranslate2. Versions that
+are not installed are put into a folder of the user's cache, once."""
 
 import dataclasses
 import json
@@ -13,10 +13,12 @@ import pytest
 import torch
 
 import export
-from eval import load_model, open_trained
 from minzero.data import pipeline
 from minzero.data.conversations import LEARNED, with_marks
 from minzero.data.tokenizer import load_tokenizer, save_for_transformers, save_tokenizer, train_tokenizer
+from minzero.hf.families import transformers_config
+from minzero.hf.write import config_json
+from minzero.trained import load_model, open_trained
 from tests.conftest import environment
 from tests.test_export import NASTY, of_pattern
 from tests.trained_runs import FAMILIES, GPT2, LLAMA, NEOX, write_data, write_run
@@ -81,7 +83,7 @@ def run_with(folders, *command):
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory, shared):
-    """A folder with EXPORTS, tokenizers, and asked.json, which says what to do with them."""
+    """A folder with EXPORTS, tokenizers, and asked.json, the instructions for other_transformers.py."""
     folder = tmp_path_factory.mktemp("exports")
     data = write_data(folder / "data")
     for name, config in MODELS.items():
@@ -116,14 +118,14 @@ def write_tokenizers(folder):
         (folder / name).mkdir(exist_ok=True)
         save_for_transformers(folder / name, encoding._mergeable_ranks, encoding._special_tokens, encoding._pat_str)
         config = dataclasses.replace(LLAMA, vocab_size=encoding.n_vocab)
-        theirs = export.transformers_config(config, end_of_text=encoding._special_tokens["<|endoftext|>"])
-        (folder / name / "config.json").write_text(json.dumps(export.in_all_words(theirs)))
+        theirs = transformers_config(config, end_of_text=encoding._special_tokens["<|endoftext|>"])
+        (folder / name / "config.json").write_text(json.dumps(config_json(theirs)))
     return encodings
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
 def read_by(request, exports):
-    """What one version of transformers found."""
+    """The results of one version of transformers."""
     version, out = request.param, exports / f"{request.param}.pt"
     folders = (
         []
@@ -203,7 +205,7 @@ for name in json.loads(sys.argv[2]):
 
 
 def test_ctranslate2_computes_what_our_model_does(exports, tmp_path):
-    """With what it takes: as many ids as the tokenizer has, the usual epsilon and, in GPT-NeoX, rotary_theta."""
+    """With settings that it supports: the ids of the tokenizer alone, the usual epsilon, GPT-NeoX's rotary base."""
     names = {"gpt2": MODELS["gpt2"], "llama": MODELS["llama"], "gpt_neox": NEOX}
     for name, config in names.items():
         write_run(tmp_path / "runs" / name, dataclasses.replace(config, vocab_size=257), str(exports / "data"))

@@ -1,0 +1,284 @@
+"""How good is a trained model? Its loss over validation splits, gzip on the same text, and lm-eval's benchmarks."""
+
+import contextlib
+import gzip
+import importlib.util
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import distributed
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from minzero.config.values import did_you_mean
+from minzero.data.mixture import content_digest
+from minzero.data.pipeline import tokenizer_of
+from minzero.data.shards import TokenStream
+from minzero.errors import UserError, one_line
+from minzero.hf.families import own_shapes
+from minzero.hf.write import write_model
+from minzero.nearest import suggesting
+from minzero.sizes import IGNORE_INDEX
+from minzero.trained import ModelSource, best_device, holds_data, load_model, load_sharded, open_trained
+
+SHOW_AFTER = 1.0  # seconds that work must take before its progress is shown
+
+
+@contextlib.contextmanager
+def progress_bar(description, steps):
+    """Gives a function to call for each of these steps. They are shown on stderr, by rank 0 alone and only where that
+    is a terminal."""
+    is_other_rank = os.environ.get("RANK", "0") != "0"
+    hidden = True if is_other_rank else None  # None: tqdm looks whether it is a terminal
+    with tqdm(total=steps, desc=description, delay=SHOW_AFTER, leave=False, disable=hidden) as bar:
+        yield bar.update
+
+
+# -- the loss ------------------------------------------------------------------------------------
+
+
+def windows_of(stream, wanted_tokens=None):
+    """[(first token, length)] of the windows to evaluate. By default all of the split, one after another, the last one
+    cut, so that every token but the first is predicted once; with wanted_tokens about that many, in whole windows
+    spread evenly, the same at every call."""
+    block = stream.block_size
+    if wanted_tokens is None:
+        return [(first, min(block, stream.tokens - 1 - first)) for first in range(0, stream.tokens - 1, block)]
+    return [(int(window) * block, block) for window in stream.validation_windows(wanted_tokens // block)]
+
+
+def count_passes(stream, batch_size, world_size=1, wanted_tokens=None):
+    """How often `window_losses` calls its progress."""
+    return math.ceil(len(windows_of(stream, wanted_tokens)) / (batch_size * world_size))
+
+
+@contextlib.contextmanager
+def loss_of_each_token(model):
+    """Gives a list to which each forward pass with targets appends the cross-entropy of its tokens in nats, (N,)
+    float32 tensors, chunk by chunk. The model computes its own loss again after this block."""
+    head = getattr(model, "module", model).head
+    own = vars(head).get("cross_entropy")  # of a compiled model; else it is the class's
+    found = []
+
+    def keep(logits, targets, picked, vocab_size, with_gradient=True):
+        logits = logits[:, :vocab_size].float()
+        found.append(F.cross_entropy(logits, targets[:, 0], ignore_index=IGNORE_INDEX, reduction="none"))
+        return found[-1].sum()
+
+    head.cross_entropy = keep
+    try:
+        yield found
+    finally:
+        del head.cross_entropy
+        if own:
+            head.cross_entropy = own
+
+
+@torch.no_grad()
+def window_losses(
+    model, stream, wanted_tokens=None, batch_size=16, device=None, rank=0, world_size=1, progress=lambda: None
+):
+    """The summed cross-entropy in nats of each window of `windows_of`, (windows,) float64 on the CPU, and the number of
+    targets that count. progress: called after each forward pass.
+
+    A window's sum is its own, in float64: neither the batch nor the number of ranks that share the windows
+    changes more than the rounding of the model's float32. Every rank must call this, and all get all."""
+    device = device or best_device()
+    windows = windows_of(stream, wanted_tokens)
+    losses = torch.zeros(len(windows), dtype=torch.float64, device=device)
+    count = torch.zeros(1, dtype=torch.float64, device=device)
+    with loss_of_each_token(model) as token_losses:
+        for first in range(0, len(windows), batch_size * world_size):
+            start = first + rank * batch_size
+            mine = windows[start : start + batch_size]
+            # a rank without windows still runs a forward pass: ZeRO-3's gathers are collective
+            inputs = torch.zeros(max(1, len(mine)), stream.block_size, dtype=torch.long)
+            targets = torch.full_like(inputs, IGNORE_INDEX)
+            for row, (token, length) in enumerate(mine):
+                row_inputs, row_targets = stream.example(token, length)
+                inputs[row, :length] = torch.from_numpy(row_inputs)
+                targets[row, :length] = torch.from_numpy(row_targets)
+            token_losses.clear()
+            model(inputs.to(device), targets.to(device))
+            sums = torch.cat(token_losses).double().view(targets.shape).sum(dim=1)
+            losses[start : start + len(mine)] = sums[: len(mine)]
+            count += (targets != IGNORE_INDEX).sum()
+            progress()
+    if world_size > 1:
+        distributed.all_reduce(losses)
+        distributed.all_reduce(count)
+    return losses.cpu(), int(count)
+
+
+def evaluate(model, streams, batch_size=16, device=None, rank=0, world_size=1, progress=lambda: None):
+    """{"val_loss": nats per token, "perplexity", "bits_per_byte": None where the bytes are not known, "tokens"}
+    over all of these validation splits. Every rank must call this."""
+    results = [window_losses(model, stream, None, batch_size, device, rank, world_size, progress) for stream in streams]
+    # fsum rounds once, so that no order of the windows matters
+    nats = math.fsum(loss for losses, _ in results for loss in losses)
+    tokens = sum(targets for _, targets in results)
+    # only meta.json tells the bytes of the tokens' text
+    sizes = [stream.meta["splits"]["val"].get("bytes") if stream.meta else None for stream in streams]
+    size = sum(sizes) if all(sizes) else None
+    return {
+        "val_loss": nats / tokens,
+        "perplexity": math.exp(min(nats / tokens, 700)),
+        "bits_per_byte": nats / math.log(2) / size if size else None,
+        "tokens": tokens,
+    }
+
+
+def open_streams(source: ModelSource, folders):
+    """The validation splits of these folders. Raises UserError if this model cannot be evaluated on one."""
+    streams = []
+    for folder in folders:
+        with suggesting(folder, holds_data):
+            streams.append(TokenStream(folder, "val", source.model.block_size))
+    for stream in streams:
+        stream.check_vocabulary(source.model.vocab_size)
+        source.check_tokenizer(stream.folder)
+    return streams
+
+
+def open_all(path, which="best", data=None, needs_data=True, needs_text=False):
+    """(ModelSource, the validation splits) of a trained model, see `trained.open_trained`. data: a folder of shards in
+    place of the model's own. Raises UserError, where there are no splits with needs_data, and where the last one is not
+    plain text with needs_text."""
+    source = open_trained(path, which)
+    folders = [data] if data else source.data
+    if not folders and needs_data:
+        raise UserError(f"--data: {path} does not say on what it was trained; give the folder of shards")
+    streams = open_streams(source, folders)
+    if needs_text and streams and streams[-1].loss_mask:
+        raise UserError(
+            f"--gzip: {streams[-1].folder} holds conversations, of which a part counts; expected plain text"
+        )
+    return source, streams
+
+
+def evaluate_alone(source: ModelSource, streams, batch_size):
+    """The result of `evaluate` in one process. Keeps no memory of the model."""
+    with progress_bar("loading", len(own_shapes(source.model))) as progress:
+        model = load_model(source, progress=progress)
+    passes = sum(count_passes(stream, batch_size) for stream in streams)
+    with progress_bar("evaluating", passes) as progress:
+        return evaluate(model, streams, batch_size, progress=progress)
+
+
+def evaluate_on_ranks(open_model, batch_size):
+    """(rank, ModelSource, the validation splits, the result of `evaluate`) on each rank of a launcher's. open_model()
+    -> (ModelSource, streams), as `open_all`. Raises UserError on all of them if one cannot take part."""
+    from minzero import dist  # it alone needs DeepSpeed
+
+    device, rank, world_size = dist.start_process_group(may_be_alone=True)
+    with dist.all_or_none():
+        source, streams = open_model()
+    facts = {"model": vars(source.model), "code": dist.code_digests()}
+    facts["tokens"] = {str(stream.folder): content_digest(stream) for stream in streams}
+    dist.refuse_different_ranks(facts)
+    model = load_sharded(source, device)
+    passes = sum(count_passes(stream, batch_size, world_size) for stream in streams)
+    with progress_bar("evaluating", passes) as progress:
+        result = evaluate(model, streams, batch_size, device, rank, world_size, progress)
+    return rank, source, streams, result
+
+
+# -- a compressor --------------------------------------------------------------------------------
+
+
+def compress(stream):
+    """The sizes that `gzip -9` compresses the same documents to, in bits per byte: {"gzip_bits_per_byte": joined into
+    one file, "gzip_one_by_one_bits_per_byte": one by one}."""
+    tokenizer = tokenizer_of(stream.folder)
+    text = tokenizer.decode_bytes(stream.read(0, stream.tokens).tolist())
+    documents = [part for part in text.split(b"<|endoftext|>") if part]
+    size = sum(map(len, documents))
+    one_by_one = 0
+    with progress_bar("compressing", len(documents)) as progress:
+        for document in documents:
+            one_by_one += len(gzip.compress(document, 9))
+            progress()
+    joined = len(gzip.compress(b"".join(documents), 9))
+    return {"gzip_bits_per_byte": joined * 8 / size, "gzip_one_by_one_bits_per_byte": one_by_one * 8 / size}
+
+
+# -- benchmarks ----------------------------------------------------------------------------------
+
+
+def open_tasks(names, task_path):
+    """lm-eval's TaskManager, checked to know these tasks: names, or paths of yaml files. task_path: a folder of more
+    task files. Raises UserError."""
+    missing = [name for name in ("lm_eval", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f'--tasks: {" and ".join(missing)} not installed, expected lm-eval; pip install "lm-eval[hf]"')
+    from lm_eval.tasks import TaskManager
+
+    if task_path and not Path(task_path).is_dir():
+        raise UserError(f"--task_path: {task_path}: no such folder; expected one that holds lm-eval's task files")
+    files = {name for name in names if Path(name).suffix == ".yaml" and Path(name).is_file()}
+    # indexing its own ten thousand tasks takes a dozen seconds, for which files of tasks need not wait
+    for include_defaults in (False, True):
+        manager = TaskManager(include_path=task_path, include_defaults=include_defaults)
+        known = set(manager.all_tasks) | files
+        if known.issuperset(names):
+            return manager
+    unknown = next(name for name in names if name not in known)
+    raise UserError(
+        f"--tasks: {unknown!r} is neither one of lm-eval's nor a yaml file; {did_you_mean(unknown, manager.all_tasks)}"
+    )
+
+
+def run_tasks(source: ModelSource, names, manager, limit):
+    """lm-eval's results, {task: {metric: value}}, of its harness on the model as transformers'. Raises UserError."""
+    import lm_eval
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = source.path
+        if source.state:  # a checkpoint of ours
+            folder = Path(temporary) / "model"
+            write_model(source, folder)
+        if not (folder / "tokenizer.json").exists():
+            raise UserError(f"--tasks: {source.path} has no tokenizer that is known, and tasks are made of text")
+        # several GPUs in the machine share the model
+        model = {"pretrained": str(folder), "parallelize": torch.cuda.device_count() > 1}
+        settings = {"device": best_device().type, "limit": limit, "log_samples": False}
+        try:
+            found = lm_eval.simple_evaluate("hf", model, names, task_manager=manager, **settings)
+        except Exception as error:  # of many classes: no network, a broken task file, a task that this model cannot
+            raise UserError(f"--tasks: lm-eval ended with {one_line(error)}") from None
+    return found["results"]
+
+
+# -- in words ------------------------------------------------------------------------------------
+
+
+def report(source: ModelSource, streams, result):
+    """Lines about the result of `evaluate`."""
+    for stream in streams:
+        answers = ", of which the assistant's words count" if stream.loss_mask else ""
+        yield f"{source.description}: {stream.tokens - 1:,} tokens of {stream.folder}{answers}"
+    if streams:
+        yield f"validation loss {result['val_loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}"
+        if result["bits_per_byte"] is None:
+            yield "bits per byte unknown: the shards have no meta.json"
+        else:
+            yield f"bits per byte {result['bits_per_byte']:.4f}"
+
+
+def report_tasks(results):
+    """Lines about the results of `run_tasks`."""
+    for task, metrics in results.items():
+        numbers = [
+            f"{name.removesuffix(',none')} {value:.4f}"
+            for name, value in metrics.items()
+            if isinstance(value, float) and "stderr" not in name
+        ]
+        yield f"{task}: {', '.join(numbers)}"
+
+
+def finite_or_none(value):
+    """JSON knows neither NaN nor infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

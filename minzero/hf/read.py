@@ -1,0 +1,226 @@
+"""A model in transformers' format, ours or published: its config.json as a ModelConfig, and its weights as ours."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from minzero.config.sections import ModelConfig
+from minzero.errors import UserError, one_line
+from minzero.files import read_json, refuse_pipe
+from minzero.hf.families import (
+    FAMILIES,
+    HEAD,
+    check_expressible,
+    explicit,
+    family_of,
+    from_transformers,
+    to_transformers,
+    weightless,
+)
+
+NOT_THE_FUNCTION = {"dropout", "init_std"}  # keys of training: the trained model computes the same with any value
+# in old files; computed, not learned
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
+
+
+def is_published(folder):
+    """Whether a folder is in transformers' format, as far as its config.json tells. Raises UserError if that cannot be
+    read and is not a run's, which does not need it."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        raw = read_json(folder / "config.json")
+    except UserError:
+        if (folder / "checkpoints").is_dir():
+            return False
+        raise
+    return isinstance(raw, dict) and "model_type" in raw
+
+
+# -- settings ------------------------------------------------------------------------------------
+
+
+def read_model_config(folder):
+    """config.json of a folder in transformers' format -> the ModelConfig that computes the same. Raises
+    UserError if none does."""
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    raw = read_json(path)
+    name = raw["model_type"]
+    if name not in list(FAMILIES):  # a list, as JSON can hold what has no hash
+        raise UserError(f"{path}: model_type: found {name!r}, expected {' or '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    try:
+        theirs = AutoConfig.for_model(**raw)  # fills in what is left out
+        rotary = {"rotary_theta": float(theirs.rope_parameters["rope_theta"])} if family.is_rotary else {}
+    except Exception as error:  # of many classes, some of them libraries' own
+        raise UserError(f"{path}: not a configuration of {name}: {one_line(error)}") from None
+    settings = {ours: getattr(theirs, name) for ours, name in family.settings.items()}
+    model = ModelConfig(**settings | family.required | rotary)
+    if family.is_rotary:
+        check_old_rotary_settings(path, raw, model.rotary_theta)
+    expected = {"quantization_config": None} | family.fixed | family.derived(model)
+    if (expected[family.activation], getattr(theirs, family.activation)) == ("gelu_new", "gelu_pytorch_tanh"):
+        del expected[family.activation]  # another name of the same function
+    for name, value in expected.items():
+        found = getattr(theirs, name, None)
+        if found != value:
+            raise UserError(f"{path}: {name}: found {found!r}, expected {value!r}; model.py computes nothing else")
+    return explicit(model)
+
+
+def check_old_rotary_settings(path, raw, theta):
+    """Raises UserError if the names of transformers 4, which does not read rope_parameters, say something else."""
+    for name in ("rope_theta", "rotary_emb_base"):
+        if raw.get(name) not in (None, theta):
+            raise UserError(
+                f"{path}: {name}: found {raw[name]!r}, expected {theta!r} as in rope_parameters; versions of "
+                "transformers read one or the other, so make them equal"
+            )
+
+
+def refuse_differences(source, model: ModelConfig, saved: ModelConfig):
+    """Raises UserError with every key in which `model` is not the saved one, and the flags that set it right.
+    Keys of training do not count, nor does the base of rotary positions where there are none."""
+    ignored = NOT_THE_FUNCTION | {"block_size"}
+    if saved.position != "rotary":
+        ignored |= {"rotary_theta"}
+    names = [field.name for field in dataclasses.fields(model) if field.name not in ignored]
+    triples = [(name, getattr(explicit(model), name), getattr(explicit(saved), name)) for name in names]
+    triples = [triple for triple in triples if triple[1] != triple[2]]
+    if model.block_size > saved.block_size:  # fewer positions than it learned are the same model
+        triples.append(("block_size", model.block_size, saved.block_size))
+    if not triples:
+        return
+    keys, flags = [], []
+    for name, *values in triples:
+        found, expected = (value if isinstance(value, str) else json.dumps(value) for value in values)
+        keys.append(f"model.{name}: {found}, expected {expected}")
+        flags.append(f"--model.{name} {expected}")
+    raise UserError(f"{source}: {'; '.join(keys)}; set {' '.join(flags)}")
+
+
+# -- weights -------------------------------------------------------------------------------------
+
+
+def files_of(folder):
+    """The names of the files that hold the weights. Raises UserError if they are not named or not safetensors."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            files = sorted(set(map(str, read_json(index)["weight_map"].values())))
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{index}: no weight_map of names to files; copy the folder again") from None
+        if odd := next((name for name in files if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name)), None):
+            raise UserError(f"{index}: found the file name {odd[:100]!r}, expected one in the same folder")
+        return files
+    if (folder / "model.safetensors").exists():
+        return ["model.safetensors"]
+    remedy = "copy the folder again"
+    if list(folder.glob("*.bin")):
+        remedy = "convert its .bin files: transformers' from_pretrained loads them, save_pretrained writes these"
+    raise UserError(f"{folder}: found no model.safetensors, nor an index of its parts; {remedy}")
+
+
+def open_tensors(folder, family):
+    """A folder in transformers' format -> {name: (open file, its path, the name there)}; no tensor is
+    read yet. family: an entry of FAMILIES. Raises UserError if a file is missing or broken."""
+    from safetensors import SafetensorError, safe_open
+
+    tensors = {}
+    for path in (folder / file for file in files_of(folder)):
+        try:
+            if not path.is_file():  # links are followed: a download of the hub has them
+                raise OSError("no such file, or not a plain one")
+            file = safe_open(path, "pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: {' '.join(str(error).split())}; copy the file again") from None
+        for stored in sorted(file.keys()):
+            if stored.endswith(BUFFERS):
+                continue
+            name = HEAD if stored == family.head_in_files else stored
+            if not name.startswith((family.prefix, "lm_head.")):  # GPT-2 itself is published without
+                name = family.prefix + name
+            tensors[name] = file, path, stored
+    return tensors
+
+
+def check_tensors(folder, model: ModelConfig, published: ModelConfig, tensors):
+    """Raises UserError unless every tensor is there with the right shape and type, and no other.
+    tensors: of `open_tensors`; model: the one that is to have the weights of `published`."""
+    expected = dict(to_transformers(published, weightless(published).state_dict().__getitem__))
+    embedding = next(iter(expected))
+    head_is_stored_twice = published.tie_embeddings and HEAD in tensors  # as some files have it
+    if head_is_stored_twice:
+        expected[HEAD] = expected[embedding]
+    for name, (file, path, stored) in tensors.items():
+        if name not in expected:
+            raise UserError(f"{path}: found {stored}, which a model of {folder}/config.json does not have")
+        part = file.get_slice(stored)
+        shape = tuple(expected[name].shape)
+        found = tuple(part.get_shape()), part.get_dtype()
+        if found[0] != shape or found[1] not in ("F32", "BF16", "F16"):
+            raise UserError(f"{path}: {stored}: found shape and type {found}, expected {shape} of F32, BF16 or F16")
+    if missing := [name for name in expected if name not in tensors]:
+        raise UserError(f"{folder}: no tensor {missing[0]} in its safetensors, expected by its config.json")
+    if head_is_stored_twice and not same_rows(tensors[HEAD], tensors[embedding], published.vocab_size):
+        raise UserError(f"{folder}: tie_word_embeddings: found true, but {HEAD} is not {embedding}")
+    if published.bias and not model.bias:
+        for file, path, stored in tensors.values():
+            if stored.endswith(".bias") and file.get_tensor(stored).any():
+                raise UserError(
+                    f"{path}: model.bias: false, expected true, as {stored} is not 0; set --model.bias true"
+                )
+
+
+def same_rows(first, second, rows):
+    """Whether two tensors of `open_tensors` are equal, compared some rows at a time."""
+    one, two = (file.get_slice(stored) for file, _, stored in (first, second))
+    return all(torch.equal(one[row : row + 4096], two[row : row + 4096]) for row in range(0, rows, 4096))
+
+
+def open_published(folder, model: ModelConfig | None = None):
+    """A folder in transformers' format -> (a description, the ModelConfig that computes the same, a function load()
+    that gives read(name of a parameter of ours)). model: the one that is to have its weights, if that is another.
+    Reads no weights yet, but has checked everything that could be wrong: raises UserError."""
+    folder = Path(folder)
+    for path in sorted(folder.iterdir()):  # transformers and tokenizers, which read them, would wait at a pipe
+        if path.suffix in (".json", ".model", ".txt", ".jinja"):
+            refuse_pipe(path)
+    published = read_model_config(folder)
+    family = FAMILIES[family_of(published)]
+    check_expressible(published)
+    if model:
+        # no biases are biases of zero, which check_tensors looks for
+        like = dataclasses.replace(published, bias=model.bias) if family.always_biased else published
+        refuse_differences(folder, model, like)
+    target = model or published
+    tensors = open_tensors(folder, family)
+    check_tensors(folder, target, published, tensors)
+
+    def read(name):
+        file, _, stored = tensors[name]
+        return file.get_tensor(stored)
+
+    return f"{folder} ({family.architecture})", published, lambda: from_transformers(target, read)
+
+
+def local_folder(source):
+    """The folder that `source` names; a name of the Hugging Face hub is downloaded. Raises UserError."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except Exception as error:  # of many classes: no such name, no network, no permission, no space
+        raise UserError(
+            f"train.init_from: {source}: no such folder here, and not to be had from the Hugging Face hub "
+            f"({one_line(error)}); download it, and give its folder"
+        ) from None

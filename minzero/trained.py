@@ -1,0 +1,268 @@
+"""Open a trained model: a run's folder, a checkpoint in it, or a folder in transformers' format.
+
+    from minzero import load
+
+    model, tokenizer = load("out/tiny")
+    tokens = tokenizer("Once upon", return_tensors="pt")["input_ids"].to(model.head.weight.device)
+    logits = model(tokens)  # (1, T, vocab_size)
+
+`open_trained` checks everything without reading the weights; `load_model` and `load_sharded` read them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from minzero import checkpoint, checkpoint_folder
+from minzero.config import build
+from minzero.config.sections import Config, ModelConfig, data_weights
+from minzero.data.conversations import CHAT_TEMPLATE
+from minzero.data.pipeline import tokenizer_of
+from minzero.data.shards import read_meta
+from minzero.data.tokenizer import END_OF_TEXT, byte_level_names, huggingface_json, open_huggingface
+from minzero.errors import UserError, one_line
+from minzero.hf.families import own_shapes
+from minzero.hf.read import is_published, local_folder, open_published, refuse_differences
+from minzero.nearest import suggesting
+from model import GPT
+
+# of a folder in transformers' format, any of which says that it has a tokenizer of its own
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass
+class ModelSource:
+    """A trained model on disk, checked but not read: a checkpoint of ours, or a folder in transformers' format."""
+
+    path: Path
+    description: str
+    model: ModelConfig
+    load: Callable  # load() gives read(name of a parameter of ours)
+    state: dict | None = None  # of a checkpoint
+    config: Config | None = None  # of a checkpoint, as `checkpoint.open_weights` gives it
+    data: list = field(default_factory=list)  # the folders that it learned from, as far as is known
+
+    def check_tokenizer(self, folder):
+        """Raises UserError if the data in `folder` was made with another tokenizer than the model's: equal ids would
+        mean other text."""
+        meta = read_meta(folder)
+        if not meta:
+            return
+        if self.state:
+            found = meta["tokenizer"]["fingerprint"]
+            learned = {entry["tokenizer"] for entry in self.state["data"].values()}
+            if found is not None and None not in learned and found not in learned:
+                raise UserError(
+                    f"{folder}: found tokenizer {found}, expected {' or '.join(learned)} as the model was trained "
+                    "with; prepare that data with the model's tokenizer"
+                )
+        elif (self.path / "tokenizer.json").exists():
+            theirs = open_huggingface(self.path / "tokenizer.json").get_vocab()
+            ranks = tokenizer_of(folder)._mergeable_ranks
+            wrong = sum(theirs.get(name) != ranks[token] for token, name in byte_level_names(ranks).items())
+            if wrong:
+                raise UserError(
+                    f"{folder}: found a tokenizer of which {wrong} of {len(ranks)} tokens differ from "
+                    f"{self.path}/tokenizer.json, expected the same; prepare that data with the model's tokenizer"
+                )
+
+
+# -- opening -------------------------------------------------------------------------------------
+
+
+def holds_model(path):
+    """Whether a path is one that `open_trained` takes. Looks at names alone."""
+    path = Path(path)
+    return (
+        checkpoint_folder.is_complete(path)
+        or checkpoint_folder.complete_checkpoints(path / "checkpoints")
+        or is_published(path)
+    )
+
+
+def holds_data(path):
+    """Whether a path is a folder of token shards."""
+    path = Path(path)
+    return path.is_dir() and any((path / name).exists() for name in ("meta.json", "val_000000.bin", "val.bin"))
+
+
+def model_of(found):
+    """The ModelConfig of a checkpoint, without its weights. Raises UserError if it holds parameters of another."""
+    state = checkpoint.read_state(found)
+    model = build({"model": state["config"]["model"]}, found / "state.json").model
+    parameters = state["parameters"]
+    if model.n_layer > len(parameters):  # which would take long to build
+        raise UserError(f"{found}/state.json: {model.n_layer} layers, but {len(parameters)} parameters; use another")
+    try:
+        expected = own_shapes(model)
+    except RuntimeError as error:  # torch's, of sizes that no number holds
+        raise UserError(f"{found}/state.json: config.model: {one_line(error)}") from None
+    checkpoint.refuse_other_parameters(found, state, expected)
+    return model
+
+
+def open_checkpoint(found):
+    """A checkpoint's folder -> ModelSource. Raises UserError."""
+    model = model_of(found)  # before the weights are looked at
+    state, config, read = checkpoint.open_weights(found)
+    folders = sorted(data_weights(state["config"]["data"]["path"]))
+    return ModelSource(found, str(found), model, lambda: read, state, config, folders)
+
+
+def with_checkpoint(path, which, use):
+    """The result of use(checkpoint) for the one that `path` and `which` mean (see `checkpoint.find`). If its run
+    deletes or replaces it meanwhile, the next one is used. Raises UserError, which names the nearest run or step where
+    there is none."""
+    with suggesting(path, holds_model):
+        try:
+            checkpoint_folder.must_find(path, which)
+        except UserError as error:
+            raise UserError(f"{error}{nearest_step(path, which)}") from None
+    return checkpoint_folder.reading(path, which, use)
+
+
+def nearest_step(path, which):
+    """A suggestion for a step of which a run has no checkpoint; empty where there is none to make."""
+    complete = checkpoint_folder.complete_checkpoints(Path(path) / "checkpoints")
+    steps = [checkpoint_folder.step_and_suffix(found)[0] for found in complete]
+    if not steps or not which.isdecimal() or len(which) > 15:
+        return ""
+    return f"; the nearest is --checkpoint {min(steps, key=lambda step: abs(step - int(which)))}"
+
+
+def open_trained(path, which="best"):
+    """A run's folder, a checkpoint, or a folder in transformers' format -> ModelSource. which: best, latest or a step
+    of the run. Reads no weights. Raises UserError."""
+    path = Path(path)
+    if is_published(path):
+        return ModelSource(path, *open_published(path))
+    return with_checkpoint(path, which, open_checkpoint)
+
+
+def open_weights(source, model: ModelConfig):
+    """The weights that `train.init_from` names, for a model of these settings -> (a description, a function load()
+    that gives read(name of a parameter)). Reads none yet, but has checked everything that could be wrong: raises
+    UserError."""
+    with suggesting(source, holds_model):
+        folder = local_folder(source)
+        if not is_published(folder) and checkpoint_folder.find(folder, "best") is None:
+            raise UserError(
+                f"train.init_from: {source}: found neither a config.json of transformers' nor a checkpoint; expected "
+                "one"
+            )
+    if is_published(folder):
+        description, _, load = open_published(folder, model)
+        return description.replace(str(folder), source, 1), load
+    found, saved = checkpoint_folder.reading(folder, "best", lambda found: (found, model_of(found)))
+    refuse_differences(found, model, saved)
+    return str(found), lambda: checkpoint.open_weights(found)[2]
+
+
+# -- reading -------------------------------------------------------------------------------------
+
+
+def best_device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.no_grad()
+def load_model(source: ModelSource, device=None, progress=lambda: None):
+    """The GPT in float32 and eval mode, on the fastest device here unless another is given. progress: called after
+    each parameter."""
+    with torch.device(device or best_device()):
+        model = GPT(source.model)
+    read = source.load()
+    for name, parameter in model.named_parameters():
+        parameter.copy_(read(name))
+        progress()
+    return model.eval()
+
+
+def load_sharded(source: ModelSource, device):
+    """The model in float32 and eval mode, each rank with a part of it: ZeRO-3 gathers a layer when it is needed. Every
+    rank of the process group must call this; rank 0 reads the weights, one at a time."""
+    import deepspeed
+
+    from minzero.zero import copy_into  # needs DeepSpeed, which a model in one process does not
+
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    with deepspeed.zero.Init(config_dict_or_path=settings), device:
+        model = GPT(source.model)
+    copy_into(model, source.load)
+    engine, *_ = deepspeed.initialize(model=model, config=settings)
+    engine.eval()
+    return engine
+
+
+# -- the tokenizer -------------------------------------------------------------------------------
+
+
+def as_transformers(encoding):
+    """A tiktoken encoding as a tokenizer of transformers."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    special = {}
+    if END_OF_TEXT in encoding._special_tokens:
+        special = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
+    text = huggingface_json(encoding._mergeable_ranks, encoding._special_tokens, encoding._pat_str)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(text),
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+        **special,
+    )
+
+
+def has_own_tokenizer(source: ModelSource):
+    return any((source.path / name).exists() for name in TOKENIZER_FILES)
+
+
+def open_tokenizer(source: ModelSource, data=None):
+    """(the model's tokenizer as transformers', the tiktoken encoding of the data it was taken from, or None where it
+    is that of a folder in transformers' format). data: a folder made with that tokenizer. Raises UserError if it is
+    not known or not the model's."""
+    folders = [data] if data else source.data
+    encoding = None
+    for folder in folders[:1]:
+        with suggesting(folder, holds_data):
+            source.check_tokenizer(folder)
+    if folders and not has_own_tokenizer(source):
+        where = folders[0]
+        with suggesting(where, holds_data):
+            encoding = tokenizer_of(where)
+        tokenizer = as_transformers(encoding)
+    else:
+        from transformers import AutoTokenizer
+
+        where = source.path / "tokenizer.json"
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+        except Exception as error:  # of many classes, some of them libraries' own
+            reason = one_line(error)
+            raise UserError(f"{where}: {reason}; expected a tokenizer; or name data made with it: --data") from None
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= source.model.vocab_size:
+        raise UserError(
+            f"{where}: found token ids up to {largest}, expected ids below the model's vocab_size "
+            f"{source.model.vocab_size}; give its own tokenizer"
+        )
+    return tokenizer, encoding
+
+
+def load(path, checkpoint="best", device=None, data=None):
+    """A trained model and its tokenizer, from a run's folder, a checkpoint, or a folder in transformers' format.
+
+    checkpoint: best, latest or a step of the run. device: the fastest one here by default. data: a folder of shards
+    made with the model's tokenizer, if the run's own data has moved.
+
+    Returns (model, tokenizer): the GPT of model.py in float32 and eval mode, tokens (B, T) -> logits (B, T, V), and
+    the tokenizer as one of transformers', or None where the data has no meta.json that names it. Raises UserError,
+    whose text says what was found and what to do."""
+    source = open_trained(path, str(checkpoint))
+    folder = data or (source.data[0] if source.data else None)
+    is_unknown = folder and not has_own_tokenizer(source) and holds_data(folder) and not read_meta(folder)
+    tokenizer = None if is_unknown else open_tokenizer(source, data)[0]
+    return load_model(source, device), tokenizer
