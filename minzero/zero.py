@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterator
 from itertools import chain, groupby
 from typing import NamedTuple
 
-import deepspeed
 import torch
 from torch import distributed
 
-from minzero import dist
 from minzero.errors import UserError
 
 KINDS = ("exp_avg", "exp_avg_sq", "fp32")  # per element: Adam's two moments and the float32 weight
@@ -247,6 +245,10 @@ def copy_into(model, load):
     """Give every parameter of `model` the value read(name), where read = load(), from rank 0. Parameter by
     parameter, so that under ZeRO-3 no rank ever holds more than one whole; in the other stages `deepspeed.initialize`
     broadcasts rank 0's. Every rank must call this; all raise UserError if rank 0 cannot read."""
+    import deepspeed  # here for the same reason
+
+    from minzero import dist
+
     is_first = distributed.get_rank() == 0
     fault, read = None, None
     for name, parameter in model.named_parameters():
