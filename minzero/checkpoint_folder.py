@@ -47,8 +47,8 @@ def step_and_suffix(path):
 
 
 def folders_of_run(folder):
-    """[(path, step, suffix or "")] of the folders in out/<run>/checkpoints that a run has named, by name. Empty if it
-    does not exist."""
+    """[(path, step, suffix)] of the folders in out/<run>/checkpoints that a run has named, sorted by name. Empty if
+    there is no such folder."""
     try:
         paths = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
     except OSError:

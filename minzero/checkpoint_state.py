@@ -25,9 +25,7 @@ SHAPES_THE_RATE = ("schedule", "lr", "min_lr_ratio", "warmup_tokens", "max_token
 MOST_NUMBER = 1e300  # a float, far from overflow
 # the fields of every version, and their types
 FIELDS = dict.fromkeys(("step", "tokens", "optimizer_steps", "world_size", "stage"), int) | {"precision": str}
-FIELDS |= dict.fromkeys(
-    ("config", "data", "files", "parameters", "tied", "loss_scaler"), dict
-)  # those of every version
+FIELDS |= dict.fromkeys(("config", "data", "files", "parameters", "tied", "loss_scaler"), dict)
 
 
 def state_checksum(state):
@@ -127,7 +125,7 @@ def is_file_entry(entry):
 
 
 def is_bad_steps(value):
-    """Whether it has the form of bad_steps.BadSteps.state()."""
+    """Whether it has the form of BadSteps.state()."""
     if not isinstance(value, dict) or not isinstance(value.get("bad"), list):
         return False
     if not is_count(value.get("skipped")) or not is_count(value.get("skipped_in_a_row", 0)):
@@ -138,7 +136,7 @@ def is_bad_steps(value):
 
 
 def is_data(value):
-    """Whether it has the form of data.mixture.Mixture.fingerprint()."""
+    """Whether it has the form of Mixture.fingerprint()."""
     known = {"tokenizer": str | None, "vocab_size": int | None, "tokens": int, "shards": str}
     folders = [entry if isinstance(entry, dict) else {} for entry in value.values()]
     return all("tokenizer" in entry for entry in folders) and all(

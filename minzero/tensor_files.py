@@ -277,25 +277,19 @@ def fault_of_index(index, elements, files):
     """The first fault of an index that was read from state.json, in words, or None. elements: {parameter: its number of
     elements}; files: the number of files."""
 
-    def is_row(row, end, most):
-        if not isinstance(row, list) or len(row) != 4 or not all(type(number) is int for number in row):
-            return False
-        file, first, each, total = row
-        in_order = first >= end and total > 0 and each > 0 and first + total <= most
-        return in_order and file >= 0 and file - (-total // each) <= files
-
-    def are_rows(rows, most):
-        end = 0
-        for row in rows:
-            if not is_row(row, end, most):
-                return False
-            end = row[1] + row[3]
-        return True
-
     for parameter, rows in index.items():
-        if parameter not in elements or not isinstance(rows, list) or not are_rows(rows, elements[parameter]):
+        are_rows = isinstance(rows, list) and all(map(is_row, rows))
+        end = 0 if are_rows and parameter in elements else math.inf  # of what the rows cover; infinite after a fault
+        for file, first, each, total in rows if are_rows else ():
+            right = first >= end and each > 0 and total > 0 and file >= 0 and file - (-total // each) <= files
+            end = first + total if right else math.inf
+        if end > elements.get(parameter, 0):
             return f"pieces: {str(parameter)[:100]}: found {str(rows)[:100]}, expected parts of it in {files} files"
     return None
+
+
+def is_row(value):
+    return isinstance(value, list) and [type(number) for number in value] == 4 * [int]
 
 
 class SavedPieces:
