@@ -1,7 +1,7 @@
 """The GPT: a decoder-only transformer, GPT-2 by default and Llama by its options.
 
-Knows nothing of engines, files or loggers. Shapes in comments: B sequences, T tokens, C = n_embd,
-H query heads and K key-value heads of D channels, V token ids.
+It knows no engine, no files and no loggers; its loss is in minzero/loss.py. Shapes in comments: B sequences, T tokens,
+C = n_embd, H query heads and K key-value heads of D channels, V token ids.
 
 GPT-2: Radford et al. 2019, Language Models are Unsupervised Multitask Learners.
 Llama: Touvron et al. 2023, arXiv 2302.13971.
@@ -49,10 +49,10 @@ def rotate(x, angles):
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
 
 
-@torch.compiler.assume_constant_result  # the compiler shall call it, not read it
+@torch.compiler.assume_constant_result  # torch.compile calls it, and does not trace it
 def attention_backends(device):
     """The implementations of scaled_dot_product_attention in the order to try them, where torch's own order
-    is not the fastest, else None. One that cannot take the inputs is passed over.
+    is not the fastest, else None. torch skips one that does not support the inputs.
 
     On Hopper that is cuDNN's (transformers' pull request 48163: 1.7 to 2.3 times torch's default there, and
     slower elsewhere)."""
@@ -68,7 +68,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.n_head, self.n_kv_head = config.n_head, config.kv_heads
+        self.n_head = config.n_head
+        self.n_kv_head = config.kv_heads
         self.head_size = config.n_embd // config.n_head
         self.dropout = config.dropout
         kv_width = self.n_kv_head * self.head_size
@@ -85,7 +86,8 @@ class Attention(nn.Module):
             q, k = rotate(q, angles), rotate(k, angles)
         preferred = attention_backends(q.device)
         with sdpa_kernel(preferred, set_priority=True) if preferred else contextlib.nullcontext():
-            dropout, grouped = self.dropout if self.training else 0.0, self.n_head != self.n_kv_head
+            dropout = self.dropout if self.training else 0.0
+            grouped = self.n_head != self.n_kv_head
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
         y = self.proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
@@ -97,7 +99,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.dropout, self.swiglu = config.dropout, config.mlp == "swiglu"
+        self.dropout = config.dropout
+        self.swiglu = config.mlp == "swiglu"
         width = config.mlp_width
         self.up = nn.Linear(config.n_embd, 2 * width if self.swiglu else width, bias=config.bias)
         self.down = nn.Linear(width, config.n_embd, bias=config.bias)
@@ -113,7 +116,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with a norm in front and added to the residual stream."""
+    """Attention and MLP, each with a norm before it and added to the residual stream."""
 
     def __init__(self, config: ModelConfig, kernels):
         super().__init__()
@@ -145,10 +148,12 @@ class GPT(nn.Module):
     the targets that are not IGNORE_INDEX, as a float32 scalar (0 if none counts)."""
 
     def __init__(self, config: ModelConfig, seed=1337, recompute_every=0, inputs_on_cpu=False, kernels="torch"):
-        """recompute_every: k recomputes blocks 0, k, 2k, ... in the backward pass from their inputs alone, 0
-        none; inputs_on_cpu: those inputs wait in CPU memory. kernels: torch, or apex for its norms."""
+        """recompute_every: activation checkpointing of blocks 0, k, 2k, ...; 0: of none. inputs_on_cpu: the inputs of
+        those blocks are kept in CPU memory. kernels: torch, or apex for its norms."""
         super().__init__()
-        self.config, self.recompute_every, self.inputs_on_cpu = config, recompute_every, inputs_on_cpu
+        self.config = config
+        self.recompute_every = recompute_every
+        self.inputs_on_cpu = inputs_on_cpu
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
@@ -157,9 +162,9 @@ class GPT(nn.Module):
         self.head = Head(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
-        # Seeded here because torch's own initial values, drawn above and thrown away, take another number
-        # of random numbers in another precision. In the constructor and through `apply`, module by module:
-        # where the weights are sharded as they are made (ZeRO-3), only this reaches whole matrices.
+        # Seeded here, after torch's own initial values, which are not used: how many random numbers they take depends
+        # on the precision. In the constructor and module by module through `apply`: where the weights are sharded as
+        # they are made (ZeRO-3), only this reaches whole matrices.
         torch.manual_seed(seed)
         self.apply(self.init_weights)
 
@@ -172,32 +177,34 @@ class GPT(nn.Module):
         if getattr(module, "bias", None) is not None:
             module.bias.zero_()
         if module is self.head and self.config.tie_embeddings:
-            return  # the embedding's own turn has set it
+            return  # set as the embedding's
         std = self.config.init_std
         if getattr(module, "writes_to_residual", False):
             std /= math.sqrt(2 * self.config.n_layer)
-        # drawn in float32 whatever the weight's type, so that bf16 starts from the same values, rounded
+        # drawn in float32 whatever the weight's type: bf16 starts from the same values, rounded
         module.weight.copy_(module.weight.float().normal_(std=std))
 
     def compile(self):
-        """Compile, in place, what repeats: the blocks, one graph for all, and the loss of one chunk. Their
-        hooks stay outside, and so does the loop over chunks, which a graph of all would unroll."""
+        """Compile in place the parts that repeat: the blocks, one graph for all, and the loss of one chunk. DeepSpeed's
+        hooks stay outside of the graphs, and so does the loop over chunks, which would be unrolled."""
         for block in self.blocks:
             block.forward = torch.compile(block.forward)
         self.head.cross_entropy = torch.compile(cross_entropy)
 
-    def recomputed(self, block, x, angles):
-        """The block's output; of what the backward pass needs only the input is kept, the rest made again,
-        dropout included (Chen et al. 2016, arXiv 1604.06174)."""
+    def checkpointed(self, block, x, angles):
+        """The block's output, keeping only its input for the backward pass, which computes the rest again, with the
+        same dropout (activation checkpointing: Chen et al. 2016, arXiv 1604.06174)."""
         on_cpu = torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda)
         with on_cpu if self.inputs_on_cpu else contextlib.nullcontext():
             return checkpoint(block, x, angles, use_reentrant=False)
 
     def forward(self, tokens, targets=None):
-        config, T = self.config, tokens.shape[1]
+        config = self.config
+        T = tokens.shape[1]
         if config.block_size < T:
             raise ValueError(f"{T} tokens are more than the model's block_size {config.block_size}")
-        x, angles = self.token_embedding(tokens), None  # (B, T, C)
+        x = self.token_embedding(tokens)  # (B, T, C)
+        angles = None
         if config.position == "learned":
             x = x + self.position_embedding(torch.arange(T, device=tokens.device))
         else:
@@ -205,7 +212,7 @@ class GPT(nn.Module):
         x = F.dropout(x, config.dropout, self.training)
         for number, block in enumerate(self.blocks):
             if self.training and self.recompute_every and number % self.recompute_every == 0:
-                x = self.recomputed(block, x, angles)
+                x = self.checkpointed(block, x, angles)
             else:
                 x = block(x, angles)
         x = self.final_norm(x)

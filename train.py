@@ -50,14 +50,16 @@ from minzero.schedule import learning_rate
 from minzero.watchdog import Watchdog
 from minzero.zero import optimizers
 
-# ---- set-up: everything here is read or computed, and nothing is written
+# ---- set-up: whatever can refuse the run, before it writes anything
 
 
 def open_data(config):
     """The training and the validation split. Each gives inputs and targets (micro_batch_size, block_size)."""
-    sizes = config.model.block_size, config.model.vocab_size
+    path = config.data.path
+    block_size = config.model.block_size
+    vocab_size = config.model.vocab_size
     verify = dist.local_place if config.data.verify else None  # the ranks of a machine share the reading
-    return [Mixture(config.data.path, split, *sizes, config.train.seed, verify) for split in ("train", "val")]
+    return [Mixture(path, split, block_size, vocab_size, config.train.seed, verify) for split in ("train", "val")]
 
 
 class Setup(NamedTuple):
@@ -105,7 +107,8 @@ def choose_start(config, train_data):
     """Start of this run, by train.resume and train.init_from. Raises UserError."""
     path, state = resume.where_to_start(config, train_data)
     if config.train.init_from and not path:
-        return Start(path, state, *trained.open_weights(config.train.init_from, config.model))
+        init_source, load_weights = trained.open_weights(config.train.init_from, config.model)
+        return Start(path, state, init_source, load_weights)
     return Start(path, state)
 
 
@@ -213,9 +216,8 @@ def validate(run, engine, data, step):
     """Evaluate, log the validation loss, and draw the run's picture. Every rank must call this."""
     train = run.config.train
     began = time.perf_counter()
-    loss = evaluate(
-        engine, data, train.eval_tokens, train.micro_batch_size, *run.group, progress=run.watchdog.heartbeat
-    )
+    sizes = train.eval_tokens, train.micro_batch_size
+    loss = evaluate(engine, data, *sizes, *run.group, progress=run.watchdog.heartbeat)
     run.record_validation(step, loss, time.perf_counter() - began)
     if run.group.rank == 0:
         draw_loss(run.folder.path)

@@ -12,6 +12,7 @@ import re
 import zlib
 from pathlib import Path
 
+from minzero.config.hints import rename_old_keys
 from minzero.config.sections import TrainConfig
 from minzero.errors import UserError
 from minzero.files import is_count, is_number, read_json
@@ -62,6 +63,7 @@ def read_state(path, look_at_files=True):
     if fault := fault_of_state(state):
         raise damaged(file, fault)
     state.setdefault("best_val_loss", None)
+    state["config"], _ = rename_old_keys(state["config"], file)
     if look_at_files:
         for name, entry in state["files"].items():
             check_size(Path(path) / name, entry["bytes"])

@@ -3,9 +3,9 @@
     out/<run>/lock          locked by every rank of the run that holds the folder; its text names the holder
     out/<run>/status.json   state, step, reason, host, process, since
 
-The lock is the system's (flock): it is given up when the last process of the run ends, however it ends, and it holds
-across machines wherever the file system passes locks on (NFS 4, Lustre mounted with flock, GPFS, CephFS). The status
-is for people and tools; nothing reads it to decide anything. A status of `running` whose lock is free was killed.
+The lock is the operating system's (flock): it is released when the last process of the run ends, however it ends, and
+it holds across machines wherever the file system supports that (NFS 4, Lustre mounted with flock, GPFS, CephFS). The
+status is for people and tools; no code decides by it. A run with status `running` whose lock is free was killed.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from minzero.errors import UserError
 from minzero.files import make_folder, write_atomically
 
 PATIENCE = 5.0  # seconds that the last ranks of a run that was killed may need to notice it
-STATUS_SECONDS = 2.0  # a step's number in status.json is at most that old, besides the time between two log lines
+STATUS_SECONDS = 2.0  # the shortest time between two updates of the step in status.json
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # file systems that cannot lock
 
 
@@ -46,11 +46,12 @@ def now():
 
 
 class RunFolder:
-    """The folder of a run. Use it as a context: whatever ends the block ends the hold on the folder, and a block that
-    ends by an error leaves the status `failed`. Rank 0 alone writes the lock's text and the status."""
+    """The folder of a run. Use it as a context: at the end of the block the lock is released, and a block that ends by
+    an error leaves the status `failed`. Only rank 0 writes the lock's text and the status."""
 
     def __init__(self, path, rank):
-        self.path, self.rank = Path(path), rank
+        self.path = Path(path)
+        self.rank = rank
         self.lock = None  # the open file, as long as this run holds the folder
         self.is_ours = False  # to write into: a run that is refused leaves the folder as it is
         self.holder = {"host": socket.gethostname(), "process": os.getpid(), "since": now()}
@@ -70,15 +71,17 @@ class RunFolder:
         """Lock the folder for this run. Rank 0 calls this first, the other ranks after it has returned there: they
         share the lock, so that it stays as long as any of them lives.
 
-        new: make the folder if it is not there, and let the lock name this run; else only see to it that no other run
-        begins, where one could have been before, and write nothing.
+        new: make the folder if it is not there, and write this run's name into the lock. Otherwise write nothing, and
+        only lock a folder that is there already, so that no other run starts in it.
 
         Returns a warning where the file system has no locks, else None. Raises UserError if another run holds the
         folder, or if it cannot be written."""
         if new:
             make_folder("train.out_dir", self.path)
         path = self.path / "lock"
-        warning = self.take(path) if not self.lock and (new or path.exists()) else None
+        warning = None
+        if not self.lock and (new or path.exists()):
+            warning = self.open_and_lock(path)
         if new and self.rank == 0:
             self.is_ours = True
             self.lock.seek(0)
@@ -87,8 +90,8 @@ class RunFolder:
             self.lock.flush()
         return warning
 
-    def take(self, path):
-        """`hold` without what it writes."""
+    def open_and_lock(self, path):
+        """Open the lock file and lock it. Returns and raises as `hold`."""
         try:
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "r+")
         except OSError as error:
@@ -98,7 +101,7 @@ class RunFolder:
                 lock_within(file, PATIENCE)
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = described(file.read(1000))
+            holder = describe_holder(file.read(1000))
             file.close()
             raise UserError(
                 f"train.out_dir: {self.path} is held by another run{holder}; wait for its end, stop it with "
@@ -128,8 +131,8 @@ class RunFolder:
         self.written_at = time.monotonic()
 
     def check_is_there(self):
-        """Raise UserError if the folder that this run holds was deleted or renamed: it would be made again, with half
-        a run in it, while another run could take the name."""
+        """Raise UserError if the folder that this run holds was deleted or renamed. Otherwise the next save would make
+        it again, with half a run in it, while another run could use the name."""
         try:
             same = os.path.samestat(os.stat(self.path / "lock"), os.fstat(self.lock.fileno()))
         except OSError:
@@ -144,12 +147,13 @@ class RunFolder:
         """Let another run have the folder."""
         if self.lock:
             self.lock.close()
-        self.lock, self.is_ours = None, False
+        self.lock = None
+        self.is_ours = False
 
 
-def described(holder):
-    """The text of a lock file in words. Nothing, where it is empty or damaged, or of a run that has ended: one that has
-    just begun has not written it yet."""
+def describe_holder(holder):
+    """The text of a lock file in words. Empty where the text is empty, damaged, or of a run that has ended: a run that
+    has just begun has not written it yet."""
     try:
         found = json.loads(holder)
         if found["host"] == socket.gethostname() and not psutil.pid_exists(found["process"]):
