@@ -1,5 +1,5 @@
-"""Tokenizers, all through tiktoken: its own by name (gpt2, o200k_base, ...), `bytes`, or a folder that
-holds one trained here (tokenizer.tiktoken in tiktoken's file format, tokenizer.json beside it).
+"""Tokenizers, all through tiktoken: its own by name (gpt2, o200k_base, ...), `bytes`, or the folder of one trained
+here (tokenizer.tiktoken in tiktoken's file format, with tokenizer.json beside it).
 """
 
 import base64
@@ -18,17 +18,17 @@ from minzero.errors import UserError
 from minzero.files import check_can_write, is_regular, make_folder, write_atomically, write_json
 
 END_OF_TEXT = "<|endoftext|>"
-LONGEST_RUN = 100_000  # characters without a change between blanks and others that the tokenizer gets at once
-LONGEST_LEARNED = 10_000  # and its training, whose time grows with their square
+LONGEST_RUN = 100_000  # characters, all blank or all not, that the tokenizer is given at once
+LONGEST_LEARNED = 10_000  # the same for its training, whose time grows with the square of the length
 
-# How text is cut into pieces that no token crosses: Llama 3's pattern, exactly as it is published, because llama.cpp,
-# gigatoken and others recognise it and support no other project's own. benchmarks/patterns.py measures what it costs.
-# A trained tokenizer's folder holds the pattern it was trained with, so older ones stay as they are.
+# How text is cut into pieces that no token crosses: Llama 3's pattern, exactly as published, because llama.cpp,
+# gigatoken and others recognise it, and support no custom pattern. benchmarks/patterns.py measures its cost. A trained
+# tokenizer's folder holds the pattern it was trained with, so older ones do not change.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# GPT-2's, as tiktoken writes it, and as it wrote it earlier. They cut the same pieces.
+# GPT-2's pattern, as tiktoken writes it now and as it did earlier. Both cut the same pieces.
 GPT2_PATTERNS = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -52,7 +52,7 @@ def load_tokenizer(name):
         )
     try:
         return tiktoken.get_encoding(name)
-    except OSError as error:  # requests' errors are OSErrors too
+    except OSError as error:  # also all errors of requests
         raise UserError(
             f"tokenizer: {name} could not be downloaded ({type(error).__name__}); on a machine without a network "
             "set TIKTOKEN_CACHE_DIR to a folder that holds it"
@@ -62,40 +62,37 @@ def load_tokenizer(name):
         raise UserError(f"tokenizer: {name} could not be read ({reason}); remove it from TIKTOKEN_CACHE_DIR") from None
 
 
+SAMPLE = "".join(map(chr, [9, 10, 13, *range(32, 127)])) + "  \n\n \t x 12345 caf\u00e9 \u6771\u4eac \U0001f600."
+
+
 def byte_ranks():
+    """{byte: rank} of the 256 bytes."""
     return {bytes([value]): value for value in range(256)}
 
 
 def load_trained(folder):
-    """A tokenizer that `save_tokenizer` wrote. Raises UserError that names the file and line which are wrong."""
-    file, settings_file = folder / "tokenizer.tiktoken", folder / "tokenizer_settings.json"
+    """A tokenizer that `save_tokenizer` wrote, as a tiktoken encoding. Raises UserError that names the faulty file and
+    line."""
+    file = folder / "tokenizer.tiktoken"
+    settings_file = folder / "tokenizer_settings.json"
     if not is_regular(file):
         raise UserError(f"{file}: not a regular file; train or copy the tokenizer again")
     ranks = read_ranks(file)
     settings = read_object(settings_file, "train or copy the tokenizer again")
-    pattern, special = settings.get("pattern"), settings.get("special_tokens")
+    pattern = settings.get("pattern")
+    special = settings.get("special_tokens")
     if not isinstance(pattern, str) or not isinstance(special, dict):
         raise UserError(
             f"{settings_file}: broken tokenizer: expected an object with a pattern (a string) and special_tokens (an "
             "object); train or copy the tokenizer again"
         )
-    taken = set(ranks.values())
-    for token, rank in special.items():
-        if not token or type(rank) is not int or not 0 <= rank < 2**31 or rank in taken:
-            raise UserError(
-                f"{settings_file}: broken tokenizer: found special token {json.dumps(token)[:80]} with id "
-                f"{json.dumps(rank)[:80]}, expected an id that no other has; train or copy the tokenizer again"
-            )
-        taken.add(rank)
-    missing = next(rank for rank in range(len(taken) + 1) if rank not in taken)
-    if missing < max(ranks.values()):
-        raise UserError(f"{file}: broken tokenizer: no token has rank {missing}; train or copy it again")
+    check_ranks(file, ranks, settings_file, special)
     try:
         encoding = tiktoken.Encoding(folder.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         known = set(SAMPLE).difference(missing_characters(encoding, SAMPLE))
         sample = "".join(character for character in SAMPLE if character in known)
         kept = encoding.decode(encoding.encode_ordinary(sample))
-    except BaseException as error:  # tiktoken's panics are no Exceptions
+    except BaseException as error:  # tiktoken's panics are not Exceptions
         if isinstance(error, KeyboardInterrupt):
             raise
         reason = " ".join(str(error).split())[:200]
@@ -108,16 +105,35 @@ def load_trained(folder):
     return encoding
 
 
+def check_ranks(file, ranks, settings_file, special):
+    """Raise UserError if a special token's id is taken or no id, or the tokens' ranks have a gap. file, settings_file:
+    where `ranks` and `special`, {token: rank}, are from."""
+    taken = set(ranks.values())
+    for token, rank in special.items():
+        if not token or type(rank) is not int or not 0 <= rank < 2**31 or rank in taken:
+            raise UserError(
+                f"{settings_file}: broken tokenizer: found special token {json.dumps(token)[:80]} with id "
+                f"{json.dumps(rank)[:80]}, expected an id that no other has; train or copy the tokenizer again"
+            )
+        taken.add(rank)
+    missing = next(rank for rank in range(len(taken) + 1) if rank not in taken)
+    if missing < max(ranks.values()):
+        raise UserError(f"{file}: broken tokenizer: no token has rank {missing}; train or copy it again")
+
+
 def read_ranks(path):
-    """A file of tiktoken's, a token in base64 and its rank a line -> {bytes: rank}. Raises UserError."""
-    ranks, taken = {}, set()
+    """Read a file in tiktoken's format, on each line a token in base64 and its rank: {bytes: rank}. Raises
+    UserError."""
+    ranks = {}
+    taken = set()
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; train or copy the tokenizer again") from None
 
     for number, line in enumerate(lines, 1):
-        fault, parts = None, line.split()
+        fault = None
+        parts = line.split()
         if not parts:
             continue
         try:
@@ -139,20 +155,20 @@ def read_ranks(path):
     return ranks
 
 
-SAMPLE = "".join(map(chr, [9, 10, 13, *range(32, 127)])) + "  \n\n \t x 12345 caf\u00e9 \u6771\u4eac \U0001f600."
-
-
 def without_surrogates(text):
-    """JSON can hold half a surrogate pair, which is no text: U+FFFD in its place."""
+    """The text with U+FFFD in place of half a surrogate pair, which JSON can hold and UTF-8 cannot."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def cut_long_runs(text, longest=LONGEST_RUN):
-    """Yield `text` in parts, mostly one, that tiktoken's regular expressions can take: a run of more than `longest`
-    blanks, or of more than that many other characters, ends a part after every `longest` of it. Each part is to be
-    tokenized by itself, so ids differ from those of the whole at these cuts alone. The parts together are the text."""
-    half, start = longest // 2, 0
-    # a run of twice `half` holds a whole block, and mostly the first characters of a block show that it is mixed
+    """Yield `text` in parts that tiktoken's regular expressions can handle; joined, they are the text.
+
+    Mostly there is one part. A run of more than `longest` blanks, or of more than `longest` other characters, is cut
+    after every `longest` characters. Each part is tokenized by itself, so ids can differ from those of the whole only
+    at these cuts."""
+    half = longest // 2
+    start = 0
+    # a run of `longest` contains a whole block of half its length; a mixed block mostly shows in its first characters
     blocks = (text[place : place + half] for place in range(0, len(text) - half, half))
     if len(text) > longest and any(block.isspace() or not BLANK.search(block) for block in blocks):
         for run in re.finditer(r"\s+|\S+", text):
@@ -175,13 +191,13 @@ def fingerprint(encoding):
 
 
 def faster(encoding):
-    r"""The same encoding, some 1.7 times as fast: the same pieces of text from a pattern that tiktoken's
-    regular expressions take better.
+    r"""The same encoding, about 1.7 times as fast: the same pieces of text from a pattern that suits the regular
+    expression library of tiktoken.
 
-    All of tiktoken's patterns and ours end in a look-ahead, `\s+(?!\S)`, for which the library walks through
-    the whole pattern step by step. What stands before it needs no such walk once it is a group without
-    possessive quantifiers (`++`), which goes through the library's automaton. Greedy ones match the same
-    here: what follows each cannot match a character that it would have to give back."""
+    All of tiktoken's patterns and ours end in a look-ahead, `\s+(?!\S)`, which makes the library match the whole
+    pattern by backtracking. The part before it is matched by the library's automaton instead, if it is a group without
+    possessive quantifiers (`++`). Greedy quantifiers match the same here: the expression after each of them cannot
+    match a character that it would have to give back."""
     head, look_ahead, tail = encoding._pat_str.partition(r"|\s+(?!\S)")
     if not look_ahead:
         return encoding
@@ -212,10 +228,10 @@ def checked_special_tokens(given, vocab_size):
 
 
 def train_tokenizer(texts, vocab_size, special_tokens=(END_OF_TEXT,), pattern=PATTERN):
-    """Learn a byte-level BPE of `vocab_size` ids, the special tokens last. Returns (ranks, special).
+    """Learn a byte-level BPE of `vocab_size` ids, the special tokens last: ({bytes: rank}, {special token: id}).
 
-    texts: an iterator of strings. Raises UserError if the text is too small for that many ids, or if a special token
-    is one that was learned."""
+    texts: an iterable of strings. Raises UserError if the text is too small for that many ids, or a special token was
+    also learned as a token of the text."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     learner = Tokenizer(models.BPE())
@@ -241,17 +257,18 @@ def train_tokenizer(texts, vocab_size, special_tokens=(END_OF_TEXT,), pattern=PA
 
 
 def byte_level_alphabet():
-    """GPT-2's printable stand-in for each of the 256 bytes, which `tokenizers` uses as well: a byte
-    that prints stands for itself, the others for the characters from 256 on."""
+    """The printable character for each of the 256 bytes, as GPT-2 and `tokenizers` write them: a printable byte is its
+    own character, the others are the characters from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [value for value in range(256) if value not in printable]
-    stand_in = {value: chr(value) for value in printable} | {v: chr(256 + i) for i, v in enumerate(others)}
-    return [stand_in[value] for value in range(256)]
+    characters = {value: chr(value) for value in printable}
+    characters |= {value: chr(256 + number) for number, value in enumerate(others)}
+    return [characters[value] for value in range(256)]
 
 
 def save_tokenizer(folder, ranks, special_tokens, pattern=PATTERN):
-    """Write a trained tokenizer into `folder`: in tiktoken's format, for `load_tokenizer`, and as
-    tokenizer.json, for transformers. tokenizer.tiktoken comes last: a folder with it is complete."""
+    """Write a trained tokenizer into `folder`: in tiktoken's format, for `load_tokenizer`, and as tokenizer.json, for
+    transformers. tokenizer.tiktoken is written last: a folder that has it is complete. Raises UserError."""
     folder = Path(folder)
     make_folder("--out", folder)
     write_json(folder / "tokenizer_settings.json", {"pattern": pattern, "special_tokens": special_tokens})
@@ -261,18 +278,17 @@ def save_tokenizer(folder, ranks, special_tokens, pattern=PATTERN):
 
 
 def save_for_transformers(folder, ranks, special_tokens, pattern, **settings):
-    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, with which AutoTokenizer of
-    transformers 4 and 5 gives the ids of the tiktoken encoding that these make. settings: more keys of
-    tokenizer_config.json.
+    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, from which AutoTokenizer of transformers
+    4 and 5 makes a tokenizer with the same ids. settings: more keys of tokenizer_config.json.
 
-    The end of text is all four special tokens, as GPT-2 has it for three: there is no other id to pad with. Batches
-    are padded on the left, so that `generate` continues the text."""
+    The end of text is used for all four special tokens, as GPT-2 uses it for three: there is no other id for padding.
+    Batches are padded on the left, so that `generate` continues the text."""
     write_atomically(folder / "tokenizer.json", huggingface_json(ranks, special_tokens, pattern).encode())
     names = ("bos_token", "eos_token", "unk_token", "pad_token") if END_OF_TEXT in special_tokens else ()
     special = dict.fromkeys(names, END_OF_TEXT)
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # a class of both versions
+        "tokenizer_class": "PreTrainedTokenizerFast",  # exists in both versions
         "model_input_names": ["input_ids", "attention_mask"],  # else transformers 4 adds token_type_ids
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
@@ -285,27 +301,26 @@ def save_for_transformers(folder, ranks, special_tokens, pattern, **settings):
 
 
 def byte_level_names(ranks):
-    """{token: how `tokenizers` writes its bytes}."""
+    """{token as bytes: the same as `tokenizers` writes it, in printable characters}."""
     alphabet = byte_level_alphabet()
     return {token: "".join(alphabet[byte] for byte in token) for token in ranks}
 
 
 def pre_tokenizer(pattern):
-    """What cuts text into the pieces of a tiktoken pattern in the `tokenizers` library: for GPT-2's the one that it
-    has for it, by which other programs know it."""
+    """The pre-tokenizer of the `tokenizers` library for a tiktoken pattern. For GPT-2's it is the library's own, by
+    which other programs recognise it."""
     from tokenizers import Regex, pre_tokenizers
 
     if pattern in GPT2_PATTERNS:
         return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    # tiktoken's `\p{N}{1,3}+` gives nothing back; in the regular expressions of `tokenizers` it repeats the group
+    # in tiktoken `\p{N}{1,3}+` is possessive; in the regular expressions of `tokenizers` it repeats the group
     pattern = re.sub(r"(\{\d+,\d+\})\+", r"\1", pattern)
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def open_huggingface(path):
-    """The tokenizer in a tokenizer.json, as one of the `tokenizers` library. Raises UserError if there is none or it
-    is damaged."""
+    """Load a tokenizer.json with the `tokenizers` library. Raises UserError if it is missing or damaged."""
     from tokenizers import Tokenizer
 
     path = Path(path)
@@ -316,7 +331,7 @@ def open_huggingface(path):
         raise UserError(f"{path}: not a regular file; {remedy}")
     try:
         return Tokenizer.from_buffer(path.read_bytes())
-    except BaseException as error:  # the library has no class of its own for it, and its panics are no Exceptions
+    except BaseException as error:  # the library has no class for it, and its panics are not Exceptions
         if isinstance(error, KeyboardInterrupt):
             raise
         reason = " ".join(str(error).split())[:200]
@@ -324,11 +339,11 @@ def open_huggingface(path):
 
 
 def huggingface_json(ranks, special_tokens, pattern):
-    """The same tokenizer in the form of the `tokenizers` library.
+    """The content of tokenizer.json: the same tokenizer for the `tokenizers` library.
 
-    tiktoken joins any two neighbours that make a known token, the lowest rank first; `tokenizers` joins
-    only listed pairs, in the order of the list. So every way to split every token into two known ones is
-    listed, by rank: with the one pair per token that training found, most random strings differ."""
+    tiktoken joins any two neighbours that make a known token, the lowest rank first; `tokenizers` joins only listed
+    pairs, in the order of the list. So all ways to split each token into two known ones are listed, by rank. If only
+    the one pair per token were listed that training found, most random strings would get other ids."""
     from tokenizers import AddedToken, Tokenizer, decoders, models
 
     name = byte_level_names(ranks)
@@ -338,7 +353,7 @@ def huggingface_json(ranks, special_tokens, pattern):
         for cut in range(1, len(token))
         if token[:cut] in ranks and token[cut:] in ranks
     ]
-    # the special tokens too: those that are only added get the next free ids, and tiktoken's have gaps before them
+    # with the special tokens: those only added later get the next free ids, but tiktoken leaves gaps before its own
     vocabulary = {name[token]: rank for token, rank in ranks.items()} | special_tokens
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizer(pattern)
@@ -348,8 +363,8 @@ def huggingface_json(ranks, special_tokens, pattern):
 
 
 def own_tokenizer(folder, make, vocab_size=None):
-    """The folder of a data set's own tokenizer: the one that is there, or what make() -> (ranks, special
-    tokens, ...) gives. Raises UserError if the one that is there has not `vocab_size` ids."""
+    """The folder of a data set's own tokenizer, made if it is not there. make: () -> arguments of `save_tokenizer`
+    after the folder. Raises UserError if an existing one has another number of ids than `vocab_size`."""
     if not os.path.lexists(os.path.join(folder, "tokenizer.tiktoken")):
         check_can_write("--out", folder, folder=True)  # before the training
         save_tokenizer(folder, *make())
@@ -363,14 +378,15 @@ def own_tokenizer(folder, make, vocab_size=None):
 
 
 def characters(text):
-    """A tokenizer of the characters that occur in `text`, in their order, as `save_tokenizer` takes it."""
+    """A tokenizer of the characters of `text`, in alphabetical order: the arguments of `save_tokenizer` after the
+    folder."""
     ranks = {character.encode(): rank for rank, character in enumerate(sorted(set(text)))}
     return ranks, {END_OF_TEXT: len(ranks)}, r"[\s\S]"
 
 
 def missing_characters(encoding, text):
-    """The characters of `text` that `encoding` has no token for: none for all that know the 256 bytes,
-    but a tokenizer of characters knows only its own."""
+    """The characters of `text` that `encoding` has no token for. Encodings with all 256 bytes miss none; a tokenizer of
+    characters has only its own."""
     if all(byte in encoding._mergeable_ranks for byte in byte_ranks()):
         return []
     return sorted(char for char in set(text) if char.encode(errors="replace") not in encoding._mergeable_ranks)
