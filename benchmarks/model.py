@@ -69,7 +69,7 @@ def ours(config, tokens, precision, compiled):
         gpt.zero_grad(set_to_none=True)
 
     settings = TrainConfig(micro_batch_size=len(tokens), global_batch_tokens=tokens.numel())
-    stage = 0 if precision == "fp32" else 1  # as README's figures were taken
+    stage = 0 if precision == "fp32" else 1  # as the figures of docs/benchmarks.md were taken
     whole = Config(config, train=settings, deepspeed={"zero_optimization": {"stage": stage}})
     engine = build_engine(whole, deepspeed_config(whole, 1, precision, False), torch.device("cpu"), compiled=compiled)
 

@@ -1,4 +1,4 @@
-"""The commands of README as a user types them, in processes of their own."""
+"""The commands of README and docs as a user types them, in processes of their own."""
 
 import json
 import socket

@@ -1,5 +1,5 @@
-"""README's "To add an option to the model", done in a copy of the repository by its words: a key and the few lines that
-compute it, and nothing else. What counts or converts models does not know it, and says so."""
+"""docs/model.md, "Add an option to the model", done in a copy of the repository by its words: a key and the few lines
+that compute it, and nothing else. What counts or converts models does not know it, and says so."""
 
 import json
 import shutil

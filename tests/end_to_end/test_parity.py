@@ -129,7 +129,7 @@ def content_of(path):
 
 @pytest.mark.parametrize("name", MOVED)
 def test_a_run_moved_to_other_ranks_or_another_stage_goes_on_the_same(folder, name):
-    """A table of README: 50 steps and more behind each change, in fp32."""
+    """A table of docs/resume.md: 50 steps and more after each change, in fp32."""
     _, step, *_ = MOVED[name]
     reference, found = losses(folder / "moved"), losses(folder / name)
     assert len(reference) == 150 and len(found) == 150 and reference[-1] < 0.5 * reference[0]
