@@ -48,6 +48,8 @@ from minzero.engine import (
     resolve_precision,
     why_not_compiled,
 )
+from minzero.loggers import MetricsLog
+from minzero.profiler import Profiler
 from minzero.run_folder import RunFolder
 from minzero.zero import optimizers
 from model import IGNORE
@@ -240,7 +242,7 @@ def train_in(folder, config, watch, device, rank, world_size):
     with dist.all_or_none():
         if rank == 0:
             write_json(run / "config.json", config.to_dict() | {key: record[key] for key in record if key != "config"})
-            log = metrics.MetricsLog(run, first_step, train.loggers, config.to_dict())
+            log = MetricsLog(run, first_step, train.loggers, config.to_dict())
         folder.report("running", first_step)
     for section, content in config.to_dict().items():
         say(f"{section}: {json.dumps(content)}")
@@ -263,7 +265,7 @@ def train_in(folder, config, watch, device, rank, world_size):
 
     # ---- the loop: `step` is the number of optimizer steps done, which is all a run needs to go on
     val_loss, saved_at, save = None, time.monotonic(), None
-    clock, profiler = metrics.Stopwatch(device), metrics.Profiler(run, train.profile_steps if rank == 0 else None)
+    clock, profiler = metrics.Stopwatch(device), Profiler(run, train.profile_steps if rank == 0 else None)
     watch.begin_loop()
     for step in range(first_step + 1, total_steps + 1):
         clock.start_step()

@@ -9,9 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from minzero import metrics
+from minzero import loggers, metrics
 from minzero.config import ModelConfig, build
-from minzero.metrics import MetricsLog, Stopwatch, console_line, duration, read_metrics
+from minzero.loggers import MetricsLog
+from minzero.metrics import Stopwatch, console_line, duration, read_metrics
+from minzero.profiler import Profiler
 from minzero.sizes import count_parameters, flops_per_token, peak_flops
 
 
@@ -88,7 +90,7 @@ def test_a_damaged_line_is_passed_over(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "loss": 1.5}\u2028{']))
     assert [line["step"] for line in read_metrics(tmp_path)] == [2]
     line = {"step": 1, "loss": None, "lr": 2, "samples": [1], "x": float("nan")}
-    assert metrics.numbers_of(line) == {"lr": 2}
+    assert metrics.finite_numbers(line) == {"lr": 2}
 
 
 def test_tensorboard_holds_each_step_once_after_a_resume(tmp_path):
@@ -125,7 +127,7 @@ def test_tensorboard_has_what_a_run_wrote_before_it_was_killed(tmp_path):
 
 def wandb_rows(run):
     """The history rows in all offline files of a run, as W&B writes them: protobuf records in LevelDB's log format
-    (https://github.com/google/leveldb/blob/main/doc/log_format.md), behind a header of 7 bytes."""
+    (https://github.com/google/leveldb/blob/main/doc/log_format.md), after a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     forget_wandb_settings()  # as the end of a process does, this waits until the files are written
@@ -181,7 +183,7 @@ def test_wandb_offline_holds_each_step_of_an_interrupted_run_once(tmp_path, monk
     assert "mfu" not in rows[0] and rows[0]["peak_memory_bytes"] == 2**30
 
 
-def test_a_run_begun_anew_leaves_no_wandb_files_of_the_abandoned_one(tmp_path, monkeypatch):
+def test_a_run_that_starts_again_leaves_no_wandb_files_of_the_abandoned_one(tmp_path, monkeypatch):
     offline_wandb(monkeypatch)
     ids = set()
     for wait in (0, 1.1):
@@ -274,7 +276,7 @@ def test_wandb_online_gets_each_step_of_an_interrupted_run_once(server, tmp_path
 
 @pytest.mark.parametrize("dies", [pytest.param("before the run", marks=pytest.mark.slow), "during the run"])
 def test_a_network_that_fails_neither_stops_nor_holds_up_a_run(dies, server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(metrics, "WANDB_PATIENCE", {"init_timeout": 3, "finish_timeout": 1})
+    monkeypatch.setattr(loggers, "WANDB_TIMEOUTS", {"init_timeout": 3, "finish_timeout": 1})
 
     def die():
         server.shutdown()
@@ -337,7 +339,7 @@ def test_the_stopwatch_gives_each_part_its_time_and_pauses_to_none(monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_stopwatch_never_waits_for_a_gpu_in_a_step():
-    """The host queues seconds of products and goes on; what they took is found at the reading."""
+    """The host queues seconds of matrix products and continues; their time is known when the stopwatch is read."""
     device = torch.device("cuda")
     matrix, clock = torch.randn(8192, 8192, device=device), Stopwatch(device)
     (matrix @ matrix).sum().item()
@@ -383,7 +385,7 @@ def test_a_formula_that_is_not_the_models_gives_no_utilisation():
     [(0, 9, "steps_3_to_5"), (3, 9, "steps_4_to_5"), (0, 4, "steps_3_to_4"), (5, 9, None), (0, 2, None)],
 )
 def test_a_profile_holds_those_of_its_steps_that_were_run(resumed_at, ended_at, expected, tmp_path):
-    profiler, said, matrix = metrics.Profiler(tmp_path, (3, 5)), [], torch.ones(8, 8)
+    profiler, said, matrix = Profiler(tmp_path, (3, 5)), [], torch.ones(8, 8)
     for step in range(resumed_at + 1, ended_at + 1):
         profiler.start_step(step)
         matrix @ matrix

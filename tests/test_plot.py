@@ -8,7 +8,7 @@ import pytest
 
 import plot
 from minzero.config import Config, UserError
-from minzero.metrics import MetricsLog
+from minzero.loggers import MetricsLog
 from minzero.sizes import flops_per_token
 
 
