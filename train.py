@@ -345,7 +345,7 @@ def train_in(folder, config, watch, device, rank, world_size):
                 line = {"step": step, "tokens": tokens_seen, "val_loss": val_loss}
                 log.write(line | {"eval_seconds": eval_seconds})
                 try:
-                    import plot  # matplotlib takes a second to import, and only rank 0 draws
+                    from minzero import plot  # matplotlib takes a second to import, and only rank 0 draws
 
                     plot.plot_loss([run], run / "loss.png")
                 except Exception as error:  # a picture must not cost the run

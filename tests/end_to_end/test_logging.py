@@ -28,7 +28,7 @@ def write_config(folder, small_data):
 
 @pytest.fixture(scope="module")
 def resumed_run(small_data, tmp_path_factory):
-    """A run that was killed after step 10 and resumed: (its folder, output before and after, lines and profile before)."""
+    """A run that was killed after step 10 and resumed: (folder, output before and after, lines and profile before)."""
     folder = tmp_path_factory.mktemp("logging")
     command = [sys.executable, "train.py", write_config(folder, small_data), "--train.out_dir", folder / "run"]
     code = "import os, signal, sys\nfor line in sys.stdin:\n    print(line, end='', flush=True)\n"
