@@ -11,8 +11,9 @@ if __name__ == "__main__":
 from pathlib import Path
 
 from minzero.config import UserError, run_command
+from minzero.curves import read_runs
 from minzero.flags import FlagParser, a_path, check_can_write
-from minzero.plot import X_LABELS, check_format, draw_panels, read_runs, save
+from minzero.plot import X_LABELS, check_format, draw_panels, save
 from minzero.report import write_page
 
 

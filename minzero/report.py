@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from minzero import plot
+from minzero.curves import PANELS, number_of, read_config_if_whole
 from minzero.data.shards import cannot_write
 from minzero.metrics import duration
 
@@ -39,7 +40,7 @@ section { min-width: 0 }
 table { border-collapse: collapse; font-size: 15px; line-height: 1.35 }
 th, td { border-bottom: 1px solid #ddd; padding: .3rem .75rem .3rem 0; text-align: left; vertical-align: top;
          font-weight: normal; min-width: 9rem; max-width: 24rem; overflow-wrap: anywhere }
-tr > :first-child { position: sticky; left: 0; background: #fff; color: #555; min-width: 8.5rem; max-width: 14rem }
+tr > :first-child { position: sticky; left: 0; background: #fff; color: #555; min-width: 8.5rem; max-width: 17rem }
 thead th { font-weight: bold }
 """
 
@@ -70,14 +71,14 @@ def table(heads, rows, right_from=None):
 
 
 def facts(run):
-    """What a reader wants to know of a run besides its curves: {name: value as text}. run: a plot.RunCurves."""
+    """What a reader wants to know of a run besides its curves: {name: value as text}. run: a RunCurves."""
     rows = {"folder": str(run.folder)}
     rows |= facts_of_steps(run)
-    evaluations = [line for line in run.lines if math.isfinite(plot.number_of(line, "val_loss"))]
+    evaluations = [line for line in run.lines if math.isfinite(number_of(line, "val_loss"))]
     if evaluations:
         best = min(evaluations, key=lambda line: line["val_loss"])
         rows["best validation loss"] = f"{best['val_loss']:.4f} at step {best['step']:,}"
-    config = plot.read_config_if_whole(run.folder)
+    config = read_config_if_whole(run.folder)
     if config:
         versions = config.get("versions", {})
         ranks = f"{config.get('world_size', '?')} x {versions.get('device', 'unknown device')}"
@@ -94,8 +95,8 @@ def facts_of_steps(run):
     if not steps:
         return {}
     last = steps[-1]
-    speeds = [plot.number_of(line, "tokens_per_second", 0) for line in steps]
-    memory = max(plot.number_of(line, "peak_memory_bytes", 0) for line in steps)
+    speeds = [number_of(line, "tokens_per_second", 0) for line in steps]
+    memory = max(number_of(line, "peak_memory_bytes", 0) for line in steps)
     bad_steps = sum("bad_step" in line for line in run.lines)
     return {
         "steps": f"{last['step']:,}",
@@ -113,12 +114,12 @@ def number_text(line, key, form, missing):
     """A number of a line of metrics.jsonl as text in this format; `missing` where it is null or not there."""
     if line.get(key) is None:
         return missing
-    return format(plot.number_of(line, key), form)
+    return format(number_of(line, key), form)
 
 
 def settings(run):
     """Every key of the run's config, one deep: {"train.lr": "0.001"}."""
-    config = plot.read_config_if_whole(run.folder)
+    config = read_config_if_whole(run.folder)
     rows = {}
     for section in ("model", "data", "train", "deepspeed"):
         for key, value in config.get(section, {}).items():
@@ -192,9 +193,7 @@ def html_pictures(runs, x):
         plot.draw_detail(axes, runs, x, begin)
 
     begin = plot.detail_begin(runs)
-    drawings = {
-        title: functools.partial(plot.draw_panel, runs=runs, x=x, key=key) for key, title in plot.PANELS.items()
-    }
+    drawings = {title: functools.partial(plot.draw_panel, runs=runs, x=x, key=key) for key, title in PANELS.items()}
     first = [html_picture(draw_loss, "loss")]
     second = ""
     if begin is None:
@@ -214,7 +213,7 @@ def html_pictures(runs, x):
 
 def write_page(runs, x, path):
     """Write one HTML file that needs nothing else: pictures, the facts of each run, and the settings in which they
-    differ, or all of a single run. runs: plot.RunCurves; x: what they are drawn against. Raises UserError."""
+    differ, or all of a single run. runs: RunCurves; x: what they are drawn against. Raises UserError."""
     names = [run.name for run in runs]
     title = html.escape(", ".join(names) if len(names) <= 3 else f"{len(names)} runs")
     if len(runs) == 1:

@@ -22,7 +22,8 @@ from data import train_tokenizer
 from minzero import commands, config, flags, metrics
 from minzero.commands import UserError, explain
 from minzero.config import run_command
-from minzero.plot import X_LABELS, read_run
+from minzero.curves import read_run
+from minzero.plot import X_LABELS
 from tests.conftest import ROOT, environment
 from tests.test_plot import make_run
 

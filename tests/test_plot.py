@@ -9,7 +9,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 import plot as command
-from minzero import plot, report
+from minzero import curves, plot, report
 from minzero.config import Config, UserError
 from minzero.loggers import MetricsLog
 from minzero.sizes import flops_per_token
@@ -36,11 +36,11 @@ def make_run(folder, points, bad=(), every=10):
 
 
 def test_smoothing_is_unbiased_and_survives_nan():
-    assert plot.smooth([3.0, 3.0, 3.0], 2) == pytest.approx([3.0, 3.0, 3.0])
-    values = plot.smooth([1.0, math.nan, 1.0], 1)
+    assert curves.smooth([3.0, 3.0, 3.0], 2) == pytest.approx([3.0, 3.0, 3.0])
+    values = curves.smooth([1.0, math.nan, 1.0], 1)
     assert all(math.isclose(value, 1.0) for value in values)
-    assert np.isnan(plot.smooth([math.nan, math.nan], 1)).all()
-    ends = plot.smooth([math.nan, 1.0, 1.0, math.inf], 1)
+    assert np.isnan(curves.smooth([math.nan, math.nan], 1)).all()
+    ends = curves.smooth([math.nan, 1.0, 1.0, math.inf], 1)
     assert np.isnan(ends).tolist() == [True, False, False, True], "nothing is made up outside of the finite values"
 
 
@@ -50,22 +50,24 @@ def test_the_smoothed_curve_follows_a_known_one_without_lag(points):
     number = np.arange(points)
     x = np.arange(points) / points
     straight = 5 - 3 * x
-    assert plot.smoothed_curve(x, straight)[1] == pytest.approx(5 - 3 * plot.smoothed_curve(x, straight)[0], abs=1e-9)
+    assert curves.smoothed_curve(x, straight)[1] == pytest.approx(
+        5 - 3 * curves.smoothed_curve(x, straight)[0], abs=1e-9
+    )
     falling = 3 + 8 * np.exp(-60 * x)
-    place, smoothed = plot.smoothed_curve(x, falling)
+    place, smoothed = curves.smoothed_curve(x, falling)
     assert smoothed == pytest.approx(3 + 8 * np.exp(-60 * place), abs=0.01 * 8)
     assert smoothed[0] == falling[0]
     steep = 1 + 5 / (1 + number)
-    place, smoothed = plot.smoothed_curve(number, steep)
+    place, smoothed = curves.smoothed_curve(number, steep)
     assert (np.abs(smoothed - 1 - 5 / (1 + place)) < 0.02 * 5).all()
 
 
 def test_the_smoothed_curve_is_smoother():
     noise = np.random.default_rng(0).normal(size=4000)
-    _, smoothed = plot.smoothed_curve(np.arange(4000), noise)
-    assert len(smoothed) == plot.SMOOTHED_POINTS and np.abs(smoothed[50:]).max() < 0.5 < noise.std()
+    _, smoothed = curves.smoothed_curve(np.arange(4000), noise)
+    assert len(smoothed) == curves.SMOOTHED_POINTS and np.abs(smoothed[50:]).max() < 0.5 < noise.std()
     few = np.arange(30.0)
-    assert plot.smoothed_curve(few, few)[1] is few
+    assert curves.smoothed_curve(few, few)[1] is few
 
 
 @pytest.mark.parametrize(
@@ -76,7 +78,7 @@ def test_a_time_axis_has_a_unit_that_fits(seconds, unit, tmp_path):
     run = make_run(tmp_path / "run", 4)
     lines = (run / "metrics.jsonl").read_text().replace('"step_seconds": 2.0', f'"step_seconds": {seconds / 40}')
     (run / "metrics.jsonl").write_text(lines)
-    figure = plot.draw_panels([plot.read_run(run, "time")], "time")
+    figure = plot.draw_panels([curves.read_run(run, "time")], "time")
     assert figure.axes[0].get_xlabel() == f"training time ({unit})"
     length = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86_400}[unit]
     assert figure.axes[0].lines[0].get_xdata()[-1] == pytest.approx(seconds / length)
@@ -86,17 +88,17 @@ def test_a_time_axis_has_a_unit_that_fits(seconds, unit, tmp_path):
 def test_thinning_keeps_spikes_order_and_a_bounded_number_of_points():
     x, y = np.arange(1e6), np.zeros(1_000_000)
     y[123_456], y[777_777], y[500_000:500_010] = 9, -9, np.nan
-    kept_x, kept_y = plot.thin(x, y)
-    assert len(kept_x) <= plot.MOST_POINTS and kept_y.max() == 9 and kept_y.min() == -9
+    kept_x, kept_y = curves.thin(x, y)
+    assert len(kept_x) <= curves.MOST_POINTS and kept_y.max() == 9 and kept_y.min() == -9
     assert kept_x[kept_y.argmax()] == 123_456 and (np.diff(kept_x) > 0).all()
-    assert plot.thin(x[:100], y[:100])[0] is not None and len(plot.thin(x[:100], y[:100])[0]) == 100
+    assert curves.thin(x[:100], y[:100])[0] is not None and len(curves.thin(x[:100], y[:100])[0]) == 100
     nothing = np.full(10_000, np.nan)
-    assert len(plot.thin(x[:10_000], nothing)[0]) == 0
+    assert len(curves.thin(x[:10_000], nothing)[0]) == 0
 
 
 def test_curves_stand_against_tokens_flops_or_time(tmp_path):
     run = make_run(tmp_path / "run", 4, bad=[3])
-    tokens, flops, seconds = (plot.read_run(run, x) for x in ("tokens", "flops", "time"))
+    tokens, flops, seconds = (curves.read_run(run, x) for x in ("tokens", "flops", "time"))
     place, loss = tokens.curves["loss"]
     assert place.tolist() == [1000, 2000, 3000, 4000] and np.isnan(loss).tolist() == [False, False, True, False]
     assert tokens.bad_steps.tolist() == [3000] and tokens.curves["val_loss"][0].tolist() == [1000, 2000, 3000, 4000]
@@ -112,10 +114,10 @@ def test_any_number_of_points_is_drawn_and_the_picture_stays_small(points, tmp_p
     run = make_run(tmp_path / "run", points, bad=range(2, points, 50))
     plot.plot_loss([run], run / "loss.png")
     assert 5000 < (run / "loss.png").stat().st_size < 200_000
-    figure = plot.draw_panels([plot.read_run(run)], "tokens")
+    figure = plot.draw_panels([curves.read_run(run)], "tokens")
     drawn = [len(line.get_xdata()) for axes in figure.axes for line in axes.lines]
-    assert max(drawn, default=0) == min(points, plot.MOST_POINTS) or points > 300
-    assert max(drawn, default=0) <= plot.MOST_POINTS
+    assert max(drawn, default=0) == min(points, curves.MOST_POINTS) or points > 300
+    assert max(drawn, default=0) <= curves.MOST_POINTS
     crosses = [line for line in figure.axes[0].lines if line.get_marker() == "x" and len(line.get_xdata())]
     assert len(crosses) == (points > 2) and all(len(line.get_xdata()) <= 200 for line in crosses)
     plt.close(figure)
@@ -126,7 +128,7 @@ def test_a_spike_does_not_hide_the_curve(tmp_path):
     spoilt = (run / "metrics.jsonl").read_text().replace('"loss": 1.01,', '"loss": 1e9,')
     assert spoilt.count("1e9") == 1
     (run / "metrics.jsonl").write_text(spoilt.replace("1e9", "30.0"))
-    figure = plot.draw_panels([plot.read_run(run)], "tokens")
+    figure = plot.draw_panels([curves.read_run(run)], "tokens")
     low, high = figure.axes[0].get_ylim()
     assert low < 1.005 and 6 < high < 8
     plt.close(figure)
@@ -134,9 +136,9 @@ def test_a_spike_does_not_hide_the_curve(tmp_path):
 
 def test_nothing_overlaps_with_many_runs_of_long_names(tmp_path):
     folders = [make_run(tmp_path / f"{number}_{'long_name_' * 12}{number}", 20 * number) for number in range(1, 9)]
-    names = plot.names_of(folders)
+    names = curves.names_of(folders)
     assert len(set(names)) == 8 and all(len(name) <= 40 for name in names)
-    runs = [plot.read_run(folder, "time", name) for folder, name in zip(folders, names, strict=True)]
+    runs = [curves.read_run(folder, "time", name) for folder, name in zip(folders, names, strict=True)]
     figure = plot.draw_panels(runs, "time")
     figure.canvas.draw()
     panels = [axes.get_tightbbox() for axes in figure.axes]
@@ -158,7 +160,7 @@ def pixels(figure, axes, color):
 
 @pytest.mark.parametrize("points", [3, 300])
 def test_of_two_equal_runs_both_are_visible_in_every_panel(points, tmp_path):
-    runs = [plot.read_run(make_run(tmp_path / name, points)) for name in ("first", "second")]
+    runs = [curves.read_run(make_run(tmp_path / name, points)) for name in ("first", "second")]
     figure = plot.draw_panels(runs, "tokens")
     for axes in figure.axes:
         counts = [pixels(figure, axes, style.color) for style in plot.styles_of(2)]
@@ -175,7 +177,7 @@ def test_many_runs_have_looks_of_their_own():
 
 
 def test_the_legend_has_the_last_values(tmp_path):
-    runs = [plot.read_run(make_run(tmp_path / f"run{number}", 10 * number)) for number in (1, 2)]
+    runs = [curves.read_run(make_run(tmp_path / f"run{number}", 10 * number)) for number in (1, 2)]
     figure = plot.draw_panels(runs, "tokens")
     shown = [text.get_text() for text in figure.legends[0].get_texts()]
     values = ["run1: training 1.500, validation 1.600", "run2: training 1.250, validation 1.350"]
@@ -184,13 +186,13 @@ def test_the_legend_has_the_last_values(tmp_path):
 
 
 def test_later_losses_are_drawn_on_a_scale_of_their_own_where_the_first_ones_hide_them(tmp_path):
-    steep = plot.read_run(make_run(tmp_path / "steep", 100))
+    steep = curves.read_run(make_run(tmp_path / "steep", 100))
     figure = plot.draw_panels([steep], "tokens")
     [detail] = [axes for axes in figure.axes if axes.get_title() == "loss, later part"]
     assert detail.get_ylim()[1] < 1.3 < figure.axes[0].get_ylim()[1]
     assert 45_000 < detail.get_xlim()[0] < 50_000
     plt.close(figure)
-    for few in (plot.read_run(make_run(tmp_path / "few", 10)), plot.read_run(make_run(tmp_path / "none", 0))):
+    for few in (curves.read_run(make_run(tmp_path / "few", 10)), curves.read_run(make_run(tmp_path / "none", 0))):
         assert plot.detail_begin([few]) is None
     place, loss = steep.curves["loss"]
     steep.curves["loss"] = (place, np.linspace(5, 3, len(loss)))
@@ -225,13 +227,13 @@ def test_a_path_unlike_any_run_names_none(tmp_path, monkeypatch):
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path):
-    assert plot.names_of(["out/a/run", "out/b/run"]) == ["out/a/run", "out/b/run"]
-    assert plot.names_of(["out/a", "out/b"]) == ["a", "b"]
+    assert curves.names_of(["out/a/run", "out/b/run"]) == ["out/a/run", "out/b/run"]
+    assert curves.names_of(["out/a", "out/b"]) == ["a", "b"]
 
 
 def test_every_name_that_a_folder_may_have_can_be_read_in_the_picture(tmp_path):
     names = ["_hidden", r"a$\nonsense$", "2024"]
-    runs = [plot.read_run(make_run(tmp_path / name, 3)) for name in names]
+    runs = [curves.read_run(make_run(tmp_path / name, 3)) for name in names]
     figure = plot.draw_panels(runs, "tokens")
     figure.savefig(tmp_path / "picture.png")
     shown = [text.get_text().strip().replace(r"\$", "$") for text in figure.legends[0].get_texts()]
@@ -295,7 +297,7 @@ def test_the_page_fits_any_screen_and_its_text_is_large_enough(tmp_path):
 
 def test_settings_that_only_a_later_run_has_differ_too(tmp_path):
     folders = [make_run(tmp_path / name, 3) for name in ("first", "second")]
-    runs = plot.read_runs(folders)
+    runs = curves.read_runs(folders)
     assert report.different_settings(runs) == [{}, {}]
     report.write_page(runs, "tokens", tmp_path / "page.html")
     assert "None: all runs have the same settings." in (tmp_path / "page.html").read_text()
@@ -309,9 +311,9 @@ def test_settings_that_only_a_later_run_has_differ_too(tmp_path):
 def test_a_run_without_config_says_nothing_of_it(tmp_path):
     run = make_run(tmp_path / "run", 3)
     (run / "config.json").unlink()
-    rows = report.facts(plot.read_run(run))
+    rows = report.facts(curves.read_run(run))
     assert "ran on" not in rows and "versions" not in rows and rows["steps"] == "30"
-    report.write_page([plot.read_run(run)], "tokens", tmp_path / "page.html")
+    report.write_page([curves.read_run(run)], "tokens", tmp_path / "page.html")
     assert "There is no config.json that can be read." in (tmp_path / "page.html").read_text()
 
 
@@ -353,5 +355,5 @@ def test_a_resumed_run_is_one_curve(tmp_path):
     run = make_run(tmp_path / "run", 30)
     log = MetricsLog(run, 200)
     log.write({"step": 210, "tokens": 21_000, "loss": 9.0, "step_seconds": 1.0})
-    place, loss = plot.read_run(run).curves["loss"]
+    place, loss = curves.read_run(run).curves["loss"]
     assert place.tolist() == [1000 * point for point in range(1, 22)] and loss[-1] == 9.0
