@@ -228,7 +228,7 @@ def detail_begin(runs):
     begin = max(0.5 * min(ends), 0.1 * max(ends))
     whole = [height for place, loss in curves for height in heights_to_show(place, loss)]
     later = [height for place, loss in curves for height in heights_to_show(place, loss, begin)]
-    if not later or np.ptp(np.concatenate(later)) > 0.3 * np.ptp(np.concatenate(whole)):
+    if not later or np.ptp(np.concatenate(later)) >= 0.3 * np.ptp(np.concatenate(whole)):
         return None
     return begin
 

@@ -9,7 +9,7 @@ import pytest
 
 from minzero.metrics import read_metrics
 from tests.conftest import deepspeed_command, run
-from tests.test_metrics import wandb_rows
+from tests.test_loggers import wandb_rows
 
 CONFIG = {
     "model": {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 64},
