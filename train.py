@@ -227,7 +227,7 @@ def validate(run, engine, data, step):
 def draw_loss(folder):
     """Draw <folder>/loss.png."""
     try:
-        import plot  # matplotlib takes a second to import, and only rank 0 draws
+        from minzero import plot  # matplotlib takes a second to import, and only rank 0 draws
 
         plot.plot_loss([folder], folder / "loss.png")
     except Exception as error:  # a picture must not cost the run

@@ -4,7 +4,7 @@ import math
 import time
 from typing import NamedTuple
 
-from minzero import checkpoint, checkpoint_folder, dist, metrics
+from minzero import checkpoint, checkpoint_folder, dist, loggers, metrics, profiler
 from minzero.errors import SharedError, UserError
 from minzero.files import write_json
 
@@ -51,7 +51,7 @@ class Run:
         # ---- measurements
         self.log = None  # the MetricsLog, on rank 0
         self.clock = metrics.Stopwatch(group.device)
-        self.profiler = metrics.Profiler(folder.path, train.profile_steps if group.rank == 0 else None)
+        self.profiler = profiler.Profiler(folder.path, train.profile_steps if group.rank == 0 else None)
 
     # -- the beginning -------------------------------------------------------------------------------
 
@@ -81,7 +81,7 @@ class Run:
                 write_json(
                     self.folder.path / "config.json", config | {k: run_info[k] for k in run_info if k != "config"}
                 )
-                self.log = metrics.MetricsLog(self.folder.path, self.steps_done, self.config.train.loggers, config)
+                self.log = loggers.MetricsLog(self.folder.path, self.steps_done, self.config.train.loggers, config)
             self.folder.report("running", self.steps_done)
 
     # -- the steps -----------------------------------------------------------------------------------

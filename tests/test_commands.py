@@ -22,7 +22,9 @@ from data import train_tokenizer
 from minzero import commands, files, flags, metrics
 from minzero.commands import run_command
 from minzero.config.load import load_config
+from minzero.curves import read_run
 from minzero.errors import UserError, explain
+from minzero.plot import X_LABELS
 from tests.conftest import ROOT, environment
 from tests.test_plot import make_run
 
@@ -382,7 +384,7 @@ def test_odd_lines_are_passed_over_and_counted(tmp_path, capsys):
     assert code == 2 and f"none of the {len(ODD_LINES)} lines" in text
 
 
-@pytest.mark.parametrize("x", plot.X_LABELS)
+@pytest.mark.parametrize("x", X_LABELS)
 def test_odd_values_are_drawn_as_gaps(tmp_path, capsys, x):
     run = make_run(tmp_path / "run", 30)
     lines = [{"step": 7 + number, "tokens": 7, **values} for number, values in enumerate(ODD_VALUES)]
@@ -396,12 +398,12 @@ def test_odd_values_are_drawn_as_gaps(tmp_path, capsys, x):
 def test_steps_that_stand_twice_or_go_back_are_one_curve(tmp_path):
     run = make_run(tmp_path / "run", 10)
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    whole = plot.read_run(run, "time").curves["loss"]
+    whole = read_run(run, "time").curves["loss"]
     (run / "metrics.jsonl").write_text("\n".join([*lines, *lines[:4]]))
-    place, loss = plot.read_run(run).curves["loss"]
+    place, loss = read_run(run).curves["loss"]
     assert place.tolist() == [1000 * point for point in range(1, 11)] and loss.tolist() == whole[1].tolist()
     (run / "metrics.jsonl").write_text("\n".join(reversed(lines)))
-    assert plot.read_run(run).curves["loss"][0].tolist() == place.tolist()
+    assert read_run(run).curves["loss"][0].tolist() == place.tolist()
 
 
 @pytest.mark.parametrize("name", ['<b>"&', "a\nb\tc", "\udcff", "\N{GRINNING FACE}", "$x$", "n" * 250])

@@ -17,7 +17,9 @@ ORDER = """
     trained evaluate generate planner.memory planner.speed planner.search benchmark
 """.split()
 ALONE = ["preflight"]  # runs before anything is installed, so it imports nothing
-PRODUCT = sorted([*ROOT.glob("*.py"), *ROOT.glob("minzero/**/*.py"), *ROOT.glob("data/**/*.py"), *ROOT.glob("benchmarks/*.py")])
+PRODUCT = sorted(
+    [*ROOT.glob("*.py"), *ROOT.glob("minzero/**/*.py"), *ROOT.glob("data/**/*.py"), *ROOT.glob("benchmarks/*.py")]
+)
 AT_THE_ROOT = {path.stem for path in ROOT.glob("*.py")}
 
 
@@ -31,7 +33,9 @@ def imported(path):
             found.add(node.module)
             found |= {f"{node.module}.{name.name}" for name in node.names}
     ours = {name.removeprefix("minzero.") for name in found if name.startswith("minzero.")}
-    return {name for name in ours if name in ORDER + ALONE} | {name for name in found if name.split(".")[0] in AT_THE_ROOT}
+    return {name for name in ours if name in ORDER + ALONE} | {
+        name for name in found if name.split(".")[0] in AT_THE_ROOT
+    }
 
 
 def room(path):
@@ -80,7 +84,9 @@ def length(function):
 
 
 def test_the_loop_can_be_read_at_once():
-    functions = {node.name: node for node in ast.parse((ROOT / "train.py").read_text()).body if isinstance(node, ast.FunctionDef)}
+    functions = {
+        node.name: node for node in ast.parse((ROOT / "train.py").read_text()).body if isinstance(node, ast.FunctionDef)
+    }
     assert length(functions["main"]) <= 110 and length(functions["train_step"]) <= 60
     loops = [length(node) for node in ast.walk(functions["main"]) if isinstance(node, ast.For | ast.While)]
     assert loops and max(loops) <= 60

@@ -30,7 +30,7 @@ def validation_loss(run, step):
 def draw_loss(run, picture):
     """Draw the run's loss curve from its metrics: its own picture may be damaged. Returns whether there is one."""
     if run and read_metrics(run):
-        import plot  # matplotlib takes a second to import
+        from minzero import plot  # matplotlib takes a second to import
 
         plot.plot_loss([run], picture)
     return picture.exists()

@@ -1,4 +1,4 @@
-"""What a run says of itself: it is killed behind a checkpoint, resumed, and every log then holds each step once."""
+"""The logs of a run that is killed after a checkpoint and resumed: every log then holds each step once."""
 
 import gzip
 import json
@@ -9,7 +9,7 @@ import pytest
 
 from minzero.metrics import read_metrics
 from tests.conftest import deepspeed_command, run
-from tests.test_metrics import wandb_rows
+from tests.test_loggers import wandb_rows
 
 CONFIG = {
     "model": {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 64},
@@ -28,7 +28,7 @@ def write_config(folder, small_data):
 
 @pytest.fixture(scope="module")
 def resumed_run(small_data, tmp_path_factory):
-    """A run that was killed behind step 10 and went on: (its folder, what it said, lines and profile before)."""
+    """A run that was killed after step 10 and resumed: (folder, output before and after, lines and profile before)."""
     folder = tmp_path_factory.mktemp("logging")
     command = [sys.executable, "train.py", write_config(folder, small_data), "--train.out_dir", folder / "run"]
     code = "import os, signal, sys\nfor line in sys.stdin:\n    print(line, end='', flush=True)\n"
