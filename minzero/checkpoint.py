@@ -86,10 +86,13 @@ class Saving:
 
     def __init__(self, engine, folder, state, best, keep, background=False, progress=lambda: None):
         self.began = time.perf_counter()
-        self.folder, self.name = Path(folder), name_of(state["step"])
-        self.state, self.best, self.keep = state | description(engine), best, keep
-        self.file = f"rank_{distributed.get_rank():05d}.safetensors"
+        self.folder = Path(folder)
+        self.name = name_of(state["step"])
         self.temporary = self.folder / f"{self.name}.tmp"
+        self.file = f"rank_{distributed.get_rank():05d}.safetensors"
+        self.state = state | description(engine)
+        self.best = best
+        self.keep = keep
         self.progress = progress
         self.written = None  # the file's entry in state.json, or a str: the fault
         self.writer = None
@@ -114,9 +117,15 @@ class Saving:
         self.stalled = time.perf_counter() - self.began
 
     def write(self, sizes, tensors, fault):
+        """Write this rank's file, unless there is a fault already, and set `written`. Raises nothing."""
+
+        def with_progress():
+            for tensor in tensors:
+                self.progress()
+                yield tensor
+
         try:
-            tensors = (self.progress() or tensor for tensor in tensors)
-            self.written = fault or write_tensors(self.temporary / self.file, sizes, tensors)
+            self.written = fault or write_tensors(self.temporary / self.file, sizes, with_progress())
         except Exception as error:
             self.written = self.explain(error)
 

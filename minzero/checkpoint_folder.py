@@ -185,7 +185,8 @@ def entries_of(states, marked):
     last_step = steps[marked["latest"]] if "latest" in marked else math.inf
     entries = {}
     for path, state in states.items():
-        step, known = steps[path], state or {}
+        step = steps[path]
+        known = state or {}
         recorded = "save_number" in known
         if recorded:
             number = known["save_number"]

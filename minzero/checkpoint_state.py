@@ -150,7 +150,8 @@ def is_config(config):
     """Whether it has the sections of a config, names its data, and has numbers where the learning rate needs them."""
     if not all(isinstance(config.get(section), dict) for section in ("model", "data", "train")):
         return False
-    path, train = config["data"].get("path"), config["train"]
+    path = config["data"].get("path")
+    train = config["train"]
     weights = isinstance(path, dict) and path and all(map(is_number, path.values()))
     numbers = (train.get(name, 0) for name in (*SHAPES_THE_RATE[1:], "global_batch_tokens"))
     right = isinstance(train.get("schedule", ""), str) and all(is_number(number, MOST_NUMBER) for number in numbers)

@@ -39,7 +39,8 @@ def where_to_start(config, data, known_faults=None):
 
 def choose_start(train, known_faults=()):
     """The candidate of `where_to_start`, as `newest_usable` returns it. train: the train section. Raises UserError."""
-    run, resume = Path(train.out_dir), train.resume
+    run = Path(train.out_dir)
+    resume = train.resume
     if resume == "never" and find(run):
         raise UserError(f"train.out_dir: {run} already holds a run; choose another, or drop --train.resume never")
     restore_replaced(run / "checkpoints")

@@ -37,9 +37,9 @@ def damaged(path, fault):
     return UserError(f"{path}: {fault}; the checkpoint is damaged, use an older one")
 
 
-def checksum(content, start=0):
+def checksum(content):
     """CRC-32 of bytes as 8 hexadecimal digits."""
-    return f"{zlib.crc32(content, start):08x}"
+    return f"{zlib.crc32(content):08x}"
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -183,9 +183,9 @@ class TensorFile:
     def check(self, name, progress=lambda: None):
         """Read a whole tensor in chunks and compare its checksum. progress: called for each chunk. Raises UserError."""
         dtype, begin, length, expected = self.tensors[name]
-        self.compare(name, self.checksum(self.first_byte + begin, length * dtype.itemsize, progress), expected)
+        self.compare(name, self.checksum_of_range(self.first_byte + begin, length * dtype.itemsize, progress), expected)
 
-    def checksum(self, offset, length, progress=lambda: None):
+    def checksum_of_range(self, offset, length, progress=lambda: None):
         """The checksum of a range of bytes, read in chunks. progress: called for each chunk."""
         found = 0
         chunk = bytearray(CHUNK)
@@ -236,7 +236,7 @@ def check_sums(path, files, progress=lambda: None):
         if "header_crc32" in entry:
             for tensor in file.tensors:
                 file.check(tensor, progress)
-        elif (found := file.checksum(0, file.size, progress)) != entry["crc32"]:
+        elif (found := file.checksum_of_range(0, file.size, progress)) != entry["crc32"]:
             raise damaged(file.path, f"found checksum {found}, expected {entry['crc32']}")
 
 
