@@ -12,6 +12,7 @@ from minzero.config.sections import Config, DataConfig, ModelConfig
 from minzero.data import pipeline
 from minzero.data.mixture import Mixture
 from minzero.files import write_json
+from minzero.hf import families
 from minzero.tensor_files import write_tensors
 from model import GPT
 
@@ -87,3 +88,39 @@ def write_runs(folder, configs):
         if name in FAMILIES:
             export.main([str(folder / name), str(folder / f"hf_{name}")])
     return folder
+
+
+# -- models of transformers ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def randomised(model, seed=0):
+    """The model with norms and biases that are not all ones and zeros, which would hide a confusion of them."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def zero_biases(config):
+    """Whether transformers' model has biases that ours does not have."""
+    return not config.bias and families.FAMILIES[families.family_of(config)].always_biased
+
+
+def their_model(config):
+    """transformers' model of the same settings, with random weights."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(families.transformers_config(config)).eval()
+
+
+def make_folder(folder, config, shards="5GB"):
+    """A random model of transformers' as it saves it; returns it."""
+    torch.manual_seed(1)
+    model = randomised(their_model(config))
+    if zero_biases(config):
+        for name, parameter in model.named_parameters():
+            parameter.data.mul_(not name.endswith("bias"))
+    model.save_pretrained(folder, max_shard_size=shards)
+    return model

@@ -1,4 +1,4 @@
-"""Started by test_export.py under the launcher on two ranks: runs that start from weights of transformers' or
+"""Started by test_hf.py under the launcher on two ranks: runs that start from weights of transformers' or
 of another run's, at several ZeRO stages and precisions in one process group.
 
     start_from.py DATA FOLDER      FOLDER holds gpt2/ and llama/ in transformers' format
