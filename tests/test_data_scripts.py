@@ -55,6 +55,19 @@ def test_with_out_it_writes_there(copy, monkeypatch):
     assert (copy / "data" / "text" / "meta.json").exists()
 
 
+def test_a_link_to_a_copy_is_that_copy(copy, monkeypatch):
+    (copy.parent / "link").symlink_to(copy)
+    (copy.parent / "disk").mkdir()
+    (copy / "data" / "linked").symlink_to(copy.parent / "disk")
+    monkeypatch.chdir(copy)
+    for name in ("text", "linked"):
+        out = pipeline.options("", copy.parent / "link" / "data" / name).parse_args([]).out
+        assert os.path.samefile(out, copy / "data" / name)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=r"^--out: none given; "):
+        pipeline.options("", copy / "data" / "linked").parse_args([])
+
+
 def test_elsewhere_the_shards_go_into_the_scripts_folder(copy, monkeypatch):
     for place in (ROOT, ROOT / "data" / "stdlib", copy.parent):
         monkeypatch.chdir(place)

@@ -1,4 +1,4 @@
-"""Conversations for supervised fine-tuning, of which only the assistant's words are learned: lilLM's, or your own.
+"""Conversations for supervised fine-tuning, in which only the assistant's words are learned: lilLM's, or your own.
 
 python data/chat/prepare.py --tokenizer tokenizers/simple
 python data/chat/prepare.py --input 'mine/*.jsonl' --column messages --out data/mine --tokenizer gpt2

@@ -1,4 +1,4 @@
-"""FineWeb-Edu, web pages chosen for what they teach: a sample of 10 billion tokens.
+"""FineWeb-Edu, web pages chosen for their educational value: a sample of 10 billion tokens.
 
 python data/fineweb_edu/prepare.py [--input 'fineweb_edu/*.parquet'] [--streaming --limit 100000]
 """

@@ -83,7 +83,7 @@ def check_same_checkout(folder):
     a command that is called from one copy does not write into another unless --out says so."""
     here = checkout_of(os.getcwd())
     there = checkout_of(folder)
-    if here and there and here != there:
+    if here and there and not os.path.samefile(here, there):
         raise UserError(
             f"--out: none given; found the script in {there} and the current directory in another copy of this "
             f"repository, {here}; expected both in one copy; name the folder for the shards with --out"
@@ -92,8 +92,8 @@ def check_same_checkout(folder):
 
 def checkout_of(path):
     """The copy of this repository that a path lies in: the nearest folder above that holds train.py, model.py and
-    minzero/. None if there is none."""
-    path = Path(path).resolve()
+    minzero/. None if there is none. A link on the way, as of a data folder to a larger disk, is not followed."""
+    path = Path(os.path.abspath(path))
     for folder in (path, *path.parents):
         if all((folder / name).is_file() for name in ("train.py", "model.py")) and (folder / "minzero").is_dir():
             return folder
@@ -110,7 +110,7 @@ def a_data_folder(text):
 
 
 def split_of(key, val_fraction):
-    """`val` for about val_fraction of all keys, else `train`."""
+    """ "val" for about val_fraction of all keys, else "train", by a hash of the key."""
     position = int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
     return "val" if position < val_fraction else "train"
 
