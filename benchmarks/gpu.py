@@ -1,10 +1,10 @@
-"""What only a GPU can show, all of it by one command, and as much of it as the time allows.
+"""Measurements that need a GPU, all of them by one command, and as many of them as the time allows.
 
     python benchmarks/gpu.py --out FOLDER [--nanogpt PATH/TO/nanoGPT/model.py] [--data FOLDER]
                              [--parts speed kernels memory offload planner convergence]
                              [--first N] [--rows NAME ...] [--minutes 9] [--again] [--beside] [--tiny]
 
-speed: 124M and 1.5B parameters, against nanoGPT's model and step, and what single choices cost. kernels: NVIDIA
+speed: 124M and 1.5B parameters, against nanoGPT's model and step, and the cost of single choices. kernels: NVIDIA
 Apex's and DeepSpeed's against torch's. memory: minGPT's table, and the deepest model that fits. offload: what its
 settings cost. planner: plan.py's predicted memory against what was allocated. convergence: the losses of ZeRO's
 stages and of nanoGPT's step on the same batches.
@@ -48,7 +48,7 @@ from minzero.sizes import flops_per_token
 
 LEAST_SECONDS = 15  # with less time left, no measurement is begun
 TIMES = {"step_seconds", "slowest_seconds", "all_step_seconds", "tokens_per_second", "tflops", "mfu"}
-FUNCTIONS = {  # what a row may call in a process of its own: its module, which loads torch and DeepSpeed
+FUNCTIONS = {  # name, as a row gives it: its module, which loads torch and DeepSpeed
     "products": "benchmarks.nanogpt",
     "nanogpt_speed": "benchmarks.nanogpt",
     "nanogpt_losses": "benchmarks.nanogpt",
@@ -159,7 +159,7 @@ def is_wanted(result, seconds, again):
 
 
 def measure_part(bench, part, options, until, keep):
-    """Measure what is missing of a part. keep(key, result) stores a result. until: when its time is over."""
+    """Measure the missing rows of a part. keep(key, result) stores a result. until: when its time is over."""
     begun = 0
     for number, row in enumerate(PARTS[part](bench)):
         key = f"{part}/{row.name}"
@@ -223,7 +223,7 @@ def read_options(arguments):
 
 
 def earlier_results(folder, device, tiny):
-    """What FOLDER/results.json holds. Raises UserError if it is of another machine or size, or is none."""
+    """The content of FOLDER/results.json, or a new one. Raises UserError for one of another machine or size."""
     path = folder / "results.json"
     if not path.exists():
         return {"device": device, "tiny": tiny, "calls": [], "rows": {}}
@@ -255,7 +255,7 @@ def this_machine(options):
 
 
 def conditions_of_call(arguments, options, device):
-    """What is recorded of one call of this command."""
+    """The conditions of one call of this command, for the report."""
     versions = {"python": platform.python_version(), "torch": version("torch"), "deepspeed": version("deepspeed")}
     versions["git"] = git_commit() or "none"
     return {

@@ -110,7 +110,7 @@ def draw_losses(results, picture):
 
 def write_report(bench, folder, calls):
     """FOLDER/report.md and its picture, of what is measured so far. calls: the conditions of each call."""
-    title = "What a GPU shows"
+    title = "Measurements on a GPU"
     if bench.tiny:
         title = "--tiny: that everything runs; the figures mean nothing"
     lines = [f"# {title}", ""]
@@ -140,7 +140,7 @@ def call_lines(number, call):
 
 
 def part_lines(bench, part, results, calls):
-    """A part's table and what must be known to read it."""
+    """A part's table and the notes that it needs."""
 
     def product_rate(result):
         return calls[result["call"] - 1].get("product_flops")

@@ -137,7 +137,7 @@ def ratios(speeds, column):
 
 
 def peak_bytes(function):
-    """The most that `function` allocates at once on the CPU, and what it leaves, in bytes, by torch's profiler."""
+    """The most that `function` holds at once on the CPU, in bytes, by torch's profiler."""
     function()
     with torch.profiler.profile(profile_memory=True) as profile:
         function()

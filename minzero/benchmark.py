@@ -34,7 +34,7 @@ from minzero.planner.memory import peak_bytes
 from minzero.planner.search import with_choice
 from minzero.planner.settings import settings_of
 
-# name on the command line: (title, stage, what is kept in CPU memory, whether all blocks are recomputed)
+# name on the command line: (title, stage, offload as in search.with_choice, whether all blocks are recomputed)
 ROWS = {
     "ddp": ("DDP", 0, "none", False),
     "zero1": ("ZeRO-1", 1, "none", False),
@@ -154,7 +154,7 @@ def launch(config, gpus, wanted, folder, on_gpu, program=("train.py",), seconds=
     """Run train.py on this many ranks until `wanted` steps are logged. Returns (their lines of metrics.jsonl, None), or
     the lines so far and the reason why there is no measurement.
 
-    program: what is run in place of train.py, a path in the repository and its arguments; seconds: the most it may
+    program: the script, a path in the repository, and its first arguments; seconds: the most it may
     take; environment: more variables."""
     folder.mkdir()
     write_json(folder / "benchmark.json", config.to_dict())
@@ -194,8 +194,8 @@ def steps_of(folder):
 
 
 def why_it_ended(log, code):
-    """One line out of a run's log: what train.py says of bad input, a lack of memory, or the first exception. code: the
-    process's exit code, None if it was ended because its time was over."""
+    """Why a run ended, in one line of its log: train.py's own error, a lack of memory, or the first exception. code:
+    the process's exit code, None if it was ended because its time was over."""
     if code is None:
         return OUT_OF_TIME
     for pattern in (
@@ -230,7 +230,7 @@ def predicted_bytes(config, gpus, made):
 
 
 def measure(config, gpus, steps, warmup, folder, on_gpu, **launching):
-    """What a configuration costs, as a dictionary: times in seconds, sizes in bytes and of the rank that has most.
+    """Run a configuration and return its row: times in seconds, sizes in bytes and of the rank that has most.
     `failed` is the reason why there are no numbers, or None. launching: more arguments of launch."""
     config = benchmark_config(config, folder)
     lines, failed = launch(config, gpus, warmup + steps, folder, on_gpu, **launching)

@@ -197,8 +197,9 @@ def test_a_switch_under_the_launcher_trains_the_same_model(tmp_path):
     for switch in (None, "whole_loss", "torch_attention", "whole_model"):
         config = bench.config("gpt2-124m", 2, 1, 2, compile=True if switch == "whole_model" else "auto")
         row = gpu_parts.Row("row", "title", config, switch=switch)
-        result = gpu.measure_row(bench, row, 100, tmp_path / f"run_{switch}")
+        result = gpu.measure_row(bench, row, 300, tmp_path / f"run_{switch}")
         assert result["failed"] is None and len(result["losses"]) == 2
+        assert result["compiled"] == (switch == "whole_model")
         losses.append(result["losses"])
     assert losses[2] == losses[0]
     for other in (losses[1], losses[3]):

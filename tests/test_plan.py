@@ -26,6 +26,7 @@ from minzero.planner.activations import calls_of, trace
 from minzero.planner.gpus import USABLE, GiB, Hardware
 from minzero.planner.plan import plan_run
 from minzero.planner.report import in_flags
+from minzero.planner.search import first_number, first_that_fits
 from minzero.planner.settings import Settings
 from model import GPT
 from tests.conftest import deepspeed_command, run
@@ -277,6 +278,24 @@ def test_partial_offload_moves_the_optimizer_by_sub_groups():
         assert found[smaller]["gpu_bytes"] > found[larger]["gpu_bytes"]
         assert found[smaller]["cpu_bytes"] < found[larger]["cpu_bytes"]
         assert found[smaller]["tokens_per_second"] > found[larger]["tokens_per_second"]
+
+
+def test_halving_finds_what_trying_each_would():
+    for length in range(10):
+        for first in range(length + 1):
+            tried = []
+
+            def planned(number, first=first, tried=tried):
+                tried.append(number)
+                return {"fits": number >= first, "number": number}
+
+            plan, candidate = first_that_fits(list(range(length)), planned)
+            assert candidate == (first if first < length else None)
+            assert plan == ({"fits": True, "number": first} if first < length else None)
+            assert len(tried) <= length.bit_length() and len(set(tried)) == len(tried)
+    for least in range(1, 70):
+        expected = least if least <= 32 else None  # 32 is the last power of two that is tried
+        assert first_number(lambda number, least=least: number >= least, 40) == expected
 
 
 def test_no_torch_is_loaded():

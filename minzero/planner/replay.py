@@ -1,4 +1,4 @@
-"""A replay of one training step's allocations: what all stages share, and ZeRO's stages 0 to 2 (3 is in stage3.py).
+"""A replay of one training step's allocations: the walk that all stages share, and stages 0 to 2 (3 is in stage3.py).
 
 An engine goes through one step of the model in activations.py, and allocates and frees what DeepSpeed 0.19.8 does, in
 the same order. It follows runtime/zero/stage_1_and_2.py, stage3.py, partition_parameters.py and
@@ -16,7 +16,7 @@ PHASES = ("forward", "loss", "backward", "reduction", "step")
 
 
 class Memory:
-    """What is allocated on one device.
+    """The allocations of one device.
 
     held: {part: bytes}; total: their sum; peaks: {phase: (the largest total in it, held at that moment)}."""
 
@@ -45,7 +45,7 @@ class Memory:
 
 
 class Engine:
-    """One rank's step: the walk through the model. A stage defines what is resident, how weights are fetched and
+    """One rank's step: the walk through the model. A stage defines its resident tensors, how weights are fetched and
     released, and how gradients are reduced."""
 
     def __init__(self, settings):
@@ -90,7 +90,7 @@ class Engine:
     # ---- the walk
 
     def forward(self, module, keeps=True):
-        """keeps: whether what the backward pass needs is kept; else only the last call's is, for the next call."""
+        """keeps: whether tensors are saved for the backward pass; else only the last call's stays, for the next."""
         memory = self.memory
         if module.hooked:
             self.fetch(module, forward=True)
@@ -166,7 +166,7 @@ class Engine:
         """Elements of one rank's shard of a weight."""
         return -(-weight.size // self.settings.world_size)
 
-    # ---- what a stage defines
+    # ---- defined by each stage
 
     def resident(self):
         """Allocate what lives as long as the engine."""

@@ -79,7 +79,7 @@ def notes_on(config, gpus):
     if unknown:
         notes.append(f"not modelled, of deepspeed.zero_optimization: {', '.join(unknown)}")
     if "nvme" in (offload_device(zero, "offload_optimizer"), offload_device(zero, "offload_param")):
-        notes.append("what goes to NVMe is counted as CPU memory, and its speed as the CPU's")
+        notes.append("NVMe is counted as CPU memory, with its speed")
     if zero.get("contiguous_gradients") is False:
         notes.append("contiguous_gradients false is planned as true")
     try:
@@ -158,7 +158,7 @@ def draw(config, planned, hardware, picture):
     if USABLE * gpu_size < end:
         beyond = ""
         axes.axvline(gpu_size, color="black", label=f"the GPU, {hardware.gibibytes} GiB")
-        axes.axvline(USABLE * gpu_size, color="black", linestyle="--", label=f"what can be allocated, {USABLE:.0%}")
+        axes.axvline(USABLE * gpu_size, color="black", linestyle="--", label=f"can be allocated: {USABLE:.0%}")
     batch = f"micro-batch {config.train.micro_batch_size} x {config.model.block_size}"
     figure.suptitle(f"peak of one GPU's memory, {hardware.gpus} x {hardware.gpu}, {batch}{beyond}")
     axes.set(xlim=(0, end), xlabel=unit_name, yticks=range(len(plans)), yticklabels=names)

@@ -14,7 +14,7 @@ from minzero.config.values import divisors
 from minzero.errors import UserError
 from minzero.planner.settings import MOST_LAYERS
 
-# What --fit tries and --plot shows: (stage, what is kept in CPU memory); "param": weights and optimizer.
+# The candidates of --fit and --plot: (stage, offload). optimizer: kept in CPU memory; param: the weights too.
 CHOICES = [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimizer"), (3, "optimizer"), (3, "param")]
 MOST_GPUS_TRIED = 2**14  # by enough_gpus
 
@@ -120,7 +120,7 @@ def single_changes(config):
     """Overrides that may save memory, each {key: value}: the cheapest, which cost no speed, first."""
     zero, train = config.deepspeed.get("zero_optimization", {}), config.train
     stage, section = zero_stage(config.deepspeed), "deepspeed.zero_optimization"
-    buffers = {}  # key: (what it becomes, DeepSpeed's default)
+    buffers = {}  # key: (its new value, DeepSpeed's default)
     if stage:
         buffers["reduce_bucket_size"] = (1e7, 5e8)
     if stage == 3:

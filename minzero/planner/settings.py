@@ -68,8 +68,8 @@ class Settings:
 
     @property
     def product_bytes(self):
-        """Width of what matrix products read and write: the weights' own, as nothing here casts (torch.autocast
-        would)."""
+        """Width of the inputs and outputs of matrix products: the weights' own, as nothing here casts
+        (torch.autocast would)."""
         return self.bytes
 
 

@@ -1,4 +1,4 @@
-"""A replay of ZeRO-3's step: what is gathered, prefetched and released follows DeepSpeed's coordinator."""
+"""A replay of ZeRO-3's step: weights are gathered, prefetched and released as by DeepSpeed's coordinator."""
 
 import bisect
 import itertools
@@ -225,7 +225,7 @@ class Stage3(Engine):
     def step(self):
         s, memory = self.settings, self.memory
         if s.offload_optimizer:
-            # torch's AdamW, which updates what stays on the GPU, holds a root of one moment
+            # torch's AdamW, which updates the sub-groups on the GPU, holds a root of one moment
             memory.touch("optimizer", max(self.sub_groups_on_gpu(), default=0) * 4)
             return
         memory.touch("overhead", 8 * max(self.shard(weight) for weight in self.weights))
