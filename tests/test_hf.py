@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import export
-from minzero import checkpoint, checkpoint_folder
+from minzero import checkpoint, checkpoint_folder, checkpoint_state
 from minzero.config.sections import ModelConfig
 from minzero.data.mixture import Mixture
 from minzero.data.tokenizer import load_tokenizer
@@ -392,7 +392,7 @@ def reseal(found, change):
     state = json.loads((found / "state.json").read_text())
     del state["crc32"]
     change(state)
-    write_json(found / "state.json", state | {"crc32": checkpoint.seal(state)})
+    write_json(found / "state.json", state | {"crc32": checkpoint_state.state_checksum(state)})
 
 
 OF_ANOTHER_VERSION = {  # of the train section: out of this code's ranges, of other types, or unknown

@@ -21,7 +21,6 @@ from urllib.parse import unquote
 
 import pytest
 
-from minzero.files import ROOT
 from tests.conftest import ROOT, environment
 from tests.trained_runs import GPT2, LLAMA, write_data, write_run
 
