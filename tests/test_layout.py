@@ -36,9 +36,8 @@ def imported(path):
             found.add(node.module)
             found |= {f"{node.module}.{name.name}" for name in node.names}
     ours = {name.removeprefix("minzero.") for name in found if name.startswith("minzero.")}
-    return {name for name in ours if name in ORDER + ALONE} | {
-        name for name in found if name.split(".")[0] in AT_THE_ROOT
-    }
+    at_the_root = {name.split(".")[0] for name in found} & AT_THE_ROOT
+    return {name for name in ours if name in ORDER + ALONE} | at_the_root
 
 
 def room(path):
