@@ -40,13 +40,28 @@ def progress_bar(description, steps):
 
 
 def windows_of(stream, wanted_tokens=None):
-    """[(first token, length)] of the windows to evaluate. By default all of the split, one after another, the last one
-    cut, so that every token but the first is predicted once; with wanted_tokens about that many, in whole windows
-    spread evenly, the same at every call."""
-    block = stream.block_size
+    """The numbers of the windows to evaluate. By default all of a TokenStream, also the last one, which may be short,
+    so that every token but the first is predicted once; with wanted_tokens about that many tokens of a TokenStream or
+    Mixture in whole windows, the same at every call."""
     if wanted_tokens is None:
-        return [(first, min(block, stream.tokens - 1 - first)) for first in range(0, stream.tokens - 1, block)]
-    return [(int(window) * block, block) for window in stream.validation_windows(wanted_tokens // block)]
+        return list(range(math.ceil((stream.tokens - 1) / stream.block_size)))
+    return stream.validation_windows(wanted_tokens // stream.block_size).tolist()
+
+
+def read_windows(stream, windows, rows):
+    """Inputs and targets of these windows, both (rows, block_size) int64. Targets past the windows are IGNORE."""
+    inputs = torch.zeros(rows, stream.block_size, dtype=torch.long)
+    targets = torch.full_like(inputs, IGNORE)
+    for row, window in enumerate(windows):
+        first = window * stream.block_size
+        is_short = isinstance(stream, TokenStream) and window >= stream.windows
+        if is_short:
+            found = stream.example(first, stream.tokens - 1 - first)
+        else:
+            found = (part[0] for part in stream.batch([window]))
+        for out, part in zip((inputs, targets), found, strict=True):
+            out[row, : len(part)] = torch.from_numpy(part)
+    return inputs, targets
 
 
 def count_passes(stream, batch_size, world_size=1, wanted_tokens=None):
@@ -81,35 +96,40 @@ def window_losses(
     model, stream, wanted_tokens=None, batch_size=16, device=None, rank=0, world_size=1, progress=lambda: None
 ):
     """The summed cross-entropy in nats of each window of `windows_of`, (windows,) float64 on the CPU, and the number of
-    targets that count. progress: called after each forward pass.
+    targets that count. progress: called before each forward pass.
 
     A window's sum is its own, in float64: neither the batch nor the number of ranks that share the windows
     changes more than the rounding of the model's float32. Every rank must call this, and all get all."""
     device = device or best_device()
     windows = windows_of(stream, wanted_tokens)
+    rows = min(batch_size, len(windows))  # of every forward pass: a compiled model wants one shape
     losses = torch.zeros(len(windows), dtype=torch.float64, device=device)
     count = torch.zeros(1, dtype=torch.float64, device=device)
     with loss_of_each_token(model) as token_losses:
         for first in range(0, len(windows), batch_size * world_size):
+            progress()
             start = first + rank * batch_size
             mine = windows[start : start + batch_size]
             # a rank without windows still runs a forward pass: ZeRO-3's gathers are collective
-            inputs = torch.zeros(max(1, len(mine)), stream.block_size, dtype=torch.long)
-            targets = torch.full_like(inputs, IGNORE)
-            for row, (token, length) in enumerate(mine):
-                row_inputs, row_targets = stream.example(token, length)
-                inputs[row, :length] = torch.from_numpy(row_inputs)
-                targets[row, :length] = torch.from_numpy(row_targets)
+            inputs, targets = read_windows(stream, mine, rows)
             token_losses.clear()
             model(inputs.to(device), targets.to(device))
             sums = torch.cat(token_losses).double().view(targets.shape).sum(dim=1)
             losses[start : start + len(mine)] = sums[: len(mine)]
             count += (targets != IGNORE).sum()
-            progress()
     if world_size > 1:
         distributed.all_reduce(losses)
         distributed.all_reduce(count)
     return losses.cpu(), int(count)
+
+
+def validation_loss(model, stream, wanted_tokens, batch_size, device, rank=0, world_size=1, progress=lambda: None):
+    """Mean cross-entropy in nats per token over some of the validation windows, during training: the same windows at
+    every call. Every rank must call this; arguments as of `window_losses`. Leaves the model in training mode."""
+    model.eval()
+    losses, count = window_losses(model, stream, wanted_tokens, batch_size, device, rank, world_size, progress)
+    model.train()
+    return losses.sum().item() / count
 
 
 def evaluate(model, streams, batch_size=16, device=None, rank=0, world_size=1, progress=lambda: None):
