@@ -287,15 +287,22 @@ def report(source: ModelSource, streams, result):
             yield f"bits per byte {result['bits_per_byte']:.4f}"
 
 
+def report_compression(result):
+    joined, one_by_one = result["gzip_bits_per_byte"], result["gzip_one_by_one_bits_per_byte"]
+    return f"gzip -9 on the same text: {joined:.4f} bits per byte joined, {one_by_one:.4f} file by file"
+
+
 def report_tasks(results):
-    """Lines about the results of `run_tasks`."""
+    """Text of a line a task about the results of `run_tasks`."""
+    lines = []
     for task, metrics in results.items():
         numbers = [
             f"{name.removesuffix(',none')} {value:.4f}"
             for name, value in metrics.items()
             if isinstance(value, float) and "stderr" not in name
         ]
-        yield f"{task}: {', '.join(numbers)}"
+        lines.append(f"{task}: {', '.join(numbers)}")
+    return "\n".join(lines)
 
 
 def finite_or_none(value):

@@ -74,7 +74,8 @@ class ModelSource:
 def holds_model(path):
     """Whether a path is one that `open_trained` takes. Looks at names alone."""
     path = Path(path)
-    return checkpoint.is_complete(path) or checkpoint.complete_checkpoints(path / "checkpoints") or is_published(path)
+    has_checkpoints = checkpoint.is_complete(path) or bool(checkpoint.complete_checkpoints(path / "checkpoints"))
+    return has_checkpoints or is_published(path)
 
 
 def holds_data(path):
