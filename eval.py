@@ -70,13 +70,11 @@ def main(arguments):
     for line in evaluate.report(source, streams, result):
         print(line)
     if args.gzip and streams:
-        found = evaluate.compress(streams[-1])
-        print("gzip -9 on the same text: {:.4f} bits per byte joined, {:.4f} file by file".format(*found.values()))
-        result |= found
+        result |= evaluate.compress(streams[-1])
+        print(evaluate.report_compression(result))
     if args.names:
         result["tasks"] = evaluate.run_tasks(source, args.names, manager, args.limit)
-        for line in evaluate.report_tasks(result["tasks"]):
-            print(line)
+        print(evaluate.report_tasks(result["tasks"]))
     if args.json:
         print(json.dumps({key: evaluate.finite_or_none(value) for key, value in result.items()}))
 

@@ -42,7 +42,7 @@ from minzero.engine import (
     why_not_compiled,
 )
 from minzero.errors import UserError
-from minzero.evaluate_loss import evaluate, to_device
+from minzero.evaluate_loss import validation_loss
 from minzero.loss import equal_weights
 from minzero.run import Run, StepResult
 from minzero.run_folder import RunFolder
@@ -169,6 +169,14 @@ def set_learning_rate(engine, rate):
             group["lr"] = rate
 
 
+def to_device(arrays, device):
+    """NumPy batches -> tensors on the device; the copy to a GPU overlaps with its work."""
+    tensors = [torch.from_numpy(array) for array in arrays]
+    if device.type == "cuda":
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    return [tensor.to(device, non_blocking=True) for tensor in tensors]
+
+
 def micro_batches(run, data, step):
     """Yields this rank's micro-batches of a step, read when it is their turn: (inputs and targets, loss weight)."""
     group = run.group
@@ -217,7 +225,7 @@ def validate(run, engine, data, step):
     train = run.config.train
     began = time.perf_counter()
     sizes = train.eval_tokens, train.micro_batch_size
-    loss = evaluate(engine, data, *sizes, *run.group, progress=run.watchdog.heartbeat)
+    loss = validation_loss(engine, data, *sizes, *run.group, progress=run.watchdog.heartbeat)
     run.record_validation(step, loss, time.perf_counter() - began)
     if run.group.rank == 0:
         draw_loss(run.folder.path)

@@ -9,8 +9,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import distributed
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from minzero.config.values import did_you_mean
@@ -18,10 +16,10 @@ from minzero.data.mixture import content_digest
 from minzero.data.pipeline import tokenizer_of
 from minzero.data.shards import TokenStream
 from minzero.errors import UserError, one_line
+from minzero.evaluate_loss import count_passes, window_losses
 from minzero.hf.families import own_shapes
 from minzero.hf.write import write_model
 from minzero.nearest import suggesting
-from minzero.sizes import IGNORE_INDEX
 from minzero.trained import ModelSource, best_device, holds_data, load_model, load_sharded, open_trained
 
 SHOW_AFTER = 1.0  # seconds that work must take before its progress is shown
@@ -38,79 +36,6 @@ def progress_bar(description, steps):
 
 
 # -- the loss ------------------------------------------------------------------------------------
-
-
-def windows_of(stream, wanted_tokens=None):
-    """[(first token, length)] of the windows to evaluate. By default all of the split, one after another, the last one
-    cut, so that every token but the first is predicted once; with wanted_tokens about that many, in whole windows
-    spread evenly, the same at every call."""
-    block = stream.block_size
-    if wanted_tokens is None:
-        return [(first, min(block, stream.tokens - 1 - first)) for first in range(0, stream.tokens - 1, block)]
-    return [(int(window) * block, block) for window in stream.validation_windows(wanted_tokens // block)]
-
-
-def count_passes(stream, batch_size, world_size=1, wanted_tokens=None):
-    """How often `window_losses` calls its progress."""
-    return math.ceil(len(windows_of(stream, wanted_tokens)) / (batch_size * world_size))
-
-
-@contextlib.contextmanager
-def loss_of_each_token(model):
-    """Gives a list to which each forward pass with targets appends the cross-entropy of its tokens in nats, (N,)
-    float32 tensors, chunk by chunk. The model computes its own loss again after this block."""
-    head = getattr(model, "module", model).head
-    own = vars(head).get("cross_entropy")  # of a compiled model; else it is the class's
-    found = []
-
-    def keep(logits, targets, picked, vocab_size, with_gradient=True):
-        logits = logits[:, :vocab_size].float()
-        found.append(F.cross_entropy(logits, targets[:, 0], ignore_index=IGNORE_INDEX, reduction="none"))
-        return found[-1].sum()
-
-    head.cross_entropy = keep
-    try:
-        yield found
-    finally:
-        del head.cross_entropy
-        if own:
-            head.cross_entropy = own
-
-
-@torch.no_grad()
-def window_losses(
-    model, stream, wanted_tokens=None, batch_size=16, device=None, rank=0, world_size=1, progress=lambda: None
-):
-    """The summed cross-entropy in nats of each window of `windows_of`, (windows,) float64 on the CPU, and the number of
-    targets that count. progress: called after each forward pass.
-
-    A window's sum is its own, in float64: neither the batch nor the number of ranks that share the windows
-    changes more than the rounding of the model's float32. Every rank must call this, and all get all."""
-    device = device or best_device()
-    windows = windows_of(stream, wanted_tokens)
-    losses = torch.zeros(len(windows), dtype=torch.float64, device=device)
-    count = torch.zeros(1, dtype=torch.float64, device=device)
-    with loss_of_each_token(model) as token_losses:
-        for first in range(0, len(windows), batch_size * world_size):
-            start = first + rank * batch_size
-            mine = windows[start : start + batch_size]
-            # a rank without windows still runs a forward pass: ZeRO-3's gathers are collective
-            inputs = torch.zeros(max(1, len(mine)), stream.block_size, dtype=torch.long)
-            targets = torch.full_like(inputs, IGNORE_INDEX)
-            for row, (token, length) in enumerate(mine):
-                row_inputs, row_targets = stream.example(token, length)
-                inputs[row, :length] = torch.from_numpy(row_inputs)
-                targets[row, :length] = torch.from_numpy(row_targets)
-            token_losses.clear()
-            model(inputs.to(device), targets.to(device))
-            sums = torch.cat(token_losses).double().view(targets.shape).sum(dim=1)
-            losses[start : start + len(mine)] = sums[: len(mine)]
-            count += (targets != IGNORE_INDEX).sum()
-            progress()
-    if world_size > 1:
-        distributed.all_reduce(losses)
-        distributed.all_reduce(count)
-    return losses.cpu(), int(count)
 
 
 def evaluate(model, streams, batch_size=16, device=None, rank=0, world_size=1, progress=lambda: None):
@@ -268,15 +193,22 @@ def report(source: ModelSource, streams, result):
             yield f"bits per byte {result['bits_per_byte']:.4f}"
 
 
+def report_compression(result):
+    joined, one_by_one = result["gzip_bits_per_byte"], result["gzip_one_by_one_bits_per_byte"]
+    return f"gzip -9 on the same text: {joined:.4f} bits per byte joined, {one_by_one:.4f} file by file"
+
+
 def report_tasks(results):
-    """Lines about the results of `run_tasks`."""
+    """Text of a line a task about the results of `run_tasks`."""
+    lines = []
     for task, metrics in results.items():
         numbers = [
             f"{name.removesuffix(',none')} {value:.4f}"
             for name, value in metrics.items()
             if isinstance(value, float) and "stderr" not in name
         ]
-        yield f"{task}: {', '.join(numbers)}"
+        lines.append(f"{task}: {', '.join(numbers)}")
+    return "\n".join(lines)
 
 
 def finite_or_none(value):

@@ -1,41 +1,104 @@
-"""The validation loss during a run: over some windows, with any number of ranks."""
+"""The loss over a validation split, by training and by eval.py: of every token, with any number of ranks."""
+
+import contextlib
+import math
 
 import torch
 from torch import distributed
+from torch.nn import functional as F
 
+from minzero.data.shards import TokenStream
 from minzero.sizes import IGNORE_INDEX
 
 
-def to_device(arrays, device):
-    """NumPy batches -> tensors on the device; the copy to a GPU overlaps with its work."""
-    tensors = [torch.from_numpy(array) for array in arrays]
-    if device.type == "cuda":
-        tensors = [tensor.pin_memory() for tensor in tensors]
-    return [tensor.to(device, non_blocking=True) for tensor in tensors]
+def windows_of(stream, wanted_tokens=None):
+    """The numbers of the windows to evaluate. By default all of a TokenStream, also the last one, which may be short,
+    so that every token but the first is predicted once; with wanted_tokens about that many tokens of a TokenStream or
+    Mixture in whole windows, the same at every call."""
+    if wanted_tokens is None:
+        return list(range(math.ceil((stream.tokens - 1) / stream.block_size)))
+    return stream.validation_windows(wanted_tokens // stream.block_size).tolist()
+
+
+def read_windows(stream, windows, rows):
+    """Inputs and targets of these windows, both (rows, block_size) int64. Targets past the windows are IGNORE_INDEX."""
+    inputs = torch.zeros(rows, stream.block_size, dtype=torch.long)
+    targets = torch.full_like(inputs, IGNORE_INDEX)
+    for row, window in enumerate(windows):
+        first = window * stream.block_size
+        is_short = isinstance(stream, TokenStream) and window >= stream.windows
+        if is_short:
+            found = stream.example(first, stream.tokens - 1 - first)
+        else:
+            found = (part[0] for part in stream.batch([window]))
+        for out, part in zip((inputs, targets), found, strict=True):
+            out[row, : len(part)] = torch.from_numpy(part)
+    return inputs, targets
+
+
+def count_passes(stream, batch_size, world_size=1, wanted_tokens=None):
+    """How often `window_losses` calls its progress."""
+    return math.ceil(len(windows_of(stream, wanted_tokens)) / (batch_size * world_size))
+
+
+@contextlib.contextmanager
+def loss_of_each_token(model):
+    """Gives a list to which each forward pass with targets appends the cross-entropy of its tokens in nats, (N,)
+    float32 tensors, chunk by chunk. The model computes its own loss again after this block."""
+    head = getattr(model, "module", model).head
+    own = vars(head).get("cross_entropy")  # of a compiled model; else it is the class's
+    found = []
+
+    def keep(logits, targets, picked, vocab_size, with_gradient=True):
+        logits = logits[:, :vocab_size].float()
+        found.append(F.cross_entropy(logits, targets[:, 0], ignore_index=IGNORE_INDEX, reduction="none"))
+        return found[-1].sum()
+
+    head.cross_entropy = keep
+    try:
+        yield found
+    finally:
+        del head.cross_entropy
+        if own:
+            head.cross_entropy = own
 
 
 @torch.no_grad()
-def evaluate(model, stream, wanted_tokens, micro_batch_size, device, rank=0, world_size=1, progress=lambda: None):
-    """Mean cross-entropy in nats per token, over validation windows that are the same at every call and on
-    any number of ranks. All ranks run the same number of forward passes (ZeRO-3's gathers are collective): a rank
-    with too few windows is padded with windows that do not count.
+def window_losses(
+    model, stream, wanted_tokens=None, batch_size=16, device=None, rank=0, world_size=1, progress=lambda: None
+):
+    """The summed cross-entropy in nats of each window of `windows_of`, (windows,) float64 on the CPU, and the number of
+    targets that count. progress: called before each forward pass.
 
-    stream: the validation Mixture or TokenStream. wanted_tokens: about as many are evaluated, in whole windows.
-    progress: called before each forward pass. Every rank must call this."""
-    windows = stream.validation_windows(wanted_tokens // stream.block_size)
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, number of targets
-    model.eval()
-    for first in range(0, len(windows), micro_batch_size * world_size):
-        progress()
-        start = first + rank * micro_batch_size
-        mine = windows[start : start + micro_batch_size]
-        padded = list(mine) + [windows[0]] * (micro_batch_size - len(mine))
-        tokens, targets = to_device(stream.batch(padded), device)
-        targets[len(mine) :] = IGNORE_INDEX
-        count = (targets != IGNORE_INDEX).sum()
-        totals[0] += model(tokens, targets).double() * count
-        totals[1] += count
-    model.train()
+    A window's sum is its own, in float64: neither the batch nor the number of ranks that share the windows
+    changes more than the rounding of the model's float32. Every rank must call this, and all get all."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    windows = windows_of(stream, wanted_tokens)
+    rows = min(batch_size, len(windows))  # of every forward pass: a compiled model wants one shape
+    losses = torch.zeros(len(windows), dtype=torch.float64, device=device)
+    count = torch.zeros(1, dtype=torch.float64, device=device)
+    with loss_of_each_token(model) as token_losses:
+        for first in range(0, len(windows), batch_size * world_size):
+            progress()
+            start = first + rank * batch_size
+            mine = windows[start : start + batch_size]
+            # a rank without windows still runs a forward pass: ZeRO-3's gathers are collective
+            inputs, targets = read_windows(stream, mine, rows)
+            token_losses.clear()
+            model(inputs.to(device), targets.to(device))
+            sums = torch.cat(token_losses).double().view(targets.shape).sum(dim=1)
+            losses[start : start + len(mine)] = sums[: len(mine)]
+            count += (targets != IGNORE_INDEX).sum()
     if world_size > 1:
-        distributed.all_reduce(totals)
-    return (totals[0] / totals[1]).item()
+        distributed.all_reduce(losses)
+        distributed.all_reduce(count)
+    return losses.cpu(), int(count)
+
+
+def validation_loss(model, stream, wanted_tokens, batch_size, device, rank=0, world_size=1, progress=lambda: None):
+    """Mean cross-entropy in nats per token over some of the validation windows, during training: the same windows at
+    every call. Every rank must call this; arguments as of `window_losses`. Leaves the model in training mode."""
+    model.eval()
+    losses, count = window_losses(model, stream, wanted_tokens, batch_size, device, rank, world_size, progress)
+    model.train()
+    return losses.sum().item() / count

@@ -75,11 +75,10 @@ class ModelSource:
 def holds_model(path):
     """Whether a path is one that `open_trained` takes. Looks at names alone."""
     path = Path(path)
-    return (
-        checkpoint_folder.is_complete(path)
-        or checkpoint_folder.complete_checkpoints(path / "checkpoints")
-        or is_published(path)
+    has_checkpoints = checkpoint_folder.is_complete(path) or bool(
+        checkpoint_folder.complete_checkpoints(path / "checkpoints")
     )
+    return has_checkpoints or is_published(path)
 
 
 def holds_data(path):

@@ -34,7 +34,7 @@ from minzero.data.tokenizer import (
     train_tokenizer,
 )
 from minzero.errors import UserError
-from minzero.evaluate import window_losses
+from minzero.evaluate_loss import window_losses
 from minzero.files import write_json
 from minzero.hf import families, gguf
 from minzero.trained import load_model, open_trained

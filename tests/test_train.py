@@ -13,7 +13,7 @@ from minzero.data import order
 from minzero.data.mixture import Mixture
 from minzero.data.shards import TokenStream
 from minzero.errors import UserError
-from minzero.evaluate_loss import evaluate
+from minzero.evaluate_loss import validation_loss
 from minzero.run import Run
 from minzero.run_folder import RunFolder
 from minzero.schedule import learning_rate
@@ -73,7 +73,7 @@ def test_validation_is_the_same_whatever_the_micro_batch(small_data, micro_batch
     tokens, targets = (torch.from_numpy(array) for array in stream.batch(windows))
     expected = model.eval()(tokens, targets).item()
     assert len(set(windows.tolist())) == 13
-    loss = evaluate(model, stream, 13 * 32, micro_batch_size, torch.device("cpu"))
+    loss = validation_loss(model, stream, 13 * 32, micro_batch_size, torch.device("cpu"))
     assert loss == pytest.approx(expected, rel=1e-6) and model.training
 
 
@@ -81,12 +81,12 @@ def test_validation_over_several_ranks_adds_up_to_one(small_data, monkeypatch):
     """Each rank's part, computed one after the other; the sum over ranks is what all_reduce gives."""
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=64, init_std=0.2))
     stream, parts = TokenStream(small_data, "val", 32), []
-    alone = evaluate(model, stream, 13 * 32, 2, torch.device("cpu"))
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda totals: parts.append(totals.clone()))
+    alone = validation_loss(model, stream, 13 * 32, 2, torch.device("cpu"))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: parts.append(tensor.clone()))
     for rank in range(5):  # with 2 sequences each, rank 4 has nothing in the second round
-        evaluate(model, stream, 13 * 32, 2, torch.device("cpu"), rank, 5)
-    total, count = sum(parts).tolist()
-    assert count == 13 * 32 and total / count == pytest.approx(alone, rel=1e-6)
+        validation_loss(model, stream, 13 * 32, 2, torch.device("cpu"), rank, 5)
+    losses, counts = sum(parts[::2]), sum(parts[1::2])  # of the windows, and how many targets
+    assert counts.item() == 13 * 32 and losses.sum().item() / counts.item() == pytest.approx(alone, rel=1e-6)
 
 
 def test_precision_auto_is_fp32_on_cpu():
@@ -96,7 +96,7 @@ def test_precision_auto_is_fp32_on_cpu():
 
 def test_perplexity_of_the_untrained_model_is_about_the_vocabulary(small_data):
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=64))
-    loss = evaluate(model, TokenStream(small_data, "val", 32), 1000, 4, torch.device("cpu"))
+    loss = validation_loss(model, TokenStream(small_data, "val", 32), 1000, 4, torch.device("cpu"))
     assert loss == pytest.approx(math.log(64), abs=0.1)
 
 
@@ -104,7 +104,7 @@ def test_evaluating_saving_and_loading_are_progress(small_data):
     """Longer than train.timeout_seconds in all, they are no hang."""
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=64))
     beats = []
-    evaluate(model, TokenStream(small_data, "val", 32), 13 * 32, 2, CPU, progress=lambda: beats.append("batch"))
+    validation_loss(model, TokenStream(small_data, "val", 32), 13 * 32, 2, CPU, progress=lambda: beats.append("batch"))
     assert len(beats) == 7
     for function in (checkpoint.Saving.__init__, checkpoint.load):
         assert "progress" in inspect.signature(function).parameters

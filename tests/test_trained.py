@@ -11,9 +11,11 @@ import eval
 import export
 import sample
 import to_gguf
-from minzero import evaluate, load
+from minzero import evaluate, evaluate_loss, load
+from minzero.data.mixture import Mixture
 from minzero.data.tokenizer import load_tokenizer
 from minzero.errors import UserError
+from minzero.hf import card
 from minzero.nearest import nearest_path
 from minzero.trained import load_model, open_trained
 from tests.conftest import run
@@ -172,18 +174,19 @@ def test_progress_is_shown_on_a_terminal_by_rank_0_alone(runs, monkeypatch, caps
     assert capsys.readouterr().out == ""
 
 
-def test_a_part_of_the_split_is_the_same_at_every_call_and_leaves_the_model_as_it_was(runs):
-    """As an evaluation during training wants it."""
+def test_the_loss_during_training_is_that_of_the_same_windows(runs):
+    """The same at every call and batch size, also of a Mixture; the model computes its own loss again afterwards."""
     source = open_trained(runs / "llama")
     (stream,) = evaluate.open_streams(source, source.data)
+    mixture = Mixture(source.data[0], "val", 16, 270, 1337)
     model = load_model(source, "cpu")
-    own = model.head.cross_entropy
-    passes = []
-    first = evaluate.window_losses(model, stream, 10 * 16, 4, "cpu", progress=lambda: passes.append(1))
-    again = evaluate.window_losses(model, stream, 10 * 16, 3, "cpu")
-    assert len(passes) == evaluate.count_passes(stream, 4, wanted_tokens=10 * 16) == 3
-    assert first[1] == again[1] == 160 and torch.allclose(first[0], again[0], rtol=1e-6)
-    assert model.head.cross_entropy is own
+    own, passes = model.head.cross_entropy, []
     inputs, targets = stream.batch(stream.validation_windows(10))
     expected = model(torch.from_numpy(inputs), torch.from_numpy(targets)).item()
-    assert first[0].sum().item() / 160 == pytest.approx(expected, rel=1e-6)
+    for data in (stream, mixture):
+        for batch_size in (3, 4, 100):
+            found = card.validation_loss(model, data, 160, batch_size, "cpu", progress=lambda: passes.append(1))
+            assert found == pytest.approx(expected, rel=1e-6) and model.training
+            assert len(passes) == evaluate_loss.count_passes(data, batch_size, wanted_tokens=160)
+            passes.clear()
+    assert model.head.cross_entropy is own
