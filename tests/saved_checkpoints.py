@@ -67,7 +67,7 @@ def no_reader_may_hang():
 
 
 def save(run, step, val_loss=None, keep=2):
-    """What the ranks and rank 0 do to save a checkpoint, without an engine."""
+    """Save a checkpoint as the ranks and rank 0 do, without an engine."""
     folder, name = run / "checkpoints", name_of(step)
     checkpoint.make_room(folder, name)
     files = {"rank_00000.safetensors": write_file(folder / f"{name}.tmp" / "rank_00000.safetensors", WHOLE)}

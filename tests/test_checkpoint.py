@@ -24,7 +24,7 @@ def alone():
 
 
 class Unwritable(torch.Tensor):
-    """A tensor with which a writer ends by an error of this kind, in the copy or as it is written."""
+    """A tensor that raises `error` when it is copied or when it is written (`at`)."""
 
     def to(self, *_, **__):
         return self if self.at == "write" else self.cpu()
@@ -53,7 +53,7 @@ def test_a_writer_that_ends_by_any_error_commits_nothing(tmp_path, monkeypatch, 
 
 
 def test_a_writer_that_says_nothing_commits_nothing(tmp_path, monkeypatch, alone):
-    """As one that was ended by what is no Exception."""
+    """As a thread that a BaseException ended."""
     monkeypatch.setattr(checkpoint, "description", lambda engine: {})
     monkeypatch.setattr(checkpoint, "tensors_to_save", lambda engine: ({}, iter([])))
     monkeypatch.setattr(checkpoint.Saving, "write", lambda *_: None)
@@ -64,8 +64,8 @@ def test_a_writer_that_says_nothing_commits_nothing(tmp_path, monkeypatch, alone
 
 
 def spiked(run, monkeypatch, **settings):
-    """BadSteps after a bad step, without an engine, and its train section. What is loaded is found in .loaded."""
-    steps = object.__new__(bad_steps.BadSteps)
+    """BadSteps after a bad step, without an engine, and its train section. The loaded paths are in .loaded."""
+    steps = object.__new__(guard.BadSteps)
     steps.bad, steps.fault, steps.loss, steps.engine, steps.loaded = [[0, 3]], "loss 99", 99.0, None, []
     steps.skipped_in_a_row = 1
 

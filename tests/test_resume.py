@@ -141,7 +141,7 @@ def test_a_second_choice_of_a_checkpoint_is_rank_0s(tmp_path, monkeypatch):
     told = []
 
     def broadcast(values):
-        """What rank 0 sends: the first call is rank 0's, which is remembered."""
+        """The first call is rank 0's and is remembered; later calls receive its values."""
         if not told:
             told.extend(values)
         values[:] = told
