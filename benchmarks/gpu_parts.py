@@ -12,7 +12,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
-from minzero.config import build
+from minzero.config.build import build
 from minzero.config.load import load_config
 from minzero.config.nested import merge
 from minzero.config.sections import Config

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minzero.config import build
+from minzero.config.build import build
 from minzero.config.hints import rename_old_keys
 from minzero.errors import UserError
 from minzero.files import read_json

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from minzero import checkpoint, checkpoint_folder
-from minzero.config import build
+from minzero.config.build import build
 from minzero.config.sections import Config, ModelConfig, data_weights
 from minzero.data.conversations import CHAT_TEMPLATE
 from minzero.data.pipeline import tokenizer_of

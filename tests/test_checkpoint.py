@@ -65,7 +65,7 @@ def test_a_writer_that_says_nothing_commits_nothing(tmp_path, monkeypatch, alone
 
 def spiked(run, monkeypatch, **settings):
     """BadSteps after a bad step, without an engine, and its train section. The loaded paths are in .loaded."""
-    steps = object.__new__(guard.BadSteps)
+    steps = object.__new__(bad_steps.BadSteps)
     steps.bad, steps.fault, steps.loss, steps.engine, steps.loaded = [[0, 3]], "loss 99", 99.0, None, []
     steps.skipped_in_a_row = 1
 

@@ -6,7 +6,7 @@
 import copy
 import json
 
-from minzero.config import build
+from minzero.config.build import build
 from minzero.config.deepspeed import check_together, offload_device, offloads_optimizer, zero_stage
 from minzero.config.load import command_line_values
 from minzero.config.nested import merge
