@@ -15,7 +15,6 @@ from minzero import evaluate, evaluate_loss, load
 from minzero.data.mixture import Mixture
 from minzero.data.tokenizer import load_tokenizer
 from minzero.errors import UserError
-from minzero.hf import card
 from minzero.nearest import nearest_path
 from minzero.trained import load_model, open_trained
 from tests.conftest import run
@@ -185,7 +184,9 @@ def test_the_loss_during_training_is_that_of_the_same_windows(runs):
     expected = model(torch.from_numpy(inputs), torch.from_numpy(targets)).item()
     for data in (stream, mixture):
         for batch_size in (3, 4, 100):
-            found = card.validation_loss(model, data, 160, batch_size, "cpu", progress=lambda: passes.append(1))
+            found = evaluate_loss.validation_loss(
+                model, data, 160, batch_size, "cpu", progress=lambda: passes.append(1)
+            )
             assert found == pytest.approx(expected, rel=1e-6) and model.training
             assert len(passes) == evaluate_loss.count_passes(data, batch_size, wanted_tokens=160)
             passes.clear()
