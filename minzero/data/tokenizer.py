@@ -13,7 +13,7 @@ from pathlib import Path
 import tiktoken
 
 from minzero.config import UserError, did_you_mean
-from minzero.data.shards import read_object
+from minzero.data.meta import read_object
 from minzero.files import is_regular, make_folder, write_atomically, write_json
 from minzero.flags import check_can_write
 

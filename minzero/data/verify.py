@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from minzero.config import UserError
-from minzero.data.shards import read_meta, shards_of, verify_shard
+from minzero.data.meta import read_meta
+from minzero.data.shards import shards_of, verify_shard
 from minzero.files import nearest
 
 
