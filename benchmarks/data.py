@@ -32,7 +32,8 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-BATCH, BLOCK = 12, 1024
+BATCH = 12  # windows
+BLOCK = 1024  # tokens
 MEAN_LENGTH = 5000  # characters: OpenWebText has 40 GB in 8.01 million documents
 
 

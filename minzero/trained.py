@@ -19,8 +19,8 @@ from minzero import checkpoint, checkpoint_folder
 from minzero.config.build import build
 from minzero.config.sections import Config, ModelConfig, data_weights
 from minzero.data.conversations import CHAT_TEMPLATE
+from minzero.data.meta import read_meta
 from minzero.data.pipeline import tokenizer_of
-from minzero.data.shards import read_meta
 from minzero.data.tokenizer import END_OF_TEXT, byte_level_names, huggingface_json, open_huggingface
 from minzero.errors import UserError, one_line
 from minzero.hf.families import own_shapes

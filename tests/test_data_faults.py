@@ -12,8 +12,9 @@ import pytest
 
 from data import verify
 from minzero.data import pipeline, shards
+from minzero.data.meta import read_meta
 from minzero.data.mixture import Mixture
-from minzero.data.shards import TokenStream, read_meta, write_shard
+from minzero.data.shards import TokenStream, write_shard
 from minzero.data.verify import verify_folder
 from minzero.errors import UserError
 from minzero.files import write_json

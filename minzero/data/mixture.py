@@ -83,8 +83,9 @@ class Mixture:
     def validation_windows(self, wanted):
         """Window numbers for an evaluation, the same each time: about `wanted`, shared among the folders by weight and
         spread evenly over each. Fewer if a folder has less than its share."""
-        counts, period = self.schedule.counts, self.schedule.period
-        most = min(stream.windows * period // n for stream, n in zip(self.streams, counts, strict=True))
+        period = self.schedule.period
+        available = zip(self.streams, self.schedule.counts, strict=True)
+        most = min(stream.windows * period // count for stream, count in available)
         sets, _ = self.schedule.draws(np.arange(max(1, min(wanted, most))))
         shares = np.bincount(sets, minlength=len(self.streams))
         chosen = []

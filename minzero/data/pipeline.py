@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from minzero.data.documents import is_far, plural
 from minzero.data.encode import BATCH, encode_batches, make_batches
+from minzero.data.meta import check_progress, read_meta
 from minzero.data.output import SkippedLog, SplitWriter, locked
-from minzero.data.shards import check_progress, read_meta, token_dtype
+from minzero.data.shards import token_dtype
 from minzero.data.tokenizer import END_OF_TEXT, fingerprint, load_tokenizer
 from minzero.errors import UserError
 from minzero.files import check_can_write, write_json
@@ -271,7 +272,8 @@ class Preparation:
 
     def finish(self):
         """Finish the last shards and write meta.json."""
-        args, splits = self.args, self.splits
+        args = self.args
+        splits = self.splits
         self.save(*splits.values())
         meta = {
             "tokenizer": tokenizer_entry(self.tokenizer, self.encoding, args.out),

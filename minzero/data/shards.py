@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import stat
 import struct
 import weakref
@@ -21,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
+from minzero.data.meta import read_meta
 from minzero.data.order import validation_windows
 from minzero.errors import UserError
-from minzero.files import checksum, is_count, is_regular, open_regular, read_json, write_atomically
+from minzero.files import checksum, open_regular, write_atomically
 from minzero.sizes import IGNORE_INDEX
 
 HEADER_BYTES = 256 * 4
@@ -181,38 +181,51 @@ class TokenStream:
         self.loss_mask = bool(self.meta and self.meta.get("loss_mask"))
         self.vocab_size = self.meta["vocab_size"] if self.meta else None
         self.entries = shards_of(self.folder, split, self.meta)
-        script = self.folder / "prepare.py"
-        command = f"python {script}" if script.exists() else "the script that prepares it"
-        if self.meta is None and (self.folder / "progress.json").exists():
-            raise UserError(f"data.path: {folder} is only half prepared; run {command} again, it resumes there")
-        if not self.entries:
-            remedy = f"run {command}"
-            if self.meta:
-                remedy = "no document fell into it when it was prepared; prepare more and smaller documents"
-            raise UserError(f"data.path: {folder} holds no {split} shards ({split}_000000.bin ...); {remedy}")
+        self.check_prepared()
         self.paths = [self.folder / entry["file"] for entry in self.entries]
-        self.dtype = shard_layout(self.paths[0])[0]
-        self.offsets = []  # of each shard: bytes before its tokens
-        self.starts = [0]  # of each shard: its first token's place in the stream; last, the number of tokens
-        for number, (path, entry) in enumerate(zip(self.paths, self.entries, strict=True)):
-            offset = HEADER_BYTES
-            tokens = entry.get("tokens")
-            if number < HEADERS_AT_START or tokens is None or not self.has_size(path, tokens):
-                layout = shard_layout(path)
-                check_layout(path, layout, self.dtype, entry, self.paths[0])
-                _, offset, tokens = layout
-            self.offsets.append(offset)
-            self.starts.append(self.starts[-1] + tokens)
+        self.measure_shards()
         self.tokens = self.starts[-1]
         self.windows = (self.tokens - 1) // block_size
-        self.files = SHARED_FILES
-        self.number = next(STREAMS)
-        weakref.finalize(self, SHARED_FILES.close, self.number)
         if self.windows < 1:
             raise UserError(
                 f"data.path: the {split} split of {folder} has {self.tokens} tokens, fewer than one window of "
                 f"model.block_size + 1 = {block_size + 1}; prepare more data or lower model.block_size"
             )
+        self.files = SHARED_FILES
+        self.number = next(STREAMS)
+        weakref.finalize(self, SHARED_FILES.close, self.number)
+
+    def check_prepared(self):
+        """Raise UserError if the preparation of the folder is not finished, or gave this split no shards."""
+        script = self.folder / "prepare.py"
+        command = f"python {script}" if script.exists() else "the script that prepares it"
+        if self.meta is None and (self.folder / "progress.json").exists():
+            raise UserError(f"data.path: {self.folder} is only half prepared; run {command} again, it resumes there")
+        if not self.entries:
+            remedy = f"run {command}"
+            if self.meta:
+                remedy = "no document fell into it when it was prepared; prepare more and smaller documents"
+            raise UserError(
+                f"data.path: {self.folder} holds no {self.split} shards ({self.split}_000000.bin ...); {remedy}"
+            )
+
+    def measure_shards(self):
+        """Set `dtype`, `offsets` (bytes before the tokens of each shard) and `starts` (the place of each shard's first
+        token in the stream, and last the number of all tokens). Raises UserError for a shard that is missing or
+        broken."""
+        first = self.paths[0]
+        self.dtype = shard_layout(first)[0]
+        self.offsets = []
+        self.starts = [0]
+        for number, (path, entry) in enumerate(zip(self.paths, self.entries, strict=True)):
+            offset = HEADER_BYTES
+            tokens = entry.get("tokens")
+            if number < HEADERS_AT_START or tokens is None or not self.has_size(path, tokens):
+                layout = shard_layout(path)
+                check_layout(path, layout, self.dtype, entry, first)
+                _, offset, tokens = layout
+            self.offsets.append(offset)
+            self.starts.append(self.starts[-1] + tokens)
 
     def has_size(self, path, tokens):
         """Whether a file exists and has the size of a shard of this many tokens."""
@@ -310,7 +323,8 @@ class TokenStream:
         """Stored tokens (..., n + 1) -> inputs and targets (..., n) int64; a token without loss is IGNORE_INDEX as a
         target."""
         ids = self.ids(tokens, position)
-        inputs, targets = ids[..., :-1].astype(np.int64), ids[..., 1:].astype(np.int64)
+        inputs = ids[..., :-1].astype(np.int64)
+        targets = ids[..., 1:].astype(np.int64)
         if self.loss_mask:
             targets[tokens[..., 1:] >= NO_LOSS] = IGNORE_INDEX
         return inputs, targets
@@ -381,7 +395,8 @@ def verify_shard(path, entry, vocab_size=None, loss_mask=False):
                 if loss_mask:
                     ids = ids & ~NO_LOSS
                 if largest is None or ids.max() > largest:
-                    largest, place = int(ids.max()), (done - offset) // dtype.itemsize + int(ids.argmax())
+                    largest = int(ids.max())
+                    place = (done - offset) // dtype.itemsize + int(ids.argmax())
             done += count
     except OSError as error:
         raise UserError(f"{path}: byte {done}: could not be read ({error.strerror}); copy it again") from None
@@ -399,98 +414,3 @@ def verify_shard(path, entry, vocab_size=None, loss_mask=False):
             "prepare it again"
         )
     return dtype, tokens, largest
-
-
-def read_meta(folder):
-    """meta.json of a data folder, every field checked, or None if there is none (shards of other programs). Raises
-    UserError."""
-    path = Path(folder) / "meta.json"
-    if not os.path.lexists(path):
-        return None
-    meta = read_object(path)
-
-    def expect(right, name, value, expected):
-        if not right:
-            raise damaged(path, name, value, expected)
-
-    for name, expected in (("vocab_size", "a number of ids"), ("tokenizer", "an object"), ("splits", "an object")):
-        expect(name in meta, name, None, expected)
-    vocab_size = meta["vocab_size"]
-    tokenizer = meta["tokenizer"]
-    expect(is_count(vocab_size) and 0 < vocab_size <= 2**31, "vocab_size", vocab_size, "a number of ids, 1 to 2^31")
-    expect(isinstance(tokenizer, dict), "tokenizer", tokenizer, "an object")
-    for name, kind in (("fingerprint", str), ("name", str), ("trained", bool)):
-        value = tokenizer.get(name, "" if name == "fingerprint" else kind())
-        expect(isinstance(value, kind), f"tokenizer.{name}", value, f"a {kind.__name__}")
-        expect(value or name != "fingerprint", f"tokenizer.{name}", value, "a string")
-        expect(kind is bool or value.isprintable(), f"tokenizer.{name}", value, "printable text")
-    end = meta.get("end_of_text", 0)
-    expect(is_count(end) and end < vocab_size, "end_of_text", end, f"a token id below vocab_size {vocab_size}")
-    expect(isinstance(meta.get("loss_mask", False), bool), "loss_mask", meta.get("loss_mask"), "true or false")
-    expect(isinstance(meta.get("settings", {}), dict), "settings", meta.get("settings"), "an object")
-    expect(is_count(meta.get("skipped", 0)), "skipped", meta.get("skipped"), "a number of documents")
-    expect(isinstance(meta["splits"], dict), "splits", meta["splits"], "an object")
-    for split, content in meta["splits"].items():
-        check_split(path, f"splits.{split}", content)
-    return meta
-
-
-def check_progress(path):
-    """The content of progress.json, every field checked. Raises UserError."""
-    progress = read_object(path)
-    for name in ("settings", "skipped"):
-        if not isinstance(progress.get(name, {}), dict):
-            raise damaged(path, name, progress[name], "an object")
-    for name in ("train", "val"):
-        check_split(path, name, progress.get(name, {"shards": []}))
-    for name, value in progress.get("skipped", {}).items():
-        if not is_count(value):
-            raise damaged(path, f"skipped.{name}", value, "a number from 0 on")
-    return progress
-
-
-def read_object(path, remedy="prepare the data again"):
-    """The object in a JSON file. remedy: for the error. Raises UserError, for a pipe or a device too."""
-    if not os.path.lexists(path):
-        raise UserError(f"{path}: no such file; {remedy}")
-    if not is_regular(path):
-        raise UserError(f"{path}: not a regular file; {remedy}")
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise damaged(path, "its content", content, "an object", remedy)
-    return content
-
-
-def damaged(path, name, value, expected, remedy="prepare the data again"):
-    """The UserError for a wrong value in a JSON file. name: where in it."""
-    found = json.dumps(value)
-    found = found if len(found) < 80 else f"{found[:80]}..."
-    return UserError(f"{path}: damaged: {name}: found {found}, expected {expected}; {remedy}")
-
-
-def check_split(path, where, content):
-    """Raise UserError if what meta.json or progress.json says of a split is not what a prepare script writes."""
-    shards = content.get("shards") if isinstance(content, dict) else None
-    if not isinstance(shards, list):
-        raise damaged(path, where, content, "an object with a list of shards")
-    for name in ("tokens", "documents", "bytes", "waiting"):
-        if not is_count(content.get(name, 0)):
-            raise damaged(path, f"{where}.{name}", content[name], "a number from 0 on")
-    names = set()
-    for number, shard in enumerate(shards):
-        here = f"{where}.shards[{number}]"
-        if not isinstance(shard, dict):
-            raise damaged(path, here, shard, "an object")
-        name, tokens, checksum = shard.get("file"), shard.get("tokens"), shard.get("sha256", 64 * "0")
-        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or not name.isprintable():
-            raise damaged(path, f"{here}.file", name, "the name of a file in this folder")
-        if name in names:
-            raise damaged(path, f"{here}.file", name, "a name that no other shard has")
-        names.add(name)
-        if not is_count(tokens):
-            raise damaged(path, f"{here}.tokens", tokens, "a number from 0 on")
-        if not isinstance(checksum, str) or not SHA256.fullmatch(checksum):
-            raise damaged(path, f"{here}.sha256", checksum, "64 hexadecimal digits")
-
-
-SHA256 = re.compile("[0-9a-f]{64}")

@@ -13,7 +13,7 @@ from pathlib import Path
 import tiktoken
 
 from minzero.config.values import did_you_mean
-from minzero.data.shards import read_object
+from minzero.data.meta import read_object
 from minzero.errors import UserError
 from minzero.files import check_can_write, is_regular, make_folder, write_atomically, write_json
 

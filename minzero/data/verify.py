@@ -4,7 +4,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from minzero.data.shards import read_meta, shards_of, verify_shard
+from minzero.data.meta import read_meta
+from minzero.data.shards import shards_of, verify_shard
 from minzero.errors import UserError
 from minzero.files import nearest
 

@@ -9,8 +9,8 @@ import torch
 
 from minzero.config.sections import ModelConfig
 from minzero.data.conversations import CHAT_TEMPLATE
+from minzero.data.meta import read_meta
 from minzero.data.pipeline import tokenizer_of
-from minzero.data.shards import read_meta
 from minzero.data.tokenizer import END_OF_TEXT, save_for_transformers
 from minzero.errors import UserError
 from minzero.files import write_json
