@@ -12,12 +12,12 @@ from tests.conftest import ROOT
 ORDER = """
     errors files launchers commands flags deepspeed_keys config.values config.sections config.nested
     config.deepspeed config.hints config.build config.help config.load sizes dist run_folder loss zero
-    tensor_files data.order data.shards data.mixture data.tokenizer data.documents data.local_files data.sources
-    data.conversations data.encode data.output data.pipeline data.scripts data.verify checkpoint_state
-    checkpoint_folder nearest checkpoint resume model hf.families hf.read trained evaluate_loss engine schedule watchdog
-    bad_steps metrics loggers profiler curves plot report hf.card hf.write hf.gguf summary run
-    evaluate generate planner.gpus planner.settings planner.activations planner.replay planner.stage3
-    planner.memory planner.speed planner.search planner.plan planner.report benchmark
+    tensor_files data.order data.meta data.shards data.mixture data.tokenizer data.documents data.local_files
+    data.sources data.conversations data.encode data.output data.pipeline data.scripts data.verify
+    checkpoint_state checkpoint_folder nearest checkpoint resume model hf.families hf.read trained engine
+    schedule watchdog bad_steps metrics loggers profiler curves plot report hf.card hf.write hf.gguf summary run
+    evaluate_loss evaluate generate planner.gpus planner.settings planner.activations planner.replay
+    planner.stage3 planner.memory planner.speed planner.search planner.plan planner.report benchmark
 """.split()
 ALONE = ["preflight"]  # runs before anything is installed, so it imports nothing
 PRODUCT = sorted(
