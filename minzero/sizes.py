@@ -28,7 +28,7 @@ PEAK_FLOPS = {
     r"GeForce RTX 3090$": 71e12,
 }
 
-# Keys of the model section that the formulas here and the planner's memory.py take into account.
+# Keys of the model section that the formulas here and planner/activations.py take into account.
 COUNTED = set(
     "n_layer n_head n_kv_head n_embd block_size vocab_size mlp_hidden dropout bias norm norm_eps position rotary_theta "
     "mlp tie_embeddings init_std".split()
@@ -62,7 +62,7 @@ def check_counted(config: ModelConfig):
     for name, value, _ in switched_on(config, COUNTED):
         raise UserError(
             f"model.{name}: found {json.dumps(value)}, which the formulas for parameters, FLOPs and memory do not "
-            "know; add it to sizes.py and memory.py, and its name to sizes.COUNTED"
+            "know; add it to sizes.py and planner/activations.py, and its name to sizes.COUNTED"
         )
 
 
