@@ -5,6 +5,7 @@ import statistics
 from benchmarks.gpu_parts import PARTS
 from minzero import benchmark
 from minzero.files import write_atomically
+from minzero.plot import pyplot
 from minzero.sizes import peak_flops
 
 SPEED = {
@@ -86,10 +87,7 @@ def loss_differences(results):
 
 def draw_losses(results, picture):
     """The losses of `convergence`, and how far each is from ZeRO-3's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, (losses_axes, differences_axes) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
     expected = results.get("stage3", {}).get("losses")
@@ -103,7 +101,7 @@ def draw_losses(results, picture):
     losses_axes.set(ylabel="loss, nats per token")
     losses_axes.legend(fontsize=8)
     differences_axes.set(ylabel="relative difference from ZeRO-3's", xlabel="step, where they differ", yscale="log")
-    differences_axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    differences_axes.xaxis.set_major_locator(plt.matplotlib.ticker.MaxNLocator(integer=True))
     figure.savefig(picture, dpi=110)
     plt.close(figure)
 

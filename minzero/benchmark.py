@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minzero import report
 from minzero.config.deepspeed import gradient_accumulation
 from minzero.data.mixture import Mixture
 from minzero.data.shards import token_dtype, write_shard
@@ -33,6 +34,7 @@ from minzero.planner.gpus import in_units
 from minzero.planner.memory import peak_bytes
 from minzero.planner.search import with_choice
 from minzero.planner.settings import settings_of
+from minzero.plot import pyplot
 
 # name on the command line: (title, stage, offload as in search.with_choice, whether all blocks are recomputed)
 ROWS = {
@@ -273,15 +275,14 @@ def table(results, columns=COLUMNS):
     known = {key for result in results for key, value in result.items() if value is not None}
     first = next(iter(columns))
     columns = {heading: entry for heading, entry in columns.items() if heading == first or entry[0] in known}
-    lines = [f"| setting | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"]
+    rows = []
     for result in results:
         if result["failed"]:
-            reason = f"failed: {result['failed']}".replace("|", "\\|")
-            cells = [reason] + [""] * (len(columns) - 1)
+            cells = [f"failed: {result['failed']}"] + [""] * (len(columns) - 1)
         else:
             cells = [write(result[key]) if result.get(key) is not None else "-" for key, write in columns.values()]
-        lines.append(f"| {result['title']} | {' | '.join(cells)} |")
-    return lines
+        rows.append([result["title"], *cells])
+    return report.table(["setting", *columns], rows, right_from=1).splitlines()
 
 
 def markdown(results, conditions):
@@ -293,10 +294,7 @@ def markdown(results, conditions):
 
 def draw(results, conditions, picture):
     """Bars of each row's memory, measured beside predicted, and of its throughput."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, (memory, speed) = plt.subplots(
         1, 2, figsize=(11, 1.6 + 0.5 * len(results)), sharey=True, layout="constrained"
@@ -321,7 +319,7 @@ def draw(results, conditions, picture):
     memory.invert_yaxis()
     memory.set(xlabel="GiB", title="peak memory of a rank")
     speed.set(xlabel="tokens/s", title="throughput")
-    speed.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    speed.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=""))
     for axes in (memory, speed):
         axes.margins(x=0.2)
         axes.grid(axis="x", alpha=0.3)

@@ -4,15 +4,11 @@ import json
 import math
 from pathlib import Path
 
+from minzero import report
 from minzero.config.sections import Config
 from minzero.files import read_json
 from minzero.metrics import formula_fault, read_metrics
 from minzero.sizes import flops_per_token
-
-
-def markdown_table(heads, rows):
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def run_of(checkpoint):
@@ -128,8 +124,8 @@ def write_model_card(folder, source, dtype):
         f"```python\n{loading_code(folder, config.model.block_size)}\n```",
         f"Its context is {config.model.block_size:,} tokens.",
         "## Training",
-        markdown_table(("", ""), training_facts(state, config, loss)),
+        report.table(("", ""), training_facts(state, config, loss)),
         "## Model settings",
-        markdown_table(("key", "value"), settings),
+        report.table(("key", "value"), settings),
     ]
     (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")

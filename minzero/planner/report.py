@@ -10,6 +10,7 @@ from minzero.planner.gpus import COMFORTABLE, USABLE, GiB, in_units
 from minzero.planner.replay import PARTS
 from minzero.planner.search import CHOICES, cheapest_change, enough_gpus, fastest, with_choice
 from minzero.planner.settings import OTHER_ZERO_KEYS, WITHOUT_EFFECT, ZERO_KEYS
+from minzero.plot import pyplot
 
 
 def plan_text(plan, config, hardware, notes):
@@ -137,10 +138,7 @@ def train_command(arguments, given, config, hardware):
 def draw(config, planned, hardware, picture):
     """Stacked bars of one GPU's memory at its peak, by part, for every candidate of --fit at the config's micro-batch,
     with a line at the end of the GPU. picture: a path; its extension is the format. Raises OSError and ValueError."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     names, plans = [], []
     for stage, offload in CHOICES:
