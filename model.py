@@ -147,13 +147,15 @@ class GPT(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean cross-entropy in nats over
     the targets that are not IGNORE_INDEX, as a float32 scalar (0 if none counts)."""
 
-    def __init__(self, config: ModelConfig, seed=1337, recompute_every=0, inputs_on_cpu=False, kernels="torch"):
-        """recompute_every: activation checkpointing of blocks 0, k, 2k, ...; 0: of none. inputs_on_cpu: the inputs of
+    def __init__(
+        self, config: ModelConfig, seed=1337, activation_checkpointing=0, activation_offload=False, kernels="torch"
+    ):
+        """activation_checkpointing: activation checkpointing of blocks 0, k, 2k, ...; 0: of none. activation_offload: the inputs of
         those blocks are kept in CPU memory. kernels: torch, or apex for its norms."""
         super().__init__()
         self.config = config
-        self.recompute_every = recompute_every
-        self.inputs_on_cpu = inputs_on_cpu
+        self.activation_checkpointing = activation_checkpointing
+        self.activation_offload = activation_offload
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
@@ -195,7 +197,7 @@ class GPT(nn.Module):
         """The block's output, keeping only its input for the backward pass, which computes the rest again, with the
         same dropout (activation checkpointing: Chen et al. 2016, arXiv 1604.06174)."""
         on_cpu = torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda)
-        with on_cpu if self.inputs_on_cpu else contextlib.nullcontext():
+        with on_cpu if self.activation_offload else contextlib.nullcontext():
             return checkpoint(block, x, angles, use_reentrant=False)
 
     def forward(self, tokens, targets=None):
@@ -211,7 +213,7 @@ class GPT(nn.Module):
             angles = rotary_angles(T, config.n_embd // config.n_head, config.rotary_theta, tokens.device)
         x = F.dropout(x, config.dropout, self.training)
         for number, block in enumerate(self.blocks):
-            if self.training and self.recompute_every and number % self.recompute_every == 0:
+            if self.training and self.activation_checkpointing and number % self.activation_checkpointing == 0:
                 x = self.checkpointed(block, x, angles)
             else:
                 x = block(x, angles)

@@ -194,9 +194,13 @@ def memory_of_recomputation():
     print("  with their gradients; a CPU has no second memory for the blocks' inputs: on a GPU the last row would hold")
     print(f"  {inputs / 1e6:.0f} MB less than the second, the blocks' inputs")
     example = torch.randint(config.vocab_size, (batch, config.block_size))
-    options = {"none recomputed": {}, "every block": {"recompute_every": 1}, "every second": {"recompute_every": 2}}
-    options |= {"every third": {"recompute_every": 3}}
-    options |= {"every block, inputs on CPU": {"recompute_every": 1, "inputs_on_cpu": True}}
+    options = {
+        "none recomputed": {},
+        "every block": {"activation_checkpointing": 1},
+        "every second": {"activation_checkpointing": 2},
+    }
+    options |= {"every third": {"activation_checkpointing": 3}}
+    options |= {"every block, inputs on CPU": {"activation_checkpointing": 1, "activation_offload": True}}
     for name, more in options.items():
         gpt = model.GPT(config, **more)
 

@@ -90,12 +90,12 @@ def flops_per_token(config: ModelConfig):
     return 6 * count_parameters(config)[1] + 12 * config.n_layer * config.n_embd * config.block_size
 
 
-def recomputed_flops_per_token(config: ModelConfig, recompute_every):
+def recomputed_flops_per_token(config: ModelConfig, activation_checkpointing):
     """FLOPs per training token that activation checkpointing adds: one more forward pass of blocks 0, k, 2k, ... for
-    recompute_every = k; 0 recomputes none. Hardware FLOPs are model FLOPs plus these (Korthikanti et al. 2022, arXiv
+    activation_checkpointing = k; 0 recomputes none. Hardware FLOPs are model FLOPs plus these (Korthikanti et al. 2022, arXiv
     2205.05198, section 6.3)."""
-    if not recompute_every:
+    if not activation_checkpointing:
         return 0
-    blocks = -(-config.n_layer // recompute_every)
+    blocks = -(-config.n_layer // activation_checkpointing)
     matrices = count_parameters(config)[1] - config.vocab_size * config.n_embd
     return blocks / config.n_layer * (2 * matrices + 4 * config.n_layer * config.n_embd * config.block_size)

@@ -138,7 +138,9 @@ class OtherEngine:
     def forward(self, module, keeps=True):
         super().forward(module, keeps)
         s = self.settings
-        if module is self.model and s.amp and s.recompute_every:  # nothing saved refers to autocast's fp16 weights
+        if (
+            module is self.model and s.amp and s.activation_checkpointing
+        ):  # nothing saved refers to autocast's fp16 weights
             self.memory.free(self.autocast)
 
 

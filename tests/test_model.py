@@ -45,13 +45,16 @@ def test_the_parameter_count_from_the_config_is_the_models(config):
     assert count_parameters(config)[0] == sum(parameter.numel() for parameter in GPT(config).parameters())
 
 
-def counted_flops(config, recompute_every=0):
+def counted_flops(config, activation_checkpointing=0):
     """FLOPs of one forward and backward pass a token, as torch counts them on the meta device: the products
     alone, and causal attention in full."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
-        model, tokens = GPT(config, recompute_every=recompute_every), torch.zeros(1, config.block_size).long()
+        model, tokens = (
+            GPT(config, activation_checkpointing=activation_checkpointing),
+            torch.zeros(1, config.block_size).long(),
+        )
     counter = FlopCounterMode(display=False)
     with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(tokens, tokens).backward()
@@ -263,7 +266,9 @@ def gradients(model, tokens):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("options", [{"recompute_every": 1}, {"recompute_every": 2, "inputs_on_cpu": True}])
+@pytest.mark.parametrize(
+    "options", [{"activation_checkpointing": 1}, {"activation_checkpointing": 2, "activation_offload": True}]
+)
 def test_recomputed_blocks_give_the_same_gradients_and_keep_less(options):
     """Bit for bit, with dropout, which must fall on the same activations again."""
     config = dataclasses.replace(LLAMA, n_layer=4, dropout=0.3)

@@ -53,7 +53,7 @@ def settings_of_row(row):
         "stage": stage,
         "world_size": row["gpus"],
         "micro_batch_size": row["micro_batch"],
-        "recompute_every": int(row["activation_checkpointing"]),
+        "activation_checkpointing": int(row["activation_checkpointing"]),
         "offload_optimizer": bool(row["offload_optimizer"]),
         "offload_param": bool(row["offload_param"]),
     }
@@ -129,7 +129,7 @@ def eleuther_ai_says(settings):
     states += parameters * 12 / (gpus if s.stage >= 1 else 1)
     buffers = s.reduce_bucket_size * 2 if s.stage >= 1 and gpus > 1 else 0
     buffers += min(s.max_live_parameters, parameters) * 2 if s.stage == 3 and gpus > 1 else 0
-    scores = 0 if s.recompute_every else 5 * model.n_head * length / width
+    scores = 0 if s.activation_checkpointing else 5 * model.n_head * length / width
     return states + buffers + length * s.micro_batch_size * width * model.n_layer * (34 + scores)
 
 

@@ -113,7 +113,7 @@ class Trace:
         for part in (self.attention(), self.mlp()):
             inside += [self.norm("norm"), part, Module("sum", kept=self.stream, hooked=False)]
         block = Module(f"block {number}", inside=inside, output=self.stream)
-        block.recomputed = bool(s.recompute_every) and number % s.recompute_every == 0
+        block.recomputed = bool(s.activation_checkpointing) and number % s.activation_checkpointing == 0
         block.leaf = s.compiled and s.stage == 3  # engine.py makes compiled blocks one module for DeepSpeed
         if block.leaf:
             for call in calls_of(block)[1:]:

@@ -29,9 +29,9 @@ def peak_bytes(settings):
 def offloaded_activations(settings):
     """Bytes of one micro-batch's inputs of recomputed blocks in CPU memory (train.activation_offload)."""
     s = settings
-    if not (s.inputs_on_cpu and s.recompute_every):
+    if not (s.activation_offload and s.activation_checkpointing):
         return 0
-    recomputed_blocks = -(-s.model.n_layer // s.recompute_every)
+    recomputed_blocks = -(-s.model.n_layer // s.activation_checkpointing)
     return recomputed_blocks * s.tokens * s.model.n_embd * s.bytes
 
 

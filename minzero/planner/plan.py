@@ -36,7 +36,7 @@ def plan_run(config, hardware, assumptions=None):
         "stage": settings.stage,
         "offload_optimizer": settings.offload_optimizer,
         "offload_param": settings.offload_param,
-        "activation_checkpointing": settings.recompute_every,
+        "activation_checkpointing": settings.activation_checkpointing,
         **speed_and_cost(settings, parameters, config.train.max_tokens, hardware, assumptions),
         "assumptions": dataclasses.asdict(assumptions),
     }

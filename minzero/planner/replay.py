@@ -102,7 +102,7 @@ class Engine:
             for tensor in self.passing:
                 memory.free(tensor)
             self.passing = []
-            self.kept[module] = memory.allocate("activations", 0 if self.settings.inputs_on_cpu else module.output)
+            self.kept[module] = memory.allocate("activations", 0 if self.settings.activation_offload else module.output)
         if module.kept and keeps:
             self.kept[module] = memory.allocate(module.part, module.kept)
         elif module.kept:

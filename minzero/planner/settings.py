@@ -34,8 +34,8 @@ class Settings:
     micro_batch_size: int = 1
     gradient_accumulation_steps: int = 1
     precision: str = "bf16"  # bf16, fp16 or fp32
-    recompute_every: int = 0  # k: blocks 0, k, 2k, ... are recomputed in the backward pass; 0: none
-    inputs_on_cpu: bool = False  # the inputs of recomputed blocks are kept in CPU memory
+    activation_checkpointing: int = 0  # k: blocks 0, k, 2k, ... are recomputed in the backward pass; 0: none
+    activation_offload: bool = False  # the inputs of recomputed blocks are kept in CPU memory
     offload_optimizer: bool = False
     offload_ratio: float = 1.0  # stage 3: the share of the optimizer in CPU memory, counted in sub-groups
     offload_param: bool = False
@@ -96,8 +96,8 @@ def settings_of(config, gpus):
         micro_batch_size=train.micro_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps(config, gpus),
         precision="bf16" if train.precision == "auto" else train.precision,
-        recompute_every=int(train.activation_checkpointing),
-        inputs_on_cpu=train.activation_offload,
+        activation_checkpointing=int(train.activation_checkpointing),
+        activation_offload=train.activation_offload,
         offload_optimizer=offloads_optimizer(config.deepspeed),
         offload_ratio=offload_ratio(zero),
         offload_param=offload_device(zero, "offload_param") != "none",

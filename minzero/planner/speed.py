@@ -20,7 +20,7 @@ class Assumptions:
 def seconds_per_step(settings, parameters, tokens, hardware, assumptions):
     """One optimizer step over `tokens` tokens: products and communication overlap, offload's copies and Adam do not."""
     s, a = settings, assumptions
-    flops = flops_per_token(s.model) + recomputed_flops_per_token(s.model, s.recompute_every)
+    flops = flops_per_token(s.model) + recomputed_flops_per_token(s.model, s.activation_checkpointing)
     peak = hardware.peak / 2 if s.bytes == 4 else hardware.peak  # fp32 is computed in TF32
     compute = flops * tokens / (s.world_size * peak * a.utilisation)
     bandwidth = a.network if hardware.nodes > 1 else a.link
@@ -33,7 +33,7 @@ def communicated_bytes(settings, parameters):
     a step. Stage 2 scatters the gradients of each micro-batch; stage 3 also gathers the weights for each pass."""
     s = settings
     if s.stage == 3:
-        passes = (3 + bool(s.recompute_every)) * s.gradient_accumulation_steps
+        passes = (3 + bool(s.activation_checkpointing)) * s.gradient_accumulation_steps
     elif s.stage == 2:
         passes = s.gradient_accumulation_steps + 1
     else:
@@ -48,7 +48,7 @@ def offload_seconds(settings, parameters, nodes, assumptions):
     shard = parameters / s.world_size
     seconds = 2 * offloaded_activations(s) * s.gradient_accumulation_steps / a.pcie
     if s.offload_param:
-        passes = (2 + bool(s.recompute_every)) * s.gradient_accumulation_steps
+        passes = (2 + bool(s.activation_checkpointing)) * s.gradient_accumulation_steps
         seconds += passes * shard * s.bytes / a.pcie
     if s.offload_optimizer:
         offloaded = offloaded_elements(s, parameters)
