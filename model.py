@@ -150,8 +150,9 @@ class GPT(nn.Module):
     def __init__(
         self, config: ModelConfig, seed=1337, activation_checkpointing=0, activation_offload=False, kernels="torch"
     ):
-        """activation_checkpointing: activation checkpointing of blocks 0, k, 2k, ...; 0: of none. activation_offload: the inputs of
-        those blocks are kept in CPU memory. kernels: torch, or apex for its norms."""
+        """activation_checkpointing: k: blocks 0, k, 2k, ... keep only their inputs and are computed again in the
+        backward pass; 0: none. activation_offload: those inputs are kept in CPU memory. kernels: torch, or apex for its
+        norms."""
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing

@@ -92,8 +92,8 @@ def flops_per_token(config: ModelConfig):
 
 def recomputed_flops_per_token(config: ModelConfig, activation_checkpointing):
     """FLOPs per training token that activation checkpointing adds: one more forward pass of blocks 0, k, 2k, ... for
-    activation_checkpointing = k; 0 recomputes none. Hardware FLOPs are model FLOPs plus these (Korthikanti et al. 2022, arXiv
-    2205.05198, section 6.3)."""
+    activation_checkpointing = k; 0 recomputes none. Hardware FLOPs are model FLOPs plus these (Korthikanti et al. 2022,
+    arXiv 2205.05198, section 6.3)."""
     if not activation_checkpointing:
         return 0
     blocks = -(-config.n_layer // activation_checkpointing)
