@@ -26,7 +26,7 @@ if __name__ == "__main__":
     run_command(help_if_asked, may_be_many=True)  # before the imports that take seconds
 import torch
 
-from minzero import checkpoint, dist, resume, summary, trained
+from minzero import checkpoint, dist, resume, sampling, summary, trained
 from minzero.bad_steps import BadSteps
 from minzero.config.deepspeed import deepspeed_config, gradient_accumulation, zero_stage
 from minzero.config.load import load_config
@@ -232,6 +232,12 @@ def validate(run, engine, data, step):
         run.watchdog.heartbeat()
 
 
+def show_sample(run, engine, tokenizer, step):
+    """Print and log a text that the model writes. Every rank must call this."""
+    seed = run.config.train.seed + step
+    run.record_sample(step, sampling.write_text(engine, tokenizer, run.group.device, seed, run.watchdog.heartbeat))
+
+
 def draw_loss(folder):
     """Draw <folder>/loss.png."""
     try:
@@ -264,6 +270,7 @@ def main(config, watchdog=None):
             train_data, val_data = open_data(config)
             setup = choose_setup(config, group)
             start = choose_start(config, train_data)
+            tokenizer = sampling.open_tokenizer(config)
             facts = facts_in_common(config, setup, start, train_data, val_data)
         dist.refuse_different_ranks(facts)
         start = skip_damaged_checkpoints(config, train_data, start)
@@ -307,6 +314,8 @@ def main(config, watchdog=None):
 
             if run.should_evaluate(step):
                 validate(run, engine, val_data, step)
+            if run.should_sample(step):
+                show_sample(run, engine, tokenizer, step)
 
             # 12 bytes a parameter, over all ranks: the weight and Adam's two moments in float32
             if run.should_save(step, result):

@@ -1,5 +1,6 @@
 """A training run: everything that a rank must remember of it from one step to the next."""
 
+import json
 import math
 import time
 from typing import NamedTuple
@@ -148,7 +149,12 @@ class Run:
     def end_step(self, step, result):
         """Call before anything that is no part of a step, such as an evaluation: its time does not count."""
         evaluates_or_saves = self.should_evaluate(step) or self.should_save(step, result)
-        if evaluates_or_saves or result.facts.ranks_that_wrote or step == self.profiler.last:
+        if (
+            evaluates_or_saves
+            or self.should_sample(step)
+            or result.facts.ranks_that_wrote
+            or step == self.profiler.last
+        ):
             self.clock.pause()
         dist.print0(self.profiler.end_step(step, ending=self.is_last(step) or result.facts.stop_requested))
 
@@ -173,6 +179,15 @@ class Run:
         dist.print0(f"step {step}: validation loss {loss:.4f}{', the best so far' if self.best_at == step else ''}")
         self.folder.report("running", step)
         self.write(step, {"val_loss": loss, "eval_seconds": seconds})
+
+    def should_sample(self, step):
+        every = self.config.train.sample_every
+        return every > 0 and (step % every == 0 or self.is_last(step))
+
+    def record_sample(self, step, text):
+        """Log and print a text that the model wrote."""
+        dist.print0(f"step {step}: the model writes: {json.dumps(text, ensure_ascii=False)}")
+        self.write(step, {"sample": text})
 
     # -- checkpoints ---------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ ORDER = """
     data.sources data.conversations data.encode data.output data.pipeline data.scripts data.verify
     checkpoint_state checkpoint_folder nearest checkpoint resume model hf.families hf.read trained engine
     schedule watchdog bad_steps metrics loggers profiler curves plot report hf.card hf.write hf.gguf summary run
-    evaluate_loss evaluate generate planner.gpus planner.settings planner.activations planner.replay
+    evaluate_loss sampling evaluate generate planner.gpus planner.settings planner.activations planner.replay
     planner.stage3 planner.memory planner.speed planner.search planner.plan planner.report benchmark
 """.split()
 ALONE = ["preflight"]  # runs before anything is installed, so it imports nothing

@@ -155,6 +155,12 @@ class TrainConfig:
     eval_tokens: int = key(
         1_048_576, "validation tokens of one evaluation, the same tokens each time", minimum=1, maximum=10**15
     )
+    sample_every: int = key(
+        0,
+        "optimizer steps from one text to the next that the model writes, into the console and metrics.jsonl; 0: none",
+        minimum=0,
+        maximum=10**15,
+    )
     save_every: int = key(
         1000, "optimizer steps from one checkpoint to the next; 0: only at the end", minimum=0, maximum=10**15
     )

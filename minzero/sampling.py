@@ -1,0 +1,64 @@
+"""Text from the model that is being trained, at any ZeRO stage. sample.py writes from a finished model, and faster."""
+
+import contextlib
+
+import torch
+from torch import distributed
+
+from minzero.data.pipeline import tokenizer_of
+from minzero.data.tokenizer import END_OF_TEXT
+from minzero.errors import UserError
+
+LENGTH = 64  # tokens
+TEMPERATURE = 0.8
+
+
+def open_tokenizer(config):
+    """The tokenizer of the run's data, or None if no text is to be written. Raises UserError if it is not known."""
+    if not config.train.sample_every:
+        return None
+    folder = next(iter(config.data.weights))
+    try:
+        return tokenizer_of(folder)
+    except UserError as error:
+        raise UserError(f"train.sample_every: {error}; or set it to 0") from None
+
+
+@torch.no_grad()
+def write_tokens(model, first, length, device, seed, progress=lambda: None):
+    """The ids of a text of so many tokens that the model writes after the token `first`. All ranks run every forward
+    pass (ZeRO-3's gathers are collective) and take rank 0's choices. Every rank must call this.
+
+    model: the engine of a GPT. seed: of the choices, which use no other random numbers of the run. progress: called
+    before each forward pass. Leaves the model in training mode."""
+    generator = torch.Generator().manual_seed(seed)
+    block_size = model.module.config.block_size
+    written = [first]
+    model.eval()
+    for _ in range(length):
+        progress()
+        context = written[-block_size:]
+        # one shape for every pass, for a compiled model; what is after the context does not reach its logits
+        inputs = torch.zeros(1, block_size, dtype=torch.long)
+        inputs[0, : len(context)] = torch.tensor(context)
+        logits = model(inputs.to(device))[0, len(context) - 1]
+        likely = torch.softmax(logits.float().cpu() / TEMPERATURE, dim=0)
+        choice = torch.multinomial(likely, 1, generator=generator).to(device)
+        if distributed.is_initialized():
+            distributed.broadcast(choice, src=0)
+        written.append(int(choice))
+    model.train()
+    return written[1:]
+
+
+def write_text(model, tokenizer, device, seed, progress=lambda: None):
+    """A text of LENGTH tokens from the start of a document, up to the end of that document. See `write_tokens`."""
+    end = tokenizer.encode_single_token(END_OF_TEXT)
+    tokens = write_tokens(model, end, LENGTH, device, seed, progress)
+    if end in tokens:
+        tokens = tokens[: tokens.index(end)]
+    found = []
+    for token in tokens:
+        with contextlib.suppress(KeyError):  # a model may have more ids than the tokenizer
+            found.append(tokenizer.decode_single_token_bytes(token))
+    return b"".join(found).decode(errors="replace")
