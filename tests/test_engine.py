@@ -1,5 +1,6 @@
 """What build_engine chooses by: kernels and compilation. Real Apex needs a GPU; here are packages of its name."""
 
+import importlib.util
 import sys
 
 import pytest
@@ -16,6 +17,18 @@ from tests.conftest import run
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
+@pytest.fixture(autouse=True)
+def no_real_apex(tmp_path, monkeypatch):
+    """Only packages of tmp_path are found, also where NVIDIA Apex is installed."""
+    find = importlib.util.find_spec
+
+    def find_in_tmp_path(name):
+        found = find(name)
+        return found if found and str(found.origin).startswith(str(tmp_path)) else None
+
+    monkeypatch.setattr(engine.importlib.util, "find_spec", find_in_tmp_path)
+
+
 @pytest.fixture
 def install(tmp_path, monkeypatch):
     """Put empty packages and modules on the path: install("apex/normalization", "amp_C")."""
@@ -23,7 +36,8 @@ def install(tmp_path, monkeypatch):
     def put(*names):
         for name in names:
             (tmp_path / name).mkdir(parents=True)
-            (tmp_path / name / "__init__.py").touch()
+            for folder in (name, name.partition("/")[0]):
+                (tmp_path / folder / "__init__.py").touch()
         monkeypatch.syspath_prepend(tmp_path)
 
     return put
