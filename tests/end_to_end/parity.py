@@ -19,7 +19,7 @@ import train
 from minzero import checkpoint, checkpoint_folder, checkpoint_state, dist
 from minzero.config.build import build
 from minzero.config.deepspeed import deepspeed_config
-from minzero.data import order
+from minzero.data import mixture
 from minzero.engine import count_real_parameters
 from tests.end_to_end.parity_settings import MOVES, SETTINGS
 from tests.variants import all_changed
@@ -88,17 +88,17 @@ def go_on_from(name, step, new):
 
 def keep_record_of_samples(name):
     """Have sample_numbers write down, for rank 0's log, what this rank was given."""
-    numbers, seen = order.sample_numbers, []
+    numbers, seen = mixture.sample_numbers, []
 
     def and_record(step, *rest):
         samples = numbers(step, *rest)
         seen.extend((step, int(sample)) for sample in samples)
         return samples
 
-    order.sample_numbers = and_record
+    mixture.sample_numbers = and_record
 
     def finish():
-        order.sample_numbers = numbers
+        mixture.sample_numbers = numbers
         everyone = [None] * comm.get_world_size()
         torch.distributed.all_gather_object(everyone, seen)
         if comm.get_rank() == 0:
