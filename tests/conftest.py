@@ -1,9 +1,11 @@
 """What the tests share: the repository on the path, shared texts where they are, runs under the launcher."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,12 @@ def write_small_data(folder):
     tokenizer = {"name": "bytes", "trained": False, "fingerprint": "0"}
     write_json(folder / "meta.json", {"tokenizer": tokenizer, "vocab_size": 64, "end_of_text": 0, "splits": splits})
     return folder
+
+
+@pytest.fixture
+def quick():
+    """A folder in memory where there is one, for tests that flush to the disk thousands of times."""
+    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    folder = Path(tempfile.mkdtemp(prefix="minzero_", dir=base))
+    yield folder
+    shutil.rmtree(folder)

@@ -5,11 +5,9 @@ import itertools
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -60,15 +58,6 @@ def contents(folder):
 
 def shards(folder):
     return {name: content for name, content in contents(folder).items() if name.endswith(".bin")}
-
-
-@pytest.fixture
-def quick():
-    """A folder in memory where there is one, for tests that flush to the disk thousands of times."""
-    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    folder = Path(tempfile.mkdtemp(prefix="minzero_", dir=base))
-    yield folder
-    shutil.rmtree(folder)
 
 
 def numbered():

@@ -106,7 +106,7 @@ def test_a_key_under_both_names_is_refused(old, new, tmp_path):
 
 @pytest.mark.parametrize("old, new", RENAMED.items())
 def test_a_saved_run_with_an_old_name_is_read_with_the_new_one(old, new, tmp_path, monkeypatch):
-    import plot
+    from minzero import curves
     from tests.trained_runs import GPT2, write_data, write_run
 
     section, old_name = old.split(".")
@@ -123,7 +123,7 @@ def test_a_saved_run_with_an_old_name_is_read_with_the_new_one(old, new, tmp_pat
     write_run(tmp_path / "run", GPT2, write_data(tmp_path / "data"))
     assert old_name in json.loads((tmp_path / "run" / "config.json").read_text())[section]
     saved = checkpoint_state.read_state(checkpoint_folder.find(tmp_path / "run"))["config"]
-    for config in (saved, plot.read_config(tmp_path / "run")):
+    for config in (saved, curves.read_config(tmp_path / "run")):
         assert config[section][new_name] == other_value(new) and old_name not in config[section]
 
 

@@ -17,7 +17,6 @@ from transformers import AutoTokenizer
 import eval
 import export
 import sample
-import train
 from minzero.data import pipeline
 from minzero.data.conversations import HEADINGS, LEARNED, Conversations, with_marks
 from minzero.data.local_files import Files
@@ -26,6 +25,7 @@ from minzero.data.shards import TokenStream
 from minzero.data.sources import Hub
 from minzero.data.tokenizer import load_tokenizer
 from minzero.errors import UserError
+from minzero.evaluate_loss import validation_loss
 from minzero.files import ROOT
 from minzero.generate import generate, load_generator
 from minzero.sizes import IGNORE_INDEX
@@ -168,7 +168,7 @@ def test_evaluation_counts_the_answers_alone(data, tmp_path, capsys):
     assert found["tokens"] == sum(counts) < stream.tokens / 2 and "the assistant's words count" in output
     assert found["val_loss"] == pytest.approx(sum(losses) / sum(counts), rel=1e-6)
     whole = slice(0, stream.windows)  # what train.py takes
-    during = train.evaluate(model, Mixture(str(data), "val", 16, 270, 1), 10**6, 3, torch.device("cpu"))
+    during = validation_loss(model, Mixture(str(data), "val", 16, 270, 1), 10**6, 3, torch.device("cpu"))
     with pytest.raises(UserError, match="--gzip"):
         eval.main([str(tmp_path / "run"), "--gzip"])
     assert during == pytest.approx(sum(losses[whole]) / sum(counts[whole]), rel=1e-6)

@@ -26,13 +26,12 @@ from tests.data_helpers import (  # noqa: F401
     looks_finished,
     numbered,
     prepare,
-    quick,
     run,
     shards,
 )
 
 
-def test_kill_before_each_file_operation(quick):  # noqa: F811
+def test_kill_before_each_file_operation(quick):
     prepare(numbered(), quick / "whole")
     expected, kills = contents(quick / "whole"), 0
     for folder in killed_before_each_operation(quick, lambda folder: prepare(numbered(), folder)):
@@ -43,7 +42,7 @@ def test_kill_before_each_file_operation(quick):  # noqa: F811
     assert kills > 40
 
 
-def test_kill_at_twenty_random_moments(quick):  # noqa: F811
+def test_kill_at_twenty_random_moments(quick):
     (quick / "whole").mkdir()
     started = time.perf_counter()
     assert ended_by(in_a_child(lambda: prepare(numbered(), quick / "whole"))) == 0
@@ -62,7 +61,7 @@ def test_kill_at_twenty_random_moments(quick):  # noqa: F811
     raise AssertionError(f"only {killed} of 60 kills came before the end")
 
 
-def test_kill_again_and_again(quick):  # noqa: F811
+def test_kill_again_and_again(quick):
     """The same folder, killed until it is done: each run must resume from the last, not start again."""
     prepare(numbered(), quick / "whole")
     expected, folder, seen = contents(quick / "whole"), quick / "again", []
@@ -133,7 +132,7 @@ def test_a_killed_worker_and_ctrl_c(tmp_path, large):  # noqa: F811
         assert words in output and "Traceback" not in output, output
 
 
-def test_stale_files_are_harmless(quick):  # noqa: F811
+def test_stale_files_are_harmless(quick):
     """Shards and .tmp files of an older preparation, in every place that a new one will use."""
     prepare(numbered(), quick / "whole")
     expected, folder = contents(quick / "whole"), quick / "stale"
@@ -171,7 +170,7 @@ def test_two_preparations_at_once(tmp_path):
     prepare(documents(), tmp_path)
 
 
-def test_progress_that_does_not_fit_the_files(quick):  # noqa: F811
+def test_progress_that_does_not_fit_the_files(quick):
     child = in_a_child(lambda: prepare(cut_short(), quick / "a"))
     assert ended_by(child) == 1
     temporary = next((quick / "a").glob("val_*.tmp"))

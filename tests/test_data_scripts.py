@@ -87,6 +87,7 @@ def test_a_script_loads_nothing_that_takes_seconds_before_it_runs(name):
                 loaded.add(line.module)
     assert {module for module in loaded if module.split(".")[0] not in sys.stdlib_module_names} == {
         "minzero.commands",
+        "minzero.errors",
         "minzero.data.scripts",
     }
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import train
 from minzero import checkpoint_state, tensor_files
 from minzero.data import pipeline
 from minzero.data.conversations import with_marks
 from minzero.data.shards import TokenStream
+from minzero.evaluate_loss import validation_loss
 from minzero.metrics import read_metrics
 from minzero.tensor_files import SavedPieces
 from minzero.trained import load_model, open_trained
@@ -174,5 +174,5 @@ def test_weights_put_together_in_one_process_are_those_that_were_trained(folder,
     path = folder / name / "checkpoints" / "step_00000150"
     trained, wanted = open_trained(path), checkpoint_state.read_state(path)["config"]["train"]["eval_tokens"]
     stream = TokenStream(small_data, "val", trained.model.block_size)
-    loss = train.evaluate(load_model(trained), stream, wanted, 4, torch.device("cpu"))
+    loss = validation_loss(load_model(trained), stream, wanted, 4, torch.device("cpu"))
     assert loss == pytest.approx(steps_and_evaluations(folder / name)[-1]["val_loss"], rel=1e-6)
