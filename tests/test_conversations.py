@@ -28,6 +28,7 @@ from minzero.errors import UserError
 from minzero.evaluate_loss import validation_loss
 from minzero.files import ROOT
 from minzero.generate import generate, load_generator
+from minzero.loss import equal_weights
 from minzero.sizes import IGNORE_INDEX
 from minzero.trained import open_trained
 from model import GPT
@@ -130,7 +131,7 @@ def one_batch_at_a_time(data, micro_batch_size, ranks):
     for batches in everyone:
         with pytest.MonkeyPatch.context() as patch:  # the other ranks' part of the sum
             patch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.fill_(float(sum(counts))))
-            weights = train.equal_weights(batches, ranks, torch.device("cpu"))
+            weights = equal_weights(batches, ranks, torch.device("cpu"))
         for batch, weight in zip(batches, weights, strict=True):
             loss = model(*map(torch.from_numpy, batch)) * weight / accumulation / ranks
             loss.backward()
