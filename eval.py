@@ -18,7 +18,6 @@ import functools
 import json
 import os
 
-from minzero import evaluate
 from minzero.commands import run_command
 from minzero.errors import UserError
 from minzero.flags import SUPPRESS, FlagParser, a_checkpoint, a_path, at_least
@@ -50,6 +49,9 @@ def count_ranks():
 
 def main(arguments):
     args = parse(arguments)
+    # after the flags, so that --help and a wrong flag are answered at once: these take seconds to import
+    from minzero import evaluate
+
     ranks = count_ranks()
     if args.names and ranks > 1:
         raise UserError(f"--tasks: found {ranks} ranks, expected one process: python eval.py {args.path} --tasks ...")

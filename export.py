@@ -15,8 +15,6 @@ if __name__ == "__main__":
 from minzero.commands import run_command
 from minzero.files import check_can_write
 from minzero.flags import FlagParser, a_checkpoint, a_path
-from minzero.hf.write import write_model
-from minzero.trained import open_checkpoint, with_checkpoint
 
 
 def main(arguments):
@@ -27,6 +25,9 @@ def main(arguments):
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     args = parser.parse_args(arguments)
     check_can_write("folder", args.folder, folder=True)
+    # after the flags, so that --help and a wrong flag are answered at once: these take seconds to import
+    from minzero.hf.write import write_model
+    from minzero.trained import open_checkpoint, with_checkpoint
 
     def write(checkpoint):
         return f"{checkpoint} -> {args.folder}: {write_model(open_checkpoint(checkpoint), args.folder, args.dtype)}"

@@ -22,8 +22,6 @@ from pathlib import Path
 from minzero.commands import run_command
 from minzero.errors import UserError
 from minzero.flags import FlagParser, a_checkpoint, a_number, a_path, at_least
-from minzero.generate import Writer
-from minzero.trained import open_trained
 
 LEAST_TEMPERATURE = 1e-6  # logits over less overflow
 
@@ -82,6 +80,10 @@ def parse(arguments):
 
 def main(arguments):
     args = parse(arguments)
+    # after the flags, so that --help and a wrong flag are answered at once: these take seconds to import
+    from minzero.generate import Writer
+    from minzero.trained import open_trained
+
     source = open_trained(args.path, args.checkpoint)
     writer = Writer(source, args.data, args.chat, args.temperature, args.top_k, args.top_p)
     for prompt in read_prompts(args):

@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
 from minzero.commands import run_command
 from minzero.flags import FlagParser, a_path
-from minzero.hf.gguf import convert
 
 
 def main(arguments):
@@ -24,6 +23,9 @@ def main(arguments):
     parser.add_argument("--llama_cpp", type=a_path, default="llama.cpp", help="folder with convert_hf_to_gguf.py")
     parser.add_argument("--outtype", choices=["f32", "bf16", "f16", "q8_0"], help="default: as the folder's weights")
     args = parser.parse_args(arguments)
+    # after the flags, so that --help and a wrong flag are answered at once: these take seconds to import
+    from minzero.hf.gguf import convert
+
     print(f"{args.folder} -> {args.out}: {convert(args.folder, args.out, args.llama_cpp, args.outtype)}")
 
 

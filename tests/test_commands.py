@@ -53,6 +53,16 @@ def test_all_commands_are_found():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+def test_help_loads_nothing_that_takes_seconds(command):
+    """--help, and a wrong flag, are answered before torch, transformers or matplotlib are imported."""
+    code = f"import runpy, sys; sys.argv = [{command!r}, '--help']; sys.path.insert(0, {str(ROOT)!r})\n"
+    code += f"try: runpy.run_path({command!r}, run_name='__main__')\n"
+    code += "finally: assert not {'torch', 'deepspeed', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_begins_before_the_imports_that_take_seconds(command):
     lines = ast.parse((ROOT / command).read_text()).body
     begins = next(place for place, line in enumerate(lines) if ast.unparse(line).endswith(("begin()", "script.run()")))
