@@ -3,9 +3,10 @@
     python benchmark.py configs/1p7b.json [--gpus N] [--steps 10] [--warmup 3] [--rows ddp zero3 ...] [--out FOLDER]
                         [--json] [--section.key value ...]
 
-Every row is a process group of its own, started by DeepSpeed's launcher on this machine and ended as soon as its
-steps are in metrics.jsonl: nothing is evaluated or saved, and the runs live in a temporary folder. A row that fails
-shows why, and the others continue. Writes FOLDER/<config>.md, .json and .png (default out/benchmark) after each row.
+Every row is a process group of its own, under DeepSpeed's launcher where there are several ranks, and ended as soon
+as its steps are in metrics.jsonl: nothing is evaluated or saved, and the runs live in a temporary folder. A row that
+fails shows why, and the others continue. Writes FOLDER/<config>.md, .json and .png (default out/benchmark) after each
+row.
 Without a GPU the ranks are CPU processes.
 """
 

@@ -314,14 +314,14 @@ def main(config, watchdog=None):
 
             if run.should_evaluate(step):
                 validate(run, engine, val_data, step)
-            if run.should_sample(step):
-                show_sample(run, engine, tokenizer, step)
 
             # 12 bytes a parameter, over all ranks: the weight and Adam's two moments in float32
             if run.should_save(step, result):
                 run.save(step, result)
             elif result.facts.ranks_that_wrote == group.world_size:  # in the background
                 run.finish_saving()
+            if run.should_sample(step, result):
+                show_sample(run, engine, tokenizer, step)
 
             if result.facts.stop_requested and not run.is_last(step):
                 run.stop(step)

@@ -9,7 +9,7 @@ from torch._inductor import config as inductor_config
 
 import model
 import train
-from minzero import loss, sizes
+from minzero import engine, loss, sizes
 
 
 def deepspeed_adam():
@@ -94,7 +94,7 @@ def leaf_blocks():
             super().__init__(*arguments, **more)
             deepspeed.utils.set_z3_leaf_modules(self, [model.Block])
 
-    model.GPT = LeafGPT
+    engine.GPT = LeafGPT  # where it is made
 
 
 def tuned():

@@ -9,7 +9,7 @@ import numpy as np
 
 from minzero import checkpoint, checkpoint_folder, dist, resume
 from minzero.errors import SharedError
-from minzero.zero import first_not_finite, optimizers, reset_cpu_adam_bias_correction
+from minzero.zero import first_not_finite, grad_norm_of, optimizers, reset_cpu_adam_bias_correction
 
 WINDOW = 128  # good steps that a spike is measured against; half of them must be there
 
@@ -61,8 +61,7 @@ class BadSteps:
         """Set `fault` to the first thing that is wrong with this step's numbers, or None. All ranks check the same
         numbers, so they agree without communication."""
         if self.grad_norm is None:
-            norm = float(self.engine.optimizer._global_grad_norm)
-            self.grad_norm = norm if norm >= 0 else math.nan  # DeepSpeed's -1 stands for a NaN or an infinity
+            self.grad_norm = grad_norm_of(self.engine)
         self.fault = self.fault_of("loss", self.loss) or self.fault_of("gradient norm", self.grad_norm)
         self.is_checked = True
 

@@ -365,6 +365,7 @@ def measure_rows(config, names, conditions, out, results):
     with tempfile.TemporaryDirectory(prefix="minzero_benchmark_", ignore_cleanup_errors=True) as temporary:
         with_data = copy.deepcopy(config)
         data = prepare_data(with_data, Path(temporary))
+        conditions["notes"] = describe(config, conditions, data, [])  # in case the first row is interrupted
         for name in names:
             title, stage, offload, recompute = ROWS[name]
             print(f"{title} ...", file=sys.stderr, flush=True)

@@ -12,8 +12,7 @@ All ranks write into step_00001000.tmp. When all have finished, rank 0 adds stat
 every file, and renames the folder; so a folder with its final name is complete. A checkpoint with a NaN or an infinity
 in a weight or moment is never committed.
 
-Used through this module: `find`, `reading`, `tidy` and `Saved` of `checkpoint_folder`, `read_state` of
-`checkpoint_state`, `check_sums` of `tensor_files`.
+Finding checkpoints is in checkpoint_folder.py, their state.json in checkpoint_state.py.
 """
 
 import contextlib

@@ -15,7 +15,7 @@ from minzero.config.deepspeed import check_together, offload_device, offload_rat
 from minzero.errors import UserError
 from minzero.files import make_folder
 from minzero.sizes import count_parameters
-from minzero.zero import copy_into, stage_0_masters, torch_linear
+from minzero.zero import copy_into, torch_linear, undo_trial_step
 from model import GPT, Block
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -299,10 +299,5 @@ def build_engine(config, ds_config, device, kernels="torch", compiled=False, loa
 
     # ---- the engine
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=groups, config=ds_config)
-    if hasattr(engine.optimizer, "fp32_groups"):
-        # at stage 0 in 16 bits DeepSpeed has tried the optimizer: the step is counted and the weights have decayed
-        engine.basic_optimizer.state.clear()
-        masters = stage_0_masters(engine)
-        for parameter in engine.module.parameters():
-            masters[id(parameter)].data.copy_(parameter.data)
+    undo_trial_step(engine)
     return engine

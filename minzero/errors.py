@@ -58,6 +58,12 @@ def one_line(text):
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
+def describe(error):
+    """An exception's class and message in one line of limited length: for messages of other libraries, which may have
+    several lines."""
+    return one_line(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
 def explain(error):
     """The error line for an exception that a user or the machine can cause. None for a fault in the program."""
     if isinstance(error, UserError):
@@ -86,11 +92,9 @@ def explain(error):
         isinstance(error, RuntimeError | ValueError | TypeError) and re.search(TOO_LARGE, text)
     ):
         return f"a number or size is too large ({text}); choose a smaller one"
-    if isinstance(error, ModuleNotFoundError) and not is_ours(error.name):
-        return (
-            f"{error.name}: no such package in {sys.executable}; install the requirements (make setup) and call "
-            ".venv/bin/python"
-        )
+    if isinstance(error, ModuleNotFoundError) and not (error.name and is_ours(error.name)):
+        missing = f"{error.name}: no such package" if error.name else one_line(error)
+        return f"{missing} in {sys.executable}; install the requirements (make setup) and call .venv/bin/python"
     return None
 
 

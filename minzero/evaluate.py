@@ -15,7 +15,7 @@ from minzero.config.values import did_you_mean
 from minzero.data.mixture import content_digest
 from minzero.data.pipeline import tokenizer_of
 from minzero.data.shards import TokenStream
-from minzero.errors import UserError, one_line
+from minzero.errors import UserError, describe
 from minzero.evaluate_loss import count_passes, window_losses
 from minzero.hf.families import own_shapes
 from minzero.hf.write import write_model
@@ -173,7 +173,7 @@ def run_tasks(source: ModelSource, names, manager, limit):
         try:
             found = lm_eval.simple_evaluate("hf", model, names, task_manager=manager, **settings)
         except Exception as error:  # of many classes: no network, a broken task file, a task that this model cannot
-            raise UserError(f"--tasks: lm-eval ended with {one_line(error)}") from None
+            raise UserError(f"--tasks: lm-eval ended with {describe(error)}") from None
     return found["results"]
 
 

@@ -65,16 +65,25 @@ def loss_of_each_token(model):
 
 @torch.no_grad()
 def window_losses(
-    model, stream, wanted_tokens=None, batch_size=16, device=None, rank=0, world_size=1, progress=lambda: None
+    model,
+    stream,
+    wanted_tokens=None,
+    batch_size=16,
+    device=None,
+    rank=0,
+    world_size=1,
+    progress=lambda: None,
+    always_full=False,
 ):
     """The summed cross-entropy in nats of each window of `windows_of`, (windows,) float64 on the CPU, and the number of
-    targets that count. progress: called before each forward pass.
+    targets that count. progress: called before each forward pass. always_full: every forward pass has batch_size rows,
+    also where there are fewer windows, because a compiled model has been compiled for so many.
 
     A window's sum is its own, in float64: neither the batch nor the number of ranks that share the windows
     changes more than the rounding of the model's float32. Every rank must call this, and all get all."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     windows = windows_of(stream, wanted_tokens)
-    rows = min(batch_size, len(windows))  # of every forward pass: a compiled model wants one shape
+    rows = batch_size if always_full else min(batch_size, len(windows))
     losses = torch.zeros(len(windows), dtype=torch.float64, device=device)
     count = torch.zeros(1, dtype=torch.float64, device=device)
     with loss_of_each_token(model) as token_losses:
@@ -97,8 +106,9 @@ def window_losses(
 
 def validation_loss(model, stream, wanted_tokens, batch_size, device, rank=0, world_size=1, progress=lambda: None):
     """Mean cross-entropy in nats per token over some of the validation windows, during training: the same windows at
-    every call. Every rank must call this; arguments as of `window_losses`. Leaves the model in training mode."""
+    every call; NaN if no target counts. Every rank must call this; arguments as of `window_losses`. Leaves the model in
+    training mode."""
     model.eval()
-    losses, count = window_losses(model, stream, wanted_tokens, batch_size, device, rank, world_size, progress)
+    losses, count = window_losses(model, stream, wanted_tokens, batch_size, device, rank, world_size, progress, True)
     model.train()
-    return losses.sum().item() / count
+    return losses.sum().item() / count if count else math.nan

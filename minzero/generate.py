@@ -9,7 +9,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from minzero.data.conversations import CHAT_TEMPLATE
 from minzero.data.tokenizer import missing_characters
-from minzero.errors import UserError, one_line
+from minzero.errors import UserError, describe
 from minzero.files import read_json
 from minzero.hf.families import build_transformers, check_expressible
 from minzero.trained import ModelSource, best_device, load_model, open_tokenizer
@@ -57,7 +57,7 @@ def read_generation_config(folder):
     try:
         return GenerationConfig.from_pretrained(folder, path.name, _from_model_config=path.name == "config.json")
     except Exception as error:  # of many classes, some of them libraries' own
-        raise UserError(f"{path}: {one_line(error)}; expected settings of `generate`") from None
+        raise UserError(f"{path}: {describe(error)}; expected settings of `generate`") from None
 
 
 # -- the terminal --------------------------------------------------------------------------------

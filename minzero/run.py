@@ -148,13 +148,8 @@ class Run:
 
     def end_step(self, step, result):
         """Call before anything that is no part of a step, such as an evaluation: its time does not count."""
-        evaluates_or_saves = self.should_evaluate(step) or self.should_save(step, result)
-        if (
-            evaluates_or_saves
-            or self.should_sample(step)
-            or result.facts.ranks_that_wrote
-            or step == self.profiler.last
-        ):
+        does_more = self.should_evaluate(step) or self.should_save(step, result) or self.should_sample(step, result)
+        if does_more or result.facts.ranks_that_wrote or step == self.profiler.last:
             self.clock.pause()
         dist.print0(self.profiler.end_step(step, ending=self.is_last(step) or result.facts.stop_requested))
 
@@ -180,9 +175,9 @@ class Run:
         self.folder.report("running", step)
         self.write(step, {"val_loss": loss, "eval_seconds": seconds})
 
-    def should_sample(self, step):
+    def should_sample(self, step, result):
         every = self.config.train.sample_every
-        return every > 0 and (step % every == 0 or self.is_last(step))
+        return every > 0 and (step % every == 0 or self.is_last(step)) and not result.facts.stop_requested
 
     def record_sample(self, step, text):
         """Log and print a text that the model wrote."""

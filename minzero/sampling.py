@@ -24,31 +24,55 @@ def open_tokenizer(config):
         raise UserError(f"train.sample_every: {error}; or set it to 0") from None
 
 
+@contextlib.contextmanager
+def logits_of(model, position):
+    """In this block the model makes the logits of one position alone, (B, 1, V). position: a list of its number."""
+
+    def keep_position(head, arguments):
+        return (arguments[0][:, position[0] : position[0] + 1],)
+
+    hook = model.module.head.register_forward_pre_hook(keep_position)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 @torch.no_grad()
 def write_tokens(model, first, length, device, seed, progress=lambda: None):
     """The ids of a text of so many tokens that the model writes after the token `first`. All ranks run every forward
-    pass (ZeRO-3's gathers are collective) and take rank 0's choices. Every rank must call this.
+    pass (ZeRO-3's gathers are collective), and rank 0 chooses. Every rank must call this.
 
     model: the engine of a GPT. seed: of the choices, which use no other random numbers of the run. progress: called
     before each forward pass. Leaves the model in training mode."""
     generator = torch.Generator().manual_seed(seed)
     block_size = model.module.config.block_size
     written = [first]
+    position = [0]
     model.eval()
-    for _ in range(length):
-        progress()
-        context = written[-block_size:]
-        # one shape for every pass, for a compiled model; what is after the context does not reach its logits
-        inputs = torch.zeros(1, block_size, dtype=torch.long)
-        inputs[0, : len(context)] = torch.tensor(context)
-        logits = model(inputs.to(device))[0, len(context) - 1]
-        likely = torch.softmax(logits.float().cpu() / TEMPERATURE, dim=0)
-        choice = torch.multinomial(likely, 1, generator=generator).to(device)
-        if distributed.is_initialized():
-            distributed.broadcast(choice, src=0)
-        written.append(int(choice))
+    # not compiled: another batch size would make the compiler take that of training and evaluation for a variable
+    with logits_of(model, position), torch.compiler.set_stance("force_eager"):
+        for _ in range(length):
+            progress()
+            context = written[-block_size:]
+            position[0] = len(context) - 1
+            logits = model(torch.tensor([context], device=device))[0, 0]
+            written.append(choose(logits, generator))
     model.train()
     return written[1:]
+
+
+def choose(logits, generator):
+    """A token by these logits, (V,), on rank 0; on every rank, which must all call this, that choice."""
+    likely = torch.softmax(logits.float().cpu() / TEMPERATURE, dim=0)
+    if likely.isfinite().all():
+        choice = torch.multinomial(likely, 1, generator=generator)
+    else:  # of weights that diverge, or in fp16; the loss will say it
+        choice = torch.zeros(1, dtype=torch.long)
+    choice = choice.to(logits.device)
+    if distributed.is_initialized():
+        distributed.broadcast(choice, src=0)
+    return int(choice)
 
 
 def write_text(model, tokenizer, device, seed, progress=lambda: None):

@@ -22,10 +22,11 @@ from minzero.data.conversations import CHAT_TEMPLATE
 from minzero.data.meta import read_meta
 from minzero.data.pipeline import tokenizer_of
 from minzero.data.tokenizer import END_OF_TEXT, byte_level_names, huggingface_json, open_huggingface
-from minzero.errors import UserError, one_line
+from minzero.errors import UserError, describe
 from minzero.hf.families import own_shapes
 from minzero.hf.read import is_published, local_folder, open_published, refuse_differences
 from minzero.nearest import suggesting
+from minzero.zero import copy_into
 from model import GPT
 
 # of a folder in transformers' format, any of which says that it has a tokenizer of its own
@@ -97,7 +98,7 @@ def model_of(found):
     try:
         expected = own_shapes(model)
     except RuntimeError as error:  # torch's, of sizes that no number holds
-        raise UserError(f"{found}/state.json: config.model: {one_line(error)}") from None
+        raise UserError(f"{found}/state.json: config.model: {describe(error)}") from None
     checkpoint.refuse_other_parameters(found, state, expected)
     return model
 
@@ -111,7 +112,7 @@ def open_checkpoint(found):
 
 
 def with_checkpoint(path, which, use):
-    """The result of use(checkpoint) for the one that `path` and `which` mean (see `checkpoint.find`). If its run
+    """The result of use(checkpoint) for the one that `path` and `which` mean (see `checkpoint_folder.find`). If its run
     deletes or replaces it meanwhile, the next one is used. Raises UserError, which names the nearest run or step where
     there is none."""
     with suggesting(path, holds_model):
@@ -182,9 +183,7 @@ def load_model(source: ModelSource, device=None, progress=lambda: None):
 def load_sharded(source: ModelSource, device):
     """The model in float32 and eval mode, each rank with a part of it: ZeRO-3 gathers a layer when it is needed. Every
     rank of the process group must call this; rank 0 reads the weights, one at a time."""
-    import deepspeed
-
-    from minzero.zero import copy_into  # needs DeepSpeed, which a model in one process does not
+    import deepspeed  # which a model in one process does not need
 
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     with deepspeed.zero.Init(config_dict_or_path=settings), device:
@@ -240,7 +239,7 @@ def open_tokenizer(source: ModelSource, data=None):
         try:
             tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
         except Exception as error:  # of many classes, some of them libraries' own
-            reason = one_line(error)
+            reason = describe(error)
             raise UserError(f"{where}: {reason}; expected a tokenizer; or name data made with it: --data") from None
     largest = max(tokenizer.get_vocab().values())
     if largest >= source.model.vocab_size:

@@ -27,6 +27,23 @@ def torch_linear():
         torch.nn.functional.linear = InsertPostInitMethodToModuleSubClasses.linear_bk
 
 
+def grad_norm_of(engine):
+    """The norm of the last gradient over all ranks, where DeepSpeed finds one; NaN if it was not finite."""
+    norm = float(engine.optimizer._global_grad_norm)
+    return norm if norm >= 0 else math.nan  # DeepSpeed's -1 stands for a NaN or an infinity
+
+
+def undo_trial_step(engine):
+    """At stage 0 in 16 bits DeepSpeed tries the optimizer when the engine is made: the step is counted and the weights
+    have decayed. Put both back."""
+    if not hasattr(engine.optimizer, "fp32_groups"):
+        return
+    engine.basic_optimizer.state.clear()
+    masters = stage_0_masters(engine)
+    for parameter in engine.module.parameters():
+        masters[id(parameter)].data.copy_(parameter.data)
+
+
 # -- optimizers ------------------------------------------------------------------------------------
 
 
@@ -245,7 +262,7 @@ def copy_into(model, load):
     """Give every parameter of `model` the value read(name), where read = load(), from rank 0. Parameter by
     parameter, so that under ZeRO-3 no rank ever holds more than one whole; in the other stages `deepspeed.initialize`
     broadcasts rank 0's. Every rank must call this; all raise UserError if rank 0 cannot read."""
-    import deepspeed  # here for the same reason
+    import deepspeed  # see torch_linear
 
     from minzero import dist
 

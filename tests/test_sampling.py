@@ -1,7 +1,6 @@
 """Texts during training (train.sample_every): what is written, that it changes no number of the run, and refusals."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from minzero.config.sections import Config, DataConfig, ModelConfig, TrainConfig
 from minzero.data.tokenizer import load_tokenizer
 from minzero.errors import UserError
 from model import GPT
-from tests.conftest import run
+from tests.conftest import deepspeed_command, run
 from tests.trained_runs import write_data
 
 CPU = torch.device("cpu")
@@ -43,6 +42,12 @@ def test_the_likeliest_token_follows_even_beyond_the_context(monkeypatch):
     assert found == expected[1:] and len(beats) == 20
 
 
+def test_logits_that_are_not_finite_end_no_run(monkeypatch):
+    engine = Engine(GPT(MODEL))
+    monkeypatch.setattr(engine.module.head, "forward", lambda x: torch.full((1, 1, 300), float("nan")))
+    assert sampling.write_tokens(engine, 256, 3, CPU, seed=1) == [0, 0, 0]
+
+
 def test_the_seed_chooses_and_no_other_random_number_is_used():
     engine = Engine(GPT(MODEL))
     torch.manual_seed(5)
@@ -66,16 +71,27 @@ def test_text_needs_the_tokenizer_of_the_data(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_writes_has_the_same_losses(tmp_path):
+    """Two ranks at ZeRO-3, compiled, with a text before the first evaluation."""
     write_data(tmp_path / "data")
     lines = {}
     for name, every in (("with", 2), ("without", 0)):
-        command = [sys.executable, "train.py", "configs/tiny.json", "--data.path", tmp_path / "data"]
-        command += ["--model.vocab_size", 300, "--model.dropout", 0.1, "--train.sample_every", every]
-        command += ["--train.max_tokens", 5 * 2048, "--train.log_every", 1, "--train.out_dir", tmp_path / name]
-        done = run([str(word) for word in command])
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert ("the model writes" in done.stdout) == (every > 0)
+        command = [
+            "train.py",
+            "configs/tiny.json",
+            "--data.path",
+            tmp_path / "data",
+            "--train.out_dir",
+            tmp_path / name,
+        ]
+        command += ["--model.vocab_size", 300, "--model.dropout", 0.1, "--train.compile", "true"]
+        command += ["--train.sample_every", every, "--train.eval_every", 3]
+        command += ["--train.max_tokens", 5 * 2048, "--train.log_every", 1]
+        done = run(deepspeed_command(*command, port=29655), OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        assert ("the model writes" in done.stdout) == (every > 0) and "compiled: yes" in done.stdout
         lines[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-    losses = {name: [line["loss"] for line in found if "loss" in line] for name, found in lines.items()}
-    assert losses["with"] == losses["without"] and len(losses["with"]) == 5
+    losses = {}
+    for name, found in lines.items():
+        losses[name] = [line.get("loss", line.get("val_loss")) for line in found if {"loss", "val_loss"} & line.keys()]
+    assert losses["with"] == losses["without"] and len(losses["with"]) == 5 + 2
     assert [line["step"] for line in lines["with"] if isinstance(line.get("sample"), str)] == [2, 4, 5]

@@ -162,7 +162,12 @@ def rename_old_keys(values, source):
 def meant_by(name):
     """The key that another tool's name stands for, with the difference in its unit: "train.max_tokens? lengths ...".
     None for a name that no table here knows."""
-    key = OTHER_NAMES.get(name.replace("-", "_"))
+    name = name.replace("-", "_")
+    key = OTHER_NAMES.get(name)
+    if key is None:  # the former name of a key, or one like it
+        former = {old.rpartition(".")[2]: new for old, new in RENAMED.items()}
+        close = difflib.get_close_matches(name, former, n=1, cutoff=0.8)
+        key = former[close[0]] if close else None
     if key is None:
         return None
     return f"{key}? {UNITS[key]}" if key in UNITS else f"{key}?"

@@ -157,7 +157,7 @@ class TrainConfig:
     )
     sample_every: int = key(
         0,
-        "optimizer steps from one text to the next that the model writes, into the console and metrics.jsonl; 0: none",
+        "optimizer steps from one text that the model writes to the next; in the console and metrics.jsonl; 0: none",
         minimum=0,
         maximum=10**15,
     )

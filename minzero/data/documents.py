@@ -103,11 +103,6 @@ def printable(path):
     return str(path) if str(path).isprintable() else ascii(str(path))[1:-1]
 
 
-def describe(error):
-    """An exception's class and message in one line of limited length."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
 def plural(count, word):
     """ "1 file", "2 files"."""
     return f"{count:,} {word}{'' if count == 1 else 's'}"

@@ -14,13 +14,12 @@ from minzero.data.documents import (
     BadDocument,
     Source,
     checked_value,
-    describe,
     is_far,
     missing_column,
     plural,
     printable,
 )
-from minzero.errors import UserError
+from minzero.errors import UserError, describe
 from minzero.files import nearest
 
 TEXT_PIECE = 1 << 24  # characters of a text file that make one document; more would not fit bounded memory

@@ -9,9 +9,9 @@ import sysconfig
 import urllib.request
 from pathlib import Path
 
-from minzero.data.documents import BadDocument, Source, checked_value, describe, missing_column
+from minzero.data.documents import BadDocument, Source, checked_value, missing_column
 from minzero.data.local_files import Files
-from minzero.errors import UserError
+from minzero.errors import UserError, describe
 
 
 def open_source(args, name, config=None, kind=str, **load_arguments):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from minzero.config.sections import ModelConfig
 from minzero.data.tokenizer import GPT2_PATTERNS, PATTERN, open_huggingface
-from minzero.errors import UserError, one_line
+from minzero.errors import UserError, describe
 from minzero.files import check_can_write, read_json
 from minzero.hf.families import FAMILIES, family_of
 from minzero.hf.read import is_published, open_published
@@ -184,7 +184,7 @@ def convert(folder, out, llama_cpp, outtype=None):
     except OSError as error:
         raise UserError(f"{out}: could not be written ({error}); make room or choose another place") from None
     except (Exception, SystemExit) as error:  # of a program that is not ours
-        reason = one_line(error)
+        reason = describe(error)
         raise UserError(f"{converter.__file__}: ended with {reason}; try another version of llama.cpp") from None
     finally:
         sys.argv = own_arguments

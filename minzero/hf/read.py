@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from minzero.config.sections import ModelConfig
-from minzero.errors import UserError, one_line
+from minzero.errors import UserError, describe
 from minzero.files import read_json, refuse_pipe
 from minzero.hf.families import (
     FAMILIES,
@@ -59,7 +59,7 @@ def read_model_config(folder):
         theirs = AutoConfig.for_model(**raw)  # fills in what is left out
         rotary = {"rotary_theta": float(theirs.rope_parameters["rope_theta"])} if family.is_rotary else {}
     except Exception as error:  # of many classes, some of them libraries' own
-        raise UserError(f"{path}: not a configuration of {name}: {one_line(error)}") from None
+        raise UserError(f"{path}: not a configuration of {name}: {describe(error)}") from None
     settings = {ours: getattr(theirs, name) for ours, name in family.settings.items()}
     model = ModelConfig(**settings | family.required | rotary)
     if family.is_rotary:
@@ -222,5 +222,5 @@ def local_folder(source):
     except Exception as error:  # of many classes: no such name, no network, no permission, no space
         raise UserError(
             f"train.init_from: {source}: no such folder here, and not to be had from the Hugging Face hub "
-            f"({one_line(error)}); download it, and give its folder"
+            f"({describe(error)}); download it, and give its folder"
         ) from None

@@ -1,7 +1,7 @@
 """The model as the modules that DeepSpeed's hooks see, with the bytes each allocates in forward and backward pass.
 
-It follows model.py call by call; the engine's replay in memory.py walks through it. Sizes of tensors are in bytes,
-sizes of weights in elements.
+It follows model.py call by call; the engine's replay (replay.py, stage3.py) walks through it. Sizes of tensors are in
+bytes, sizes of weights in elements.
 """
 
 from dataclasses import dataclass, field
