@@ -2,9 +2,11 @@
 
 A switch changes modules of its process, so each check runs in a fork of a process that has loaded torch."""
 
+import gc
 import os
 import sys
 
+import deepspeed
 import torch
 from torch._inductor import config as inductor_config
 
@@ -12,7 +14,7 @@ import model
 import train
 from benchmarks.gpu_parts import VOCABULARY, Bench
 from benchmarks.switches import SWITCHES
-from minzero import loss
+from minzero import engine, loss
 from minzero.config.sections import ModelConfig
 
 
@@ -80,6 +82,20 @@ def tuned():
     assert inductor_config.coordinate_descent_tuning
 
 
+def leaf_blocks():
+    before = engine.GPT
+    SWITCHES["leaf_blocks"]()
+    assert engine.GPT is not before and issubclass(engine.GPT, before)  # the class that build_engine makes
+    made = engine.GPT(ModelConfig(n_layer=2, n_head=1, n_embd=8, block_size=8, vocab_size=9))
+    assert len(deepspeed.utils.get_z3_leaf_modules(made)) == 2
+
+
+def collection_held():
+    SWITCHES["collection_held"]()
+    assert not gc.isenabled()
+    gc.enable()
+
+
 CHECKS = {
     check.__name__: check
     for check in (
@@ -91,6 +107,8 @@ CHECKS = {
         unpadded,
         whole_model,
         tuned,
+        leaf_blocks,
+        collection_held,
     )
 }
 

@@ -104,6 +104,7 @@ FAULTS = [  # exception, what the line says
     (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
     (UnicodeDecodeError("utf-8", b"ab\xff", 2, 3, "invalid start byte"), r"b'ab\xff': found bytes that are not utf-8"),
     (ModuleNotFoundError("No module named 'nothing'", name="nothing"), "nothing: no such package"),
+    (ModuleNotFoundError("Could not import module 'Some'"), "Could not import module 'Some' in "),
 ]
 
 

@@ -130,3 +130,11 @@ def test_a_saved_run_with_an_old_name_is_read_with_the_new_one(old, new, tmp_pat
 def test_values_without_sections_pass_unchanged():
     for values in ({}, [], None, {"train": None}, {"train": {"lr": 1}, "versions": 3}):
         assert rename_old_keys(values, "x") == (values, [])
+
+
+@pytest.mark.parametrize("old", ["checkpoints_on_cpu", "checkpoints-on-cpu", "checkpoint_on_cpu"])
+def test_a_former_name_and_one_like_it_are_told_the_new_one(old):
+    with pytest.raises(UserError, match=r"did you mean --train\.activation_offload\?"):
+        load_config([f"--{old}", "true"])
+    with pytest.raises(UserError, match=r"did you mean train\.activation_offload\?"):
+        build({"train": {f"{old}_": True}}, "x.json")
