@@ -1,8 +1,6 @@
 """The curves of runs, read from their metrics.jsonl, smoothed and thinned; plot.py draws them."""
 
-import contextlib
 import dataclasses
-import difflib
 import math
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from minzero.config.hints import rename_old_keys
 from minzero.errors import UserError
 from minzero.files import read_json
 from minzero.metrics import good_lines
+from minzero.nearest import suggesting
 from minzero.sizes import flops_per_token
 
 LARGEST = 1e100  # a larger number is not drawn, like an infinity
@@ -44,32 +43,17 @@ def read_runs(folders, x="tokens"):
         run = read_run(folder, x, name)
         if not run.lines:
             none = f"; none of the {run.skipped} lines there is one" if run.skipped else ""
-            raise UserError(
-                f"{run.folder}: no metrics.jsonl with lines{none}; expected the folder of a run, as out/tiny"
-                f"{nearest_run(run.folder)}"
-            )
+            with suggesting(run.folder, is_run):
+                raise UserError(
+                    f"{run.folder}: no metrics.jsonl with lines{none}; expected the folder of a run, as out/tiny"
+                )
         runs.append(run)
     return runs
 
 
-def nearest_run(folder):
-    """The part of a message that names the run folder nearest to a path that is none; "" if there is none near."""
-
-    def is_run(path):
-        return (path / "metrics.jsonl").is_file()
-
-    with contextlib.suppress(OSError):  # a folder that may not be read, a name that is too long
-        for parent in folder.parents[:3]:  # the path of a file or checkpoint of the run
-            if is_run(parent) and parent != Path("."):
-                return f"; did you mean {parent}?"
-        runs = {}
-        for place in (Path("out"), folder.parent):
-            if place.is_dir():
-                runs |= {path.name: path for path in sorted(place.iterdir()) if path != folder and is_run(path)}
-        close = difflib.get_close_matches(folder.name, runs, n=1, cutoff=0.5)
-        if close:
-            return f"; did you mean {runs[close[0]]}?"
-    return ""
+def is_run(folder):
+    """Whether a folder is that of a run."""
+    return (Path(folder) / "metrics.jsonl").is_file()
 
 
 def read_config(run):

@@ -45,13 +45,13 @@ def holds(path, is_right):
 
 def nearest_path(path, is_right):
     """The path that is most likely meant by `path`, which is not right: one spelled like it, one inside it or around
-    it, or one of the same name a folder further down; None if there is none. is_right(path): whether a path is one of
+    it, or one spelled like it a folder further down; None if there is none. is_right(path): whether a path is one of
     the wanted kind."""
     path = Path(path)
     similar = similar_paths(path)
     inside = [found for folder in (path, *similar) for found in entries(folder).values()]
-    around = list(path.parents)[:2]
-    below = [] if path.anchor else [folder / path for folder in entries(".").values()]
+    around = list(path.parents)[:3]
+    below = [] if path.anchor else [found for folder in entries(".") for found in similar_paths(Path(folder) / path)]
     for candidates in (similar, inside, around, below):
         right = [candidate for candidate in candidates if candidate.name and holds(candidate, is_right)]
         if right:

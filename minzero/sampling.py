@@ -25,13 +25,9 @@ def open_tokenizer(config):
 
 
 @contextlib.contextmanager
-def logits_of(model, position):
-    """In this block the model makes the logits of one position alone, (B, 1, V). position: a list of its number."""
-
-    def keep_position(head, arguments):
-        return (arguments[0][:, position[0] : position[0] + 1],)
-
-    hook = model.module.head.register_forward_pre_hook(keep_position)
+def last_logits(model):
+    """In this block the model makes the logits of the last position alone, (B, 1, V)."""
+    hook = model.module.head.register_forward_pre_hook(lambda head, arguments: (arguments[0][:, -1:],))
     try:
         yield
     finally:
@@ -48,15 +44,13 @@ def write_tokens(model, first, length, device, seed, progress=lambda: None):
     generator = torch.Generator().manual_seed(seed)
     block_size = model.module.config.block_size
     written = [first]
-    position = [0]
     model.eval()
     # not compiled: another batch size would make the compiler take that of training and evaluation for a variable
-    with logits_of(model, position), torch.compiler.set_stance("force_eager"):
+    with last_logits(model), torch.compiler.set_stance("force_eager"):
         for _ in range(length):
             progress()
-            context = written[-block_size:]
-            position[0] = len(context) - 1
-            logits = model(torch.tensor([context], device=device))[0, 0]
+            context = torch.tensor([written[-block_size:]], device=device)
+            logits = model(context)[0, 0]
             written.append(choose(logits, generator))
     model.train()
     return written[1:]
