@@ -40,11 +40,14 @@ def progress_bar(description, steps):
 
 def evaluate(model, streams, batch_size=16, device=None, rank=0, world_size=1, progress=lambda: None):
     """{"val_loss": nats per token, "perplexity", "bits_per_byte": None where the bytes are not known, "tokens"}
-    over all of these validation splits. Every rank must call this."""
+    over all of these validation splits. Every rank must call this. Raises UserError if no token counts."""
     results = [window_losses(model, stream, None, batch_size, device, rank, world_size, progress) for stream in streams]
     # fsum rounds once, so that no order of the windows matters
     nats = math.fsum(loss for losses, _ in results for loss in losses)
     tokens = sum(targets for _, targets in results)
+    if not tokens:
+        folders = ", ".join(str(stream.folder) for stream in streams)
+        raise UserError(f"{folders}: no token of the validation split counts, so there is no loss; give other data")
     # only meta.json tells the bytes of the tokens' text
     sizes = [stream.meta["splits"]["val"].get("bytes") if stream.meta else None for stream in streams]
     size = sum(sizes) if all(sizes) else None

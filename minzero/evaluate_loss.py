@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from minzero.data.shards import TokenStream
 from minzero.sizes import IGNORE_INDEX
+from minzero.trained import best_device
 
 
 def windows_of(stream, wanted_tokens=None):
@@ -81,7 +82,7 @@ def window_losses(
 
     A window's sum is its own, in float64: neither the batch nor the number of ranks that share the windows
     changes more than the rounding of the model's float32. Every rank must call this, and all get all."""
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or best_device()
     windows = windows_of(stream, wanted_tokens)
     rows = batch_size if always_full else min(batch_size, len(windows))
     losses = torch.zeros(len(windows), dtype=torch.float64, device=device)
@@ -109,6 +110,8 @@ def validation_loss(model, stream, wanted_tokens, batch_size, device, rank=0, wo
     every call; NaN if no target counts. Every rank must call this; arguments as of `window_losses`. Leaves the model in
     training mode."""
     model.eval()
-    losses, count = window_losses(model, stream, wanted_tokens, batch_size, device, rank, world_size, progress, True)
+    losses, count = window_losses(
+        model, stream, wanted_tokens, batch_size, device, rank, world_size, progress, always_full=True
+    )
     model.train()
     return losses.sum().item() / count if count else math.nan

@@ -1,6 +1,8 @@
 """Supervised fine-tuning: of a conversation all is read, and the assistant's words alone are learned."""
 
 import json
+import math
+import shutil
 import subprocess
 import sys
 
@@ -21,7 +23,7 @@ from minzero.data import pipeline
 from minzero.data.conversations import HEADINGS, LEARNED, Conversations, with_marks
 from minzero.data.local_files import Files
 from minzero.data.mixture import Mixture
-from minzero.data.shards import TokenStream
+from minzero.data.shards import NO_LOSS, TokenStream, write_shard
 from minzero.data.sources import Hub
 from minzero.data.tokenizer import load_tokenizer
 from minzero.errors import UserError
@@ -173,6 +175,23 @@ def test_evaluation_counts_the_answers_alone(data, tmp_path, capsys):
     with pytest.raises(UserError, match="--gzip"):
         eval.main([str(tmp_path / "run"), "--gzip"])
     assert during == pytest.approx(sum(losses[whole]) / sum(counts[whole]), rel=1e-6)
+
+
+def test_a_validation_split_in_which_nothing_counts(data, tmp_path):
+    """During training the loss is a NaN, as of any other run that has none; eval.py says it in one line."""
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    stream = TokenStream(folder, "val", 16)
+    entry = write_shard(folder / "val_000000.bin", stream.read(0, stream.tokens).astype(np.uint32) | NO_LOSS)
+    meta["splits"]["val"]["shards"] = [entry]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    model = GPT(GPT2)
+    during = validation_loss(model, Mixture(str(folder), "val", 16, 270, 1), 10**6, 3, torch.device("cpu"))
+    assert math.isnan(during) and model.training
+    write_run(tmp_path / "run", GPT2, str(folder))
+    with pytest.raises(UserError, match=r"no token of the validation split counts, so there is no loss; give other"):
+        eval.main([str(tmp_path / "run")])
 
 
 def test_sampling_and_the_exported_template_begin_as_the_data_does(data, tmp_path, capsys):
