@@ -9,6 +9,7 @@ from minzero.checkpoint_state import SHAPES_THE_RATE, as_saved, read_state
 from minzero.config.nested import flat
 from minzero.config.sections import Config, ModelConfig, TrainConfig
 from minzero.data.mixture import check_same_data
+from minzero.dist import print0
 from minzero.errors import UserError
 
 # -- which checkpoint ------------------------------------------------------------------------------
@@ -26,9 +27,8 @@ def where_to_start(config, data, known_faults=None):
         ignored = [line for line in ignored if str(latest_fault) in line]
     else:
         found, state, ignored = choose_start(config.train)
-    if os.environ["RANK"] == "0":
-        for line in ignored:
-            print(line, flush=True)
+    for line in ignored:
+        print0(line)
     if found is None:
         return None, {"step": 0, "tokens": 0, "best_val_loss": None}
     check_same_run(found, state, config)
