@@ -39,10 +39,10 @@ test: $(VENV)/.installed-dev data
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/vermin --quiet -t=3.10- --no-tips --violations *.py minzero data tests benchmarks
-	$(BIN)/python -m pytest -q -m "not slow" tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m slow tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow tests
 
 clean:
 	rm -rf $(VENV) out data/stdlib/*.bin data/stdlib/meta.json data/stdlib/tokenizer

@@ -4,6 +4,7 @@ A command calls `begin` before the imports that take seconds, so that it handles
 file therefore imports little of the standard library and nothing else. `run_command` runs the command's main.
 """
 
+import atexit
 import contextlib
 import errno
 import os
@@ -225,19 +226,33 @@ def run_command(function, arguments=None, may_be_many=False):
             flush_output()
             raise
         flush_output()
+        if may_be_many:
+            end_rank(0)
     except BaseException as error:
         line, code = ending(error)
         if code is None:
             raise
         report_fault(error, line, code)
-        if may_be_many and os.environ.get("WORLD_SIZE", "1") != "1":
-            # the interpreter's own end aborts (`terminate called`) where torch's threads wait for other ranks
-            with contextlib.suppress(UserError):
-                flush_output()
-            os._exit(code)
+        if may_be_many:
+            end_rank(code)
         raise SystemExit(code) from None
     finally:
         restore_interrupts(handler)
+
+
+def end_rank(code):
+    """End this process, if it is one of several ranks, without the interpreter's own clean-up: that aborts now and then
+    (`terminate called without an active exception`) because of the threads in which torch talks with other ranks.
+
+    What was registered with `atexit` still runs after a success; after a fault it could wait for a rank that is gone.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "torch" not in sys.modules:
+        return
+    with contextlib.suppress(UserError):
+        flush_output()
+    if code == 0:
+        atexit._run_exitfuncs()
+    os._exit(code)
 
 
 def report_fault(error, line, code):

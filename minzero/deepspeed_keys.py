@@ -1,9 +1,9 @@
 """DeepSpeed's keys: those that a run may set, and the reasons against the others. Names are those of DeepSpeed 0.19.8.
 
 DeepSpeed ignores keys that it does not know. Some that it knows change where weights and Adam's moments lie in memory,
-and zero.py reads them from there for a checkpoint. So a key is accepted only if tests/end_to_end/keys.py shows that
+and zero.py reads them from there for a checkpoint. So a key is accepted only if tests/launch/keys.py shows that
 DeepSpeed obeys it, and that a run with it saves the right weights and moments and resumes from those of another run.
-Needs neither torch nor DeepSpeed; tests/test_deepspeed_keys.py compares the names with DeepSpeed's own.
+Needs neither torch nor DeepSpeed; tests/unit/test_deepspeed_keys.py compares the names with DeepSpeed's own.
 """
 
 import typing

@@ -21,20 +21,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from minzero import checkpoint_folder, checkpoint_state
 from minzero.metrics import read_metrics
-from tests.conftest import ROOT, deepspeed_command, environment, run, write_small_data
+from tests.helpers.processes import ROOT, deepspeed_command, environment, run, write_small_data
 
 # large enough that a save takes some hundredths of a second
 MODEL = {"n_layer": 2, "n_head": 4, "n_embd": 192, "block_size": 32, "vocab_size": 64, "init_std": 0.05, "dropout": 0.1}
 
 
-def command_of(data, out, steps, port, background=False):
+def command_of(data, out, steps, background=False):
     keys = {f"model.{name}": value for name, value in MODEL.items()} | {"data.path": data, "train.out_dir": out}
     keys |= {"train.micro_batch_size": 2, "train.global_batch_tokens": 8 * 32, "train.max_tokens": steps * 8 * 32}
     keys |= {"train.log_every": 1, "train.save_every": 5, "train.eval_every": 0, "train.eval_tokens": 1024}
     keys |= {"train.warmup_tokens": 0, "train.lr": 1e-3, "deepspeed.zero_optimization.reduce_bucket_size": 4096}
     keys["train.save_in_background"] = str(background).lower()
     flags = [str(word) for name, value in keys.items() for word in (f"--{name}", value)]
-    return deepspeed_command("train.py", "configs/tiny.json", *flags, port=port)
+    return deepspeed_command("train.py", "configs/tiny.json", *flags)
 
 
 def unfinished(out):
@@ -74,23 +74,23 @@ def start_and_kill(command, out, moment, generator):
     return process.wait() == -signal.SIGKILL
 
 
-def main(folder, kills, inside_a_save, steps, port):
+def main(folder, kills, inside_a_save, steps):
     folder, generator = Path(folder), random.Random(1)
     data, whole, killed = write_small_data(folder), folder / "whole", folder / "killed"
-    done = run(command_of(data, whole, steps, port), timeout=3600)
+    done = run(command_of(data, whole, steps), timeout=3600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     inside = count = 0
     while count < kills or inside < inside_a_save:
         count += 1
         moment = "save" if inside < inside_a_save and count % 3 else generator.choice(["start", "step", "step", "step"])
         before = unfinished(killed)
-        assert start_and_kill(command_of(data, killed, steps, port, count % 2 == 0), killed, moment, generator), (
+        assert start_and_kill(command_of(data, killed, steps, count % 2 == 0), killed, moment, generator), (
             "raise --steps"
         )
         left, found = sorted(name for name, _ in unfinished(killed) - before), checkpoint_folder.find(killed)
         inside += bool(left)
         print(f"kill {count}: {moment}; complete {found and found.name}, cut off {left}", flush=True)
-    done = run(command_of(data, killed, steps, port), timeout=3600)
+    done = run(command_of(data, killed, steps), timeout=3600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     last = [
@@ -110,7 +110,6 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--inside_a_save", type=int, default=15)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--port", type=int, default=29650)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        main(temporary, args.kills, args.inside_a_save, args.steps, args.port)
+        main(temporary, args.kills, args.inside_a_save, args.steps)

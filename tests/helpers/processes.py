@@ -1,0 +1,70 @@
+"""Commands in processes of their own, by the launcher or without, and a small data set to train on."""
+
+import itertools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+# Each of pytest-xdist's workers has ports of its own, below those that the system hands out to clients.
+worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+PORTS = itertools.count(20_000 + 1000 * worker)
+
+
+def free_port():
+    """A port of this machine that nothing uses, never the same twice."""
+    return next(port for port in PORTS if is_free(port))
+
+
+def is_free(port):
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def environment(**more):
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+
+
+def deepspeed_command(*arguments, processes=2, port=None):
+    launcher = [str(BIN / "deepspeed"), "-q", "--num_gpus", str(processes), "--master_port", str(port or free_port())]
+    return launcher + [str(argument) for argument in arguments]
+
+
+def run(command, timeout=300, **more):
+    """Run a command from the repository's root, to its end."""
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def write_small_data(folder):
+    """A small data set of tokens that follow a rule, so that a model can learn it: 3 shards, 64 ids."""
+    import numpy as np
+
+    from minzero.data.shards import write_shard
+    from minzero.files import write_json
+
+    generator, splits = np.random.default_rng(0), {}
+    for split, sizes in (("train", (20_000, 31_000, 9_000)), ("val", (5_000,))):
+        shards = []
+        for number, size in enumerate(sizes):
+            steps = generator.integers(1, 4, size)
+            tokens = (np.cumsum(steps) % 64).astype("<u2")
+            shards.append(write_shard(folder / f"{split}_{number:06d}.bin", tokens))
+        splits[split] = {"tokens": sum(sizes), "documents": 1, "bytes": sum(sizes), "shards": shards}
+    tokenizer = {"name": "bytes", "trained": False, "fingerprint": "0"}
+    write_json(folder / "meta.json", {"tokenizer": tokenizer, "vocab_size": 64, "end_of_text": 0, "splits": splits})
+    return folder

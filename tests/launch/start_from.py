@@ -1,0 +1,66 @@
+"""Started by test_hf.py under the launcher on two ranks: runs that start from weights of transformers' or
+of another run's, at several ZeRO stages and precisions in one process group.
+
+    start_from.py DATA FOLDER      FOLDER holds gpt2/ and llama/ in transformers' format
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+
+import train
+from minzero import dist
+from minzero.commands import run_command
+from minzero.config.build import build
+from minzero.config.deepspeed import deepspeed_config
+from minzero.engine import build_engine
+from minzero.trained import open_weights
+
+DATA, FOLDER = sys.argv[-2], Path(sys.argv[-1])
+
+
+def config_of(family, name, stage, steps, source, **more):
+    settings = {"out_dir": str(FOLDER / name), "micro_batch_size": 2, "global_batch_tokens": 8 * 16, "lr": 1e-2}
+    settings |= {"max_tokens": steps * 8 * 16, "schedule": "constant", "log_every": 1, "eval_tokens": 5 * 16}
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 100, "reduce_bucket_size": 4096}
+    zero |= {"stage3_prefetch_bucket_size": 4096}
+    sections = {"model": json.loads((FOLDER / f"{family}.json").read_text()) | more, "data": {"path": DATA}}
+    sections |= {"train": settings | {"init_from": str(source)}, "deepspeed": {"zero_optimization": zero}}
+    return build(sections, name)
+
+
+def starting_weights(family, stage, precision):
+    """Every parameter, whole, right after the engine was made."""
+    device, _, world_size = dist.init_process()
+    config = config_of(family, "unused", stage, 1, FOLDER / family)
+    _, load = open_weights(config.train.init_from, config.model)
+    engine = build_engine(config, deepspeed_config(config, world_size, precision, False), device, load_weights=load)
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        return {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+
+
+def main():
+    _, rank, _ = dist.start_process_group()
+    weights = {
+        f"{family} {stage} {precision}": starting_weights(family, stage, precision)
+        for family in ("gpt2", "llama")
+        for stage, precision in ((0, "fp32"), (1, "bf16"), (3, "fp32"), (3, "bf16"))
+    }
+    weights["gpt_neox 3 bf16"] = starting_weights("gpt_neox", 3, "bf16")
+    torch.save(weights, FOLDER / f"weights_{rank}.pt")
+    for family in ("gpt2", "llama"):
+        for stage in (0, 3):
+            train.main(config_of(family, f"{family}_{stage}", stage, 1, FOLDER / family))
+    train.main(config_of("gpt_neox", "gpt_neox_3", 3, 1, FOLDER / "gpt_neox"))
+    train.main(config_of("gpt2", "short", 3, 1, FOLDER / "gpt2", block_size=8))
+    # going on: what it started from is not there any more
+    train.main(config_of("llama", "llama_3", 3, 2, FOLDER / "gone"))
+    train.main(config_of("llama", "from_a_run", 0, 1, FOLDER / "llama_3"))
+    dist.stop_process_group()
+
+
+if __name__ == "__main__":
+    run_command(lambda _: main(), may_be_many=True)

@@ -1,0 +1,128 @@
+"""docs/model.md, "Add an option to the model", done in a copy of the repository by its words: a key and the few lines
+that compute it, and nothing else. What counts or converts models does not know it, and says so."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from minzero.files import ROOT
+from minzero.metrics import read_metrics
+from tests.helpers.processes import environment
+from tests.helpers.trained_runs import write_data
+
+pytestmark = pytest.mark.slow
+CHANGES = {
+    "minzero/config/sections.py": [
+        (
+            "    init_std: float = key(",
+            '    qk_norm: bool = key(False, "norms over each head\'s queries and keys")\n    init_std: float = key(',
+        )
+    ],
+    "model.py": [
+        (
+            "        self.proj.writes_to_residual = True\n",
+            "        self.proj.writes_to_residual = True\n"
+            "        if config.qk_norm:\n"
+            "            self.q_norm, self.k_norm = nn.RMSNorm(self.head_size), nn.RMSNorm(self.head_size)\n",
+        ),
+        (
+            "        if angles is not None:\n            q, k =",
+            '        if hasattr(self, "q_norm"):\n'
+            "            q, k = self.q_norm(q), self.k_norm(k)\n"
+            "        if angles is not None:\n            q, k =",
+        ),
+    ],
+}
+SETTINGS = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 270, "bias": False}
+SETTINGS |= {"norm": "rmsnorm", "position": "rotary", "mlp": "swiglu"}
+TRAIN = {"micro_batch_size": 2, "global_batch_tokens": 128, "max_tokens": 512, "eval_tokens": 64, "precision": "fp32"}
+NAMED = "model.qk_norm: found "
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The changed copy, with data/books and configs plain.json (the option off) and new.json (on)."""
+    folder = tmp_path_factory.mktemp("copy") / "repository"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", "out", "*.bin", "__pycache__"))
+    for name, pairs in CHANGES.items():
+        text = (folder / name).read_text()
+        for before, after in pairs:
+            assert text.count(before) == 1
+            text = text.replace(before, after)
+        (folder / name).write_text(text)
+    write_data(folder / "data" / "books")
+    for name, value in (("plain", False), ("new", True)):
+        sections = {"model": SETTINGS | {"qk_norm": value}, "data": {"path": "data/books"}, "train": TRAIN}
+        (folder / f"{name}.json").write_text(json.dumps(sections))
+    return folder
+
+
+def run(copy, code, *command):
+    """Run a command in the copy. Returns its output, which is one line where a command of ours is refused."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=copy,
+        env=environment(PYTHONPATH=str(copy)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
+    if code == 2 and command[0] != "-m":
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        return done.stderr
+    return done.stdout
+
+
+def test_an_option_that_only_the_model_knows(copy):
+    plain, new = (run(copy, 0, "train.py", f"{name}.json") for name in ("plain", "new"))
+    counts = [int(text.split(" parameters, ")[0].split()[-1].replace(",", "")) for text in (plain, new)]
+    assert counts[1] == counts[0] + 2 * 2 * 8, "two layers, two norms over heads of 8 channels"
+    assert "MFU are null: " + NAMED + "true" in new and "MFU" not in plain
+    for line in read_metrics(copy / "out" / "new"):
+        assert line.get("tflops") is line.get("mfu") is line.get("hfu") is None
+    assert read_metrics(copy / "out" / "plain")[0]["tflops"] > 0
+    assert "bits_per_byte" in run(copy, 0, "eval.py", "out/new", "--json")
+    asked = ["--prompt", "abc", "--tokens", "5", "--temperature", "0"]
+    assert run(copy, 0, "sample.py", "out/new", *asked).startswith("abc")
+    # off, the model is a Llama as before
+    run(copy, 0, "export.py", "out/plain", "hf/plain")
+    assert run(copy, 0, "sample.py", "out/plain", *asked) == run(copy, 0, "sample.py", "hf/plain", *asked)
+    # on, it is refused by what does not know it
+    assert NAMED + "True, expected False" in run(copy, 2, "export.py", "out/new", "hf/new")
+    assert not (copy / "hf" / "new").exists()
+    assert NAMED + "true" in run(copy, 2, "plan.py", "new.json", "--gpus", "1", "--gpu_memory", "80")
+    assert NAMED + "true" in run(copy, 2, "benchmark.py", "new.json", "--gpus", "1")
+    start = ["train.py", "new.json", "--train.out_dir", "out/start", "--train.init_from"]
+    for source in ("hf/plain", "out/plain"):
+        assert "set --model.qk_norm false" in run(copy, 2, *start, source)
+    # and without a key of the section, by its parameters
+    text = (copy / "model.py").read_text()
+    (copy / "model.py").write_text(text.replace("if config.qk_norm:", "if True:"))
+    try:
+        for command in (("export.py", "out/plain", "hf/new"), ("eval.py", "out/plain"), ("sample.py", "out/plain")):
+            assert "attention.q_norm.weight: found none, expected [8]" in run(copy, 2, *command)
+        assert "q_norm.weight: found [8], expected none" in run(copy, 2, "eval.py", "hf/plain", "--data", "data/books")
+    finally:
+        (copy / "model.py").write_text(text)
+
+
+def test_the_tests_try_it(copy):
+    """In tests of the copy, which nobody has changed: they take the values from the key."""
+    for file, names in (("test_model.py", "qk_norm and count"), ("test_export.py", "qk_norm and every_value")):
+        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}", "-k", names]
+        output = run(copy, 1 if file == "test_model.py" else 0, *command)
+        assert "qk_norm=True" in output if file == "test_model.py" else "3 passed" in output, output
+    # a number has no values that could be guessed
+    config = (copy / "minzero" / "config" / "sections.py").read_text()
+    number = config.replace("    qk_norm: bool = key(False,", "    qk_norm: float = key(1.5,")
+    assert number != config
+    (copy / "minzero" / "config" / "sections.py").write_text(number)
+    try:
+        output = run(copy, 2, "-m", "pytest", "-q", "tests/unit/test_model.py", "-k", "count")
+    finally:
+        (copy / "minzero" / "config" / "sections.py").write_text(config)
+    assert "model.qk_norm is tested with no value but its default: add others to tests/helpers/variants.py" in output

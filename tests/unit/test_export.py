@@ -1,0 +1,316 @@
+"""To and from transformers: the same function, the same weights, the same tokens, and refusals."""
+
+import dataclasses
+import random
+
+import pytest
+import tiktoken
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoTokenizer
+
+import model
+from minzero.config.load import load_config
+from minzero.config.sections import ModelConfig, key
+from minzero.data.tokenizer import END_OF_TEXT, load_tokenizer, save_for_transformers
+from minzero.errors import UserError
+from minzero.files import ROOT, write_json
+from minzero.hf import families
+from minzero.hf import read as hf_read
+from minzero.hf import write as hf_write
+from minzero.sizes import count_parameters
+from minzero.trained import open_trained, open_weights
+from model import GPT
+from tests.helpers.trained_runs import (
+    FAMILIES,
+    LLAMA,
+    NEOX,
+    randomised,
+    their_model,
+    write_data,
+    write_run,
+    zero_biases,
+)
+from tests.helpers.trained_runs import GPT2 as SMALL
+from tests.helpers.variants import variants
+
+MODELS = [
+    SMALL,
+    dataclasses.replace(SMALL, tie_embeddings=False, mlp_hidden=37, norm_eps=1e-3),
+    dataclasses.replace(SMALL, bias=False, n_kv_head=4, tie_embeddings=False),
+    NEOX,
+    dataclasses.replace(NEOX, tie_embeddings=True, bias=False, rotary_theta=500000.0, norm_eps=1e-3, mlp_hidden=37),
+    LLAMA,
+    dataclasses.replace(LLAMA, tie_embeddings=False, bias=True, rotary_theta=500000.0, norm_eps=1e-6),
+    dataclasses.replace(LLAMA, n_kv_head=1, mlp_hidden=37, bias=True),
+    dataclasses.replace(LLAMA, n_kv_head=None, tie_embeddings=False, norm_eps=1e-2),
+]
+
+
+def to_transformers(config, model):
+    return dict(families.to_transformers(config, model.state_dict().__getitem__))
+
+
+# -- the same function ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("config", MODELS)
+def test_logits_loss_and_gradients_are_those_of_transformers(config, seed):
+    ours, theirs = randomised(GPT(config, seed), seed), their_model(config)
+    loaded = theirs.load_state_dict(to_transformers(config, ours), strict=False)
+    assert loaded.unexpected_keys == [] and loaded.missing_keys == ["lm_head.weight"] * config.tie_embeddings
+    theirs.tie_weights()
+    tokens = torch.randint(config.vocab_size, (3, config.block_size), generator=torch.Generator().manual_seed(seed))
+    logits = ours(tokens)
+    assert logits.std() > 0.3, "a model that says nothing would show nothing"
+    worst = (logits - theirs(tokens).logits).abs().max().item()
+    assert worst < 1e-5
+    our_loss, their_loss = ours(tokens[:, :-1], tokens[:, 1:]), theirs(tokens, labels=tokens).loss
+    assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-6)
+    our_loss.backward()
+    their_loss.backward()
+    read = families.from_transformers(config, {name: p.grad for name, p in theirs.named_parameters()}.get)
+    for name, parameter in ours.named_parameters():
+        scale = parameter.grad.abs().max().item()
+        difference = (parameter.grad - read(name)).abs().max().item()
+        assert scale > 0 and difference < 1e-5 * max(scale, 0.1), f"{name}: {difference:.1e} of {scale:.1e}"
+
+
+VARIANTS = {f"{family} {name}": config for family, base in FAMILIES.items() for name, config in variants(base).items()}
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_every_value_of_every_key_is_exported_right_or_refused(config, tmp_path):
+    """The variants come from ModelConfig's own fields, so that a new key cannot be passed over."""
+    try:
+        families.check_expressible(config)
+    except UserError as error:
+        assert "is the nearest to this model" in str(error)
+        with pytest.raises(UserError):
+            to_transformers(config, GPT(config))
+        return
+    ours, theirs = randomised(GPT(config)), their_model(config)
+    theirs.load_state_dict(to_transformers(config, ours), strict=False)
+    theirs.tie_weights()
+    tokens = torch.randint(config.vocab_size, (2, config.block_size), generator=torch.Generator().manual_seed(0))
+    assert (ours(tokens) - theirs(tokens).logits).abs().max().item() < 1e-5
+    write_json(tmp_path / "config.json", hf_write.config_json(families.transformers_config(config)))
+    published = dataclasses.replace(hf_read.read_model_config(tmp_path), bias=config.bias)
+    of_training = {"dropout": 0.0, "init_std": 0.02}
+    of_training |= {"rotary_theta": 10000.0} if config.position == "learned" else {}
+    assert published == families.explicit(dataclasses.replace(config, **of_training))
+
+
+def with_key(base, default, value, **settings):
+    """`base` with a key more, as somebody adds one to ModelConfig."""
+    fields = [("new", type(default), key(default, "something new", **settings))]
+    cls = dataclasses.make_dataclass("ModelConfig", fields, bases=(ModelConfig,))
+    return cls(**vars(base), new=value)
+
+
+@pytest.mark.parametrize("base", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize(
+    ("default", "value", "settings", "known"),
+    [
+        (False, False, {}, True),
+        (False, True, {}, False),
+        (True, True, {}, False),
+        (0.0, 0.0, {}, True),
+        (0.0, 30.0, {}, False),
+        (1.0, 1.0, {}, False),  # nothing says that 1 changes nothing
+        (1.0, 1.0, {"off": 1.0}, True),
+        (1.0, 2.0, {"off": 1.0}, False),
+        (True, False, {"off": False}, True),
+        ("none", "none", {}, True),
+        ("none", "alibi", {"choices": ["none", "alibi"]}, False),
+    ],
+)
+def test_a_key_that_nobody_takes_into_account_must_be_off(base, default, value, settings, known):
+    config = with_key(base, default, value, **settings)
+    for refuse in (families.family_of, families.transformers_config, families.check_expressible, count_parameters):
+        if known:
+            refuse(config)
+        else:
+            with pytest.raises(UserError, match=r"^model\.new: found [^\n]+$"):
+                refuse(config)
+    off = with_key(base, default, default, **settings)
+    if value != default:
+        with pytest.raises(UserError, match=r"set --model\.new "):
+            hf_read.refuse_differences("there", config, off)
+
+
+class MoreParameters(GPT):
+    def __init__(self, config, *arguments, **more):
+        super().__init__(config, *arguments, **more)
+        self.blocks[0].attention.q_norm = nn.RMSNorm(config.n_embd // config.n_head)
+
+
+class OtherShapes(GPT):
+    def __init__(self, config, *arguments, **more):
+        super().__init__(config, *arguments, **more)
+        self.final_norm.weight = nn.Parameter(torch.ones(1, device=self.final_norm.weight.device))
+
+
+class FewerParameters(GPT):
+    def __init__(self, config, *arguments, **more):
+        super().__init__(config, *arguments, **more)
+        self.blocks[-1].mlp.down = self.blocks[0].mlp.down
+
+
+def exact_gelu(self, x):
+    return self.down(F.gelu(self.up(x)))
+
+
+def capped(self, x, targets=None):
+    return 5 * torch.tanh(F.linear(x, self.weight) / 5)
+
+
+@pytest.mark.parametrize("base", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize(
+    ("where", "name", "value", "expected"),
+    [
+        (families, "GPT", MoreParameters, "blocks.0.attention.q_norm.weight: found [8], expected none"),
+        (families, "GPT", OtherShapes, "final_norm.weight: found [1], expected [32]"),
+        (families, "GPT", FewerParameters, "blocks.1.mlp.down.weight: found none, expected [32, 128]"),
+        (model.Head, "forward", capped, "its logits differ by"),
+        (model.MLP, "forward", exact_gelu, "its logits differ by"),
+    ],
+)
+def test_a_model_py_that_was_changed_without_a_key_is_refused(base, where, name, value, expected, monkeypatch):
+    if value is exact_gelu and base.mlp == "swiglu":
+        pytest.skip("has no gelu")
+    families.check_expressible(base)
+    monkeypatch.setattr(where, name, value)
+    with pytest.raises(UserError, match=r"^model\.py: [^\n]+$") as error:
+        families.check_expressible(base)
+    assert expected in str(error.value)
+
+
+def test_a_checkpoint_of_another_model_py_is_refused(tmp_path, monkeypatch):
+    """Its parameters would be passed over: by export, eval, sample and the start of a run."""
+    write_run(tmp_path / "run", LLAMA, write_data(tmp_path / "data"))
+    for changed, expected in ((MoreParameters, "expected [8]"), (OtherShapes, "found [32], expected [1]")):
+        with monkeypatch.context() as patch:
+            patch.setattr(families, "GPT", changed)
+            for refuse in (open_trained, lambda path: open_weights(str(path), LLAMA)):
+                with pytest.raises(UserError, match=r"^[^\n]*use the model.py that it was trained with") as error:
+                    refuse(tmp_path / "run")
+                assert expected in str(error.value)
+    open_trained(tmp_path / "run")
+
+
+def test_config_json_speaks_the_words_of_transformers_4_and_5(tmp_path):
+    """How the versions read them: tests/slow/test_transformers_versions.py."""
+    expected = {
+        "gpt2": {"n_ctx": 16, "n_inner": 128, "activation_function": "gelu_new", "scale_attn_weights": True},
+        "llama": {"num_key_value_heads": 2, "head_dim": 8, "attention_bias": False, "mlp_bias": False},
+        "gpt_neox": {"rotary_pct": 1.0, "partial_rotary_factor": 1.0, "rotary_emb_base": 5e5, "attention_bias": True},
+    }
+    for family, base in FAMILIES.items():
+        config = dataclasses.replace(base, rotary_theta=5e5)
+        found = hf_write.config_json(families.transformers_config(config, "bfloat16", 256))
+        same = expected[family] | {"dtype": "bfloat16", "torch_dtype": "bfloat16", "model_type": family}
+        same |= {"bos_token_id": 256, "eos_token_id": 256, "tie_word_embeddings": base.tie_embeddings}
+        # transformers' Llama learns nothing of the pad token's row, which is the end of text's
+        same["pad_token_id"] = None if family == "llama" else 256
+        if family != "gpt2":
+            same |= {"rope_theta": 5e5, "rope_scaling": None}
+            assert found["rope_parameters"]["rope_theta"] == 5e5
+        assert {name: found[name] for name in same} == same
+        write_json(tmp_path / "config.json", found)
+        assert hf_read.read_model_config(tmp_path).rotary_theta == (10000.0 if family == "gpt2" else 5e5)
+    of_4 = {name: value for name, value in found.items() if name != "rope_parameters"}
+    write_json(tmp_path / "config.json", of_4)
+    assert hf_read.read_model_config(tmp_path).rotary_theta == 5e5
+
+
+@pytest.mark.parametrize("config", MODELS)
+def test_weights_and_settings_come_back_bit_for_bit(config, tmp_path):
+    ours = randomised(GPT(config))
+    tensors = to_transformers(config, ours)
+    read = families.from_transformers(config, tensors.get)
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(read(name), parameter), name
+    theirs = randomised(their_model(config)).state_dict()
+    if zero_biases(config):
+        theirs = {name: tensor * (not name.endswith("bias")) for name, tensor in theirs.items()}
+    read = families.from_transformers(config, theirs.get)
+    back = dict(families.to_transformers(config, read))
+    assert back.keys() | {"lm_head.weight"} == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in back.items())
+    families.transformers_config(config).save_pretrained(tmp_path)
+    published = hf_read.read_model_config(tmp_path)
+    if zero_biases(config):
+        published = dataclasses.replace(published, bias=False)
+    assert published == families.explicit(dataclasses.replace(config, init_std=0.02))
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"norm": "rmsnorm"}, "model.norm: found rmsnorm, expected layernorm"),
+        ({"mlp": "swiglu"}, "model.mlp: found swiglu, expected gelu"),
+        ({"n_kv_head": 2}, "model.n_kv_head: found 2, expected 4: transformers' GPT2LMHeadModel is the nearest"),
+        ({"position": "rotary", "n_kv_head": 2}, "model.n_kv_head: found 2, expected 4: transformers' GPTNeoX"),
+        ({"position": "rotary", "mlp": "swiglu"}, "model.norm: found layernorm, expected rmsnorm: transformers' Llama"),
+        ({"position": "rotary", "norm": "rmsnorm"}, "model.mlp: found gelu, expected swiglu"),
+    ],
+)
+def test_a_model_of_no_family_is_refused(more, expected):
+    config = dataclasses.replace(SMALL, **more)
+    for refuse in (families.transformers_config, families.their_names):
+        with pytest.raises(UserError, match=r"^[^\n]+$") as error:
+            refuse(config)
+        assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.stem)
+def test_every_config_can_be_exported(path):
+    families.family_of(load_config([str(path)]).model)
+
+
+# -- tokenizers ----------------------------------------------------------------------------------
+
+NASTY = [
+    "naïve café 東京都 привет мир 😀👩‍👩‍👧 שלום नमस्ते",
+    "\r\n\t  x=1\n\n\n    y\u00a0z \u2028 \x00\x01\x7f",
+    "1234567 12 ½ ² 3.14159",
+    "don't DON'T we'LL it'\u017f  a \n b",
+    "a" * 300 + " " * 300,
+    "def f(x):\n\treturn x  # <|endoftext|\n",
+]
+
+
+def of_pattern(name, monkeypatch):
+    """tiktoken's encoding with its pattern and special tokens, over GPT-2's vocabulary: its own may not be here."""
+    from tiktoken_ext import openai_public
+
+    ranks = load_tokenizer("gpt2")._mergeable_ranks
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks)
+    parts = getattr(openai_public, name)()
+    return tiktoken.Encoding(
+        name, pat_str=parts["pat_str"], mergeable_ranks=ranks, special_tokens=parts["special_tokens"]
+    )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes", "cl100k_base", "o200k_base"])
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+def test_auto_tokenizer_gives_our_ids(name, config, tmp_path, monkeypatch, request):
+    if name != "bytes":
+        request.getfixturevalue("shared")  # where GPT-2's vocabulary is
+    encoding = of_pattern(name, monkeypatch) if name.endswith("_base") else load_tokenizer(name)
+    parts = encoding._mergeable_ranks, encoding._special_tokens, encoding._pat_str
+    save_for_transformers(tmp_path, *parts, bos_token=END_OF_TEXT)
+    families.transformers_config(config).save_pretrained(tmp_path)  # by which AutoTokenizer may choose another class
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    generator = random.Random(0)
+    pieces = [*"  \n\r\t'stLlvRe0123456789½²\u017fKabß.,/-é東\u0301\u00a0\u2028\u3000😀ǅ", "\n\n", "'LL", "'re"]
+    texts = ["".join(generator.choices(pieces, k=generator.randrange(14))) for _ in range(2000)]
+    for text in NASTY + texts:
+        assert theirs.encode(text) == encoding.encode_ordinary(text), repr(text)
+        assert theirs.decode(encoding.encode_ordinary(text)) == text
+    assert theirs.eos_token_id == theirs.bos_token_id == encoding._special_tokens[END_OF_TEXT]
+    text = f"x = 1{END_OF_TEXT}y"
+    assert theirs.encode(text) == encoding.encode(text, allowed_special="all")

@@ -1,0 +1,351 @@
+"""plan.py and minzero/planner: measured rows replayed, our model's activations counted, and what must hold of any plan.
+
+`python tests/unit/test_plan.py FOLDER` prints the error of every row of FOLDER/published_memory.json, beside those of
+DeepSpeed's own estimator and of EleutherAI's calculator."""
+
+import itertools
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import plan
+from minzero.config.load import load_config
+from minzero.config.sections import ModelConfig
+from minzero.files import ROOT
+from minzero.planner.activations import calls_of, trace
+from minzero.planner.gpus import USABLE, GiB, Hardware
+from minzero.planner.plan import plan_run
+from minzero.planner.report import in_flags
+from minzero.planner.search import first_number, first_that_fits
+from minzero.planner.settings import Settings
+from model import GPT
+from tests.helpers.other_engines import OtherSettings, OtherTrace, simulate_other
+
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.json"))
+WHO = ("ours", "DeepSpeed", "EleutherAI")
+MEMORY = {"a100_40gb": 40, "a100_80gb": 80, "h100_80gb": 80, "8xA100-40GB": 40, "A100-40GB": 40}  # GiB
+
+
+def settings_of_row(row):
+    """A row of published_memory.json as OtherSettings, or None if it ran on another library than DeepSpeed or DDP."""
+    engine, stage = row["engine"], {"DDP": 0}.get(row["zero_stage"], row["zero_stage"])
+    model = ModelConfig(
+        n_layer=row["n_layer"],
+        n_head=row["n_head"],
+        n_embd=row["n_embd"],
+        block_size=row["seq"],
+        vocab_size=row["vocab"],
+        tie_embeddings=False,
+    )
+    given = {
+        "model": model,
+        "stage": stage,
+        "world_size": row["gpus"],
+        "micro_batch_size": row["micro_batch"],
+        "activation_checkpointing": int(row["activation_checkpointing"]),
+        "offload_optimizer": bool(row["offload_optimizer"]),
+        "offload_param": bool(row["offload_param"]),
+    }
+    loss = "plain" if engine.get("ce_fp32") else "half"
+    min_gpt = {"attention": "plain", "loss": loss, "separate_qkv": True, "masks": True}
+    if row["id"].startswith("cpu-"):
+        return OtherSettings(
+            **given | min_gpt,
+            reduce_bucket_size=int(engine["bucket"]),
+            prefetch_bucket_size=int(engine["prefetch"]),
+            persistence_threshold=int(engine["persist"]),
+            max_live_parameters=int(engine["max_live"]),
+            max_reuse_distance=int(engine["reuse"]),
+            sub_group_size=int(engine["sub"]),
+            accumulation_bytes=4 if engine.get("gacc") == "fp32" else None,
+            gradient_accumulation_steps=engine.get("gas", 1),
+            on_cpu=True,
+            one_group=True,
+            rank=0,
+        )
+    if row["id"].startswith("sn-") and stage in (0, 2, 3):
+        model.dropout = 0.1
+        return OtherSettings(
+            **given | min_gpt,
+            precision="fp16" if stage else "amp",
+            overlap_comm=True,
+            reduce_bucket_size=200_000_000,
+            sub_group_size=10**12,
+            coalesced=False,
+            prefetches=bool(engine.get("trace_valid")),
+            keeps_weights=bool(engine.get("leak_linear")),
+            bucket_factor=4.5 if stage == 2 else 1,
+            stale_bucket=stage == 2,
+        )
+    if row["id"] == "dse-bf16-full":
+        sizes = {"reduce_bucket_size": 50_000_000, "persistence_threshold": 0, "master_bytes": 2, "moment_bytes": 4}
+        return OtherSettings(**given, **sizes, loss="plain")
+    if row["id"].startswith("dschat-"):  # OPT: a clamp's input, a float32 softmax and its cast for each score; ReLU
+        model.tie_embeddings, model.block_size, model.dropout = True, 2050, 0.1
+        details = {"attention": "plain", "score_bytes": 8, "relu": True, "loss": "plain", "separate_qkv": True}
+        return OtherSettings(**given, **details, sequence=row["seq"], precision="fp16")
+    if row["kind"] == "fits":  # FSDP, as ZeRO-3 with small buckets
+        model.tie_embeddings = True
+        return OtherSettings(**given | {"stage": 3}, loss="fused", reduce_bucket_size=50_000_000)
+    return None
+
+
+def peak(settings):
+    return max(total for total, _ in simulate_other(settings)[0].peaks.values())
+
+
+def deepspeed_says(settings):
+    """Bytes by DeepSpeed's own estimators, which know the model's states alone; None where there is none."""
+    layers = [sum(weight.size for weight in call.weights) for call in calls_of(OtherTrace(settings).model())]
+    parameters, gpus = simulate_other(settings)[1], settings.world_size
+    if settings.stage == 2:
+        return estimate_zero2_model_states_mem_needs(parameters, gpus, cpu_offload=settings.offload_optimizer)[1]
+    if settings.stage == 3:
+        offload = {"cpu_offload": settings.offload_optimizer, "cpu_offload_params": settings.offload_param}
+        return estimate_zero3_model_states_mem_needs(parameters, max(layers), gpus, **offload)[1]
+    return None
+
+
+def eleuther_ai_says(settings):
+    """Bytes by the formulas of EleutherAI's calculator, which knows no offload: calc/calc_transformer_mem.py of
+    github.com/EleutherAI/cookbook at 827ee3b, told the row's own buckets and width of gradients, and that no more
+    parameters are alive at a time than there are."""
+    s, model = settings, settings.model
+    width, length, gpus = model.n_embd, s.sequence or model.block_size, s.world_size
+    parameters = width * (2 * model.vocab_size + length + 8 * model.n_layer + 2 + 12 * model.n_layer * width)
+    states = parameters * 2 / (gpus if s.stage == 3 else 1)
+    states += parameters * (s.accumulation_bytes or s.bytes) / (gpus if s.stage >= 2 else 1)
+    states += parameters * 12 / (gpus if s.stage >= 1 else 1)
+    buffers = s.reduce_bucket_size * 2 if s.stage >= 1 and gpus > 1 else 0
+    buffers += min(s.max_live_parameters, parameters) * 2 if s.stage == 3 and gpus > 1 else 0
+    scores = 0 if s.activation_checkpointing else 5 * model.n_head * length / width
+    return states + buffers + length * s.micro_batch_size * width * model.n_layer * (34 + scores)
+
+
+def replay(rows):
+    """[(id, measured MiB, {who: predicted MiB})] of the measured rows that can be expressed."""
+    found = []
+    for row in rows:
+        if row["kind"].startswith("measured") and (settings := settings_of_row(row)):
+            said = {"ours": peak(settings), "DeepSpeed": deepspeed_says(settings)}
+            said["EleutherAI"] = eleuther_ai_says(settings)
+            said = {who: size / 2**20 for who, size in said.items() if size is not None}
+            found.append((row["id"], row["measured_peak_mib"], said))
+    return found
+
+
+def errors_of(table, who, where="ours"):
+    """|predicted / measured - 1| of one of them, over the rows of which `where` says something."""
+    return [abs(said[who] / measured - 1) for _, measured, said in table if where in said]
+
+
+def in_words(table):
+    """The table of replay(), and for each of the three its errors beside ours on the same rows."""
+    lines = []
+    for name, measured, said in table:
+        cells = "".join(f"{said[w]:10.1f} {said[w] / measured - 1:+8.2%}" if w in said else " " * 19 for w in WHO)
+        lines.append(f"{name:50s}{measured:10.1f} {cells}")
+    lines.insert(0, f"{'MiB':50s}{'measured':>10s} {''.join(f'{who:>10s} {chr(32):8s}' for who in WHO)}")
+    for who in WHO:
+        theirs, ours = errors_of(table, who, who), errors_of(table, "ours", who)
+        lines.append(
+            f"{who}, {len(theirs)} rows: median {statistics.median(theirs):.2%}, mean {statistics.mean(theirs):.2%}, "
+            f"worst {max(theirs):.2%}; ours on "
+            f"these: {statistics.median(ours):.2%}, {statistics.mean(ours):.2%}, {max(ours):.2%}"
+        )
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def rows(shared):
+    path = shared / "published_memory.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    return json.loads(path.read_text())
+
+
+def test_measured_rows(rows):
+    table = replay(rows)
+    print(in_words(table))
+    errors = errors_of(table, "ours")
+    assert statistics.median(errors) <= 0.05
+    assert max(errors) <= 0.15
+    for who in WHO[1:]:
+        assert statistics.median(errors_of(table, "ours", who)) < statistics.median(errors_of(table, who, who))
+
+
+def test_what_ran_fits_and_what_did_not_does_not(rows):
+    for row in rows:
+        settings = settings_of_row(row) if row["kind"] in ("fits", "oom", "fits_max") else None
+        if settings:
+            fraction = peak(settings) / (MEMORY[row["gpu"]] * GiB)
+            assert (fraction <= USABLE) == (row["kind"] != "oom"), (row["id"], fraction)
+
+
+@pytest.mark.parametrize("changes", [{}, {"position": "rotary", "mlp": "swiglu", "bias": False, "n_kv_head": 2}])
+@pytest.mark.parametrize("dtype, precision", [(torch.float32, "fp32"), (torch.bfloat16, "bf16")])
+def test_kept_activations_are_those_of_the_model(changes, dtype, precision):
+    """Bytes that autograd keeps for the backward pass of model.py, against the sum over the trace."""
+    config = ModelConfig(n_layer=2, n_head=4, n_embd=64, block_size=512, vocab_size=128, **changes)
+    model = GPT(config).to(dtype)
+    tokens = torch.zeros(2, config.block_size, dtype=torch.long)
+    others = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), tokens]}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in others:
+            kept[storage.data_ptr()] = storage  # held, so that no other takes its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens, tokens)
+    settings = Settings(config, micro_batch_size=2, precision=precision)
+    predicted = sum(call.kept for call in calls_of(trace(settings)))
+    assert predicted == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=0.02)
+
+
+def planned(name, gpus, **zero):
+    config = load_config([f"configs/{name}"])
+    config.train.micro_batch_size = 1
+    config.deepspeed["zero_optimization"] |= zero
+    return plan_run(config, Hardware(gpus, -(-gpus // 8), 80 * GiB, peak=989e12, price=2.0))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("stage", range(4))
+def test_more_gpus_and_offload_never_need_more(name, stage):
+    before = None
+    for gpus in (1, 8, 64, 512):
+        found = planned(name, gpus, stage=stage)
+        assert math.isfinite(found["tokens_per_second"]) and math.isfinite(found["cost"])
+        assert sum(found["gpu_parts"].values()) == found["gpu_bytes"]
+        assert before is None or found["gpu_bytes"] <= before
+        before = found["gpu_bytes"]
+        if stage:
+            offloaded = planned(name, gpus, stage=stage, offload_optimizer={"device": "cpu"})
+            assert offloaded["gpu_bytes"] <= before and offloaded["cpu_bytes"] > 0
+
+
+def test_partial_offload_moves_the_optimizer_by_sub_groups():
+    """1.5B parameters in sub-groups of 100 million: 16 of matrices and one of vectors."""
+    found = {}
+    for ratio in (0, 0.25, 0.5, 1):
+        offload = {"offload_optimizer": {"device": "cpu", "ratio": ratio}, "sub_group_size": 100_000_000}
+        found[ratio] = planned("1p5b.json", 1, stage=3, **offload)
+    whole = planned("1p5b.json", 1, stage=3)
+    assert found[0]["gpu_parts"]["optimizer"] == whole["gpu_parts"]["optimizer"] == 12 * whole["parameters"]
+    assert found[1]["gpu_parts"]["optimizer"] == 0 and whole["cpu_bytes"] == 0
+    parts = [found[ratio]["gpu_parts"]["optimizer"] / whole["gpu_parts"]["optimizer"] for ratio in (0.25, 0.5)]
+    assert parts == pytest.approx([12 / 16, 8 / 16], rel=0.1)
+    for smaller, larger in itertools.pairwise(found):
+        assert found[smaller]["gpu_bytes"] > found[larger]["gpu_bytes"]
+        assert found[smaller]["cpu_bytes"] < found[larger]["cpu_bytes"]
+        assert found[smaller]["tokens_per_second"] > found[larger]["tokens_per_second"]
+
+
+def test_halving_finds_what_trying_each_would():
+    for length in range(10):
+        for first in range(length + 1):
+            tried = []
+
+            def planned(number, first=first, tried=tried):
+                tried.append(number)
+                return {"fits": number >= first, "number": number}
+
+            plan, candidate = first_that_fits(list(range(length)), planned)
+            assert candidate == (first if first < length else None)
+            assert plan == ({"fits": True, "number": first} if first < length else None)
+            assert len(tried) <= length.bit_length() and len(set(tried)) == len(tried)
+    for least in range(1, 70):
+        expected = least if least <= 32 else None  # 32 is the last power of two that is tried
+        assert first_number(lambda number, least=least: number >= least, 40) == expected
+
+
+def test_no_torch_is_loaded():
+    """It takes longer to load than a plan takes."""
+    code = "import plan, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_command_line(capsys):
+    plan.main("configs/gpt2-124m.json --gpus 8 --gpu_memory 80 --price 2 --json".split())
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    expected = "parameters gpu_bytes gpu_parts cpu_bytes checkpoint_bytes fits micro_batch_size tokens_per_second"
+    assert set(expected.split()) <= set(found) and found["parameters"] == 124_439_808
+    plan.main("configs/gpt2-124m.json --gpus 8 --gpu_memory 80 --fit --json".split())
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["fits"] and "train.py configs/gpt2-124m.json --train.micro_batch_size" in found["command"]
+    plan.main("configs/gpt2-124m.json --gpus 8 --gpu_memory 24 --max --json".split())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_layer"] > 12
+
+
+def answer_of(capsys, arguments):
+    plan.main([*arguments.split(), "--json"])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "configs/1p5b.json --gpus 1 --gpu_memory 24",
+        "configs/1p5b.json --gpus 8 --gpu_memory 24 --deepspeed.zero_optimization.stage 0",
+        "configs/gpt2-124m.json --gpus 1 --gpu_memory 2",  # takes two keys
+        "configs/175b.json --gpus 8 --gpu_memory 80",
+        "configs/45b.json --gpus 8 --gpu_memory 40",
+    ],
+)
+def test_the_cheapest_change_is_enough(capsys, arguments):
+    found = answer_of(capsys, arguments)
+    assert not found["fits"] and 1 <= len(found["cheapest_change"]) <= 2
+    assert answer_of(capsys, f"{arguments} {in_flags(found['cheapest_change'])}")["fits"]
+    for key in found["cheapest_change"]:  # each of them is needed
+        rest = {other: value for other, value in found["cheapest_change"].items() if other != key}
+        pair = all("offload" in other for other in found["cheapest_change"])  # parameters take the optimizer along
+        assert pair or not answer_of(capsys, f"{arguments} {in_flags(rest)}")["fits"]
+    if found["enough_gpus"]:
+        gpus = int(arguments.split("--gpus ")[1].split()[0])
+        more = arguments.replace(f"--gpus {gpus} ", "--gpus {} ")
+        assert answer_of(capsys, more.format(found["enough_gpus"]))["fits"]
+        assert not answer_of(capsys, more.format(found["enough_gpus"] - gpus))["fits"]
+
+
+def test_picture(capsys, tmp_path):
+    picture = tmp_path / "memory.png"
+    plan.main(f"configs/1p5b.json --gpus 8 --gpu_memory 40 --plot {picture}".split())
+    assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in capsys.readouterr().out
+    for bad in (tmp_path / "nowhere" / "memory.png", tmp_path / "memory.toast"):
+        with pytest.raises(plan.UserError, match="--plot"):
+            plan.main(f"configs/1p5b.json --gpus 8 --gpu_memory 40 --plot {bad}".split())
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        ("--gpus 8", "gpu_memory"),
+        ("--gpus 0 --gpu_memory 80", "--gpus"),
+        ("--gpus 8 --gpu_memory 80 --gpu toaster", "toaster"),
+        ("--gpus 8 --gpu_memory 80 --nodes 3", "--nodes"),
+        ("--gpus 8 --gpu_memory 80 --model.n_layers 3", "n_layer"),
+        ("--gpus 8 --gpu_memory 80 --deepspeed.zero_optimization.stage 4", "stage"),
+        ("--gpus 8 --gpu_memory 80 --deepspeed.zero_optimization.reduce_bucket_size big", "reduce_bucket_size"),
+        ("--gpus 8 --gpu_memory 0.1 --fit", "nothing fits"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, word):
+    with pytest.raises(plan.UserError, match=word):
+        plan.main(["configs/gpt2-124m.json", *arguments.split()])
+
+
+if __name__ == "__main__":
+    print(in_words(replay(json.loads((Path(sys.argv[1]) / "published_memory.json").read_text()))))
