@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
-from minzero.config.sections import ModelConfig
+from minzero.config.sections import ModelConfig, Recomputation
 from minzero.loss import LinearCrossEntropy, cross_entropy
+from minzero.recompute import recompute
 from minzero.sizes import IGNORE_INDEX, loss_chunk_tokens
 
 
@@ -124,8 +124,14 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = make_norm(config, kernels)
         self.mlp = MLP(config)
+        self.recomputation = None  # or a dictionary: how minzero.recompute is to keep less of this block
 
     def forward(self, x, angles=None):
+        if self.recomputation is not None and torch.is_grad_enabled():
+            return recompute(self.compute, x, angles, **self.recomputation)
+        return self.compute(x, angles)
+
+    def compute(self, x, angles):
         x = x + self.attention(self.attention_norm(x), angles)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -150,17 +156,18 @@ class GPT(nn.Module):
     def __init__(
         self, config: ModelConfig, seed=1337, activation_checkpointing=0, activation_offload=False, kernels="torch"
     ):
-        """activation_checkpointing: k: blocks 0, k, 2k, ... keep only their inputs and are computed again in the
-        backward pass; 0: none. activation_offload: those inputs are kept in CPU memory. kernels: torch, or apex for its
-        norms."""
+        """activation_checkpointing, activation_offload: as the keys of the train section. kernels: torch, or apex for
+        its norms."""
         super().__init__()
         self.config = config
-        self.activation_checkpointing = activation_checkpointing
+        self.recomputation = Recomputation.of(activation_checkpointing)
         self.activation_offload = activation_offload
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, kernels) for _ in range(config.n_layer))
+        for block in self.recomputation.of_blocks(self.blocks):
+            block.recomputation = {"selective": self.recomputation.selective, "offload": activation_offload}
         self.final_norm = make_norm(config, kernels)
         self.head = Head(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -188,18 +195,17 @@ class GPT(nn.Module):
         module.weight.copy_(module.weight.float().normal_(std=std))
 
     def compile(self):
-        """Compile in place the parts that repeat: the blocks, one graph for all, and the loss of one chunk. DeepSpeed's
-        hooks stay outside of the graphs, and so does the loop over chunks, which would be unrolled."""
+        """Compile in place the parts that repeat: the blocks, and the loss of one chunk. All blocks that keep the same
+        share a graph, in which their recomputation is. DeepSpeed's hooks stay outside of the graphs, and so does the
+        loop over chunks, which would be unrolled."""
+        # the part of the activations that a graph keeps, of those that its backward pass would read; 1: all
+        torch._functorch.config.activation_memory_budget = self.recomputation.budget
         for block in self.blocks:
-            block.forward = torch.compile(block.forward)
+            if self.activation_offload:  # the inputs that wait in CPU memory, and no weights, are kept by checkpoint
+                block.compute = torch.compile(block.compute)
+            else:
+                block.forward = torch.compile(block.forward)
         self.head.cross_entropy = torch.compile(cross_entropy)
-
-    def checkpointed(self, block, x, angles):
-        """The block's output, keeping only its input for the backward pass, which computes the rest again, with the
-        same dropout (activation checkpointing: Chen et al. 2016, arXiv 1604.06174)."""
-        on_cpu = torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda)
-        with on_cpu if self.activation_offload else contextlib.nullcontext():
-            return checkpoint(block, x, angles, use_reentrant=False)
 
     def forward(self, tokens, targets=None):
         config = self.config
@@ -213,11 +219,8 @@ class GPT(nn.Module):
         else:
             angles = rotary_angles(T, config.n_embd // config.n_head, config.rotary_theta, tokens.device)
         x = F.dropout(x, config.dropout, self.training)
-        for number, block in enumerate(self.blocks):
-            if self.training and self.activation_checkpointing and number % self.activation_checkpointing == 0:
-                x = self.checkpointed(block, x, angles)
-            else:
-                x = block(x, angles)
+        for block in self.blocks:
+            x = block(x, angles)
         x = self.final_norm(x)
         if targets is None:
             return self.head(x)

@@ -280,14 +280,14 @@ def build_engine(config, ds_config, device, kernels="torch", compiled=False, loa
         ds_config = ds_config | {"zero_optimization": zero}
         torch_linear()
     with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage == 3), device:
-        model = GPT(config.model, train.seed, int(train.activation_checkpointing), train.activation_offload, kernels)
+        model = GPT(config.model, train.seed, train.activation_checkpointing, train.activation_offload, kernels)
     if load_weights:
         copy_into(model, load_weights)
     if compiled:
         torch._dynamo.config.suppress_errors = True  # a part that cannot be compiled runs eagerly
-        if stage == 3:  # a block's weights are gathered at once, before its graph, which no hook then breaks
-            deepspeed.utils.set_z3_leaf_modules(model, [Block])
         model.compile()
+    if stage == 3:  # a block's weights are gathered at once, by two hooks, and outside of its graph
+        deepspeed.utils.set_z3_leaf_modules(model, [Block])
 
     # ---- the optimizer: DeepSpeed makes it by ds_config, or it is Apex's
     groups = parameter_groups(model, train.weight_decay)

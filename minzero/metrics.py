@@ -70,7 +70,7 @@ def throughput(config, step_seconds, devices, device_name, parameters=None):
 
     peak = peak_flops(device_name)
     if peak:
-        recomputed_flops = recomputed_flops_per_token(config.model, int(config.train.activation_checkpointing))
+        recomputed_flops = recomputed_flops_per_token(config.model, config.train.activation_checkpointing)
         speed["mfu"] = flops_per_second / peak
         speed["hfu"] = speed["mfu"] * (model_flops + recomputed_flops) / model_flops
     return speed

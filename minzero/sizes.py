@@ -3,7 +3,7 @@
 import json
 import re
 
-from minzero.config.sections import ModelConfig, switched_on
+from minzero.config.sections import ModelConfig, Recomputation, switched_on
 from minzero.errors import UserError
 
 IGNORE_INDEX = -1  # a target that does not count in the loss
@@ -91,11 +91,14 @@ def flops_per_token(config: ModelConfig):
 
 
 def recomputed_flops_per_token(config: ModelConfig, activation_checkpointing):
-    """FLOPs per training token that activation checkpointing adds: one more forward pass of blocks 0, k, 2k, ... for
-    activation_checkpointing = k; 0 recomputes none. Hardware FLOPs are model FLOPs plus these (Korthikanti et al. 2022,
-    arXiv 2205.05198, section 6.3)."""
-    if not activation_checkpointing:
-        return 0
-    blocks = -(-config.n_layer // activation_checkpointing)
+    """FLOPs per training token that train.activation_checkpointing adds. A block that is recomputed: its forward pass
+    once more. Selective: only the product behind attention. A part b of the activations kept: 1 - b of the forward
+    pass, though the compiler drops first what costs least. Hardware FLOPs are model FLOPs plus these (Korthikanti et
+    al. 2022, arXiv 2205.05198, section 6.3)."""
+    recomputation = Recomputation.of(activation_checkpointing)
+    if recomputation.selective:
+        return config.n_layer * 2 * config.n_embd**2
+    blocks = -(-config.n_layer // recomputation.every) if recomputation.every else 0
+    share = blocks / config.n_layer + 1 - recomputation.budget
     matrices = count_parameters(config)[1] - config.vocab_size * config.n_embd
-    return blocks / config.n_layer * (2 * matrices + 4 * config.n_layer * config.n_embd * config.block_size)
+    return share * (2 * matrices + 4 * config.n_layer * config.n_embd * config.block_size)

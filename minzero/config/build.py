@@ -2,7 +2,7 @@
 
 from minzero.config.deepspeed import check_together, resolve_section
 from minzero.config.hints import suggest_key
-from minzero.config.sections import SECTIONS, Config
+from minzero.config.sections import SECTIONS, Config, Recomputation
 from minzero.config.values import convert, in_short, printable
 from minzero.errors import UserError
 
@@ -54,9 +54,20 @@ def faults_between_keys(config):
         config.data.check,
         config.train.check,
         lambda: check_together(config.deepspeed, config.train.precision),
+        lambda: check_recomputed_dropout(config),
     ):
         try:
             check()
         except UserError as error:
             faults.append(str(error))
     return faults
+
+
+def check_recomputed_dropout(config):
+    """Raises UserError where the compiler would recompute dropout with other random numbers (torch 2.13 does)."""
+    if config.model.dropout and Recomputation.of(config.train.activation_checkpointing).budget < 1:
+        raise UserError(
+            f"train.activation_checkpointing: found {config.train.activation_checkpointing} with model.dropout "
+            f"{config.model.dropout}, whose gradients would be wrong: the compiler may drop other activations when it "
+            "recomputes them; expected true, a number k of blocks, selective, or no dropout"
+        )

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from minzero.config.values import fault_of_text, in_short, nearest_divisors
 from minzero.errors import UserError
@@ -22,6 +23,24 @@ def key(default, meaning, choices=None, minimum=None, maximum=None, off=None):
     if isinstance(default, list):  # each Config gets its own copy
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+class Recomputation(NamedTuple):
+    """What a value of train.activation_checkpointing means."""
+
+    every: int = 0  # blocks 0, every, 2 every, ... are computed again in the backward pass; 0: none
+    selective: bool = False  # of them all but attention and every other matrix product
+    budget: float = 1.0  # the part of the activations that a compiled block keeps; the compiler chooses which
+
+    @classmethod
+    def of(cls, value):
+        if value == "selective":
+            return cls(every=1, selective=True)
+        return cls(budget=value) if 0 < value < 1 else cls(every=int(value))
+
+    def of_blocks(self, blocks):
+        """Those of a list with one entry a block that are computed again."""
+        return blocks[:: self.every] if self.every else blocks[:0]
 
 
 @dataclass
@@ -133,9 +152,11 @@ class TrainConfig:
     grad_clip: float = key(
         1.0, "scale the gradient down to this global norm where it is larger; 0: no clipping", minimum=0, maximum=1e9
     )
-    activation_checkpointing: bool | int = key(
+    activation_checkpointing: bool | int | float | str = key(
         False,
-        "recompute blocks in the backward pass to save memory; true: every block; a number k: every k-th block",
+        "recompute in the backward pass to save memory; true: every block; a number k: every k-th block; selective: in "
+        "every block all but attention and every other matrix product; a number below 1: the part of the activations "
+        "that compiled blocks keep",
         minimum=0,
         maximum=10**5,
     )
@@ -212,6 +233,7 @@ class TrainConfig:
     verbose: bool = key(False, "show DeepSpeed's own log")
 
     def check(self):
+        self.check_recomputation()
         if len(self.betas) != 2 or not all(0 <= beta <= 0.99999 for beta in self.betas):
             raise UserError(f"train.betas: found {in_short(self.betas)}, expected two numbers from 0 to 0.99999")
         if 0 < self.grad_clip < 1e-6:  # a gradient divided by less overflows float32
@@ -236,6 +258,19 @@ class TrainConfig:
                     f"train.profile: found {json.dumps(self.profile)}, expected the first and last step to record, "
                     f"as 10:15, of 1 to {steps}"
                 )
+
+    def check_recomputation(self):
+        wanted = self.activation_checkpointing
+        found = f"train.activation_checkpointing: found {in_short(wanted)}"
+        if isinstance(wanted, str) and wanted != "selective":
+            raise UserError(f"{found}, expected true, false, a number or selective")
+        if not isinstance(wanted, str) and wanted > 1 and wanted != int(wanted):
+            raise UserError(f"{found}, expected a whole number k (every k-th block) or one below 1 (the part kept)")
+        budget = Recomputation.of(wanted).budget
+        if budget < 1 and self.compile is False:
+            raise UserError(f"{found} with train.compile false, but the compiler chooses what to keep; set it to auto")
+        if self.activation_offload and (budget < 1 or wanted == "selective"):
+            raise UserError(f"{found} with train.activation_offload, which takes true or a number k of blocks")
 
     @property
     def profile_steps(self):

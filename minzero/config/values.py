@@ -23,6 +23,8 @@ def convert(where, value, expected, meta):
     is_number = option in (int, float, list[float])
     for item in value if isinstance(value, list) else [value]:
         check_item(where, item, is_number, meta)
+    if isinstance(value, str):  # limits are for numbers
+        return value
     if meta["minimum"] is not None and value < meta["minimum"]:
         raise UserError(f"{where}: found {in_short(value)}, expected at least {meta['minimum']} ({meta['meaning']})")
     if meta["maximum"] is not None and value > meta["maximum"]:
@@ -67,7 +69,7 @@ def fault_of_text(text):
     if not all(character.isprintable() for character in text):
         return f"found {in_short(text)}, expected no control characters"
     if max(names) > 255 or sum(names) + len(names) > 4096:
-        return f"found {in_short(text)}, longer than a file system takes: 255 bytes a name, 4,096 a path"
+        return f"found {in_short(text)}, longer than a path may be; expected at most 255 bytes a name, 4,096 in all"
     return None
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from minzero.config.deepspeed import offload_device, offload_ratio, offloads_optimizer, zero_stage
-from minzero.config.sections import ModelConfig
+from minzero.config.sections import ModelConfig, Recomputation
 from minzero.errors import UserError
 
 MOST_LAYERS = 2**12  # a model with more is not planned: each layer is replayed
@@ -96,7 +96,7 @@ def settings_of(config, gpus):
         micro_batch_size=train.micro_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps(config, gpus),
         precision="bf16" if train.precision == "auto" else train.precision,
-        activation_checkpointing=int(train.activation_checkpointing),
+        activation_checkpointing=Recomputation.of(train.activation_checkpointing).every,
         activation_offload=train.activation_offload,
         offload_optimizer=offloads_optimizer(config.deepspeed),
         offload_ratio=offload_ratio(zero),

@@ -101,7 +101,7 @@ BAD = [
     ({"train": {"out_dir": "a\0b"}}, r'train.out_dir: found "a\u0000b", expected no control characters'),
     ('{"train": {"out_dir": "a\\ud800"}}', r'found "a\ud800", which is no text (half of a surrogate pair)'),
     ({"train": {"out_dir": "a" * 300}}, "train.out_dir: found "),
-    ({"train": {"out_dir": "é" * 200}}, "longer than a file system takes: 255 bytes a name"),
+    ({"train": {"out_dir": "é" * 200}}, "longer than a path may be; expected at most 255 bytes a name"),
     ({"train": {"resume": "a/" * 3000}}, "train.resume: found "),
     ({"data": {"path": "a\nb"}}, r'data.path: found "a\nb", expected no control characters'),
     ({"data": {"path": {"b" * 256: 1}}}, "data.path: found "),

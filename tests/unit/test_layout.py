@@ -11,7 +11,7 @@ from tests.helpers.processes import ROOT
 # A file imports only files above it. `model` is model.py at the root; the other files at the root import any.
 ORDER = """
     errors files launchers commands flags deepspeed_keys config.values config.sections config.nested
-    config.deepspeed config.hints config.build config.help config.load sizes dist run_folder loss zero
+    config.deepspeed config.hints config.build config.help config.load sizes dist run_folder loss recompute zero
     tensor_files data.order data.meta data.shards data.mixture data.tokenizer data.documents data.local_files
     data.sources data.conversations data.encode data.output data.pipeline data.scripts data.verify
     checkpoint_state checkpoint_folder nearest checkpoint resume model hf.families hf.read trained engine
@@ -59,7 +59,7 @@ def test_a_file_imports_only_files_above_it(name):
 
 
 def test_the_model_knows_no_engine_and_no_files():
-    assert imported(ROOT / "model.py") <= {"config.sections", "sizes", "loss"}
+    assert imported(ROOT / "model.py") <= {"config.sections", "sizes", "loss", "recompute"}
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.relative_to(ROOT).as_posix())

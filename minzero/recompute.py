@@ -1,0 +1,48 @@
+"""Recomputation in the backward pass, to keep less in the forward pass (activation checkpointing: Chen et al. 2016,
+arXiv 1604.06174)."""
+
+import contextlib
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+# every implementation of scaled_dot_product_attention that is one operator
+ATTENTION = tuple(
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    )
+)
+
+
+def recompute(function, *inputs, selective=False, offload=False):
+    """function(*inputs), keeping only the inputs for the backward pass, which computes the rest again, with the same
+    dropout.
+
+    selective: keep the outputs of attention and of every other matrix product too; that leaves less to compute again.
+    offload: keep the inputs in CPU memory."""
+    context = {"context_fn": selective_contexts} if selective else {}
+    on_cpu = torch.autograd.graph.save_on_cpu(pin_memory=inputs[0].is_cuda)
+    with on_cpu if offload else contextlib.nullcontext():
+        return checkpoint(function, *inputs, use_reentrant=False, **context)
+
+
+def selective_contexts():
+    """The contexts in which torch runs the forward pass and the recomputation: they keep attention's output and the
+    first, third, ... matrix product, and find them again (torchtitan's policy: arXiv 2410.06511, section 2.1.2)."""
+    products = {False: 0, True: 0}  # seen so far: in the forward pass, and in the recomputation
+
+    def policy(context, operator, *_, **__):
+        if operator in ATTENTION:
+            return CheckpointPolicy.MUST_SAVE
+        if operator in PRODUCTS:
+            products[context.is_recompute] += 1
+            if products[context.is_recompute] % 2:
+                return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
