@@ -128,7 +128,8 @@ def single_changes(config):
         buffers["stage3_prefetch_bucket_size"] = (1e7, 5e7)
         buffers["stage3_max_reuse_distance"] = (1e8, 1e9)
     for name, (small, default) in buffers.items():
-        if zero.get(name, default) > small:
+        value = zero.get(name, "auto")
+        if (default if value == "auto" else value) > small:
             yield {f"{section}.{name}": int(small)}
     for higher in range(stage + 1, 4):
         yield {f"{section}.stage": higher}
