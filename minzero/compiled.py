@@ -109,7 +109,8 @@ class Failures(logging.Filter):
             return True
         error = record.exc_info[1] if record.exc_info else None
         lines = str(error or record.getMessage()).strip().splitlines() or [""]
-        self.reasons.append(f"{type(error).__name__}: {lines[0]}" if error else lines[0])
+        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # "backend='inductor' raised:"
+        self.reasons.append(f"{type(error).__name__}: {reason}" if error else reason)
         return False
 
 

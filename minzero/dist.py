@@ -57,8 +57,8 @@ def init_process(verbose=False, may_be_alone=False):
         share = max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_SIZE"]))
         os.environ["OMP_NUM_THREADS"] = str(share)  # for what is compiled with an OpenMP of its own
         torch.set_num_threads(share)
-    if torch.cuda.is_available() and deepspeed.accelerator.get_accelerator().device_name() != "cuda":
-        found = os.environ.get("DS_ACCELERATOR")
+    found = os.environ.get("DS_ACCELERATOR")
+    if torch.cuda.is_available() and found not in (None, "cuda"):
         raise UserError(
             f"DS_ACCELERATOR: found {found} on a machine with a GPU, which the model would run on without DeepSpeed; "
             "unset it, or set CUDA_VISIBLE_DEVICES to nothing to run on CPUs"

@@ -49,11 +49,18 @@ class Facts(NamedTuple):
         return not self.offloads_weights and self.is_within(everything, WHOLE)
 
     @property
-    def most_live(self):
-        """Gathered weights at a time. A block that runs and the one that is fetched must have room, or nothing is
-        fetched ahead; with more, the blocks at the turn from forward to backward need no second gather."""
-        much = 5 * self.block + 2 * self.largest_outside
-        return much if self.is_within(much, LIVE) else 2 * self.block
+    def much_live(self):
+        """Gathered weights with which the blocks at the turn from forward to backward need no second gather."""
+        return 5 * self.block + 2 * self.largest_outside
+
+    @property
+    def has_room(self):
+        return self.is_within(self.much_live, LIVE)
+
+
+def live(facts):
+    # the block that runs and the one that is fetched must have room, or nothing is fetched ahead
+    return facts.much_live if facts.has_room else 2 * facts.block
 
 
 def prefetch(facts):
@@ -62,7 +69,7 @@ def prefetch(facts):
 
 
 def reuse_distance(facts):
-    return 2 * facts.block if facts.is_within(facts.most_live, LIVE) else 0
+    return 2 * facts.block if facts.has_room else 0
 
 
 def persistence(facts):
@@ -102,7 +109,7 @@ VALUES = {
     "zero_optimization.contiguous_gradients": lambda facts: facts.stage != 3,
     "zero_optimization.reduce_bucket_size": bucket,
     "zero_optimization.stage3_prefetch_bucket_size": prefetch,
-    "zero_optimization.stage3_max_live_parameters": lambda facts: facts.most_live,
+    "zero_optimization.stage3_max_live_parameters": live,
     "zero_optimization.stage3_max_reuse_distance": reuse_distance,
     "zero_optimization.stage3_param_persistence_threshold": persistence,
     "zero_optimization.stage3_allgather_sequential": one_by_one,

@@ -6,8 +6,9 @@ from minzero.config.deepspeed import check_stage, zero_stage
 from minzero.errors import UserError
 from minzero.planner.gpus import GiB
 from minzero.planner.plan import plan_run
-
-WORTH_A_LINE = 1.02  # times as fast
+from minzero.planner.settings import settings_of
+from minzero.planner.speed import communicated_bytes
+from minzero.sizes import count_parameters
 
 
 def with_stage(config, stage):
@@ -50,20 +51,28 @@ def with_chosen_stage(config, hardware):
 
 
 def advice(config, hardware):
-    """A line on a stage that fits and is faster than that of the Config, or None."""
+    """A line on a lower stage that fits as well and sends less, or None."""
+    if hardware.gpus == 1 or hardware.peak is None:
+        return None
     try:
         plans = plans_by_stage(config, hardware)
     except UserError:
         return None
     stage = zero_stage(config.deepspeed)
-    if hardware.peak is None or stage not in plans:
+    if stage not in plans or fastest(plans) >= stage:
         return None
     best = fastest(plans)
-    times = plans[best]["tokens_per_second"] / plans[stage]["tokens_per_second"]
-    if times < WORTH_A_LINE:
-        return None
+    sent = {number: sent_in_a_step(with_stage(config, number), hardware) for number in (stage, best)}
     needs = plans[best]["gpu_bytes"] / GiB
+    times = plans[best]["tokens_per_second"] / plans[stage]["tokens_per_second"]
     return (
-        f"ZeRO-{best} would fit too ({needs:.1f} of {hardware.gibibytes} GiB), and by plan.py's estimate be "
-        f"{times:.2f} times as fast; deepspeed.zero_optimization.stage auto takes the fastest stage that fits"
+        f"ZeRO-{best} would fit too ({needs:.1f} of {hardware.gibibytes} GiB) and send {sent[stage] / sent[best]:.1f} "
+        f"times less; by plan.py's estimate it is {times:.2f} times as fast; "
+        "deepspeed.zero_optimization.stage auto takes the fastest stage that fits"
     )
+
+
+def sent_in_a_step(config, hardware):
+    """Bytes that a rank sends in a step."""
+    settings = settings_of(config, hardware.gpus, hardware.memory_bytes)
+    return communicated_bytes(settings, count_parameters(config.model)[0])

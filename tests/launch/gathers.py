@@ -5,12 +5,14 @@ ZeRO-3 gathers ahead of their use, and those that it gathers only when a module 
 
 The shapes are those of configs, scaled: every width by the same factor, so that all sizes keep their proportions."""
 
+import gc
 import inspect
 import json
 import sys
 from collections import Counter
 
 import torch
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
@@ -86,13 +88,18 @@ def main(name, *overrides):
     counts = Counter()
     count_gathers(counts)
     tokens = torch.randint(model.vocab_size, (1, LENGTH))
+    tensors = []  # alive after each step, without a collection of cycles
+    gc.collect()
+    gc.disable()
     for _ in range(5):  # two record the order of the modules; the last is counted
         counts.clear()
         for _ in range(2):  # micro-batches
             engine.backward(engine(tokens, tokens))
             engine.step()
+        tensors.append(sum(torch.is_tensor(found) for found in gc.get_objects()))
     weights = sum(parameter.ds_numel for parameter in engine.module.parameters())
-    print(json.dumps({"weights": weights, "block": block, "limit": zero["stage3_max_live_parameters"], **counts}))
+    found = {"weights": weights, "block": block, "limit": zero["stage3_max_live_parameters"], **counts}
+    print(json.dumps(found | {"tensors": tensors, "modules on DeepSpeed's stack": len(FWD_MODULE_STACK)}))
     dist.stop_process_group()
 
 

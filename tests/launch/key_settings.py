@@ -8,13 +8,17 @@ def zero(**keys):
     return {"zero_optimization": keys}
 
 
+IN_FP32 = {"data_types": {"grad_accum_dtype": "fp32"}}
+# as "auto" has it at stage 3, for large matrices
+AUTO = zero(contiguous_gradients=False, overlap_comm=True, stage3_allgather_sequential=True)
+
 # Stage 3 comes first: it replaces torch's linear function for the whole process, and the plain runs need the same one.
 FEW = [
     ((2, 1), "fp32", zero(round_robin_gradients=True), SAME),
     ((2, 1), "bf16", zero(round_robin_gradients=True, parameter_alignment=True), SAME),
     ((2,), "fp32", zero(round_robin_gradients=True, offload_optimizer={"device": "cpu"}), SAME),
     ((3,), "fp32", zero(sub_group_size=1000, stage3_param_persistence_threshold=0), SAME),
-    ((3,), "bf16", {"data_types": {"grad_accum_dtype": "fp32"}}, ROUNDED),
+    ((3,), "bf16", IN_FP32 | AUTO, ROUNDED),
     ((1,), "fp32", {"communication_data_type": "bf16"}, ROUNDED),
     ((1,), "fp16", {"fp16": {"loss_scale": 128}}, ROUNDED),
 ]
@@ -52,6 +56,8 @@ STAGE_3 = [
     zero(stage3_gather_16bit_weights_on_model_save=True),
     zero(stage3_use_all_reduce_for_fetch_params=True),
     zero(stage3_allgather_sequential=True),
+    AUTO,
+    zero(offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}, **AUTO["zero_optimization"]),
     zero(memory_efficient_linear=False),
     zero(log_trace_cache_warnings=True),
     zero(offload_param={"device": "cpu"}),
@@ -71,7 +77,8 @@ ALL = [
     *[((3, 2, 1), "fp16", {"fp16": keys}, changes) for keys, changes in FP16],
     ((2, 1), "fp16", zero(round_robin_gradients=True, parameter_alignment=True), SAME),
     ((3, 2, 1), "bf16", zero(overlap_comm=True, round_robin_gradients=True, parameter_alignment=True), SAME),
-    *[((3, 2), precision, {"data_types": {"grad_accum_dtype": "fp32"}}, ROUNDED) for precision in ("bf16", "fp16")],
+    *[((3, 2), precision, IN_FP32, ROUNDED) for precision in ("bf16", "fp16")],
+    ((3, 2), "bf16", IN_FP32 | zero(offload_optimizer={"device": "cpu"}), ROUNDED),
     *[((3, 2, 1), name, {"data_types": {"grad_accum_dtype": name}}, SAME) for name in ("fp32", "bf16", "fp16")],
     *[((3, 2, 1, 0), "fp32", {"communication_data_type": name}, ROUNDED) for name in ("bf16", "fp16")],
     ((3, 2, 1), "bf16", {"communication_data_type": "fp16"}, ROUNDED),

@@ -20,8 +20,10 @@ from minzero import checkpoint, checkpoint_folder, checkpoint_state, dist
 from minzero.commands import run_command
 from minzero.config.build import build
 from minzero.config.deepspeed import deepspeed_config
+from minzero.config.nested import merge
 from minzero.data import mixture
 from minzero.engine import count_real_parameters
+from minzero.files import ROOT, read_json
 from tests.helpers.variants import all_changed
 from tests.launch.parity_settings import MOVES, SETTINGS
 
@@ -33,12 +35,13 @@ def config_of(name, stage, offload="none", steps=20, **more):
     settings = {"out_dir": str(FOLDER / name), "micro_batch_size": 2, "global_batch_tokens": 8 * 32}
     settings |= {"max_tokens": steps * 8 * 32, "lr": 1e-2, "log_every": 1, "eval_every": 0, "save_every": 10}
     settings |= {"eval_tokens": 13 * 32, "warmup_tokens": 5 * 8 * 32, "keep_checkpoints": 20, **more.pop("train", {})}
-    # small enough that matrices are sharded and gathered, not kept whole
+    # the defaults, but a matrix of this small model is sharded and gathered, not kept whole
     zero = {"stage": stage, "stage3_param_persistence_threshold": 100, "reduce_bucket_size": 4096}
-    zero |= {"stage3_prefetch_bucket_size": 4096, "offload_optimizer": {"device": offload}}
+    zero |= {"offload_optimizer": {"device": offload}}
+    deepspeed = merge(read_json(ROOT / "ds_config.json"), {"zero_optimization": zero})
     model = MODEL | more.pop("model", {})
     data = {"path": more.pop("data", DATA)}
-    return build({"model": model, "data": data, "train": settings, "deepspeed": {"zero_optimization": zero}}, "")
+    return build({"model": model, "data": data, "train": settings, "deepspeed": deepspeed}, "")
 
 
 def config_of_moved(name, stage, offload="none"):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._inductor import compile_fx
 
 import model
 from minzero import compiled
@@ -56,3 +57,37 @@ def test_a_linear_function_of_deepspeeds_own_is_not_compiled():
     config = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=32, vocab_size=64)
     zero = {"stage": 3, "memory_efficient_linear": True}
     assert "memory_efficient_linear is true" in compiled.why_not_compiled(True, config, CPU, "torch", zero=zero)
+
+
+def test_a_width_that_leaves_weights_at_odd_addresses_is_not_compiled():
+    """From stage 1 on, weights lie one after the other in a common buffer."""
+    odd = ModelConfig(n_layer=1, n_head=5, n_embd=100, block_size=32, vocab_size=64)
+    reason = compiled.why_not_compiled(True, odd, CPU, "torch", zero={"stage": 3})
+    assert reason.startswith("model.n_embd 100 is no multiple of 8")
+    keys = ModelConfig(n_layer=1, n_head=16, n_kv_head=1, n_embd=64, block_size=32, vocab_size=64)
+    assert compiled.odd_width(keys) == "the width of keys and values, 4"
+    assert compiled.odd_width(ModelConfig(n_head=12, n_embd=768)) is None
+
+
+def test_parts_that_fail_with_their_true_sizes_are_told(monkeypatch, capfd):
+    """The small model was compiled, and only then the compiler fails, as for want of a GPU's shared memory."""
+
+    def fails(*_, **__):
+        raise RuntimeError("No valid triton configs. OutOfResources: shared memory\nand a second line")
+
+    torch.compiler.reset()
+    gpt = model.GPT(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=64))
+    compiled.compile_model(gpt)
+    compiled.run_once(gpt)
+    assert compiled.failure_in_words() is None
+    gpt = model.GPT(ModelConfig(n_layer=2, n_head=2, n_embd=48, block_size=32, vocab_size=64))
+    torch.compiler.reset()
+    compiled.compile_model(gpt)
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", fails)
+    monkeypatch.setattr(compile_fx, "_compile_fx_inner", fails)
+    loss, _ = compiled.run_once(gpt)
+    words = compiled.failure_in_words()
+    torch.compiler.reset()
+    assert loss > 0 and "parts could not be compiled and run without; the first: " in words, words
+    assert "No valid triton configs. OutOfResources: shared memory" in words and "\n" not in words
+    assert "Traceback" not in capfd.readouterr().err, "the compiler's own log of it"

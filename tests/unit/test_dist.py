@@ -132,3 +132,12 @@ def test_a_rank_keeps_its_place_on_its_machine_when_deepspeed_is_told_its_gpu(mo
         device, rank, world_size = dist.init_process()
         assert (device.index, rank, world_size, dist.local_place) == (0, 5, 6, (1, 2))
     assert environ["LOCAL_RANK"] == environ["OMPI_COMM_WORLD_LOCAL_RANK"] == "0"
+
+
+def test_an_accelerator_that_is_not_the_models_is_refused(monkeypatch):
+    """DS_ACCELERATOR=cpu, left over on a machine with a GPU, on which the model would then run."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(dist.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.raises(UserError, match=r"^DS_ACCELERATOR: found cpu on a machine with a GPU.*unset it"):
+        dist.init_process(may_be_alone=True)

@@ -182,3 +182,11 @@ def test_a_model_that_is_too_large_ends_a_run_in_one_line(small_data, tmp_path):
     ]
     done = run([*command, "--train.eval_tokens", "64", "--train.compile", "false"])
     assert done.returncode == 2 and "error: model: 1,3" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_nvme_needs_the_cuda_toolkit_on_a_gpu_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", None)
+    with pytest.raises(UserError, match=r"^key\.device: nvme needs the CUDA toolkit \(nvcc\).* set CUDA_HOME"):
+        engine.prepare_nvme("key", str(tmp_path / "files"))
+    assert not (tmp_path / "files").exists()
