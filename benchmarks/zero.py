@@ -19,27 +19,27 @@ values. `Trainer.train()` itself runs: the other rows take their steps inside it
 timed from that callback's return to its next call. That includes its data loader. It computes attention, GELU and loss as
 transformers does. --compile compiles every row but this one.
 
-Memory is of tensors, of the rank that has most, and of the row alone: what it holds after its first step, and the most
-above that during its second. On a GPU by torch.cuda.max_memory_allocated, reset for the step; on a CPU by the allocations
-that torch's profiler records, without those of gloo's own threads.
+Memory is that of the rank which has most, and of the row alone: what it holds after its first step, and the most
+above that during its second. On a GPU by torch.cuda.max_memory_allocated, reset for the step; on a CPU by the C library's
+count of what the process has allocated (mallinfo2), read every half a millisecond.
 """
 
 import copy
+import ctypes
 import dataclasses
 import gc
 import math
-import os
 import shlex
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler would print lines of its own
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
@@ -72,7 +72,7 @@ SIZES = {
     "tiny": {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 32, "vocab_size": 256},  # its figures mean nothing
 }
 WARMUP = 2  # rounds
-TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # relative difference of a loss
+TOLERANCE = {"fp32": 3e-4, "bf16": 1e-2}  # relative difference of a loss
 TABLES = {  # heading: (the rows of the table, that whose tokens/s the others are compared with first)
     "weights gathered for each use": (
         "fsdp2_gathered",
@@ -105,10 +105,32 @@ COLUMNS = {
 # ---- measuring
 
 
+class MallocInfo(ctypes.Structure):
+    """mallinfo2's result: uordblks and hblkhd are the bytes in use, in the heap and in pages of their own."""
+
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+
+def bytes_in_use(device):
+    """Bytes that this process has allocated and not freed: of its GPU, or of CPU memory by the C library. The CPU's are
+    of all threads, and those of tensors are among them: torch keeps none. None where the C library has no mallinfo2."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated()
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        return None
+    mallinfo.restype = MallocInfo
+    info = mallinfo()
+    return info.uordblks + info.hblkhd
+
+
 class Meter:
-    """What is allocated on the device between `start` and `stop`, in bytes."""
+    """What is allocated on the device between `start` and `stop`. On a CPU a thread looks every half a millisecond, which
+    is much shorter than the life of a tensor that matters."""
 
     def __init__(self, device):
+        self.device = device
         self.on_gpu = device.type == "cuda"
 
     def start(self):
@@ -116,25 +138,29 @@ class Meter:
         if self.on_gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            self.profile = torch.profiler.profile(profile_memory=True)
-            self.profile.start()
+        self.before = self.most = bytes_in_use(self.device)
+        if not self.on_gpu and self.before is not None:
+            self.finished = threading.Event()
+            self.watcher = threading.Thread(target=self.watch, daemon=True)
+            self.watcher.start()
         return self
 
+    def watch(self):
+        while not self.finished.wait(0.0005):
+            self.most = max(self.most, bytes_in_use(self.device))
+
     def stop(self):
-        """(bytes more at the end than at the start, the most that there was above the start)."""
+        """(bytes more at the end than at the start, the most that there was above the start), or (0, None)."""
+        if self.before is None:
+            return 0, None
         if self.on_gpu:
             torch.cuda.synchronize()
-            return torch.cuda.memory_allocated() - self.before, torch.cuda.max_memory_allocated() - self.before
+            self.most = torch.cuda.max_memory_allocated()
+        else:
+            self.finished.set()
+            self.watcher.join()
         gc.collect()
-        self.profile.stop()
-        total = most = 0
-        for event in sorted(self.profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-            if event.name() == "[memory]":
-                total += event.nbytes()
-                most = max(most, total)
-        return total, most
+        return bytes_in_use(self.device) - self.before, self.most - self.before
 
 
 class Row:
@@ -168,7 +194,7 @@ class Row:
         ended = now(self.device)
         if self.meter:
             more, most = self.meter.stop()
-            self.peak = self.held + most
+            self.peak = None if most is None else self.held + most
             self.held += more
         else:
             self.seconds.append(ended - self.began)
@@ -434,7 +460,7 @@ def trainer_arguments(setting, steps):
         adam_epsilon=keys.eps,
         max_grad_norm=keys.grad_clip,
         bf16=setting.precision == "bf16",
-        gradient_checkpointing=setting.args.recompute,
+        activation_checkpointing=setting.args.recompute,
         use_cpu=setting.device.type == "cpu",
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
@@ -604,7 +630,7 @@ def result_of(row, tokens, accumulation):
     result["tokens_per_second"] = tokens / result["step_seconds"]
     result["tokens_per_step"] = tokens
     result["micro_batches"] = accumulation
-    result["peak_memory_bytes"] = max(peaks)
+    result["peak_memory_bytes"] = None if None in peaks else max(peaks)
     result["losses"] = [statistics.mean(values) for values in zip(*losses, strict=True)]
     result["last_loss"] = result["losses"][-1]
     return result
@@ -657,9 +683,9 @@ def markdown(results):
 
 def conditions_of(args, group):
     if group.device.type == "cuda":
-        memory = "of tensors, by torch.cuda.max_memory_allocated"
+        memory = "allocated by the row, by torch.cuda.max_memory_allocated"
     else:
-        memory = "of tensors, by the allocations that torch's profiler records"
+        memory = "allocated by the row, by the C library's mallinfo2 (not resident memory)"
     return {
         "device": benchmark.this_device()[0],
         "ranks": group.world_size,
