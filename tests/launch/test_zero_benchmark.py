@@ -52,7 +52,7 @@ def test_every_row_computes_the_same(out):
 def test_the_page_has_both_tables(out):
     page = (out / "zero.md").read_text()
     for heading, names in zero.TABLES.items():
-        table = page.split(f"## tiny, {heading}\n")[1].split("\n\n")[0]
+        table = page.split(f"## tiny, {heading}\n\n")[1].split("\n\n")[0]
         assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]] == [
             zero.ROWS[name][0] for name in names
         ]
