@@ -66,6 +66,11 @@ def open_data(config):
     return [Mixture(path, split, block_size, vocab_size, config.train.seed, verify) for split in ("train", "val")]
 
 
+def smallest_memory(group):
+    """Bytes of the device that has least, by which all ranks choose the same. Every rank must call this."""
+    return min(dist.gather(memory_per_rank(group.device)))
+
+
 def machine(group, memory):
     """The planner's Hardware of this run. memory: bytes of a rank's device."""
     nodes = group.world_size // dist.local_place[1]
@@ -289,7 +294,7 @@ def main(config, watchdog=None):
         watchdog.folder = folder
 
         # ---- set up and check everything; nothing is written yet
-        memory = min(dist.gather(memory_per_rank(group.device)))  # the ranks must choose the same by it
+        memory = smallest_memory(group)
         with dist.all_or_none():  # no other run may be writing the checkpoints that this one looks for
             dist.print0(folder.hold(new=False) if group.rank == 0 else None)
         with dist.all_or_none():

@@ -45,6 +45,8 @@ ELSEWHERE = {  # command: what runs it, or why nothing can
     "python benchmarks/gpu.py --out out/gpu --nanogpt nanoGPT/model.py --data data/openwebtext": "needs a GPU",
     "python benchmarks/gpu.py --out out/gpu --nanogpt nanoGPT/model.py --parts speed planner --minutes 20": "the same",
     "python benchmarks/gpu.py --out out/tiny_gpu --tiny --first 2": "test_gpu_benchmark, a row or two",
+    "deepspeed --num_gpus 2 benchmarks/zero.py --out out/zero": "test_zero_benchmark, with a tiny model",
+    "deepspeed --num_gpus 8 benchmarks/zero.py --out out/zero --precision bf16 --compile": "the same",
     "python tests/chaos.py": "test_chaos, a shorter form",
     "deepspeed --num_gpus 8 train.py configs/gpt2-124m.json --train.init_from openai-community/gpt2": "needs a network",
     "deepspeed --num_gpus 8 train.py configs/mine.json --train.init_from hf/llama": "test_export, with a small Llama",
