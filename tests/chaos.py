@@ -1,4 +1,4 @@
-"""Kill a run with -9 again and again, go on each time, and compare it with one that was left alone.
+"""Kill a run with -9 again and again, continue each time, and compare it with one that was left alone.
 
     python tests/chaos.py [--kills 50] [--inside_a_save 15] [--steps 2000]
 

@@ -168,7 +168,7 @@ def main():
     config = config_of("spike", 3, 200, **settings)
     spike(189 * 8, 190 * 8 - 1, Mixture(config.data.path, "train", 32, 64, config.train.seed))
     train.main(config)
-    parity.go_on_from("spike", 180, "spike_resumed")
+    parity.copy_until("spike", 180, "spike_resumed")
     train.main(config_of("spike_resumed", 3, 200, **settings))
     if comm.get_rank() == 0:
         (FOLDER / "said.json").write_text(json.dumps(said))

@@ -1,5 +1,5 @@
 """Started by test_parity.py under the launcher, on two ranks, on one, and on two again: trains 20 steps at
-every ZeRO stage in one process group, goes on from checkpoints, and moves runs to other ranks and stages.
+every ZeRO stage in one process group, continues from checkpoints, and moves runs to other ranks and stages.
 
     parity.py DATA FOLDER first|second|third
 """
@@ -79,7 +79,7 @@ def loaded_and_saved_again(stage, offload):
     return [(group["weight_decay"], *group["betas"], group["eps"]) for group in engine.optimizer.param_groups]
 
 
-def go_on_from(name, step, new):
+def copy_until(name, step, new):
     """A copy of a run as it was when it was stopped behind that step: what it saved later is taken away."""
     comm.barrier()
     if comm.get_rank() == 0:
@@ -121,7 +121,7 @@ def parity_of_stages(world_size, rank):
         for path in (name, f"resumed_{name}"):
             train.main(config_of(path, stage, offload, train={"precision": precision}))
             if path == name:
-                go_on_from(name, 10, f"resumed_{name}")
+                copy_until(name, 10, f"resumed_{name}")
     conversations = {"data": str(FOLDER / "conversations"), "model": {"vocab_size": 257}}
     train.main(config_of(f"conversations_ranks{world_size}", 3, **conversations))
     # with dropout, and saving in the background, from a step that is no round number
@@ -131,7 +131,7 @@ def parity_of_stages(world_size, rank):
             settings = {"save_every": 7, "save_in_background": kind == "background"}
             train.main(config_of(path, 3, model={"dropout": 0.1 if kind == "dropout" else 0.0}, train=settings))
             if path == name:
-                go_on_from(name, 7, f"resumed_{name}")
+                copy_until(name, 7, f"resumed_{name}")
 
 
 def main():
@@ -144,7 +144,7 @@ def main():
         if rank == 0:
             (FOLDER / f"settings_{world_size}.json").write_text(json.dumps(settings))
     for name, (origin, step, stage, offload) in MOVES[PART].items():
-        go_on_from(origin, step, name)
+        copy_until(origin, step, name)
         finish = keep_record_of_samples(name)
         train.main(config_of_moved(name, stage, offload))
         finish()

@@ -3,7 +3,7 @@
 SETTINGS = [(stage, precision, "none") for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
 SETTINGS += [(2, "fp32", "cpu"), (3, "fp32", "cpu")]
 
-# run -> (what it goes on from, at which step, its ZeRO stage, offload), by number of ranks and in this order.
+# run -> (the run it continues, from which step, its ZeRO stage, offload), by number of ranks and in this order.
 # `moved` is the uninterrupted run, and all of them end at its last step, 150.
 MOVES = {
     "first": {

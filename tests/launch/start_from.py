@@ -56,7 +56,7 @@ def main():
             train.main(config_of(family, f"{family}_{stage}", stage, 1, FOLDER / family))
     train.main(config_of("gpt_neox", "gpt_neox_3", 3, 1, FOLDER / "gpt_neox"))
     train.main(config_of("gpt2", "short", 3, 1, FOLDER / "gpt2", block_size=8))
-    # going on: what it started from is not there any more
+    # resumed: the model it started from is not there any more
     train.main(config_of("llama", "llama_3", 3, 2, FOLDER / "gone"))
     train.main(config_of("llama", "from_a_run", 0, 1, FOLDER / "llama_3"))
     dist.stop_process_group()

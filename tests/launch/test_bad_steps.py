@@ -104,7 +104,7 @@ def test_a_run_that_stops_for_bad_steps_names_their_samples_and_keeps_its_last_c
         assert all(torch.isfinite(tensor).all() for tensor in content(folder / name, 5)[1].values())
 
 
-def test_a_spike_is_passed_over_and_resuming_in_front_of_it_changes_nothing(folder):
+def test_a_spike_is_skipped_and_resuming_before_it_changes_nothing(folder):
     for name in ("spike", "spike_resumed"):
         bad = [line for line in read_metrics(folder / name) if "bad_step" in line]
         assert [(line["step"], line["samples"]) for line in bad] == [(190, [1512, 1519])], bad

@@ -94,7 +94,7 @@ def test_a_finished_run_is_left_alone_and_never_refuses_it(tiny_run):
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_goes_on_with_fewer_ranks_at_another_stage_and_with_a_larger_batch_if_asked(tiny_run, tmp_path):
+def test_a_run_continues_with_fewer_ranks_at_another_stage_and_with_a_larger_batch_if_asked(tiny_run, tmp_path):
     out, _ = tiny_run
     steps = [line["step"] for line in read_metrics(out)]
     fewer = [

@@ -101,7 +101,7 @@ def test_validation_and_gradient_norms_agree_between_stages_and_ranks(folder):
 
 @pytest.mark.parametrize("name", [*RUNS, "dropout", "background"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_resumed_run_goes_on_bit_for_bit(folder, name, ranks):
+def test_a_resumed_run_continues_bit_for_bit(folder, name, ranks):
     whole, resumed = (folder / f"{kind}{name}_ranks{ranks}" for kind in ("", "resumed_"))
     assert len(losses(whole)) == 20 and len(steps_and_evaluations(whole)) == 21
     for ours, theirs in zip(steps_and_evaluations(resumed), steps_and_evaluations(whole), strict=True):
@@ -128,7 +128,7 @@ def content_of(path):
 
 
 @pytest.mark.parametrize("name", MOVED)
-def test_a_run_moved_to_other_ranks_or_another_stage_goes_on_the_same(folder, name):
+def test_a_run_moved_to_other_ranks_or_another_stage_continues_the_same(folder, name):
     """A table of docs/resume.md: 50 steps and more after each change, in fp32."""
     _, step, *_ = MOVED[name]
     reference, found = losses(folder / "moved"), losses(folder / name)

@@ -37,9 +37,9 @@ def main():
     dist.start_process_group()
     run("whole", 12, 1.0)
     run("part", 12, 0.5, save_every=5)
-    parity.go_on_from("part", 5, "part_resumed")
+    parity.copy_until("part", 5, "part_resumed")
     run("part_resumed", 12, 0.5, save_every=5)
-    parity.go_on_from("part", 5, "part_to_whole")
+    parity.copy_until("part", 5, "part_to_whole")
     run("part_to_whole", 12, 1.0, save_every=5)
 
     check = bad_steps.BadSteps.check

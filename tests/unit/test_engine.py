@@ -66,7 +66,7 @@ def test_apex_is_taken_on_gpus_only(install):
         engine.choose_kernels("apex", CPU)
 
 
-def test_asking_for_apex_in_vain_is_one_line(small_data, tmp_path):
+def test_asking_for_apex_without_it_is_one_line(small_data, tmp_path):
     command = [sys.executable, "train.py", "configs/tiny.json", "--train.kernels", "apex", "--data.path", small_data]
     done = run([*command, "--train.out_dir", tmp_path / "run"])
     assert done.returncode == 2 and "train.kernels: found apex" in done.stderr
