@@ -80,7 +80,7 @@ def loaded_and_saved_again(stage, offload):
 
 
 def copy_until(name, step, new):
-    """A copy of a run as it was when it was stopped behind that step: what it saved later is taken away."""
+    """A copy of a run as it was when it was stopped after that step: what it saved later is removed."""
     comm.barrier()
     if comm.get_rank() == 0:
         shutil.copytree(FOLDER / name, FOLDER / new)
