@@ -20,7 +20,8 @@ class Stage3(Engine):
         if s.world_size > 1 or s.offload_param:
             memory.allocate("gathered", sum(w.size for w in self.persistent) * s.bytes)
         self.resident_optimizer(shards)
-        memory.allocate("buckets", s.reduce_bucket_size * s.bytes)
+        if self.contiguous:
+            memory.allocate("buckets", s.reduce_bucket_size * s.bytes)
         self.bucket = []  # (weight, its gradient if that was not copied)
         self.elements = 0  # in the bucket
         self.free_gather = s.world_size == 1 and not s.offload_param  # a gathered weight is the shard itself
@@ -28,6 +29,7 @@ class Stage3(Engine):
         self.flight = {}  # weight -> (the weights of the same call, its tensor, whether that is the weight itself)
         self.leaf = None  # the leaf module whose backward pass runs
         self.leaf_gradients = []  # (weight, gradient) of that module, reduced when it ends
+        self.place_of = {weight: number for number, weight in enumerate(itertools.chain(*self.groups))}
         self.record_trace()
         self.restart()
 
@@ -51,6 +53,7 @@ class Stage3(Engine):
         self.needs = {m: weights_of(m) if m.leaf else m.weights for m in calls_of(self.model)}
         self.order = []
         self.record_forward(self.model)
+        self.turn = len(self.order)  # the step at which the backward pass of the model begins
         self.record_backward(self.model)
         # elements of all weights before each step of the trace
         self.order_sums = [0, *itertools.accumulate(sum(w.size for w in self.needs[m]) for m in self.order)]
@@ -69,9 +72,12 @@ class Stage3(Engine):
         if module.hooked:
             self.order.append(module)
         if module.recomputed:
-            self.record_forward(module)
+            self.record_recomputation(module)
         for child in reversed(module.inside):
             self.record_backward(child)
+
+    def record_recomputation(self, block):
+        """There are no hooks inside of a leaf."""
 
     def restart(self):
         """The coordinator at the beginning of a forward pass."""
@@ -90,7 +96,7 @@ class Stage3(Engine):
             return
         self.live += sum(weight.size for weight in weights)
         sizes = [0 if self.free_gather else self.shard(weight) * s.world_size * s.bytes for weight in weights]
-        if len(weights) == 1 or s.world_size == 1:
+        if len(weights) == 1 or s.world_size == 1 or s.allgather_sequential:
             for weight, size in zip(weights, sizes, strict=True):
                 self.flight[weight] = ({weight}, self.memory.allocate("gathered", size), True)
         else:
@@ -144,7 +150,7 @@ class Stage3(Engine):
 
     def release(self, module, forward):
         if module is self.leaf and not forward:
-            gradients = self.leaf_gradients
+            gradients = sorted(self.leaf_gradients, key=lambda pair: self.place_of[pair[0]])
             self.leaf = None
             self.leaf_gradients = []
             for weight, gradient in gradients:
@@ -152,18 +158,23 @@ class Stage3(Engine):
         for weight in self.needs[module]:
             if weight in self.persistent or self.gathered.get(weight) is None:
                 continue
-            if not self.needed_soon(weight):
+            if not self.needed_soon(weight, module.leaf):
                 self.free_gathered(weight)
 
-    def needed_soon(self, weight):
-        """Whether a prefetch was meant for a later step, or the weight's next use is within the reuse distance."""
+    def needed_soon(self, weight, leaf=False):
+        """Whether a prefetch was meant for a later step, or the weight's next use is within the reuse distance. When a
+        leaf is released, DeepSpeed counts what is inside of a later module as its own, so all weights are in use where
+        the backward pass of the model begins."""
         if self.fetched_for.get(weight, -1) > self.at:
             return True
         uses = self.next_uses[weight]
         following = bisect.bisect_left(uses, self.at)
-        if following == len(uses):
+        steps = uses[following : following + 1]
+        if leaf and self.at <= self.turn:
+            steps = [*steps, self.turn]
+        if not steps:
             return False
-        distance = self.order_sums[uses[following]] - self.order_sums[self.at]
+        distance = self.order_sums[min(steps)] - self.order_sums[self.at]
         return distance < self.settings.max_reuse_distance
 
     def free_gathered(self, weight):
