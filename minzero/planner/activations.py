@@ -115,7 +115,8 @@ class Trace:
             inside += [self.norm("norm"), part, Module("sum", kept=self.stream, hooked=False)]
         block = Module(f"block {number}", inside=inside, output=self.stream)
         every, selective, budget = s.recomputation
-        block.recomputed = budget < 1 or bool(every) and number % every == 0
+        by_budget = budget < 1 and s.compiled  # only the compiler obeys it
+        block.recomputed = by_budget or (every > 0 and number % every == 0)
         block.leaf = s.stage == 3 and self.whole_blocks()
         calls = calls_of(block)[1:]
         if block.leaf:
@@ -123,7 +124,7 @@ class Trace:
                 call.hooked = False
         if block.recomputed and not selective:
             for call in calls[:-1]:  # the last one's is the block's output
-                call.cached = int(budget * call.kept) if budget < 1 else 0
+                call.cached = int(budget * call.kept) if by_budget else 0
         return block
 
     def whole_blocks(self):

@@ -256,15 +256,13 @@ class Stage12(Engine):
         return slices
 
     def make_buffers(self):
-        """The first gradient allocates the buckets, if there are any."""
-        if not self.contiguous:
-            return []
+        """The first gradient allocates the buckets."""
         size = self.settings.reduce_bucket_size * self.settings.bytes
         return [self.memory.allocate("buckets", size) for _ in range(2 if self.settings.overlap_comm else 1)]
 
     def reduce_later(self, weight, gradient):
         s = self.settings
-        if not self.buffers:
+        if self.contiguous and not self.buffers:
             self.buffers = self.make_buffers()
         if s.stage == 1:  # summed over the micro-batches, and reduced with the last one
             if weight in self.waiting:

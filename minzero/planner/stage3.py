@@ -138,7 +138,9 @@ class Stage3(Engine):
             weight, step = self.queue.popleft()
             self.fetched_for[weight] = step
             discarded.add(weight)
-        room = min(s.max_live_parameters - self.live, s.prefetch_bucket_size)
+        # DeepSpeed's engine sets the bucket to 1 where weights are gathered one by one: one is fetched ahead
+        bucket = 1 if s.allgather_sequential else s.prefetch_bucket_size
+        room = min(s.max_live_parameters - self.live, bucket)
         ahead, size = [], 0
         while self.queue and size < room:
             weight, step = self.queue.popleft()

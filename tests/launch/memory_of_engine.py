@@ -91,7 +91,9 @@ def measured_and_predicted(zero, batch, precision, shape, loss_tokens=2**20, acc
     deepspeed = {"zero_optimization": zero, "data_types": {"grad_accum_dtype": accumulated}}
     sections = {"model": SHAPE | shape, "train": batch, "deepspeed": deepspeed}
     config = build(sections, "")
-    settings = OtherSettings(**vars(settings_of(config, ranks)) | {"precision": precision}, on_cpu=True, rank=rank, whole_blocks=True)
+    settings = OtherSettings(
+        **vars(settings_of(config, ranks)) | {"precision": precision}, on_cpu=True, rank=rank, whole_blocks=True
+    )
     memory, _ = simulate_other(settings)
     with LiveBytes() as live:
         engine = build_engine(config, deepspeed_config(config, ranks, precision, False), device)
@@ -114,7 +116,14 @@ def measured_and_predicted(zero, batch, precision, shape, loss_tokens=2**20, acc
     # the first two steps are others; in the rest, what Python's collector or gloo's threads let go late is above it
     peak = [min(peaks[2:]), max(total for total, _ in memory.peaks.values())]
     return {
-        "setting": {"zero": zero, "train": batch, "precision": precision, "model": shape, "loss": loss_tokens, "sums": accumulated},
+        "setting": {
+            "zero": zero,
+            "train": batch,
+            "precision": precision,
+            "model": shape,
+            "loss": loss_tokens,
+            "sums": accumulated,
+        },
         "held": {part: [held[part], predicted[part]] for part in held},
         "peak": peak,
     }
