@@ -161,18 +161,23 @@ class Trace:
         return [Module("attend", **sizes, backward=self.narrow + inputs, own=True, hooked=False)]
 
     def mlp(self):
+        s, narrow = self.settings, self.narrow
         # kept: up's output, which the activation reads, the activation's, which down reads, and silu(gate) of swiglu,
         # which the compiler computes again
-        s, narrow = self.settings, self.narrow
         inner = s.model.mlp_width
-        fan_out = inner * (2 if s.model.mlp == "swiglu" else 1)
+        gated = s.model.mlp == "swiglu"
+        fan_out = inner * (2 if gated else 1)
         up = s.tokens * fan_out * s.product_bytes
         hidden = s.tokens * inner * s.product_bytes
-        activated = hidden if s.compiled else up
+        activation = {"kept": up, "backward": hidden + up}
+        if gated and s.compiled:
+            activation["kept"] = hidden
+        elif gated:
+            activation["backward"] = 2 * up  # of gate and value, and both once more in one tensor
         down = {"forward": narrow, "kept": self.dropout_mask(), "backward": hidden + self.own_gradient()}
         inside = [
             self.linear("up", self.width, fan_out, kept=up, cached=up, backward=up + narrow),
-            Module("activate", kept=activated, backward=hidden + up, hooked=False),
+            Module("activate", **activation, hooked=False),
             self.linear("down", inner, self.width, **down),
         ]
         return Module("mlp", inside=inside)

@@ -233,7 +233,7 @@ class Stage12(Engine):
         self.waiting = {}  # weight -> its gradient, which is reduced after the backward pass
         self.partition = []  # gradients of this rank's slice, of this micro-batch
         self.accumulated = []  # and of those before
-        self.reduced = []  # gradients that were reduced where they are (contiguous_gradients false)
+        self.reduced = []  # gradients of other ranks' slices that were reduced where they are, and are freed later
         self.touched = self.slice_of_rank()
         self.wide = s.stage == 2 and s.accumulation_bytes == 4 and s.bytes < 4  # summed in float32
 
@@ -290,11 +290,12 @@ class Stage12(Engine):
             self.free_all(self.reduced)
         self.flatten_bucket()
         for weight, gradient in self.bucket:
-            if weight in self.touched and self.keep_reduced(weight, gradient):
-                continue
-            if gradient and not self.contiguous and (s.stage == 1 or s.overlap_comm):
-                self.reduced.append(gradient)
-            elif gradient:
+            if weight in self.touched:
+                stays = self.keep_reduced(weight, gradient)
+            else:
+                stays = s.stage == 1 or (s.overlap_comm and not self.contiguous)
+                self.reduced += [gradient] if gradient and stays else []
+            if gradient and not stays:
                 memory.free(gradient)
         self.bucket = []
         self.elements = 0

@@ -27,6 +27,7 @@ class Stage3(Engine):
         self.free_gather = s.world_size == 1 and not s.offload_param  # a gathered weight is the shard itself
         self.gathered = dict.fromkeys(self.persistent)  # weight -> its tensor
         self.flight = {}  # weight -> (the weights of the same call, its tensor, whether that is the weight itself)
+        self.unreleased = []  # weights of embeddings, at the end of a backward pass
         self.leaf = None  # the leaf module whose backward pass runs
         self.leaf_gradients = []  # (weight, gradient) of that module, reduced when it ends
         self.place_of = {weight: number for number, weight in enumerate(itertools.chain(*self.groups))}
@@ -55,8 +56,13 @@ class Stage3(Engine):
         self.record_forward(self.model)
         self.turn = len(self.order)  # the step at which the backward pass of the model begins
         self.record_backward(self.model)
-        # elements of all weights before each step of the trace
-        self.order_sums = [0, *itertools.accumulate(sum(w.size for w in self.needs[m]) for m in self.order)]
+        # elements of all weights before each step of the trace, as they count when a leaf is released: with what is
+        # inside of each module; and when another module is: without, so that blocks count as nothing
+        self.order_sums = {True: [0], False: [0]}
+        for leaf, sums in self.order_sums.items():
+            for module in self.order:
+                weights = weights_of(module) if leaf else module.weights
+                sums.append(sums[-1] + sum(weight.size for weight in weights))
         self.next_uses = {}  # weight -> the steps of the trace that need it
         for step, module in enumerate(self.order):
             for weight in self.needs[module]:
@@ -151,6 +157,10 @@ class Stage3(Engine):
         self.gather(ahead)
 
     def release(self, module, forward):
+        if module.name.endswith("embedding") and not forward:
+            # its hook waits for a gradient of its input, and token ids have none: freed after the backward pass
+            self.unreleased += [weight for weight in module.weights if weight not in self.persistent]
+            return
         if module is self.leaf and not forward:
             gradients = sorted(self.leaf_gradients, key=lambda pair: self.place_of[pair[0]])
             self.leaf = None
@@ -165,7 +175,7 @@ class Stage3(Engine):
 
     def needed_soon(self, weight, leaf=False):
         """Whether a prefetch was meant for a later step, or the weight's next use is within the reuse distance. When a
-        leaf is released, DeepSpeed counts what is inside of a later module as its own, so all weights are in use where
+        leaf is released, DeepSpeed takes what is inside of a later module for its own, so all weights are in use where
         the backward pass of the model begins."""
         if self.fetched_for.get(weight, -1) > self.at:
             return True
@@ -176,7 +186,8 @@ class Stage3(Engine):
             steps = [*steps, self.turn]
         if not steps:
             return False
-        distance = self.order_sums[min(steps)] - self.order_sums[self.at]
+        sums = self.order_sums[leaf]
+        distance = sums[min(steps)] - sums[self.at]
         return distance < self.settings.max_reuse_distance
 
     def free_gathered(self, weight):
@@ -225,6 +236,9 @@ class Stage3(Engine):
 
     def end_backward(self):
         self.reduce()
+        for weight in self.unreleased:
+            self.free_gathered(weight)
+        self.unreleased = []
         for weight in list(self.flight):
             self.wait(weight)
             self.free_gathered(weight)
