@@ -26,6 +26,7 @@ from minzero.planner.plan import plan_run
 from minzero.planner.report import draw, notes_on, plan_text, suggest_fix, train_command
 from minzero.planner.search import deepest, fastest, with_choice
 from minzero.planner.speed import Assumptions
+from minzero.planner.stage import with_chosen_stage
 
 
 def read_options(arguments):
@@ -55,8 +56,8 @@ def read_options(arguments):
 
 def main(arguments):
     options, rest = read_options(arguments)
-    config = load_config(rest)
     hardware = options.hardware
+    config = with_chosen_stage(load_config(rest), hardware)
 
     def planned(config, gpus=hardware.gpus):
         nodes = -(-gpus * hardware.nodes // hardware.gpus)

@@ -28,9 +28,10 @@ import torch
 
 from minzero import checkpoint, dist, resume, sampling, summary, trained
 from minzero.bad_steps import BadSteps
-from minzero.config.deepspeed import deepspeed_config, gradient_accumulation, zero_stage
+from minzero.compiled import why_not_compiled
+from minzero.config.deepspeed import auto_values, deepspeed_config, gradient_accumulation, zero_stage
 from minzero.config.load import load_config
-from minzero.config.sections import TrainConfig
+from minzero.config.sections import Recomputation, TrainConfig
 from minzero.data.mixture import Mixture
 from minzero.engine import (
     build_engine,
@@ -38,15 +39,18 @@ from minzero.engine import (
     check_memory,
     choose_kernels,
     count_real_parameters,
+    memory_per_rank,
     resolve_precision,
-    why_not_compiled,
 )
 from minzero.errors import UserError
 from minzero.evaluate_loss import validation_loss
 from minzero.loss import equal_weights
+from minzero.planner.gpus import Hardware
+from minzero.planner.stage import advice, with_chosen_stage
 from minzero.run import Run, StepResult
 from minzero.run_folder import RunFolder
 from minzero.schedule import learning_rate
+from minzero.sizes import peak_flops
 from minzero.watchdog import Watchdog
 from minzero.zero import optimizers
 
@@ -62,6 +66,15 @@ def open_data(config):
     return [Mixture(path, split, block_size, vocab_size, config.train.seed, verify) for split in ("train", "val")]
 
 
+def machine(group, memory):
+    """The planner's Hardware of this run. memory: bytes of a rank's device."""
+    nodes = group.world_size // dist.local_place[1]
+    if group.device.type == "cpu":
+        return Hardware(group.world_size, nodes, memory)
+    name = torch.cuda.get_device_name(group.device)
+    return Hardware(group.world_size, nodes, memory, peak_flops(name), name)
+
+
 class Setup(NamedTuple):
     """How this run computes, by its config and by the machine that it is on."""
 
@@ -69,6 +82,7 @@ class Setup(NamedTuple):
     precision: str  # bf16, fp16 or fp32
     stage: int  # of ZeRO
     ds_config: dict  # DeepSpeed's complete configuration
+    auto: dict  # the values of those keys in it that are "auto" in the config
     kernels: str  # apex or torch
     why_kernels: str
     versions: dict
@@ -79,19 +93,22 @@ class Setup(NamedTuple):
         return self.stage == 0 and self.precision == "fp32"
 
 
-def choose_setup(config, group):
-    """Setup of this run. Raises UserError for what this machine or this number of ranks cannot do."""
+def choose_setup(config, group, memory):
+    """Setup of this run. memory: bytes of a rank's device. Raises UserError for what this machine or this number of
+    ranks cannot do."""
     on_gpu = group.device.type == "cuda"
     # tokens a step = micro_batch_size x block_size x ranks x accumulation
     accumulation = gradient_accumulation(config, group.world_size)
     precision = resolve_precision(config.train.precision, group.device)
     if precision == "fp32" and on_gpu:
         torch.set_float32_matmul_precision("high")  # TF32, as plan.py counts on
-    ds_config = deepspeed_config(config, group.world_size, precision, on_gpu=on_gpu)
+    ds_config = deepspeed_config(config, group.world_size, precision, on_gpu, memory)
     check_deepspeed(ds_config)
-    check_memory(config, ds_config, group.device, group.world_size)
+    check_memory(config, ds_config, memory, on_gpu, group.world_size)
     kernels, why_kernels = choose_kernels(config.train.kernels, group.device)
-    return Setup(accumulation, precision, zero_stage(ds_config), ds_config, kernels, why_kernels, dist.versions())
+    auto = auto_values(config, group.world_size, precision, memory)
+    stage = zero_stage(ds_config)
+    return Setup(accumulation, precision, stage, ds_config, auto, kernels, why_kernels, dist.versions())
 
 
 class Start(NamedTuple):
@@ -139,8 +156,15 @@ def make_engine(config, group, setup, start):
     """The model and its optimizer in DeepSpeed's hands. Returns (engine, why the model is not compiled or None)."""
     zero = setup.ds_config.get("zero_optimization")
     device = group.device
-    not_compiled = why_not_compiled(config.train.compile, config.model, device, setup.kernels, setup.precision, zero)
+    recomputation = config.train.activation_checkpointing
+    options = setup.kernels, setup.precision, zero, recomputation
+    not_compiled = why_not_compiled(config.train.compile, config.model, device, *options)
     compiled = not_compiled is None
+    if not compiled and Recomputation.of(recomputation).budget < 1:
+        raise UserError(
+            f"train.activation_checkpointing: found {recomputation}, which the compiler obeys, but the model is not "
+            f"compiled: {not_compiled}; set train.compile to true, or this to true, a number k of blocks or selective"
+        )
     engine = build_engine(config, setup.ds_config, device, setup.kernels, compiled, start.load_weights)
     torch.manual_seed(config.train.seed + 1 + group.rank)  # each rank drops other activations
     return engine, not_compiled
@@ -157,6 +181,7 @@ def info_of(config, group, setup, train_data, compiled):
         "precision": setup.precision,
         "kernels": setup.kernels,
         "compiled": compiled,
+        "deepspeed_auto": setup.auto,
     }
 
 
@@ -264,11 +289,14 @@ def main(config, watchdog=None):
         watchdog.folder = folder
 
         # ---- set up and check everything; nothing is written yet
+        memory = min(dist.gather(memory_per_rank(group.device)))  # the ranks must choose the same by it
         with dist.all_or_none():  # no other run may be writing the checkpoints that this one looks for
             dist.print0(folder.hold(new=False) if group.rank == 0 else None)
         with dist.all_or_none():
             train_data, val_data = open_data(config)
-            setup = choose_setup(config, group)
+            hardware = machine(group, memory)
+            config = with_chosen_stage(config, hardware)
+            setup = choose_setup(config, group, memory)
             start = choose_start(config, train_data)
             tokenizer = sampling.open_tokenizer(config)
             facts = facts_in_common(config, setup, start, train_data, val_data)
@@ -298,6 +326,7 @@ def main(config, watchdog=None):
         run.begin(engine, bad_steps, info, count_real_parameters(engine.module))
         for line in summary.start_lines(run, train_data, not_compiled):
             dist.print0(line)
+        dist.print0(advice(config, hardware))
 
         # ---- the loop: `step` optimizer steps are done after it, tokens_at(step) tokens are seen
         for step in run.steps():
@@ -311,6 +340,7 @@ def main(config, watchdog=None):
             if run.should_log(step):
                 run.log_step(step, rate, result)
             run.end_step(step, result)  # what follows is no part of the step's time
+            run.report_uncompiled(step)
 
             if run.should_evaluate(step):
                 validate(run, engine, val_data, step)

@@ -143,13 +143,6 @@ ACCEPTED = {
     "aio.overlap_events": flag(True, "NVMe: submit requests while others are in flight"),
 }
 
-# The numbers that Hugging Face's Trainer puts for "auto", from n_embd (transformers, integrations/deepspeed.py).
-AUTO = {
-    "zero_optimization.reduce_bucket_size": lambda n_embd: n_embd * n_embd,
-    "zero_optimization.stage3_prefetch_bucket_size": lambda n_embd: int(0.9 * n_embd * n_embd),
-    "zero_optimization.stage3_param_persistence_threshold": lambda n_embd: 10 * n_embd,
-}
-
 # DeepSpeed's keys that follow from keys of other sections. Set in two places, they could disagree.
 DERIVED_KEYS = {
     "train_batch_size": "train.global_batch_tokens",

@@ -57,6 +57,12 @@ def init_process(verbose=False, may_be_alone=False):
         share = max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_SIZE"]))
         os.environ["OMP_NUM_THREADS"] = str(share)  # for what is compiled with an OpenMP of its own
         torch.set_num_threads(share)
+    if torch.cuda.is_available() and deepspeed.accelerator.get_accelerator().device_name() != "cuda":
+        found = os.environ.get("DS_ACCELERATOR")
+        raise UserError(
+            f"DS_ACCELERATOR: found {found} on a machine with a GPU, which the model would run on without DeepSpeed; "
+            "unset it, or set CUDA_VISIBLE_DEVICES to nothing to run on CPUs"
+        )
     if not torch.cuda.is_available():
         # DeepSpeed's shared-memory all-reduce is compiled for a minute at first use and needs a C++ compiler.
         # ZeRO-3 gathers and scatters, which it does not speed up: plain gloo is as fast here.

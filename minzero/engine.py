@@ -1,24 +1,21 @@
 """The DeepSpeed engine: the model with its optimizer, precision, kernels and compilation, and the checks before."""
 
-import dataclasses
 import importlib.util
 import os
 from pathlib import Path
 
 import deepspeed
 import torch
-from deepspeed import comm
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
 
+from minzero.compiled import compile_model
 from minzero.config.deepspeed import check_together, offload_device, offload_ratio, offloads_optimizer, zero_stage
 from minzero.errors import UserError
 from minzero.files import make_folder
 from minzero.sizes import count_parameters
-from minzero.zero import copy_into, torch_linear, undo_trial_step
+from minzero.zero import copy_into, set_prefetch, torch_linear, undo_trial_step
 from model import GPT, Block
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_precision(precision, device):
@@ -37,6 +34,11 @@ def resolve_precision(precision, device):
 
 def prepare_nvme(key, folder):
     """Make the folder of files into which DeepSpeed offloads. Raises UserError if it could not write them."""
+    if torch.cuda.is_available() and torch.utils.cpp_extension.CUDA_HOME is None:
+        raise UserError(
+            f"{key}.device: nvme needs the CUDA toolkit (nvcc), with which DeepSpeed compiles its reader of files; set "
+            "CUDA_HOME to its folder, or set it to cpu"
+        )
     if not AsyncIOBuilder().is_compatible():
         raise UserError(
             f"{key}.device: nvme needs a C++ compiler and libaio's headers (packages g++ and libaio-dev, or "
@@ -77,11 +79,11 @@ def memory_per_rank(device):
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks
 
 
-def check_memory(config, ds_config, device, world_size):
+def check_memory(config, ds_config, available, on_gpu, world_size):
     """Raises UserError, in place of the allocator's traceback, for a model, micro-batch or buffer that is larger than
-    the memory of a rank. A lower bound of what a rank needs; plan.py computes the whole."""
-    needs = least_memory(config, ds_config, device, world_size)
-    available = memory_per_rank(device)
+    the memory of a rank. A lower bound of what a rank needs; plan.py computes the whole. available: the memory of a
+    rank in bytes."""
+    needs = least_memory(config, ds_config, on_gpu, world_size)
     if sum(needs.values()) > available:
         largest = max(needs, key=needs.get)
         raise UserError(
@@ -90,7 +92,7 @@ def check_memory(config, ds_config, device, world_size):
         )
 
 
-def least_memory(config, ds_config, device, world_size):
+def least_memory(config, ds_config, on_gpu, world_size):
     """{what, in words: bytes} that a rank needs in the memory of its device, at least. Empty for a model with an option
     that no formula knows."""
     model, train = config.model, config.train
@@ -102,7 +104,7 @@ def least_memory(config, ds_config, device, world_size):
     except UserError:
         return {}
 
-    in_device_memory = ("none",) if device.type == "cuda" else ("none", "cpu")
+    in_device_memory = ("none",) if on_gpu else ("none", "cpu")
     weights = moments = bucket = 0
     if offload_device(zero, "offload_param") in in_device_memory:
         weights = parameters * width // (world_size if stage == 3 else 1)
@@ -197,74 +199,6 @@ def step_piece_by_piece(optimizer):
     return optimizer
 
 
-def run_once(model):
-    """One forward and backward pass of a small model, on tokens that are always the same. Returns its loss and
-    {parameter's name: gradient in float32}."""
-    length = model.config.block_size
-    device = model.head.weight.device
-    tokens = torch.arange(2 * length, device=device).view(2, length) * 7 % model.config.vocab_size
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    loss = model(tokens, tokens.roll(1, dims=1))
-    loss.backward()
-    return loss.item(), {name: parameter.grad.float() for name, parameter in model.named_parameters()}
-
-
-def fault_of_compiled(model):
-    """Compile a small model and compare it with itself before. Returns the difference in words, or None if it computes
-    the same. A compiler that computes something else would spoil the run, and nobody would see why."""
-    loss, gradients = run_once(model)
-    model.compile()
-    compiled_loss, compiled_gradients = run_once(model)
-    tolerance = 0.01 if model.head.weight.dtype == torch.float32 else 0.2  # far above rounding, far below a fault
-    if not abs(compiled_loss - loss) <= 0.1 * tolerance * abs(loss):
-        return f"compiled, a small model's loss is {compiled_loss:.4f}, and else {loss:.4f}"
-    largest = max(gradient.norm() for gradient in gradients.values())
-    for name, expected in gradients.items():
-        difference = (compiled_gradients[name] - expected).norm() / torch.maximum(expected.norm(), 1e-3 * largest)
-        if not difference <= tolerance:
-            return f"compiled, a small model's gradient of {name} is {difference:.2g} of its size off"
-    return None
-
-
-def why_not_compiled(wanted, config, device, kernels, precision="fp32", zero=None):
-    """Try torch.compile on a model of one small block. Returns None if it works on every rank and computes the same as
-    the model that is not compiled, else the reason to run eagerly. It takes seconds, where a failure in the middle of
-    a step would cost the run.
-
-    wanted: train.compile. config: a ModelConfig. zero: DeepSpeed's section zero_optimization. Every rank must call
-    this; where one fails, all get a reason."""
-    if wanted is False:
-        return "not asked for"
-    if wanted == "auto" and device.type != "cuda":
-        return "on CPU it gains little"
-    if (zero or {}).get("memory_efficient_linear"):
-        return "deepspeed.zero_optimization.memory_efficient_linear is true, and torch 2.11 compiles it wrongly"
-    torch_linear()
-    error = None
-    try:
-        with device:
-            error = fault_of_small_model(config, kernels, DTYPES[precision])
-    except Exception as failure:
-        error = f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}"
-    torch.compiler.reset()  # or the true sizes would count as a change, and be compiled as variable ones
-    failed = torch.tensor(float(error is not None), device=device)
-    comm.all_reduce(failed, op=comm.ReduceOp.MAX)
-    return error or ("it failed on another rank" if failed.item() else None)
-
-
-def fault_of_small_model(config, kernels, dtype):
-    """`fault_of_compiled` of a model of one small block with the same options. Raises whatever the compiler raises."""
-    small = {"n_layer": 1, "n_embd": 16 * config.n_head, "mlp_hidden": None, "block_size": 32, "vocab_size": 64}
-    config = dataclasses.replace(config, **small)
-    error = fault_of_compiled(GPT(dataclasses.replace(config, dropout=0.0), kernels=kernels).to(dtype))
-    if config.dropout:  # compiled, it drops other activations, so nothing can be compared
-        model = GPT(config, kernels=kernels).to(dtype)
-        model.compile()
-        run_once(model)
-    return error
-
-
 def build_engine(config, ds_config, device, kernels="torch", compiled=False, load_weights=None):
     """Make the model and its optimizer, and hand both to DeepSpeed. Returns its engine. Under ZeRO-3 each matrix is
     sharded as soon as it is made, so that no rank ever holds the whole model. The initial weights are the same bit for
@@ -284,8 +218,7 @@ def build_engine(config, ds_config, device, kernels="torch", compiled=False, loa
     if load_weights:
         copy_into(model, load_weights)
     if compiled:
-        torch._dynamo.config.suppress_errors = True  # a part that cannot be compiled runs eagerly
-        model.compile()
+        compile_model(model)
     if stage == 3:  # a block's weights are gathered at once, by two hooks, and outside of its graph
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
 
@@ -300,4 +233,6 @@ def build_engine(config, ds_config, device, kernels="torch", compiled=False, loa
     # ---- the engine
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=groups, config=ds_config)
     undo_trial_step(engine)
+    if stage == 3:
+        set_prefetch(engine, ds_config["zero_optimization"].get("stage3_prefetch_bucket_size", 5e7))
     return engine

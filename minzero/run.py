@@ -1,13 +1,17 @@
 """A training run: everything that a rank must remember of it from one step to the next."""
 
+import gc
 import json
 import math
 import time
 from typing import NamedTuple
 
 from minzero import checkpoint, checkpoint_folder, dist, loggers, metrics, profiler
+from minzero.compiled import failure_in_words
 from minzero.errors import SharedError, UserError
 from minzero.files import write_json
+
+STEPS_PER_COLLECTION = 50  # of Python's unreachable cycles
 
 
 class StepResult(NamedTuple):
@@ -76,14 +80,17 @@ class Run:
         self.bad_steps = bad_steps
         self.run_info = run_info
         self.parameters = parameters
-        config = self.config.to_dict()
         with dist.all_or_none():
             if self.group.rank == 0:
-                write_json(
-                    self.folder.path / "config.json", config | {k: run_info[k] for k in run_info if k != "config"}
-                )
-                self.log = loggers.MetricsLog(self.folder.path, self.steps_done, self.config.train.loggers, config)
+                self.write_config()
+                names = self.config.train.loggers
+                self.log = loggers.MetricsLog(self.folder.path, self.steps_done, names, self.config.to_dict())
             self.folder.report("running", self.steps_done)
+
+    def write_config(self):
+        """Write config.json: the run's config, and on what it runs."""
+        info = {name: value for name, value in self.run_info.items() if name != "config"}
+        write_json(self.folder.path / "config.json", self.config.to_dict() | info)
 
     # -- the steps -----------------------------------------------------------------------------------
 
@@ -91,10 +98,17 @@ class Run:
         """Yields the number of each step that is still to be done, and starts to measure it."""
         self.saved_at = time.monotonic()
         self.watchdog.begin_loop()
-        for step in range(self.steps_done + 1, self.total_steps + 1):
-            self.clock.start_step()
-            self.profiler.start_step(step)
-            yield step
+        gc.collect()
+        gc.disable()  # a collection in the middle of a step of one rank makes the others wait
+        try:
+            for step in range(self.steps_done + 1, self.total_steps + 1):
+                self.clock.start_step()
+                self.profiler.start_step(step)
+                yield step
+                if step % STEPS_PER_COLLECTION == 0:
+                    gc.collect(1)  # of all ranks at once
+        finally:
+            gc.enable()
 
     def is_last(self, step):
         return step == self.total_steps
@@ -152,6 +166,20 @@ class Run:
         if does_more or result.facts.ranks_that_wrote or step == self.profiler.last:
             self.clock.pause()
         dist.print0(self.profiler.end_step(step, ending=self.is_last(step) or result.facts.stop_requested))
+
+    def report_uncompiled(self, step):
+        """After the first step of a compiled run: print and record where parts of the model could not be compiled on
+        some rank. Every rank must call this."""
+        if step > self.steps_done + 1 or not self.run_info["compiled"]:
+            return
+        found = dist.gather(failure_in_words())
+        rank = next((rank for rank, words in enumerate(found) if words), None)
+        if rank is None:
+            return
+        dist.print0(f"warning: not compiled on rank {rank}: {found[rank]}")
+        self.run_info["compiled"] = False
+        if self.group.rank == 0:
+            self.write_config()
 
     def write(self, step, numbers):
         """Add a line to the log."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import NamedTuple
 
 from minzero.config.sections import ModelConfig, Recomputation, switched_on
 from minzero.errors import UserError
@@ -82,21 +83,39 @@ def check_counted(config: ModelConfig):
         )
 
 
+class ParameterSizes(NamedTuple):
+    """Elements of each parameter of a GPT."""
+
+    block: list  # of one block
+    outside: list  # of embeddings, final norm and output layer
+
+
+def parameter_sizes(config: ModelConfig):
+    """ParameterSizes of a GPT, from its configuration alone. Keys that are not in COUNTED are left out of account."""
+    width = config.n_embd
+    outputs = {  # of each matrix of a block: (inputs, outputs)
+        "qkv": (width, width + 2 * config.kv_heads * (width // config.n_head)),
+        "proj": (width, width),
+        "up": (width, config.mlp_width * (2 if config.mlp == "swiglu" else 1)),  # SwiGLU has a gate and a value
+        "down": (config.mlp_width, width),
+    }
+    matrices = [inputs * outputs for inputs, outputs in outputs.values()]
+    biases = [outputs for _, outputs in outputs.values()] if config.bias else []
+    norm = [width] * (2 if config.norm == "layernorm" and config.bias else 1)
+    embeddings = [config.vocab_size * width] * (1 if config.tie_embeddings else 2)
+    if config.position == "learned":
+        embeddings.append(config.block_size * width)
+    return ParameterSizes(matrices + biases + 2 * norm, embeddings + norm)
+
+
 def count_parameters(config: ModelConfig):
     """Parameters of a GPT, from its configuration alone: (all, those that multiply activations). Raises UserError
     for a key that these formulas do not know."""
     check_counted(config)
-    width = config.n_embd
-    qkv_width = width + 2 * config.kv_heads * (width // config.n_head)
-    up_width = config.mlp_width * (2 if config.mlp == "swiglu" else 1)  # SwiGLU has a gate and a value
-    matrices = width * qkv_width + width * width + width * up_width + config.mlp_width * width
-    biases = qkv_width + width + up_width + width if config.bias else 0
-    norm = width * (2 if config.norm == "layernorm" and config.bias else 1)
-    embeddings = config.vocab_size * width * (1 if config.tie_embeddings else 2)
-    if config.position == "learned":
-        embeddings += config.block_size * width
-    total = config.n_layer * (matrices + 2 * norm + biases) + norm + embeddings
-    return total, config.n_layer * matrices + config.vocab_size * width
+    sizes = parameter_sizes(config)
+    total = config.n_layer * sum(sizes.block) + sum(sizes.outside)
+    matrices = sum(sizes.block[:4])
+    return total, config.n_layer * matrices + config.vocab_size * config.n_embd
 
 
 def flops_per_token(config: ModelConfig):

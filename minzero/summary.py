@@ -18,6 +18,8 @@ def start_lines(run, data, not_compiled=None):
     lines = []
     if train.verbose:
         lines += [f"{section}: {json.dumps(content)}" for section, content in config.to_dict().items()]
+        chosen = ", ".join(f"{key} {json.dumps(value)}" for key, value in setup.auto.items())
+        lines.append(f'"auto" of deepspeed: {chosen or "nothing"}')
     lines.append(
         f"{run.parameters:,} parameters, {model.n_layer} layers of width {model.n_embd}, {model.n_head} heads, "
         f"vocabulary {model.vocab_size:,}, context {model.block_size:,} tokens"

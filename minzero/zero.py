@@ -44,6 +44,13 @@ def undo_trial_step(engine):
         masters[id(parameter)].data.copy_(parameter.data)
 
 
+def set_prefetch(engine, elements):
+    """Stage 3: let DeepSpeed fetch so many elements ahead of their use. With stage3_allgather_sequential it sets 1,
+    which would leave every matrix of a block but the first to wait for."""
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    coordinator._PartitionedParameterCoordinator__prefetch_bucket_sz = int(elements)
+
+
 # -- optimizers ------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
 """Nested dictionaries, as JSON files hold them -> a checked Config."""
 
-from minzero.config.deepspeed import check_together, resolve_section
+from minzero.config.deepspeed import check_together, checked_section
 from minzero.config.hints import suggest_key
 from minzero.config.sections import SECTIONS, Config, Recomputation
 from minzero.config.values import convert, in_short, printable
@@ -23,7 +23,7 @@ def build(values, source):
         elif section in SECTIONS:
             faults += set_keys(getattr(config, section), section, content)
     if isinstance(values.get("deepspeed"), dict):
-        config.deepspeed = resolve_section(values["deepspeed"], config.model.n_embd, faults)
+        config.deepspeed = checked_section(values["deepspeed"], faults)
     if not faults:  # these checks rely on keys that are right one by one
         faults += faults_between_keys(config)
     if faults:

@@ -7,6 +7,7 @@ import json
 import sys
 
 from minzero import deepspeed_keys
+from minzero.config.auto import AUTO, Facts, resolve
 from minzero.config.nested import merge
 from minzero.config.values import convert, did_you_mean, in_short, nearest_divisors, printable
 from minzero.errors import UserError
@@ -37,12 +38,11 @@ def offloads_optimizer(deepspeed):
 # -- checks --------------------------------------------------------------------------------------
 
 
-def resolve_section(section, n_embd, faults, path=""):
-    """The checked keys of a DeepSpeed configuration that DeepSpeed is given: with numbers in place of "auto", and
-    without keys that only say that something is not used.
+def checked_section(section, faults, path=""):
+    """The checked keys of a DeepSpeed configuration, without those that only say that something is not used.
 
-    n_embd: width of the model, from which "auto" follows. faults: a list that each fault is added to as a line.
-    path: the keys above this section, each followed by a dot ("zero_optimization.")."""
+    faults: a list that each fault is added to as a line. path: the keys above this section, each followed by a dot
+    ("zero_optimization.")."""
     kept = {}
     for name, value in section.items():
         key = path + name
@@ -51,19 +51,19 @@ def resolve_section(section, n_embd, faults, path=""):
         if key in deepspeed_keys.DERIVED_KEYS:
             if value != "auto":  # Hugging Face's word for that
                 faults.append(f"{where} follows from {deepspeed_keys.DERIVED_KEYS[key]}; set that and remove this")
-        elif value == "auto" and key in deepspeed_keys.AUTO:
-            kept[name] = deepspeed_keys.AUTO[key](n_embd)
+        elif value == "auto" and key in AUTO:
+            kept[name] = value
         elif accepted:
             try:
                 kept[name] = convert(where, value, accepted.kind, accepted._asdict())
             except UserError as error:
-                auto = f"; only {', '.join(deepspeed_keys.AUTO)} may be" if value == "auto" else ""
+                auto = f"; only {', '.join(AUTO)} may be" if value == "auto" else ""
                 faults.append(f"{error}{auto}")
         elif key in deepspeed_keys.SECTIONS:
             if value is None and "offload" in name:
                 continue
             if isinstance(value, dict):
-                kept[name] = resolve_section(value, n_embd, faults, f"{key}.")
+                kept[name] = checked_section(value, faults, f"{key}.")
             else:
                 faults.append(f"{where}: found {in_short(value)}, expected an object")
         elif refused := deepspeed_keys.REFUSED.get(key):
@@ -83,8 +83,19 @@ def names_under(path):
 
 
 def check_together(deepspeed, precision):
-    """Check DeepSpeed's keys against each other, the ZeRO stage and the precision (auto, bf16, fp16 or fp32). Raises
-    UserError."""
+    """Check DeepSpeed's keys against each other, the ZeRO stage and the precision (auto, bf16, fp16 or fp32). A stage
+    "auto" is checked when it is chosen. Raises UserError."""
+    if zero_stage(deepspeed) != "auto":
+        check_stage(deepspeed, precision)
+    fp16 = deepspeed.get("fp16", {})
+    lowest = fp16.get("min_loss_scale", 1)
+    first = 2 ** fp16.get("initial_scale_power", 16)
+    if lowest > first:
+        raise UserError(f"deepspeed.fp16.min_loss_scale: found {lowest}, expected at most the first scale, {first}")
+
+
+def check_stage(deepspeed, precision):
+    """Check the ZeRO stage against DeepSpeed's other keys and the precision. Raises UserError."""
     zero = deepspeed.get("zero_optimization", {})
     stage = zero_stage(deepspeed)
     if precision == "fp16" and stage == 0:
@@ -110,17 +121,12 @@ def check_together(deepspeed, precision):
             f"{device}, expected 1, or stage 3 and device cpu"
         )
     accumulated = deepspeed.get("data_types", {}).get("grad_accum_dtype")
-    if accumulated not in (None, precision) and not (accumulated == "fp32" and stage >= 2):
+    if accumulated not in (None, "auto", precision) and not (accumulated == "fp32" and stage >= 2):
         raise UserError(
             f"deepspeed.data_types.grad_accum_dtype: found {accumulated} at stage {stage} with train.precision "
             f"{precision}, where DeepSpeed does not obey it or takes an optimizer that checkpoints do not know; "
             "expected the precision itself, or fp32 at stage 2 or 3"
         )
-    fp16 = deepspeed.get("fp16", {})
-    lowest = fp16.get("min_loss_scale", 1)
-    first = 2 ** fp16.get("initial_scale_power", 16)
-    if lowest > first:
-        raise UserError(f"deepspeed.fp16.min_loss_scale: found {lowest}, expected at most the first scale, {first}")
 
 
 # -- the whole for DeepSpeed ----------------------------------------------------------------------
@@ -149,9 +155,27 @@ def gradient_accumulation(config, world_size):
     )
 
 
-def deepspeed_config(config, world_size, precision, on_gpu):
-    """The complete DeepSpeed configuration of this run: the user's keys and those that follow from
-    the `train` section. `precision` is bf16, fp16 or fp32."""
+def auto_values(config, world_size, precision, memory=None, accumulation=None):
+    """{key: value} of DeepSpeed's keys that are "auto" in a Config, for so many ranks. precision: bf16, fp16 or fp32.
+    memory: bytes of a rank's device. accumulation: micro-batches of a step. The stage must not be "auto"."""
+    deepspeed = config.deepspeed
+    offloads = offload_device(deepspeed.get("zero_optimization", {}), "offload_param") != "none"
+    accumulation = accumulation or gradient_accumulation(config, world_size)
+    facts = Facts(config.model, zero_stage(deepspeed), world_size, precision, accumulation, memory, offloads)
+    return resolve(deepspeed, facts)
+
+
+def with_auto_values(deepspeed, values):
+    """A DeepSpeed configuration with the values of `auto_values` in place of "auto"; null ones are left out."""
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        deepspeed = merge(deepspeed, {section: {name: value}})
+    return deepspeed
+
+
+def deepspeed_config(config, world_size, precision, on_gpu, memory=None):
+    """The complete DeepSpeed configuration of this run: the user's keys, "auto" among them replaced, and those that
+    follow from the `train` section. precision: bf16, fp16 or fp32. memory: bytes of a rank's device."""
     train = config.train
     gradient_accumulation_steps = gradient_accumulation(config, world_size)
     adam = {"lr": train.lr, "betas": train.betas, "eps": train.eps, "weight_decay": train.weight_decay}
@@ -171,4 +195,4 @@ def deepspeed_config(config, world_size, precision, on_gpu):
         "steps_per_print": sys.maxsize,
         "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice per micro-batch
     }
-    return merge(derived, config.deepspeed)
+    return merge(derived, with_auto_values(config.deepspeed, auto_values(config, world_size, precision, memory)))

@@ -6,6 +6,7 @@ import textwrap
 import typing
 
 from minzero import deepspeed_keys
+from minzero.config.auto import AUTO
 from minzero.config.sections import SECTIONS
 from minzero.config.values import type_name
 
@@ -16,8 +17,7 @@ CONFIG.json is configs/1p5b.json if none is given. VALUE is written as in JSON: 
 INDENT = " " * 37  # of the text about a key
 ABOUT_DEEPSPEED = (
     "DeepSpeed's own keys, merged over ds_config.json; others are refused. "
-    f'{", ".join(deepspeed_keys.AUTO)} may be "auto", which means what it means to Hugging Face\'s Trainer: '
-    "the square of n_embd, 0.9 times that, and 10 n_embd."
+    f'{", ".join(AUTO)} may be "auto": chosen by the model, the ranks and the memory.'
 )
 
 

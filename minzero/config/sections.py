@@ -154,9 +154,8 @@ class TrainConfig:
     )
     activation_checkpointing: bool | int | float | str = key(
         False,
-        "recompute in the backward pass to save memory; true: every block; a number k: every k-th block; selective: in "
-        "every block all but attention and every other matrix product; a number below 1: the part of the activations "
-        "that compiled blocks keep",
+        "recompute in the backward pass; true: every block; k: every k-th; selective: all but attention and every "
+        "other product; below 1: the part that compiled blocks keep",
         minimum=0,
         maximum=10**5,
     )

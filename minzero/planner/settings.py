@@ -2,7 +2,14 @@
 
 from dataclasses import dataclass
 
-from minzero.config.deepspeed import offload_device, offload_ratio, offloads_optimizer, zero_stage
+from minzero.config.deepspeed import (
+    auto_values,
+    offload_device,
+    offload_ratio,
+    offloads_optimizer,
+    with_auto_values,
+    zero_stage,
+)
 from minzero.config.sections import ModelConfig, Recomputation
 from minzero.errors import UserError
 
@@ -89,23 +96,29 @@ def gradient_accumulation_steps(config, gpus):
     return -(-config.train.global_batch_tokens // tokens_at_once)
 
 
-def settings_of(config, gpus):
-    """The Settings of a run's configuration on this many GPUs. Raises UserError for a model too deep to be planned."""
-    train, zero = config.train, config.deepspeed.get("zero_optimization", {})
+def settings_of(config, gpus, memory=None):
+    """The Settings of a run's configuration on this many GPUs. memory: bytes of one, which decide "auto". Raises
+    UserError for a model too deep to be planned."""
+    train = config.train
     if config.model.n_layer > MOST_LAYERS:
         raise UserError(f"model.n_layer: found {config.model.n_layer}, expected at most {MOST_LAYERS} to be planned")
-    stage = zero_stage(config.deepspeed)
+    precision = "bf16" if train.precision == "auto" else train.precision
+    accumulation = gradient_accumulation_steps(config, gpus)
+    values = auto_values(config, gpus, precision, memory, accumulation)
+    deepspeed = with_auto_values(config.deepspeed, values)
+    zero = deepspeed.get("zero_optimization", {})
+    stage = zero_stage(deepspeed)
     overlap_comm = zero.get("overlap_comm")
     if overlap_comm is None:
         overlap_comm = stage == 3
-    accumulated_type = config.deepspeed.get("data_types", {}).get("grad_accum_dtype")
+    accumulated_type = deepspeed.get("data_types", {}).get("grad_accum_dtype")
     return Settings(
         model=config.model,
         world_size=gpus,
         stage=stage,
         micro_batch_size=train.micro_batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps(config, gpus),
-        precision="bf16" if train.precision == "auto" else train.precision,
+        gradient_accumulation_steps=accumulation,
+        precision=precision,
         activation_checkpointing=train.activation_checkpointing,
         activation_offload=train.activation_offload,
         offload_optimizer=offloads_optimizer(config.deepspeed),

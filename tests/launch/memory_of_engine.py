@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_iter
 
 from minzero import dist, sizes
 from minzero.commands import run_command
+from minzero.config.auto import VALUES
 from minzero.config.build import build
 from minzero.config.deepspeed import deepspeed_config
 from minzero.engine import build_engine
@@ -140,6 +141,9 @@ def main(folder, which):
     for stage, precision in stages:
         zero = {"stage": stage, "stage3_param_persistence_threshold": 300, "reduce_bucket_size": 30_000}
         found.append(measured_and_predicted(zero, {"micro_batch_size": 2}, precision, {}))
+    batch = {"micro_batch_size": 2, "global_batch_tokens": 512, "activation_checkpointing": "selective"}
+    zero = {key.removeprefix("zero_optimization."): "auto" for key in VALUES if key.startswith("zero_optimization.")}
+    found.append(measured_and_predicted(zero | {"stage": 3}, batch, "bf16", {}, accumulated="auto"))
     draw = random.Random(0)
     for _ in range(20 if which == "all" else 2):
         zero = {
@@ -148,6 +152,7 @@ def main(folder, which):
             "reduce_bucket_size": draw.choice([5_000, 30_000, 200_000]),
             "stage3_prefetch_bucket_size": draw.choice([0, 10_000, 60_000]),
             "stage3_param_persistence_threshold": draw.choice([0, 300, 5_000, 10**6]),
+            "stage3_max_live_parameters": draw.choice([60_000, 150_000, 10**9]),
             "stage3_max_reuse_distance": draw.choice([0, 50_000, 1_000_000]),
             "sub_group_size": draw.choice([20_000, 1_000_000]),
             "contiguous_gradients": draw.choice([True, False]),

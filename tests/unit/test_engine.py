@@ -6,12 +6,9 @@ from importlib.machinery import PathFinder
 import pytest
 import torch
 
-import model
 from minzero import engine
 from minzero.config.build import build
-from minzero.config.sections import ModelConfig
 from minzero.errors import UserError
-from minzero.loss import cross_entropy
 from tests.helpers.processes import run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -122,53 +119,6 @@ def test_what_cannot_be_compiled_runs_as_it_is(small_data, tmp_path):
     assert "step 1/1" in done.stdout and "Traceback" not in done.stdout + done.stderr
 
 
-def test_compilation_is_not_tried_where_it_is_not_asked_for():
-    config = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=16)
-    assert engine.why_not_compiled(False, config, CUDA, "torch") == "not asked for"
-    assert "CPU" in engine.why_not_compiled("auto", config, CPU, "torch")
-
-
-def wrong_loss(*arguments):
-    return cross_entropy(*arguments) * (1.01 if torch.compiler.is_compiling() else 1)
-
-
-def without_gradient(mlp, x):
-    return right_mlp(mlp, x.detach() if torch.compiler.is_compiling() else x)
-
-
-def weight_without_gradient(mlp, x):
-    up = mlp.up.weight.detach() if torch.compiler.is_compiling() else mlp.up.weight
-    return mlp.down(torch.nn.functional.gelu(torch.nn.functional.linear(x, up, mlp.up.bias), approximate="tanh"))
-
-
-right_mlp = model.MLP.forward
-
-
-@pytest.mark.parametrize(
-    ("part", "name", "wrong", "expected"),
-    [
-        (model, "cross_entropy", wrong_loss, "loss is"),
-        (model.MLP, "forward", without_gradient, "gradient of"),
-        (model.MLP, "forward", weight_without_gradient, "gradient of blocks.0.mlp.up.weight is"),
-    ],
-)
-def test_a_compiler_that_computes_something_else_is_not_taken(monkeypatch, part, name, wrong, expected):
-    """As torch 2.11's did: another loss on CPUs, and no gradient where a custom linear function added a bias."""
-    config = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=32, vocab_size=64)
-    torch.compiler.reset()
-    assert engine.fault_of_compiled(model.GPT(config)) is None
-    monkeypatch.setattr(part, name, wrong)
-    torch.compiler.reset()
-    assert expected in (engine.fault_of_compiled(model.GPT(config)) or "")
-    torch.compiler.reset()
-
-
-def test_a_linear_function_of_deepspeeds_own_is_not_compiled():
-    config = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=32, vocab_size=64)
-    zero = {"stage": 3, "memory_efficient_linear": True}
-    assert "memory_efficient_linear is true" in engine.why_not_compiled(True, config, CPU, "torch", zero=zero)
-
-
 def test_stage_0_in_16_bits_begins_with_the_weights_themselves(small_data, tmp_path):
     """DeepSpeed tries the optimizer there, with gradients of zero, which decays its float32 copy and counts a step."""
     script = f"""
@@ -211,10 +161,11 @@ def test_what_no_machine_holds_is_one_line_in_place_of_the_allocators(model, set
     config = build({"model": model, "train": settings, "deepspeed": {"zero_optimization": zero}}, "")
     ds_config = config.deepspeed | {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
     with pytest.raises(UserError, match=r" GiB of a rank's memory, which has [\d.,]+ GiB in all; plan\.py") as error:
-        engine.check_memory(config, ds_config, CPU, 8)
+        engine.check_memory(config, ds_config, engine.memory_per_rank(CPU), False, 8)
     assert expected in str(error.value) and "\n" not in str(error.value)
     small = build({"model": {"n_layer": 1, "n_embd": 48, "vocab_size": 64}}, "")
-    engine.check_memory(small, ds_config | {"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}}, CPU, 8)
+    zero = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}}
+    engine.check_memory(small, ds_config | zero, engine.memory_per_rank(CPU), False, 8)
 
 
 def test_a_model_that_is_too_large_ends_a_run_in_one_line(small_data, tmp_path):

@@ -11,13 +11,14 @@ from tests.helpers.processes import ROOT
 # A file imports only files above it. `model` is model.py at the root; the other files at the root import any.
 ORDER = """
     errors files launchers commands flags deepspeed_keys config.values config.sections config.nested
-    config.deepspeed config.hints config.build config.help config.load sizes dist run_folder loss recompute zero
-    tensor_files data.order data.meta data.shards data.mixture data.tokenizer data.documents data.local_files
+    sizes config.auto config.deepspeed config.hints config.build config.help config.load dist run_folder loss
+    recompute zero tensor_files
+    data.order data.meta data.shards data.mixture data.tokenizer data.documents data.local_files
     data.sources data.conversations data.encode data.output data.pipeline data.scripts data.verify
-    checkpoint_state checkpoint_folder nearest checkpoint resume model hf.families hf.read trained engine
+    checkpoint_state checkpoint_folder nearest checkpoint resume model hf.families hf.read trained compiled engine
     schedule watchdog bad_steps metrics loggers profiler curves plot report hf.card hf.write hf.gguf summary run
     evaluate_loss sampling evaluate generate planner.gpus planner.settings planner.activations planner.replay
-    planner.stage3 planner.memory planner.speed planner.search planner.plan planner.report benchmark
+    planner.stage3 planner.memory planner.speed planner.search planner.plan planner.stage planner.report benchmark
 """.split()
 ALONE = ["preflight"]  # runs before anything is installed, so it imports nothing
 PRODUCT = sorted(

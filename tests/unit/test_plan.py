@@ -379,7 +379,8 @@ def answer_of(capsys, arguments):
         "configs/gpt2-124m.json --gpus 1 --gpu_memory 2",  # takes two keys
         "configs/175b.json --gpus 8 --gpu_memory 80",
         "configs/45b.json --gpus 8 --gpu_memory 40",
-        "configs/gpt2-124m.json --gpus 8 --gpu_memory 5 --train.micro_batch_size 1 --model.block_size 16384",  # selective
+        # selective recomputation
+        "configs/gpt2-124m.json --gpus 8 --gpu_memory 5 --train.micro_batch_size 1 --model.block_size 16384",
     ],
 )
 def test_the_cheapest_change_is_enough(capsys, arguments):

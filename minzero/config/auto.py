@@ -1,0 +1,121 @@
+"""DeepSpeed's keys that are "auto": their values, from the model's shape, the ranks and a rank's memory.
+
+Sizes of buffers and limits are in elements. What each value is worth was measured by benchmarks/zero.py, and what is
+gathered when by tests/launch/test_gathers.py. Needs neither torch nor DeepSpeed.
+"""
+
+from typing import NamedTuple
+
+from minzero.config.sections import ModelConfig
+from minzero.sizes import parameter_sizes
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a weight
+WHOLE = 1 / 16  # of a rank's memory: weights that take at most this are kept whole on every rank
+LIVE = 1 / 8  # of a rank's memory: gathered blocks that take at most this are kept for a while
+BUCKET = 50_000_000  # gradients summed in one call: 100 MB in 16 bits, enough for a network's full bandwidth
+LARGE = 2**22  # a matrix from which on a call of its own costs less than a copy out of a common buffer
+
+
+class Facts(NamedTuple):
+    """What the values follow from."""
+
+    model: ModelConfig
+    stage: int  # of ZeRO
+    world_size: int  # ranks
+    precision: str  # bf16, fp16 or fp32
+    accumulation: int  # micro-batches of a rank in one step
+    memory: float | None  # bytes of a rank's device; None: not known
+    offloads_weights: bool
+
+    @property
+    def block(self):
+        """Weights of a block."""
+        return sum(parameter_sizes(self.model).block)
+
+    @property
+    def largest_outside(self):
+        """Weights of the largest parameter outside of the blocks: the embedding."""
+        return max(parameter_sizes(self.model).outside)
+
+    def is_within(self, elements, share):
+        """Whether so many weights take at most this share of the memory."""
+        return self.memory is not None and elements * BYTES[self.precision] <= share * self.memory
+
+    @property
+    def keeps_whole(self):
+        """Stage 3: whether every weight stays on every rank. Then they are gathered once a step, after the update."""
+        sizes = parameter_sizes(self.model)
+        everything = self.model.n_layer * sum(sizes.block) + sum(sizes.outside)
+        return not self.offloads_weights and self.is_within(everything, WHOLE)
+
+    @property
+    def most_live(self):
+        """Gathered weights at a time. A block that runs and the one that is fetched must have room, or nothing is
+        fetched ahead; with more, the blocks at the turn from forward to backward need no second gather."""
+        much = 5 * self.block + 2 * self.largest_outside
+        return much if self.is_within(much, LIVE) else 2 * self.block
+
+
+def prefetch(facts):
+    # DeepSpeed fetches weights until this many are reached: the next block to its end, and no part of another
+    return int(0.98 * facts.block)
+
+
+def reuse_distance(facts):
+    return 2 * facts.block if facts.is_within(facts.most_live, LIVE) else 0
+
+
+def persistence(facts):
+    if facts.keeps_whole:
+        sizes = parameter_sizes(facts.model)
+        return max(sizes.block + sizes.outside)
+    return max(100_000, 10 * facts.model.n_embd)  # biases and weights of norms
+
+
+def bucket(facts):
+    if facts.stage == 3:  # several sums within a backward pass, so that they overlap with it
+        return min(BUCKET, max(facts.block, 1_000_000))
+    return BUCKET
+
+
+def overlap(facts):
+    # A rank without a part of some parameter frees its gradient while the sum may still read it: at stage 3 in
+    # partition_grads of DeepSpeed 0.19.8. At stages 1 and 2 it is not shown to be right (DeepSpeed's issue 8061).
+    return facts.stage == 3 and facts.world_size <= facts.model.n_embd
+
+
+def accumulated_type(facts):
+    # The sum of 64 gradients in bf16 is 1% off (docs/benchmarks.md). At stages 0 and 1 DeepSpeed has no other way.
+    several_in_16_bits = facts.accumulation > 1 and facts.precision != "fp32"
+    return "fp32" if several_in_16_bits and facts.stage >= 2 else None
+
+
+def one_by_one(facts):
+    matrices = [size for size in parameter_sizes(facts.model).block if size > persistence(facts)]
+    return bool(matrices) and min(matrices) >= LARGE
+
+
+VALUES = {
+    "data_types.grad_accum_dtype": accumulated_type,
+    "zero_optimization.overlap_comm": overlap,
+    # at stage 3 nothing reads the buffer into which they would be copied, unless an all-reduce sums them
+    "zero_optimization.contiguous_gradients": lambda facts: facts.stage != 3,
+    "zero_optimization.reduce_bucket_size": bucket,
+    "zero_optimization.stage3_prefetch_bucket_size": prefetch,
+    "zero_optimization.stage3_max_live_parameters": lambda facts: facts.most_live,
+    "zero_optimization.stage3_max_reuse_distance": reuse_distance,
+    "zero_optimization.stage3_param_persistence_threshold": persistence,
+    "zero_optimization.stage3_allgather_sequential": one_by_one,
+}
+AUTO = (*VALUES, "zero_optimization.stage")  # the stage is chosen by planner/stage.py
+
+
+def resolve(deepspeed, facts):
+    """{key, as "zero_optimization.reduce_bucket_size": its value} of those keys of a DeepSpeed configuration that are
+    "auto" beside the stage."""
+    found = {}
+    for key, value in VALUES.items():
+        section, _, name = key.rpartition(".")
+        if deepspeed.get(section, {}).get(name) == "auto":
+            found[key] = value(facts)
+    return found
