@@ -17,7 +17,7 @@ LOGITS_AT_A_TIME = 2**28
 # The first pattern that matches the device's name counts. A device that is not here gets no MFU: a wrong peak is worse
 # than none.
 PEAK_FLOPS = {
-    r"H100 PCIe": 756e12,
+    r"H[18]00 PCIe": 756e12,
     r"H[12]00 NVL": 835e12,
     r"(GH200|H200|H100|H800)\b": 989e12,
     r"B200\b": 2250e12,
@@ -28,6 +28,8 @@ PEAK_FLOPS = {
     r"GeForce RTX 4090$": 165e12,
     r"GeForce RTX 3090$": 71e12,
 }
+
+MOST_HEAD_SIZE = 256  # channels of a head that flash attention and cuDNN take
 
 # Keys of the model section that the formulas here and planner/activations.py take into account.
 COUNTED = set(
@@ -51,11 +53,25 @@ def padded_vocab_size(vocab_size, on_gpu):
 
 
 def peak_flops(device_name):
-    """Peak bf16 FLOP/s of one device, or None for one that is not in the table."""
+    """Peak bf16 FLOP/s of one device, or None for one that is not in the table, or a slice of one (MIG), which has a
+    part of its cores."""
+    if re.search(r"\bMIG\b", device_name):
+        return None
     for pattern, peak in PEAK_FLOPS.items():
         if re.search(rf"\b{pattern}", device_name):
             return peak
     return None
+
+
+def wide_heads(config: ModelConfig):
+    """A line on heads that are too wide for the fast implementations of attention, or None."""
+    size = config.n_embd // config.n_head
+    if size <= MOST_HEAD_SIZE:
+        return None
+    return (
+        f"model.n_head: heads of {size} channels, as in minGPT's larger shapes; flash attention and cuDNN take at most "
+        f"{MOST_HEAD_SIZE}, so attention is slow (torch's memory-efficient or math kernel)"
+    )
 
 
 def check_counted(config: ModelConfig):

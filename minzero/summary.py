@@ -4,6 +4,7 @@ import json
 
 from minzero import checkpoint_state, metrics, resume
 from minzero.schedule import learning_rate
+from minzero.sizes import wide_heads
 
 SHAPES_THE_RATE = [f"train.{name}" for name in checkpoint_state.SHAPES_THE_RATE]
 
@@ -44,6 +45,8 @@ def start_lines(run, data, not_compiled=None):
             f"warning: train.warmup_tokens {train.warmup_tokens:,} exceeds train.max_tokens {train.max_tokens:,}: the "
             f"learning rate rises to the end, and never reaches train.lr {train.lr:g}"
         )
+    if too_wide := wide_heads(model):
+        lines.append(f"warning: {too_wide}")
     if not_counted := metrics.formula_fault(model, run.parameters):
         lines.append(f"FLOP/s and MFU are null: {not_counted}")
     return lines

@@ -33,7 +33,8 @@ class Module:
     own: bool = False  # whether its own backward pass reads what it kept too, not only that of the next call
     leaf: bool = False  # for the hooks, one module with all that is inside it
     recomputed: bool = False
-    output: int = 0  # of a recomputed block: the bytes that outlive its forward pass
+    cached: int = 0  # of the bytes kept, those that are kept even if the block is recomputed
+    output: int = 0  # of a recomputed block: the bytes of its output, which is the next one's input
 
 
 def calls_of(module):
@@ -113,12 +114,22 @@ class Trace:
         for part in (self.attention(), self.mlp()):
             inside += [self.norm("norm"), part, Module("sum", kept=self.stream, hooked=False)]
         block = Module(f"block {number}", inside=inside, output=self.stream)
-        block.recomputed = bool(s.activation_checkpointing) and number % s.activation_checkpointing == 0
-        block.leaf = s.compiled and s.stage == 3  # engine.py makes compiled blocks one module for DeepSpeed
+        every, selective, budget = s.recomputation
+        by_budget = budget < 1 and s.compiled  # only the compiler obeys it
+        block.recomputed = by_budget or (every > 0 and number % every == 0)
+        block.leaf = s.stage == 3 and self.whole_blocks()
+        calls = calls_of(block)[1:]
         if block.leaf:
-            for call in calls_of(block)[1:]:
+            for call in calls:
                 call.hooked = False
+        if block.recomputed and not selective:
+            for call in calls[:-1]:  # the last one's is the block's output
+                call.cached = int(budget * call.kept) if by_budget else 0
         return block
+
+    def whole_blocks(self):
+        """Whether a block is one module for ZeRO-3's hooks, as engine.py makes it."""
+        return True
 
     def attention(self):
         s = self.settings
@@ -137,7 +148,7 @@ class Trace:
         """Queries, keys and values by one product."""
         fan_out = self.width + 2 * kv_width
         qkv = self.settings.tokens * fan_out * self.settings.product_bytes
-        return [self.linear("qkv", self.width, fan_out, kept=qkv, backward=qkv + self.narrow)]
+        return [self.linear("qkv", self.width, fan_out, kept=qkv, cached=qkv, backward=qkv + self.narrow)]
 
     def scores(self, kv_width):
         """Flash attention: no (T, T) matrix is kept."""
@@ -146,20 +157,27 @@ class Trace:
         log_sums = s.tokens * s.model.n_head * 4
         # its output has the layout of its input; after rotary positions that is not proj's, and is copied once more
         outputs = 2 if s.model.position == "rotary" else 1
-        kept = self.narrow * outputs + log_sums
-        return [Module("attend", kept=kept, backward=self.narrow + inputs, own=True, hooked=False)]
+        sizes = {"kept": self.narrow * outputs + log_sums, "cached": self.narrow + log_sums}
+        return [Module("attend", **sizes, backward=self.narrow + inputs, own=True, hooked=False)]
 
     def mlp(self):
-        # kept: up's output, which the activation reads, the activation's, which down reads, and silu(gate) of swiglu
         s, narrow = self.settings, self.narrow
+        # kept: up's output, which the activation reads, the activation's, which down reads, and silu(gate) of swiglu,
+        # which the compiler computes again
         inner = s.model.mlp_width
-        fan_out = inner * (2 if s.model.mlp == "swiglu" else 1)
+        gated = s.model.mlp == "swiglu"
+        fan_out = inner * (2 if gated else 1)
         up = s.tokens * fan_out * s.product_bytes
         hidden = s.tokens * inner * s.product_bytes
+        activation = {"kept": up, "backward": hidden + up}
+        if gated and s.compiled:
+            activation["kept"] = hidden
+        elif gated:
+            activation["backward"] = 2 * up  # of gate and value, and both once more in one tensor
         down = {"forward": narrow, "kept": self.dropout_mask(), "backward": hidden + self.own_gradient()}
         inside = [
-            self.linear("up", self.width, fan_out, kept=up, backward=up + narrow),
-            Module("activate", kept=up, backward=hidden + up, hooked=False),
+            self.linear("up", self.width, fan_out, kept=up, cached=up, backward=up + narrow),
+            Module("activate", **activation, hooked=False),
             self.linear("down", inner, self.width, **down),
         ]
         return Module("mlp", inside=inside)

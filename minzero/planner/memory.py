@@ -29,10 +29,14 @@ def peak_bytes(settings):
 def offloaded_activations(settings):
     """Bytes of one micro-batch's inputs of recomputed blocks in CPU memory (train.activation_offload)."""
     s = settings
-    if not (s.activation_offload and s.activation_checkpointing):
-        return 0
-    recomputed_blocks = -(-s.model.n_layer // s.activation_checkpointing)
+    recomputed_blocks = len(s.recomputation.of_blocks(range(s.model.n_layer))) if s.activation_offload else 0
     return recomputed_blocks * s.tokens * s.model.n_embd * s.bytes
+
+
+def background_copy(settings, parameters):
+    """Bytes of CPU memory that a rank takes while a checkpoint is being written (train.save_in_background): a copy of
+    its part of the float32 weights and of both moments (checkpoint.py), at any stage."""
+    return checkpoint_bytes(settings, parameters) / settings.world_size if settings.save_in_background else 0
 
 
 def offloaded_elements(settings, parameters):
@@ -44,11 +48,12 @@ def offloaded_elements(settings, parameters):
 
 
 def cpu_memory(settings, parameters, ranks):
-    """(lowest, highest) bytes of CPU memory of a node with this many ranks, for tensors; each rank's Python, torch
-    and CUDA libraries come on top. PyTorch rounds each pinned block up to a power of two: up to twice the bytes."""
+    """(lowest, highest) bytes of CPU memory of a node with this many ranks, for tensors, the copy of a checkpoint that
+    is being written included; each rank's Python, torch and CUDA libraries come on top. PyTorch rounds each pinned
+    block up to a power of two: up to twice the bytes."""
     s = settings
     shard = parameters / s.world_size
-    pageable = 0
+    pageable = background_copy(s, parameters)
     pinned = offloaded_activations(s)
     if s.offload_optimizer:
         offloaded = offloaded_elements(s, parameters)

@@ -3,7 +3,7 @@
 import dataclasses
 
 from minzero.planner.gpus import USABLE
-from minzero.planner.memory import checkpoint_bytes, cpu_memory, simulate
+from minzero.planner.memory import background_copy, checkpoint_bytes, cpu_memory, simulate
 from minzero.planner.replay import PARTS
 from minzero.planner.settings import settings_of
 from minzero.planner.speed import Assumptions, speed_and_cost
@@ -18,7 +18,8 @@ def plan_run(config, hardware, assumptions=None):
     by_size = sorted(((total, phase) for phase, (total, _) in memory.peaks.items()), reverse=True)
     (gpu_bytes, peak_phase), (second_bytes, second_phase) = by_size[:2]
     held_at_peak = memory.peaks[peak_phase][1]
-    cpu_bytes_range = cpu_memory(settings, parameters, hardware.gpus // hardware.nodes)
+    ranks = hardware.gpus // hardware.nodes  # of a node
+    cpu_bytes_range = cpu_memory(settings, parameters, ranks)
     return {
         "parameters": parameters,
         "gpu_bytes": gpu_bytes,
@@ -30,13 +31,14 @@ def plan_run(config, hardware, assumptions=None):
         "fits": gpu_bytes <= USABLE * hardware.memory_bytes,
         "cpu_bytes": cpu_bytes_range[1],
         "cpu_bytes_range": list(cpu_bytes_range),
+        "cpu_bytes_of_saving": round(background_copy(settings, parameters) * ranks),
         "checkpoint_bytes": checkpoint_bytes(settings, parameters),
         "micro_batch_size": config.train.micro_batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,
         "stage": settings.stage,
         "offload_optimizer": settings.offload_optimizer,
         "offload_param": settings.offload_param,
-        "activation_checkpointing": settings.activation_checkpointing,
+        "activation_checkpointing": config.train.activation_checkpointing,
         **speed_and_cost(settings, parameters, config.train.max_tokens, hardware, assumptions),
         "assumptions": dataclasses.asdict(assumptions),
     }

@@ -55,8 +55,11 @@ class Engine:
         self.weights = weights_of(self.model)
         self.size = sum(weight.size for weight in self.weights)
         self.groups = self.optimizer_groups()
+        # stages 1 and 2 have their buffers anyway where the optimizer is offloaded
+        self.contiguous = settings.contiguous_gradients or (settings.stage < 3 and settings.offload_optimizer)
         self.kept = {}  # module -> the tensor that it saved for the backward pass
-        self.passing = []  # the last tensors of a block that keeps none, because it is recomputed
+        self.passing = []  # the last tensors of a block that does not keep them, because it is recomputed
+        self.cached = {}  # module of such a block -> the part of its tensor that is kept
         self.pending = {}  # shared weight -> the sum of its gradients so far
         self.uses = Counter()  # shared weight -> how many gradients it has so far
 
@@ -103,10 +106,14 @@ class Engine:
                 memory.free(tensor)
             self.passing = []
             self.kept[module] = memory.allocate("activations", 0 if self.settings.activation_offload else module.output)
+        if module in self.cached and keeps:  # recomputed: what was kept is a part of what is kept now
+            memory.free(self.cached.pop(module))
         if module.kept and keeps:
             self.kept[module] = memory.allocate(module.part, module.kept)
         elif module.kept:
-            self.passing.append(memory.allocate(module.part, module.kept))
+            if module.cached:
+                self.cached[module] = memory.allocate(module.part, module.cached)
+            self.passing.append(memory.allocate(module.part, module.kept - module.cached))
             if len(self.passing) > 2:
                 memory.free(self.passing.pop(0))
         if module.forward:
@@ -134,13 +141,11 @@ class Engine:
             self.release(module, forward=False)
 
     def recompute(self, block):
-        """The forward pass of a block again, this time keeping what its backward pass needs."""
+        """The forward pass of a block again, this time keeping what its backward pass needs. It is inside of the hooks
+        that fetch the block's weights, and leaves out the sum at the end, which nothing in the backward pass needs."""
         self.memory.free(self.kept.pop(block))
-        block.recomputed = False
-        last = block.inside.pop()  # the sum at the end: nothing in the backward pass needs it
-        self.forward(block)
-        block.inside.append(last)
-        block.recomputed = True
+        for child in block.inside[:-1]:
+            self.forward(child)
 
     def make_gradient(self, weight):
         """Autograd sums a shared weight's gradients before the engine sees them: the first waits for the last."""
@@ -155,8 +160,9 @@ class Engine:
         self.reduce_later(weight, gradient)
 
     def put_into_bucket(self, weight, gradient):
-        """A gradient that fits is copied; one larger than the whole bucket stays until it is reduced."""
-        if self.elements + weight.size <= self.settings.reduce_bucket_size:
+        """A gradient that fits into the buffer is copied; one larger than all of it stays until it is reduced, and
+        without a buffer (contiguous_gradients false) each does."""
+        if self.contiguous and self.elements + weight.size <= self.settings.reduce_bucket_size:
             self.memory.free(gradient)
             gradient = None
         self.bucket.append((weight, gradient))
@@ -225,9 +231,11 @@ class Stage12(Engine):
         self.elements = 0  # in the bucket
         self.buffers = []
         self.waiting = {}  # weight -> its gradient, which is reduced after the backward pass
-        self.partition = None  # gradients of this rank's slice, of this micro-batch
-        self.accumulated = None  # and of those before
+        self.partition = []  # gradients of this rank's slice, of this micro-batch
+        self.accumulated = []  # and of those before
+        self.reduced = []  # gradients of other ranks' slices that were reduced where they are, and are freed later
         self.touched = self.slice_of_rank()
+        self.wide = s.stage == 2 and s.accumulation_bytes == 4 and s.bytes < 4  # summed in float32
 
     def slice_of_rank(self):
         """{weight: elements of it in the slice} of the rank whose slices touch the most: whole tensors are kept of
@@ -254,7 +262,7 @@ class Stage12(Engine):
 
     def reduce_later(self, weight, gradient):
         s = self.settings
-        if not self.buffers:
+        if self.contiguous and not self.buffers:
             self.buffers = self.make_buffers()
         if s.stage == 1:  # summed over the micro-batches, and reduced with the last one
             if weight in self.waiting:
@@ -278,19 +286,46 @@ class Stage12(Engine):
     def reduce(self):
         s, memory = self.settings, self.memory
         phase_before, memory.phase = memory.phase, "reduction"
+        if s.stage == 2 and s.overlap_comm:
+            self.free_all(self.reduced)
         self.flatten_bucket()
         for weight, gradient in self.bucket:
             if weight in self.touched:
-                if s.offload_optimizer:
-                    memory.touch("overhead", 8 * math.ceil(self.touched[weight]))  # the norm, in float64
-                elif not self.partition:
-                    size = sum(w.size for w in self.touched) * s.bytes
-                    self.partition = memory.allocate("gradients", size)
-            if gradient:
+                stays = self.keep_reduced(weight, gradient)
+            else:
+                stays = s.stage == 1 or (s.overlap_comm and not self.contiguous)
+                self.reduced += [gradient] if gradient and stays else []
+            if gradient and not stays:
                 memory.free(gradient)
         self.bucket = []
         self.elements = 0
         memory.phase = phase_before
+
+    def keep_reduced(self, weight, gradient):
+        """Of a reduced gradient, what this rank's optimizer will read. Returns whether that is the gradient itself."""
+        s, memory = self.settings, self.memory
+        if self.wide:
+            memory.touch("gradients", 4 * math.ceil(self.touched[weight]))
+            if not self.accumulated:
+                self.accumulated = [memory.allocate("gradients", 4 * size) for size in self.partition_sizes()]
+        if s.offload_optimizer:
+            memory.touch("overhead", 8 * math.ceil(self.touched[weight]))  # the norm, in float64
+        elif gradient and not self.contiguous:
+            (self.reduced if self.wide else self.partition).append(gradient)
+            return True
+        elif not self.partition and not self.wide:
+            size = sum(w.size for w in self.touched) * s.bytes
+            self.partition = [memory.allocate("gradients", size)]
+        return False
+
+    def partition_sizes(self):
+        """Elements of this rank's slice of each group."""
+        return [-(-sum(weight.size for weight in group) // self.settings.world_size) for group in self.groups]
+
+    def free_all(self, tensors):
+        """Free these, and empty the list."""
+        while tensors:
+            self.memory.free(tensors.pop())
 
     def end_backward(self):
         if self.settings.stage == 1 and not self.last:
@@ -300,22 +335,20 @@ class Stage12(Engine):
             for weight in sorted(self.waiting, key=order.get):
                 self.add(weight, self.waiting.pop(weight))
         self.reduce()
-        for buffer in self.buffers:
-            self.memory.free(buffer)
-        self.buffers = []
-        if self.partition and self.accumulated:  # the new gradients are added to those so far
-            self.memory.free(self.partition)
-        elif self.partition:
+        self.free_all(self.buffers)
+        self.free_all(self.reduced)
+        if self.accumulated:  # the new gradients are added to those so far
+            self.free_all(self.partition)
+        else:
             self.accumulated = self.partition
-        self.partition = None
+        self.partition = []
 
     def step(self):
         s = self.settings
         if s.offload_optimizer:
             return
         self.memory.touch("overhead", 8 * math.ceil(max(self.touched.values())))
-        for group in self.groups:
-            size = -(-sum(weight.size for weight in group) // s.world_size)
+        for size in [] if self.wide else self.partition_sizes():
             flat = self.memory.allocate("gradients", size * s.bytes)
             if s.bytes < 4:
                 self.memory.touch("gradients", size * 4)

@@ -5,12 +5,14 @@ import json
 import shlex
 
 from minzero.config.deepspeed import gradient_accumulation, offload_device
+from minzero.config.sections import Recomputation
 from minzero.errors import UserError
 from minzero.planner.gpus import COMFORTABLE, USABLE, GiB, in_units
 from minzero.planner.replay import PARTS
-from minzero.planner.search import CHOICES, cheapest_change, enough_gpus, fastest, with_choice
+from minzero.planner.search import CHOICES, RECOMPUTED, cheapest_change, enough_gpus, fastest, with_choice
 from minzero.planner.settings import OTHER_ZERO_KEYS, WITHOUT_EFFECT, ZERO_KEYS
 from minzero.plot import pyplot
+from minzero.sizes import wide_heads
 
 
 def plan_text(plan, config, hardware, notes):
@@ -30,13 +32,22 @@ def headline(plan, config, hardware):
         stage += ", optimizer on CPU"
     if plan["offload_param"]:
         stage += ", parameters on CPU"
-    every = plan["activation_checkpointing"]
-    recomputed = {0: "none", 1: "all"}.get(every, f"every {every}th")
     return (
         f"{plan['parameters']:,} parameters on {hardware.gpus} x {hardware.gpu} of {hardware.gibibytes} GiB, {nodes}; "
         f"{stage}; micro-batch {plan['micro_batch_size']} x {config.model.block_size} tokens x "
-        f"{plan['gradient_accumulation_steps']} accumulated; recomputed blocks: {recomputed}"
+        f"{plan['gradient_accumulation_steps']} accumulated; {recomputed_in_words(plan['activation_checkpointing'])}"
     )
+
+
+def recomputed_in_words(activation_checkpointing):
+    """The value of this key of the train section, as words."""
+    every, selective, budget = Recomputation.of(activation_checkpointing)
+    if selective:
+        return "recomputed: all but attention and every other matrix product"
+    if budget < 1:
+        return f"recomputed: what does not fit into {budget:.0%} of the activations"
+    blocks = {0: "none", 1: "all"}.get(every, f"every {every}th")
+    return f"recomputed blocks: {blocks}"
 
 
 def memory_lines(plan, hardware):
@@ -47,6 +58,8 @@ def memory_lines(plan, hardware):
     verdict = "fits" if plan["fits"] else "DOES NOT FIT"
     tight = ", tight" if plan["fits"] and plan["gpu_fraction"] > COMFORTABLE else ""
     low, high = plan["cpu_bytes_range"]
+    saving = plan["cpu_bytes_of_saving"]
+    copied = f"; {in_units(saving)} of it while a checkpoint is written in the background" if saving else ""
     return [
         *lines,
         f"  {'allocated':12s} {in_units(plan['gpu_bytes']):>13s}  (runner-up: {second['phase']}, "
@@ -55,7 +68,7 @@ def memory_lines(plan, hardware):
         "allocated beside fragments, the CUDA context and NCCL)",
         "",
         f"CPU memory of a node: {in_units(low)} to {in_units(high)} (pinned blocks may be rounded up to powers of "
-        "two), and each rank's Python and libraries",
+        f"two), and each rank's Python and libraries{copied}",
         f"a checkpoint on disk: {in_units(plan['checkpoint_bytes'])}",
     ]
 
@@ -81,14 +94,12 @@ def notes_on(config, gpus):
         notes.append(f"not modelled, of deepspeed.zero_optimization: {', '.join(unknown)}")
     if "nvme" in (offload_device(zero, "offload_optimizer"), offload_device(zero, "offload_param")):
         notes.append("NVMe is counted as CPU memory, with its speed")
-    if zero.get("contiguous_gradients") is False:
-        notes.append("contiguous_gradients false is planned as true")
+    if heads := wide_heads(config.model):
+        notes.append(heads)
     try:
         gradient_accumulation(config, gpus)
     except UserError as error:
         notes.append(f"train.py will refuse this batch: {error}")
-    if config.train.compile is not False:
-        notes.append("compiled blocks keep fewer activations than these, which are of the model as it is written")
     return notes
 
 
@@ -119,9 +130,14 @@ def in_flags(change):
 def train_command(arguments, given, config, hardware):
     """The command line that runs `config`. arguments: the given ones, and `given` the configuration that they make."""
     zero, zero_given = config.deepspeed["zero_optimization"], given.deepspeed.get("zero_optimization", {})
-    words = [f"--train.micro_batch_size {config.train.micro_batch_size}"]
-    words.append(f"--train.activation_checkpointing {json.dumps(config.train.activation_checkpointing)}")
-    words.append(f"--deepspeed.zero_optimization.stage {zero['stage']}")
+    train = config.train
+    chosen = {
+        "train.micro_batch_size": train.micro_batch_size,
+        "train.activation_checkpointing": train.activation_checkpointing,
+    }
+    if train.activation_offload != given.train.activation_offload:
+        chosen["train.activation_offload"] = train.activation_offload
+    words = [in_flags(chosen | {"deepspeed.zero_optimization.stage": zero["stage"]})]
     for name in ("offload_optimizer", "offload_param"):
         device = "cpu" if name in zero else "none"
         if device != offload_device(zero_given, name):
@@ -142,15 +158,16 @@ def draw(config, planned, hardware, picture):
 
     names, plans = [], []
     for stage, offload in CHOICES:
-        for recompute in (False, True):
+        for recompute in RECOMPUTED:
             plans.append(planned(with_choice(config, stage, offload, recompute, config.train.micro_batch_size)))
             on_cpu = {"none": "", "optimizer": ", optimizer on CPU", "param": ", optimizer and weights on CPU"}[offload]
-            names.append(f"stage {stage}{on_cpu}{', recomputed' if recompute else ''}")
+            recomputed = {False: "", "selective": ", selective", True: ", recomputed"}[recompute]
+            names.append(f"stage {stage}{on_cpu}{recomputed}")
     largest = max(plan["gpu_bytes"] for plan in plans)
     unit, unit_name = (GiB, "GiB") if largest >= GiB else (2**20, "MiB")
     gpu_size = hardware.memory_bytes / unit
     end = min(1.3 * largest / unit, 2 * gpu_size)  # a longer bar is cut off there
-    figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 8), layout="constrained")
     draw_bars(axes, plans, unit, unit_name, end)
     beyond = f"; the GPU's {hardware.gibibytes} GiB lie outside"
     if USABLE * gpu_size < end:

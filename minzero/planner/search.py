@@ -7,20 +7,22 @@ import copy
 import json
 
 from minzero.config.build import build
-from minzero.config.deepspeed import check_together, offload_device, offloads_optimizer, zero_stage
+from minzero.config.deepspeed import check_together, offload_device, offloads_optimizer
 from minzero.config.load import command_line_values
 from minzero.config.nested import merge
 from minzero.config.values import divisors
 from minzero.errors import UserError
-from minzero.planner.settings import MOST_LAYERS
+from minzero.planner.settings import MOST_LAYERS, ZERO_KEYS, settings_of
 
 # The candidates of --fit and --plot: (stage, offload). optimizer: kept in CPU memory; param: the weights too.
 CHOICES = [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimizer"), (3, "optimizer"), (3, "param")]
+RECOMPUTED = (False, "selective", True)  # candidates of train.activation_checkpointing, the fastest first
 MOST_GPUS_TRIED = 2**14  # by enough_gpus
 
 
 def with_choice(config, stage, offload, recompute, micro_batch_size):
-    """A copy of the configuration with another setting. offload: "none", "optimizer" or "param" (both)."""
+    """A copy of the configuration with another setting. offload: "none", "optimizer" or "param" (both). recompute: a
+    value of train.activation_checkpointing."""
     config = copy.deepcopy(config)
     zero = config.deepspeed.setdefault("zero_optimization", {})
     zero["stage"] = stage
@@ -31,6 +33,8 @@ def with_choice(config, stage, offload, recompute, micro_batch_size):
     if offload == "param":
         zero["offload_param"] = {"device": "cpu"}
     config.train.activation_checkpointing = recompute
+    if recompute == "selective":  # which is refused together with it
+        config.train.activation_offload = False
     config.train.micro_batch_size = micro_batch_size
     return config
 
@@ -86,7 +90,7 @@ def fastest(config, gpus, planned):
             check_together(with_choice(config, stage, offload, False, 1).deepspeed, config.train.precision)
         except UserError:
             continue  # train.py would refuse the rest of the deepspeed section at this stage
-        for recompute in (False, True):
+        for recompute in RECOMPUTED:
             candidates = [with_choice(config, stage, offload, recompute, size) for size in sizes]
             plan, candidate = first_that_fits(candidates, planned)
             if plan and (best is None or plan["tokens_per_second"] > best["tokens_per_second"]):
@@ -116,24 +120,27 @@ def enough_gpus(config, gpus, planned):
 # ---- the cheapest change
 
 
-def single_changes(config):
+def single_changes(config, gpus):
     """Overrides that may save memory, each {key: value}: the cheapest, which cost no speed, first."""
     zero, train = config.deepspeed.get("zero_optimization", {}), config.train
-    stage, section = zero_stage(config.deepspeed), "deepspeed.zero_optimization"
-    buffers = {}  # key: (its new value, DeepSpeed's default)
+    settings, section = settings_of(config, gpus), "deepspeed.zero_optimization"
+    stage = settings.stage
+    buffers = {}  # key: its new value
     if stage:
-        buffers["reduce_bucket_size"] = (1e7, 5e8)
+        buffers["reduce_bucket_size"] = 10_000_000
     if stage == 3:
-        buffers["sub_group_size"] = (1e8, 1e9)
-        buffers["stage3_prefetch_bucket_size"] = (1e7, 5e7)
-        buffers["stage3_max_reuse_distance"] = (1e8, 1e9)
-    for name, (small, default) in buffers.items():
-        value = zero.get(name, "auto")
-        if (default if value == "auto" else value) > small:
-            yield {f"{section}.{name}": int(small)}
+        buffers["sub_group_size"] = 100_000_000
+        buffers["stage3_prefetch_bucket_size"] = 10_000_000
+        buffers["stage3_max_reuse_distance"] = 100_000_000
+    for name, small in buffers.items():
+        if getattr(settings, ZERO_KEYS[name]) > small:
+            yield {f"{section}.{name}": small}
     for higher in range(stage + 1, 4):
         yield {f"{section}.stage": higher}
-    if train.activation_checkpointing is not True:
+    every, selective, _ = settings.recomputation
+    if every != 1 and not train.activation_offload:
+        yield {"train.activation_checkpointing": "selective"}
+    if every != 1 or selective:
         yield {"train.activation_checkpointing": True}
     elif not train.activation_offload:
         yield {"train.activation_offload": True}
@@ -144,10 +151,10 @@ def single_changes(config):
         yield offload | {f"{section}.offload_param.device": "cpu"}
 
 
-def pairs_of_changes(config):
+def pairs_of_changes(config, gpus):
     """Two overrides of different keys, as one {key: value}."""
-    for first in single_changes(config):
-        for second in single_changes(with_overrides(config, first)):
+    for first in single_changes(config, gpus):
+        for second in single_changes(with_overrides(config, first), gpus):
             if not first.keys() & second.keys():
                 yield first | second
 
@@ -181,10 +188,10 @@ def cheapest_change(config, gpus, planned):
             return []
         return [(change | {"train.micro_batch_size": plan["micro_batch_size"]}, plan)]
 
-    fitting = those_that_fit(single_changes(config)) + with_smaller_batch({})
+    fitting = those_that_fit(single_changes(config, gpus)) + with_smaller_batch({})
     if not fitting:
-        fitting = those_that_fit(pairs_of_changes(config))
-        for change in single_changes(config):
+        fitting = those_that_fit(pairs_of_changes(config, gpus))
+        for change in single_changes(config, gpus):
             fitting += with_smaller_batch(change)
     # of equally fast ones the first: it is the smaller change
     return max(fitting, key=lambda pair: pair[1]["tokens_per_second"], default=(None, None))

@@ -23,9 +23,11 @@ ZERO_KEYS = {
     "stage3_max_live_parameters": "max_live_parameters",
     "stage3_max_reuse_distance": "max_reuse_distance",
     "sub_group_size": "sub_group_size",
+    "contiguous_gradients": "contiguous_gradients",
+    "stage3_allgather_sequential": "allgather_sequential",
 }
 # Keys that `settings_of` reads by other means, and keys that have no effect on memory as it is modelled.
-OTHER_ZERO_KEYS = {"stage", "overlap_comm", "offload_optimizer", "offload_param", "contiguous_gradients"}
+OTHER_ZERO_KEYS = {"stage", "overlap_comm", "offload_optimizer", "offload_param"}
 WITHOUT_EFFECT = {"allgather_bucket_size", "round_robin_gradients", "ignore_unused_parameters"}
 WITHOUT_EFFECT |= {"stage3_gather_16bit_weights_on_model_save", "log_trace_cache_warnings", "enable_sanity_checks"}
 
@@ -41,12 +43,14 @@ class Settings:
     micro_batch_size: int = 1
     gradient_accumulation_steps: int = 1
     precision: str = "bf16"  # bf16, fp16 or fp32
-    activation_checkpointing: int = 0  # k: blocks 0, k, 2k, ... are recomputed in the backward pass; 0: none
+    activation_checkpointing: bool | int | float | str = 0  # as the key of the train section
     activation_offload: bool = False  # the inputs of recomputed blocks are kept in CPU memory
     offload_optimizer: bool = False
     offload_ratio: float = 1.0  # stage 3: the share of the optimizer in CPU memory, counted in sub-groups
     offload_param: bool = False
     overlap_comm: bool = False
+    contiguous_gradients: bool = True  # gradients are copied into a bucket; else they stay until they are reduced
+    allgather_sequential: bool = False  # stage 3: each weight is gathered straight into its own tensor
     reduce_bucket_size: int = 500_000_000
     prefetch_bucket_size: int = 50_000_000
     persistence_threshold: int = 100_000
@@ -54,9 +58,15 @@ class Settings:
     max_reuse_distance: int = 1_000_000_000
     sub_group_size: int = 1_000_000_000
     accumulation_bytes: int | None = None  # of an accumulated gradient; None: as wide as the weights
-    compiled: bool = False  # the loss keeps no probabilities; stage 3: blocks are gathered and reduced whole
+    compiled: bool = False  # the loss keeps no probabilities, and SwiGLU not the activated gate
+    save_in_background: bool = False  # a copy of the optimizer is in CPU memory while a checkpoint is written
     master_bytes: int = 4
     moment_bytes: int = 8  # both of Adam's moments
+
+    @property
+    def recomputation(self):
+        """What is recomputed in the backward pass."""
+        return Recomputation.of(self.activation_checkpointing)
 
     @property
     def length(self):
@@ -109,13 +119,15 @@ def settings_of(config, gpus, memory=None):
         micro_batch_size=train.micro_batch_size,
         gradient_accumulation_steps=accumulation,
         precision=precision,
-        activation_checkpointing=Recomputation.of(train.activation_checkpointing).every,
+        activation_checkpointing=train.activation_checkpointing,
         activation_offload=train.activation_offload,
         offload_optimizer=offloads_optimizer(config.deepspeed),
         offload_ratio=offload_ratio(zero),
         offload_param=offload_device(zero, "offload_param") != "none",
         overlap_comm=overlap_comm,
         compiled=train.compile is not False,
+        # checkpoint.py copies no optimizer that lives on NVMe: memory may not hold it
+        save_in_background=train.save_in_background and offload_device(zero, "offload_optimizer") != "nvme",
         accumulation_bytes={"fp32": 4, "bf16": 2, "fp16": 2}.get(accumulated_type),
         **{field: zero[key] for key, field in ZERO_KEYS.items() if key in zero},
     )

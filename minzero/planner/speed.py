@@ -30,10 +30,11 @@ def seconds_per_step(settings, parameters, tokens, hardware, assumptions):
 
 def communicated_bytes(settings, parameters):
     """Bytes that a rank sends in a step. Stages 0 and 1 sum the gradients, or scatter them and gather the weights, once
-    a step. Stage 2 scatters the gradients of each micro-batch; stage 3 also gathers the weights for each pass."""
+    a step. Stage 2 scatters the gradients of each micro-batch; stage 3 also gathers the weights for the forward and for
+    the backward pass, in which blocks are recomputed."""
     s = settings
     if s.stage == 3:
-        passes = (3 + bool(s.activation_checkpointing)) * s.gradient_accumulation_steps
+        passes = 3 * s.gradient_accumulation_steps
     elif s.stage == 2:
         passes = s.gradient_accumulation_steps + 1
     else:
@@ -48,7 +49,7 @@ def offload_seconds(settings, parameters, nodes, assumptions):
     shard = parameters / s.world_size
     seconds = 2 * offloaded_activations(s) * s.gradient_accumulation_steps / a.pcie
     if s.offload_param:
-        passes = (2 + bool(s.activation_checkpointing)) * s.gradient_accumulation_steps
+        passes = 2 * s.gradient_accumulation_steps
         seconds += passes * shard * s.bytes / a.pcie
     if s.offload_optimizer:
         offloaded = offloaded_elements(s, parameters)

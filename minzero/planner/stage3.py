@@ -20,14 +20,17 @@ class Stage3(Engine):
         if s.world_size > 1 or s.offload_param:
             memory.allocate("gathered", sum(w.size for w in self.persistent) * s.bytes)
         self.resident_optimizer(shards)
-        memory.allocate("buckets", s.reduce_bucket_size * s.bytes)
+        if self.contiguous:
+            memory.allocate("buckets", s.reduce_bucket_size * s.bytes)
         self.bucket = []  # (weight, its gradient if that was not copied)
         self.elements = 0  # in the bucket
         self.free_gather = s.world_size == 1 and not s.offload_param  # a gathered weight is the shard itself
         self.gathered = dict.fromkeys(self.persistent)  # weight -> its tensor
         self.flight = {}  # weight -> (the weights of the same call, its tensor, whether that is the weight itself)
+        self.unreleased = []  # weights of embeddings, at the end of a backward pass
         self.leaf = None  # the leaf module whose backward pass runs
         self.leaf_gradients = []  # (weight, gradient) of that module, reduced when it ends
+        self.place_of = {weight: number for number, weight in enumerate(itertools.chain(*self.groups))}
         self.record_trace()
         self.restart()
 
@@ -51,9 +54,15 @@ class Stage3(Engine):
         self.needs = {m: weights_of(m) if m.leaf else m.weights for m in calls_of(self.model)}
         self.order = []
         self.record_forward(self.model)
+        self.turn = len(self.order)  # the step at which the backward pass of the model begins
         self.record_backward(self.model)
-        # elements of all weights before each step of the trace
-        self.order_sums = [0, *itertools.accumulate(sum(w.size for w in self.needs[m]) for m in self.order)]
+        # elements of all weights before each step of the trace, as they count when a leaf is released: with what is
+        # inside of each module; and when another module is: without, so that blocks count as nothing
+        self.order_sums = {True: [0], False: [0]}
+        for leaf, sums in self.order_sums.items():
+            for module in self.order:
+                weights = weights_of(module) if leaf else module.weights
+                sums.append(sums[-1] + sum(weight.size for weight in weights))
         self.next_uses = {}  # weight -> the steps of the trace that need it
         for step, module in enumerate(self.order):
             for weight in self.needs[module]:
@@ -69,9 +78,12 @@ class Stage3(Engine):
         if module.hooked:
             self.order.append(module)
         if module.recomputed:
-            self.record_forward(module)
+            self.record_recomputation(module)
         for child in reversed(module.inside):
             self.record_backward(child)
+
+    def record_recomputation(self, block):
+        """There are no hooks inside of a leaf."""
 
     def restart(self):
         """The coordinator at the beginning of a forward pass."""
@@ -90,7 +102,7 @@ class Stage3(Engine):
             return
         self.live += sum(weight.size for weight in weights)
         sizes = [0 if self.free_gather else self.shard(weight) * s.world_size * s.bytes for weight in weights]
-        if len(weights) == 1 or s.world_size == 1:
+        if len(weights) == 1 or s.world_size == 1 or s.allgather_sequential:
             for weight, size in zip(weights, sizes, strict=True):
                 self.flight[weight] = ({weight}, self.memory.allocate("gathered", size), True)
         else:
@@ -143,8 +155,12 @@ class Stage3(Engine):
         self.gather(ahead)
 
     def release(self, module, forward):
+        if module.name.endswith("embedding") and not forward:
+            # its hook waits for a gradient of its input, and token ids have none: freed after the backward pass
+            self.unreleased += [weight for weight in module.weights if weight not in self.persistent]
+            return
         if module is self.leaf and not forward:
-            gradients = self.leaf_gradients
+            gradients = sorted(self.leaf_gradients, key=lambda pair: self.place_of[pair[0]])
             self.leaf = None
             self.leaf_gradients = []
             for weight, gradient in gradients:
@@ -152,18 +168,24 @@ class Stage3(Engine):
         for weight in self.needs[module]:
             if weight in self.persistent or self.gathered.get(weight) is None:
                 continue
-            if not self.needed_soon(weight):
+            if not self.needed_soon(weight, module.leaf):
                 self.free_gathered(weight)
 
-    def needed_soon(self, weight):
-        """Whether a prefetch was meant for a later step, or the weight's next use is within the reuse distance."""
+    def needed_soon(self, weight, leaf=False):
+        """Whether a prefetch was meant for a later step, or the weight's next use is within the reuse distance. When a
+        leaf is released, DeepSpeed takes what is inside of a later module for its own, so all weights are in use where
+        the backward pass of the model begins."""
         if self.fetched_for.get(weight, -1) > self.at:
             return True
         uses = self.next_uses[weight]
         following = bisect.bisect_left(uses, self.at)
-        if following == len(uses):
+        steps = uses[following : following + 1]
+        if leaf and self.at <= self.turn:
+            steps = [*steps, self.turn]
+        if not steps:
             return False
-        distance = self.order_sums[uses[following]] - self.order_sums[self.at]
+        sums = self.order_sums[leaf]
+        distance = sums[min(steps)] - sums[self.at]
         return distance < self.settings.max_reuse_distance
 
     def free_gathered(self, weight):
@@ -212,6 +234,9 @@ class Stage3(Engine):
 
     def end_backward(self):
         self.reduce()
+        for weight in self.unreleased:
+            self.free_gathered(weight)
+        self.unreleased = []
         for weight in list(self.flight):
             self.wait(weight)
             self.free_gathered(weight)

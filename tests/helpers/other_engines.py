@@ -27,6 +27,7 @@ class OtherSettings(Settings):
     # other versions and backends
     on_cpu: bool = False  # gloo's reduce_scatter copies its input, and log_softmax fp16 logits into float32
     rank: int | None = None  # whose memory; None: the rank that holds most
+    whole_blocks: bool = False  # as ours: a block is one module for ZeRO-3's hooks, and recomputed inside of them
     one_group: bool = False  # all parameters in one group of the optimizer; ours are decayed or spared
     bucket_factor: float = 1.0  # 2021: ZeRO-2's buckets had room for 4.5 times their size
     stale_bucket: bool = False  # 2021, ZeRO-2: a bucket of the step before lived until the first reduction; this was
@@ -78,6 +79,9 @@ class OtherTrace(Trace):
 
     def chunked_head(self, weight):
         return super().chunked_head(weight, on_gpu=not self.settings.on_cpu)
+
+    def whole_blocks(self):
+        return self.settings.whole_blocks
 
     def own_gradient(self):
         return self.narrow if self.settings.amp else super().own_gradient()
@@ -217,6 +221,19 @@ class OtherStage3(OtherEngine, Stage3):
             weights = list(self.flight)
         super().wait_for(weights)
 
+    def record_recomputation(self, block):
+        if not self.settings.whole_blocks:
+            self.record_forward(block)
+
+    def recompute(self, block):
+        """Around the block: its hooks fetch the weights once more."""
+        if self.settings.whole_blocks:
+            super().recompute(block)
+            return
+        self.fetch(block, forward=True)
+        super().recompute(block)
+        self.release(block, forward=True)
+
     def prefetch(self, module):
         s = self.settings
         if not s.prefetches:
@@ -233,8 +250,8 @@ class OtherStage3(OtherEngine, Stage3):
                 size += weight.size
         self.gather(ahead)
 
-    def needed_soon(self, weight):
-        return self.settings.prefetches and super().needed_soon(weight)
+    def needed_soon(self, weight, leaf=False):
+        return self.settings.prefetches and super().needed_soon(weight, leaf)
 
     def release(self, module, forward):
         if not (self.settings.keeps_weights and forward):

@@ -13,7 +13,7 @@ def real_engines(tmp_path_factory, request):
     """What memory_of_engine.py found on each of two ranks, in one launch."""
     folder = tmp_path_factory.mktemp("memory")
     command = deepspeed_command("tests/launch/memory_of_engine.py", folder, request.param)
-    done = run(command, timeout=250, DS_ACCELERATOR="cpu")
+    done = run(command, timeout=500, DS_ACCELERATOR="cpu")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return [found for rank in range(2) for found in json.loads((folder / f"rank{rank}.json").read_text())]
 
@@ -30,4 +30,4 @@ def test_peak_is_that_of_the_real_engine(real_engines):
     errors = [found["peak"][1] / found["peak"][0] - 1 for found in real_engines]
     for error, found in zip(errors, real_engines, strict=True):
         print(f"{error:+.2%} {found['setting']}")
-    assert max(map(abs, errors)) <= 0.06 and statistics.median(map(abs, errors)) <= 0.005
+    assert max(map(abs, errors)) <= 0.035 and statistics.median(map(abs, errors)) <= 0.005

@@ -25,9 +25,10 @@ from minzero.files import ROOT
 from minzero.planner.activations import calls_of, trace
 from minzero.planner.gpus import USABLE, GiB, Hardware
 from minzero.planner.plan import plan_run
-from minzero.planner.report import in_flags
+from minzero.planner.report import in_flags, notes_on
 from minzero.planner.search import first_number, first_that_fits
 from minzero.planner.settings import Settings
+from minzero.planner.speed import communicated_bytes
 from model import GPT
 from tests.helpers.other_engines import OtherSettings, OtherTrace, simulate_other
 
@@ -197,8 +198,35 @@ def test_what_ran_fits_and_what_did_not_does_not(rows):
 def test_kept_activations_are_those_of_the_model(changes, dtype, precision):
     """Bytes that autograd keeps for the backward pass of model.py, against the sum over the trace."""
     config = ModelConfig(n_layer=2, n_head=4, n_embd=64, block_size=512, vocab_size=128, **changes)
-    model = GPT(config).to(dtype)
-    tokens = torch.zeros(2, config.block_size, dtype=torch.long)
+    settings = Settings(config, micro_batch_size=2, precision=precision)
+    predicted = sum(call.kept for call in calls_of(trace(settings)))
+    assert predicted == pytest.approx(bytes_kept(GPT(config).to(dtype)), rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"position": "rotary", "mlp": "swiglu", "bias": False, "n_kv_head": 2}])
+def test_kept_activations_are_those_of_compiled_blocks(changes):
+    """The same of compiled blocks: without recomputation, selective, and by budgets, of which this is an estimate."""
+    config = ModelConfig(n_layer=2, n_head=4, n_embd=256, block_size=512, vocab_size=512, **changes)
+    for recompute, lowest, highest in ((0, 0.98, 1.02), ("selective", 0.98, 1.02), (0.5, 0.9, 1.4), (0.25, 0.9, 1.4)):
+        torch._dynamo.reset()
+        model = GPT(config, activation_checkpointing=recompute).bfloat16()
+        model.compile()
+        given = {"activation_checkpointing": recompute, "compiled": True}
+        predicted = 0
+        for module in trace(Settings(config, micro_batch_size=2, **given)).inside:
+            if module.recomputed:
+                predicted += module.output + sum(call.cached for call in calls_of(module))
+            else:
+                predicted += sum(call.kept for call in calls_of(module))
+        assert lowest <= predicted / bytes_kept(model) <= highest, recompute
+    torch._functorch.config.activation_memory_budget = 1.0
+
+
+def bytes_kept(model):
+    """Bytes of what autograd keeps for the backward pass, of two sequences; what is shared counts once."""
+    tokens = torch.zeros(2, model.config.block_size, dtype=torch.long)
+    model(tokens, tokens)  # is compiled
     others = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), tokens]}
     kept = {}
 
@@ -210,14 +238,14 @@ def test_kept_activations_are_those_of_the_model(changes, dtype, precision):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(tokens, tokens)
-    settings = Settings(config, micro_batch_size=2, precision=precision)
-    predicted = sum(call.kept for call in calls_of(trace(settings)))
-    assert predicted == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=0.02)
+    return sum(storage.nbytes() for storage in kept.values())
 
 
-def planned(name, gpus, **zero):
+def planned(name, gpus, recompute=None, **zero):
     config = load_config([f"configs/{name}"])
     config.train.micro_batch_size = 1
+    if recompute is not None:
+        config.train.activation_checkpointing = recompute
     config.deepspeed["zero_optimization"] |= zero
     return plan_run(config, Hardware(gpus, -(-gpus // 8), 80 * GiB, peak=989e12, price=2.0))
 
@@ -254,6 +282,48 @@ def test_partial_offload_moves_the_optimizer_by_sub_groups():
         assert found[smaller]["tokens_per_second"] > found[larger]["tokens_per_second"]
 
 
+def test_recomputing_less_is_faster_and_takes_more_memory():
+    """Of a block's forward pass, selective recomputes one product of four; its gathers are the same for all."""
+    found = {value: planned("13b.json", 8, stage=3, recompute=value) for value in (False, "selective", 2, True)}
+    memory = [plan["gpu_bytes"] for plan in found.values()]
+    assert sorted(memory, reverse=True) == memory and len(set(memory)) == 4
+    speed = [plan["tokens_per_second"] for plan in found.values()]
+    assert sorted(speed, reverse=True) == speed and speed[1] > 0.95 * speed[0] > speed[2]
+    assert [plan["activation_checkpointing"] for plan in found.values()] == list(found)
+    budgets = [planned("13b.json", 8, recompute=value)["gpu_bytes"] for value in (0.75, 0.5, 0.25)]
+    assert memory[0] > budgets[0] > budgets[1] > budgets[2] > memory[3]
+    parameters = found[False]["parameters"]
+    for value in (False, "selective", True):
+        settings = Settings(ModelConfig(), world_size=8, activation_checkpointing=value)
+        assert communicated_bytes(settings, parameters) == 3 * parameters * 2 * 7 / 8
+
+
+def test_gradients_without_a_buffer():
+    """contiguous_gradients false: a bucket's room is saved, and a gradient stays until it is reduced."""
+    buffered, free = (
+        planned("1p3b.json", 8, stage=3, reduce_bucket_size=200_000_000, contiguous_gradients=value)
+        for value in (True, False)
+    )
+    assert buffered["phases"]["forward"] - free["phases"]["forward"] == 2 * 200_000_000
+    assert free["gpu_bytes"] < buffered["gpu_bytes"]
+
+
+def test_a_checkpoint_written_in_the_background_is_copied():
+    config = load_config(["configs/13b.json", "--train.save_in_background", "true"])
+    for nodes in (1, 2):
+        plan = plan_run(config, Hardware(16, nodes, 80 * GiB, peak=989e12))
+        assert plan["cpu_bytes"] == plan["cpu_bytes_of_saving"] == 12 * plan["parameters"] // nodes
+    zero = config.deepspeed["zero_optimization"] | {"stage": 3}
+    config.deepspeed["zero_optimization"] = zero | {"offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}
+    assert plan_run(config, Hardware(16, 2, 80 * GiB, peak=989e12))["cpu_bytes_of_saving"] == 0, "it is not copied"
+
+
+@pytest.mark.parametrize("name, wide", [("10b.json", True), ("45b.json", True), ("13b.json", False)])
+def test_heads_that_the_fast_kernels_do_not_take_are_noted(name, wide):
+    notes = " ".join(notes_on(load_config([f"configs/{name}"]), 8))
+    assert ("heads of 512 channels" in notes) == wide
+
+
 def test_halving_finds_what_trying_each_would():
     for length in range(10):
         for first in range(length + 1):
@@ -286,6 +356,12 @@ def test_command_line(capsys):
     plan.main("configs/gpt2-124m.json --gpus 8 --gpu_memory 80 --fit --json".split())
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["fits"] and "train.py configs/gpt2-124m.json --train.micro_batch_size" in found["command"]
+    plan.main("configs/1p5b.json --gpus 4 --gpu_memory 14 --train.activation_offload true --fit --json".split())
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["activation_checkpointing"] == "selective"
+    flags = found["command"].split("train.py ")[1]
+    assert "--train.activation_checkpointing selective --train.activation_offload false" in flags
+    assert load_config(flags.split()).train.activation_checkpointing == "selective"
     plan.main("configs/gpt2-124m.json --gpus 8 --gpu_memory 24 --max --json".split())
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_layer"] > 12
 
@@ -303,6 +379,8 @@ def answer_of(capsys, arguments):
         "configs/gpt2-124m.json --gpus 1 --gpu_memory 2",  # takes two keys
         "configs/175b.json --gpus 8 --gpu_memory 80",
         "configs/45b.json --gpus 8 --gpu_memory 40",
+        # selective recomputation
+        "configs/gpt2-124m.json --gpus 8 --gpu_memory 5 --train.micro_batch_size 1 --model.block_size 16384",
     ],
 )
 def test_the_cheapest_change_is_enough(capsys, arguments):
