@@ -159,7 +159,7 @@ def skip_damaged_checkpoints(config, train_data, start):
 
 def make_engine(config, group, setup, start):
     """The model and its optimizer in DeepSpeed's hands. Returns (engine, why the model is not compiled or None)."""
-    zero = setup.ds_config.get("zero_optimization")
+    zero = config.deepspeed.get("zero_optimization")
     device = group.device
     recomputation = config.train.activation_checkpointing
     options = setup.kernels, setup.precision, zero, recomputation

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 import train
 from minzero import engine
@@ -19,6 +20,7 @@ from minzero.files import write_json
 from minzero.run import Run
 from minzero.run_folder import RunFolder
 from minzero.watchdog import Watchdog
+from minzero.zero import torch_linear
 from model import GPT
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}  # of a loss, relative, in the precisions that every row has
@@ -86,6 +88,7 @@ def zero(stage, **keys):
         made = {name: value(shape) if callable(value) else value for name, value in keys.items()}
         config = setting.config_with({"stage": stage} | made)
         setup = train.choose_setup(config, setting.group, train.smallest_memory(setting.group))
+        torch_linear()
         ds_engine, not_compiled = train.make_engine(config, setting.group, setup, train.Start(None, {}))
         if config.train.compile and not_compiled:
             raise UserError(f"not compiled: {not_compiled}")
@@ -95,7 +98,10 @@ def zero(stage, **keys):
         run = Run(config, setting.group, folder, watchdog, setup, beginning)
         run.bad_steps = BadSteps(ds_engine, config.train.spike_zscore)
 
+        linear = F.linear  # ZeRO-3 replaces it for the whole process
+
         def step(number):
+            F.linear = linear
             run.clock.reset()
             run.clock.start_step()
             result = train.train_step(run, ds_engine, setting.data, number)
@@ -114,6 +120,7 @@ def plain_step(setting, model, update, prepare=lambda is_last: None):
     accumulation = setting.args.accumulation
 
     def step(number):
+        torch_linear()  # a row of ZeRO-3 has replaced it
         total = torch.zeros((), device=setting.device)
         for place, (inputs, targets) in enumerate(setting.micro_batches(number), start=1):
             prepare(place == accumulation)

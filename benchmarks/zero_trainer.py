@@ -1,10 +1,11 @@
 """The row of zero.py that is Hugging Face's Trainer with DeepSpeed ZeRO-3."""
 
 import torch
+from torch.nn import functional as F
 
 from benchmarks.turns import WARMUP, catching
 from minzero.data.order import sample_numbers
-from minzero.zero import copy_into
+from minzero.zero import copy_into, torch_linear
 
 
 def trainer_config(precision):
@@ -87,8 +88,10 @@ def make_trainer(setting, row, steps, turns):
 
     transformers.utils.logging.set_verbosity_error()
     shape = setting.config.model
+    torch_linear()  # a row of ZeRO-3 has replaced it
     arguments = trainer_arguments(setting, steps)  # first: from here on transformers shards what it makes
     their_model = AutoModelForCausalLM.from_config(transformers_config(shape))
+    linear = F.linear  # DeepSpeed's, as in any run of the Trainer
     copy_into(their_model, lambda: dict(to_transformers(shape, setting.gpt().state_dict().__getitem__)).__getitem__)
 
     class Recording(Trainer):
@@ -111,6 +114,7 @@ def make_trainer(setting, row, steps, turns):
         def let_others(self, control):
             trainer.loss = 0.0
             number = next(turns, None)
+            F.linear = linear
             if number is None:
                 control.should_training_stop = True
             else:

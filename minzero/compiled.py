@@ -49,13 +49,13 @@ def why_not_compiled(wanted, config, device, kernels, precision="fp32", zero=Non
     the model that is not compiled, else the reason to run eagerly. It takes seconds, where a failure in the middle of
     a step would cost the run.
 
-    wanted: train.compile. config: a ModelConfig. zero: DeepSpeed's section zero_optimization. recomputation:
+    wanted: train.compile. config: a ModelConfig. zero: the config's section zero_optimization. recomputation:
     train.activation_checkpointing. Every rank must call this; where one fails, all get a reason."""
     if wanted is False:
         return "not asked for"
     if wanted == "auto" and device.type != "cuda":
         return "on CPU it gains little"
-    if (zero or {}).get("memory_efficient_linear"):
+    if (zero or {}).get("memory_efficient_linear") is True:
         return "deepspeed.zero_optimization.memory_efficient_linear is true, and torch 2.11 compiles it wrongly"
     if (zero or {}).get("stage") and (odd := odd_width(config)):
         return f"{odd} is no multiple of 8, and a weight would begin at an address that the compiler does not expect"

@@ -23,6 +23,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for, so that DeepSpeed does not warn about it
 import deepspeed
 from deepspeed import comm
+from deepspeed.runtime.comm import coalesced_collectives
 from deepspeed.utils.logging import set_log_level_from_string
 
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")  # the GPUs that a process sees
@@ -67,6 +68,7 @@ def init_process(verbose=False, may_be_alone=False):
         # DeepSpeed's shared-memory all-reduce is compiled for a minute at first use and needs a C++ compiler.
         # ZeRO-3 gathers and scatters, which it does not speed up: plain gloo is as fast here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        coalesced_collectives._torch_reduce_scatter_fn = reduce_scatter_by_exchange
         return Group(torch.device("cpu"), rank, world_size)
     device = torch.device("cuda", gpu_of(local_place[0], torch.cuda.device_count()))
     os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of the GPU
@@ -74,6 +76,14 @@ def init_process(verbose=False, may_be_alone=False):
         os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = os.environ["LOCAL_RANK"]
     torch.cuda.set_device(device)
     return Group(device, rank, world_size)
+
+
+def reduce_scatter_by_exchange(tensor, output, group=None):
+    """Sum a flat tensor over the ranks and write this rank's part into `output`. In place of gloo's reduce-scatter: two
+    CPU ranks took 2.4 ms for 1.8 million float32 numbers, and 7.4 ms with that (torch 2.13.0)."""
+    received = torch.empty_like(tensor)
+    comm.all_to_all_single(received, tensor, group=group)
+    torch.sum(received.view(comm.get_world_size(group), -1), dim=0, out=output)
 
 
 def gpu_of(local_rank, gpus):

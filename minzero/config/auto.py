@@ -113,6 +113,8 @@ VALUES = {
     "zero_optimization.stage3_max_reuse_distance": reuse_distance,
     "zero_optimization.stage3_param_persistence_threshold": persistence,
     "zero_optimization.stage3_allgather_sequential": one_by_one,
+    # torch's own linear function is faster, but keeps the gathered weights that it computed with
+    "zero_optimization.memory_efficient_linear": lambda facts: not facts.keeps_whole,
 }
 AUTO = (*VALUES, "zero_optimization.stage")  # the stage is chosen by planner/stage.py
 

@@ -89,7 +89,9 @@ def notes_on(config, gpus):
     """Notes on settings that the plan ignores or approximates, as sentences."""
     notes = []
     zero = config.deepspeed.get("zero_optimization", {})
-    unknown = sorted(set(zero) - set(ZERO_KEYS) - OTHER_ZERO_KEYS - WITHOUT_EFFECT)
+    unknown = sorted(
+        {name for name in zero if zero[name] != "auto"} - set(ZERO_KEYS) - OTHER_ZERO_KEYS - WITHOUT_EFFECT
+    )
     if unknown:
         notes.append(f"not modelled, of deepspeed.zero_optimization: {', '.join(unknown)}")
     if "nvme" in (offload_device(zero, "offload_optimizer"), offload_device(zero, "offload_param")):
