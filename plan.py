@@ -56,12 +56,13 @@ def read_options(arguments):
 
 def main(arguments):
     options, rest = read_options(arguments)
+    config = load_config(rest)
     hardware = options.hardware
-    config = with_chosen_stage(load_config(rest), hardware)
 
     def planned(config, gpus=hardware.gpus):
         nodes = -(-gpus * hardware.nodes // hardware.gpus)
-        return plan_run(config, dataclasses.replace(hardware, gpus=gpus, nodes=nodes), options.assumptions)
+        those = dataclasses.replace(hardware, gpus=gpus, nodes=nodes)
+        return plan_run(with_chosen_stage(config, those), those, options.assumptions)
 
     more = {}  # answers beside the plan
     if options.plot:
@@ -86,6 +87,7 @@ def main(arguments):
         if not depth:
             raise UserError(f"--max: not even one block of this width fits in {options.gpu_memory:g} GiB; try --fit")
         config.model.n_layer = more["n_layer"] = depth
+    config = with_chosen_stage(config, hardware)
     plan = planned(config) | more
     print(plan_text(plan, config, hardware, notes_on(config, hardware.gpus)))
     if not plan["fits"]:

@@ -54,6 +54,8 @@ from minzero.sizes import peak_flops
 from minzero.watchdog import Watchdog
 from minzero.zero import optimizers
 
+LINEAR = "zero_optimization.memory_efficient_linear"
+
 # ---- set-up: whatever can refuse the run, before it writes anything
 
 
@@ -98,13 +100,12 @@ class Setup(NamedTuple):
         return self.stage == 0 and self.precision == "fp32"
 
 
-def choose_setup(config, group, memory):
-    """Setup of this run. memory: bytes of a rank's device. Raises UserError for what this machine or this number of
-    ranks cannot do."""
+def choose_setup(config, group, precision, memory):
+    """Setup of this run. precision: bf16, fp16 or fp32. memory: bytes of a rank's device. Raises UserError for what this
+    machine or this number of ranks cannot do."""
     on_gpu = group.device.type == "cuda"
     # tokens a step = micro_batch_size x block_size x ranks x accumulation
     accumulation = gradient_accumulation(config, group.world_size)
-    precision = resolve_precision(config.train.precision, group.device)
     if precision == "fp32" and on_gpu:
         torch.set_float32_matmul_precision("high")  # TF32, as plan.py counts on
     ds_config = deepspeed_config(config, group.world_size, precision, on_gpu, memory)
@@ -177,6 +178,9 @@ def make_engine(config, group, setup, start):
 
 def info_of(config, group, setup, train_data, compiled):
     """What config.json and each checkpoint record of a run."""
+    auto = dict(setup.auto)
+    if compiled and LINEAR in auto:
+        auto[LINEAR] = False  # see build_engine
     return {
         "config": config.to_dict(),
         "versions": setup.versions,
@@ -186,7 +190,7 @@ def info_of(config, group, setup, train_data, compiled):
         "precision": setup.precision,
         "kernels": setup.kernels,
         "compiled": compiled,
-        "deepspeed_auto": setup.auto,
+        "deepspeed_auto": auto,
     }
 
 
@@ -300,8 +304,9 @@ def main(config, watchdog=None):
         with dist.all_or_none():
             train_data, val_data = open_data(config)
             hardware = machine(group, memory)
-            config = with_chosen_stage(config, hardware)
-            setup = choose_setup(config, group, memory)
+            precision = resolve_precision(train.precision, group.device)
+            config = with_chosen_stage(config, hardware, precision)
+            setup = choose_setup(config, group, precision, memory)
             start = choose_start(config, train_data)
             tokenizer = sampling.open_tokenizer(config)
             facts = facts_in_common(config, setup, start, train_data, val_data)
@@ -331,7 +336,8 @@ def main(config, watchdog=None):
         run.begin(engine, bad_steps, info, count_real_parameters(engine.module))
         for line in summary.start_lines(run, train_data, not_compiled):
             dist.print0(line)
-        dist.print0(advice(config, hardware))
+        if group.rank == 0:
+            dist.print0(advice(config, hardware, setup.precision))
 
         # ---- the loop: `step` optimizer steps are done after it, tokens_at(step) tokens are seen
         for step in run.steps():

@@ -72,7 +72,7 @@ def error(stage, micro_batches, accumulated, device):
 
 def main(arguments):
     parser = FlagParser(__doc__)
-    parser.add_argument("--stages", type=at_least(1, 3), nargs="+", default=[2, 3])
+    parser.add_argument("--stages", type=at_least(2, 3), nargs="+", default=[2, 3])
     parser.add_argument("--micro_batches", type=at_least(1), nargs="+", default=[4, 64, 256])
     args = parser.parse_args(arguments)
     device, *_ = dist.start_process_group(may_be_alone=True)

@@ -127,7 +127,7 @@ class Row:
 
 
 class catching:
-    """A context in which an exception is the failure of a row. Whatever a row cannot do, all ranks find at once."""
+    """A context in which an exception is the failure of a row. It must occur on every rank, or the others hang."""
 
     def __init__(self, row):
         self.row = row

@@ -57,17 +57,17 @@ SIZES = {
     "50m": {"n_layer": 9, "n_head": 10, "n_embd": 640, "block_size": 256, "vocab_size": 8192},
     "tiny": {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 32, "vocab_size": 256},  # its figures mean nothing
 }
-TABLES = {  # heading: (the rows of the table, that whose tokens/s the others are compared with first)
+TABLES = {  # heading: the rows of the table; the tokens/s of the others are divided by those of the first
     "weights gathered for each use": (
         "fsdp2_gathered",
         "fsdp2_gathered_once",
         "zero3_gathered",
-        "zero3",
         "hf_zero3",
     ),
     "weights kept whole": (
         "fsdp2_whole",
         "fsdp2_whole_once",
+        "zero3",
         "zero3_whole",
         "ddp",
         "zero0",

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from minzero import report
-from minzero.config.deepspeed import gradient_accumulation
+from minzero.config.deepspeed import gradient_accumulation, with_auto_values
 from minzero.data.mixture import Mixture
 from minzero.data.shards import token_dtype, write_shard
 from minzero.errors import UserError
@@ -225,9 +225,11 @@ def why_not_as_asked(config, folder, log):
 
 
 def predicted_bytes(config, gpus, made):
-    """plan.py's peak of the tensors on one device, with the precision and compilation that the run in fact used.
-    made: its config.json."""
-    settings = settings_of(config, gpus)
+    """plan.py's peak of the tensors on one device, with the stage, the precision, the compilation and the values of
+    "auto" that the run in fact used. made: its config.json."""
+    values = made["deepspeed_auto"] | {"zero_optimization.stage": made["stage"]}
+    deepspeed = with_auto_values(config.deepspeed, values)
+    settings = settings_of(dataclasses.replace(config, deepspeed=deepspeed), gpus, memory=None)
     return peak_bytes(dataclasses.replace(settings, precision=made["precision"], compiled=made["compiled"]))
 
 

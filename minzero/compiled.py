@@ -60,6 +60,7 @@ def why_not_compiled(wanted, config, device, kernels, precision="fp32", zero=Non
     if (zero or {}).get("stage") and (odd := odd_width(config)):
         return f"{odd} is no multiple of 8, and a weight would begin at an address that the compiler does not expect"
     torch_linear()
+    torch._dynamo.config.suppress_errors = False  # an engine of this process may have set it
     error = None
     try:
         with device:

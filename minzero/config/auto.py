@@ -26,6 +26,7 @@ class Facts(NamedTuple):
     accumulation: int  # micro-batches of a rank in one step
     memory: float | None  # bytes of a rank's device; None: not known
     offloads_weights: bool
+    persistence: int | None = None  # stage3_param_persistence_threshold, where the config has a number
 
     @property
     def block(self):
@@ -45,6 +46,8 @@ class Facts(NamedTuple):
     def keeps_whole(self):
         """Stage 3: whether every weight stays on every rank. Then they are gathered once a step, after the update."""
         sizes = parameter_sizes(self.model)
+        if self.persistence is not None:
+            return self.persistence >= max(sizes.block + sizes.outside)
         everything = self.model.n_layer * sum(sizes.block) + sum(sizes.outside)
         return not self.offloads_weights and self.is_within(everything, WHOLE)
 
@@ -73,6 +76,8 @@ def reuse_distance(facts):
 
 
 def persistence(facts):
+    if facts.persistence is not None:
+        return facts.persistence
     if facts.keeps_whole:
         sizes = parameter_sizes(facts.model)
         return max(sizes.block + sizes.outside)

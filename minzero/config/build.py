@@ -54,10 +54,14 @@ def faults_between_keys(config):
         config.data.check,
         config.train.check,
         lambda: check_together(config.deepspeed, config.train.precision),
-        lambda: check_recomputed_dropout(config),
     ):
         try:
             check()
+        except UserError as error:
+            faults.append(str(error))
+    if not faults:
+        try:
+            check_recomputed_dropout(config)
         except UserError as error:
             faults.append(str(error))
     return faults

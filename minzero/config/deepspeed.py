@@ -159,9 +159,12 @@ def auto_values(config, world_size, precision, memory=None, accumulation=None):
     """{key: value} of DeepSpeed's keys that are "auto" in a Config, for so many ranks. precision: bf16, fp16 or fp32.
     memory: bytes of a rank's device. accumulation: micro-batches of a step. The stage must not be "auto"."""
     deepspeed = config.deepspeed
-    offloads = offload_device(deepspeed.get("zero_optimization", {}), "offload_param") != "none"
+    zero = deepspeed.get("zero_optimization", {})
+    offloads = offload_device(zero, "offload_param") != "none"
+    threshold = zero.get("stage3_param_persistence_threshold", 100_000)  # DeepSpeed's default
+    threshold = None if threshold == "auto" else threshold
     accumulation = accumulation or gradient_accumulation(config, world_size)
-    facts = Facts(config.model, zero_stage(deepspeed), world_size, precision, accumulation, memory, offloads)
+    facts = Facts(config.model, zero_stage(deepspeed), world_size, precision, accumulation, memory, offloads, threshold)
     return resolve(deepspeed, facts)
 
 

@@ -46,7 +46,7 @@ def recomputed_in_words(activation_checkpointing):
         return "recomputed: all but attention and every other matrix product"
     if budget < 1:
         return f"recomputed: what does not fit into {budget:.0%} of the activations"
-    blocks = {0: "none", 1: "all"}.get(every, f"every {every}th")
+    blocks = {0: "none", 1: "all"}.get(every, f"one in {every}")
     return f"recomputed blocks: {blocks}"
 
 

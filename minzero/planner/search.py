@@ -7,12 +7,14 @@ import copy
 import json
 
 from minzero.config.build import build
-from minzero.config.deepspeed import check_together, offload_device, offloads_optimizer
+from minzero.config.deepspeed import check_together, offload_device, offloads_optimizer, zero_stage
 from minzero.config.load import command_line_values
 from minzero.config.nested import merge
+from minzero.config.sections import Recomputation
 from minzero.config.values import divisors
 from minzero.errors import UserError
-from minzero.planner.settings import MOST_LAYERS, ZERO_KEYS, settings_of
+from minzero.planner.settings import MOST_LAYERS
+from minzero.sizes import parameter_sizes
 
 # The candidates of --fit and --plot: (stage, offload). optimizer: kept in CPU memory; param: the weights too.
 CHOICES = [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimizer"), (3, "optimizer"), (3, "param")]
@@ -120,11 +122,10 @@ def enough_gpus(config, gpus, planned):
 # ---- the cheapest change
 
 
-def single_changes(config, gpus):
+def single_changes(config):
     """Overrides that may save memory, each {key: value}: the cheapest, which cost no speed, first."""
     zero, train = config.deepspeed.get("zero_optimization", {}), config.train
-    settings, section = settings_of(config, gpus), "deepspeed.zero_optimization"
-    stage = settings.stage
+    stage, section = zero_stage(config.deepspeed), "deepspeed.zero_optimization"
     buffers = {}  # key: its new value
     if stage:
         buffers["reduce_bucket_size"] = 10_000_000
@@ -132,12 +133,15 @@ def single_changes(config, gpus):
         buffers["sub_group_size"] = 100_000_000
         buffers["stage3_prefetch_bucket_size"] = 10_000_000
         buffers["stage3_max_reuse_distance"] = 100_000_000
+        buffers["stage3_param_persistence_threshold"] = 100_000
+        buffers["stage3_max_live_parameters"] = 2 * sum(parameter_sizes(config.model).block)
     for name, small in buffers.items():
-        if getattr(settings, ZERO_KEYS[name]) > small:
+        given = zero.get(name, "auto")
+        if given == "auto" or given > small:
             yield {f"{section}.{name}": small}
     for higher in range(stage + 1, 4):
         yield {f"{section}.stage": higher}
-    every, selective, _ = settings.recomputation
+    every, selective, _ = Recomputation.of(train.activation_checkpointing)
     if every != 1 and not train.activation_offload:
         yield {"train.activation_checkpointing": "selective"}
     if every != 1 or selective:
@@ -151,10 +155,10 @@ def single_changes(config, gpus):
         yield offload | {f"{section}.offload_param.device": "cpu"}
 
 
-def pairs_of_changes(config, gpus):
+def pairs_of_changes(config):
     """Two overrides of different keys, as one {key: value}."""
-    for first in single_changes(config, gpus):
-        for second in single_changes(with_overrides(config, first), gpus):
+    for first in single_changes(config):
+        for second in single_changes(with_overrides(config, first)):
             if not first.keys() & second.keys():
                 yield first | second
 
@@ -188,10 +192,10 @@ def cheapest_change(config, gpus, planned):
             return []
         return [(change | {"train.micro_batch_size": plan["micro_batch_size"]}, plan)]
 
-    fitting = those_that_fit(single_changes(config, gpus)) + with_smaller_batch({})
+    fitting = those_that_fit(single_changes(config)) + with_smaller_batch({})
     if not fitting:
-        fitting = those_that_fit(pairs_of_changes(config, gpus))
-        for change in single_changes(config, gpus):
+        fitting = those_that_fit(pairs_of_changes(config))
+        for change in single_changes(config):
             fitting += with_smaller_batch(change)
     # of equally fast ones the first: it is the smaller change
     return max(fitting, key=lambda pair: pair[1]["tokens_per_second"], default=(None, None))

@@ -96,8 +96,9 @@ def gradient_accumulation_steps(config, gpus):
     return -(-config.train.global_batch_tokens // tokens_at_once)
 
 
-def settings_of(config, gpus, memory=None):
-    """The Settings of a run's configuration on this many GPUs. memory: bytes of one, which decide "auto". Raises
+def settings_of(config, gpus, memory):
+    """The Settings of a run's configuration on this many GPUs. memory: bytes of one, which
+    decide "auto", or None where nothing is. Raises
     UserError for a model too deep to be planned."""
     train = config.train
     if config.model.n_layer > MOST_LAYERS:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from minzero.planner.memory import offloaded_activations, offloaded_elements
-from minzero.sizes import flops_per_token, recomputed_flops_per_token
+from minzero.sizes import flops_per_token, parameter_sizes, recomputed_flops_per_token
 
 
 @dataclass
@@ -31,16 +31,24 @@ def seconds_per_step(settings, parameters, tokens, hardware, assumptions):
 def communicated_bytes(settings, parameters):
     """Bytes that a rank sends in a step. Stages 0 and 1 sum the gradients, or scatter them and gather the weights, once
     a step. Stage 2 scatters the gradients of each micro-batch; stage 3 also gathers the weights for the forward and for
-    the backward pass, in which blocks are recomputed."""
+    the backward pass, in which blocks are recomputed; those that stay whole once a step, after the update."""
     s = settings
     if s.stage == 3:
-        passes = 3 * s.gradient_accumulation_steps
+        gathered = 1 - persistent_elements(s) / parameters
+        passes = s.gradient_accumulation_steps * (1 + 2 * gathered) + 1 - gathered
     elif s.stage == 2:
         passes = s.gradient_accumulation_steps + 1
     else:
         passes = 2
     model = parameters * s.bytes * (s.world_size - 1) / s.world_size  # a ring sends all but a rank's own part
     return passes * model
+
+
+def persistent_elements(settings):
+    """Stage 3: the weights that stay whole on every rank."""
+    sizes = parameter_sizes(settings.model)
+    everything = settings.model.n_layer * sizes.block + sizes.outside
+    return sum(size for size in everything if size <= settings.persistence_threshold)
 
 
 def offload_seconds(settings, parameters, nodes, assumptions):

@@ -18,14 +18,15 @@ def with_stage(config, stage):
     return config
 
 
-def plans_by_stage(config, hardware):
-    """{stage: its plan} of the stages that go with the other keys of a Config and fit into the memory. Raises UserError
-    for a model that the planner does not know."""
+def plans_by_stage(config, hardware, precision):
+    """{stage: its plan} of the stages that go with the other keys of a Config and fit into the memory. precision: bf16,
+    fp16, fp32 or auto. Raises UserError for a model that the planner does not know."""
     found = {}
     for stage in range(4):
         candidate = with_stage(config, stage)
+        candidate.train.precision = precision
         try:
-            check_stage(candidate.deepspeed, config.train.precision)
+            check_stage(candidate.deepspeed, precision)
         except UserError:
             continue
         plan = plan_run(candidate, hardware)
@@ -39,23 +40,23 @@ def fastest(plans):
     return max(plans, key=lambda stage: (plans[stage]["tokens_per_second"] or 0, -stage))
 
 
-def with_chosen_stage(config, hardware):
+def with_chosen_stage(config, hardware, precision="auto"):
     """A Config with a number in place of a stage "auto": the fastest that fits, and 3 if none does. Others are returned
-    as they are. Raises UserError."""
+    as they are. precision: that of the run, as far as it is known. Raises UserError."""
     if zero_stage(config.deepspeed) != "auto":
         return config
-    plans = plans_by_stage(config, hardware)
+    plans = plans_by_stage(config, hardware, precision)
     chosen = with_stage(config, fastest(plans) if plans else 3)
-    check_stage(chosen.deepspeed, chosen.train.precision)
+    check_stage(chosen.deepspeed, precision)
     return chosen
 
 
-def advice(config, hardware):
-    """A line on a lower stage that fits as well and sends less, or None."""
+def advice(config, hardware, precision="auto"):
+    """A line on a lower stage that fits as well and sends less, or None. precision: that of the run."""
     if hardware.gpus == 1 or hardware.peak is None:
         return None
     try:
-        plans = plans_by_stage(config, hardware)
+        plans = plans_by_stage(config, hardware, precision)
     except UserError:
         return None
     stage = zero_stage(config.deepspeed)
@@ -65,9 +66,11 @@ def advice(config, hardware):
     sent = {number: sent_in_a_step(with_stage(config, number), hardware) for number in (stage, best)}
     needs = plans[best]["gpu_bytes"] / GiB
     times = plans[best]["tokens_per_second"] / plans[stage]["tokens_per_second"]
+    several_in_16_bits = plans[best]["gradient_accumulation_steps"] > 1 and precision != "fp32"
+    price = ", with gradients added up in 16 bits" if best < 2 and several_in_16_bits else ""
     return (
         f"ZeRO-{best} would fit too ({needs:.1f} of {hardware.gibibytes} GiB) and send {sent[stage] / sent[best]:.1f} "
-        f"times less; by plan.py's estimate it is {times:.2f} times as fast; "
+        f"times less{price}; by plan.py's estimate it is {times:.2f} times as fast; "
         "deepspeed.zero_optimization.stage auto takes the fastest stage that fits"
     )
 

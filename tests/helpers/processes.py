@@ -10,9 +10,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 
-# Each of pytest-xdist's workers has ports of its own, below those that the system hands out to clients.
+# Below those that the system hands out to clients. Each of two pytest-xdist workers has a half of its own, and another
+# run of the tests, on the same machine, most likely begins elsewhere.
 worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-PORTS = itertools.count(20_000 + 1000 * worker)
+PORTS = itertools.count(20_000 + 6000 * (worker % 2) + os.getpid() * 61 % 5500)
 
 
 def free_port():

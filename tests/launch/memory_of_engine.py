@@ -93,7 +93,7 @@ def measured_and_predicted(zero, batch, precision, shape, loss_tokens=2**20, acc
     sections = {"model": SHAPE | shape, "train": batch, "deepspeed": deepspeed}
     config = build(sections, "")
     settings = OtherSettings(
-        **vars(settings_of(config, ranks)) | {"precision": precision}, on_cpu=True, rank=rank, whole_blocks=True
+        **vars(settings_of(config, ranks, None)) | {"precision": precision}, on_cpu=True, rank=rank, whole_blocks=True
     )
     memory, _ = simulate_other(settings)
     with LiveBytes() as live:

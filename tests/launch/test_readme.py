@@ -37,7 +37,7 @@ ELSEWHERE = {  # command: what runs it, or why nothing can
     "python eval.py out/tiny --tasks hellaswag,arc_easy --limit 100": "needs a network; test_eval runs a local task",
     "python eval.py out/70b --tasks hellaswag,piqa": "the same",
     "python eval.py out/tiny --tasks my_task.yaml": "test_eval",
-    "deepspeed --num_gpus 8 eval.py out/70b": "test_eval, on two ranks",
+    "deepspeed --num_gpus 8 eval.py out/70b": "test_launch, on two ranks",
     "python to_gguf.py hf/tiny tiny.gguf --llama_cpp llama_cpp_python-*/vendor/llama.cpp": "test_to_gguf",
     "python benchmark.py configs/1p7b.json": "test_benchmark, with a smaller model",
     "python benchmark.py configs/1p7b.json --gpus 8": "the same",
@@ -278,7 +278,7 @@ def test_every_function_that_a_page_cites_exists(page):
     assert not missing
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_that_a_page_names_exists(page):
     names = set(re.findall(r"\b((?:minzero|tests|benchmarks|data)/[\w/]+\.py)\b", page.read_text())) - FILES_OF_OTHERS
     assert [name for name in names if not (ROOT / name).exists()] == []

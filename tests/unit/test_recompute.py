@@ -110,6 +110,7 @@ def test_what_a_value_means(value, expected):
     ("train", "dropout", "expected"),
     [
         ({"activation_checkpointing": "full"}, 0, 'found "full", expected true, false, a number or selective'),
+        ({"activation_checkpointing": "full"}, 0.1, 'found "full", expected true, false, a number or selective'),
         ({"activation_checkpointing": 1.5}, 0, "found 1.5, expected a whole number k"),
         ({"activation_checkpointing": 0.5, "compile": False}, 0, "the compiler chooses what to keep"),
         ({"activation_checkpointing": 0.5}, 0.1, "whose gradients would be wrong"),

@@ -143,7 +143,7 @@ def test_the_start_of_a_run_is_summed_up_in_six_lines(tmp_path, small_data):
     model = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=64)
     settings = TrainConfig(micro_batch_size=2, global_batch_tokens=256, max_tokens=15_000, out_dir=str(tmp_path))
     group, parameters = dist.Group(CPU, 0, 2), count_parameters(model)[0]
-    setup = Setup(2, "fp32", 3, {}, "torch", "asked for", {"device": "cpu"})
+    setup = Setup(2, "fp32", 3, {}, {"zero_optimization.overlap_comm": True}, "torch", "asked for", {"device": "cpu"})
     state = {"step": 10, "tokens": 2560, "best_val_loss": None}
     data = Mixture({str(small_data): 1}, "train", 32, 64, 1)
 
@@ -165,6 +165,7 @@ def test_the_start_of_a_run_is_summed_up_in_six_lines(tmp_path, small_data):
     assert len(warned) == 7 and "train.warmup_tokens 20,000 exceeds train.max_tokens 15,000" in warned[-1]
     verbose = lines(verbose=True)
     assert [line.split(": {")[0] for line in verbose[:4]] == ["model", "data", "train", "deepspeed"]
+    assert verbose[4] == '"auto" of deepspeed: zero_optimization.overlap_comm true'
 
 
 def test_each_folder_of_a_mixture_has_epochs_of_its_own(small_data, tmp_path):
