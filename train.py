@@ -13,6 +13,7 @@ from minzero.commands import begin
 if __name__ == "__main__":
     begin()
 
+import dataclasses
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -23,7 +24,7 @@ from minzero.commands import run_command
 from minzero.config.load import help_if_asked
 
 if __name__ == "__main__":
-    run_command(help_if_asked, may_be_many=True)  # before the imports that take seconds
+    run_command(help_if_asked, may_be_many=True, is_last=False)  # before the imports that take seconds
 import torch
 
 from minzero import checkpoint, dist, resume, sampling, summary, trained
@@ -68,18 +69,13 @@ def open_data(config):
     return [Mixture(path, split, block_size, vocab_size, config.train.seed, verify) for split in ("train", "val")]
 
 
-def smallest_memory(group):
-    """Bytes of the device that has least, by which all ranks choose the same. Every rank must call this."""
-    return min(dist.gather(memory_per_rank(group.device)))
-
-
-def machine(group, memory):
-    """The planner's Hardware of this run. memory: bytes of a rank's device."""
-    nodes = group.world_size // dist.local_place[1]
-    if group.device.type == "cpu":
-        return Hardware(group.world_size, nodes, memory)
-    name = torch.cuda.get_device_name(group.device)
-    return Hardware(group.world_size, nodes, memory, peak_flops(name), name)
+def machine_of_all(group):
+    """The planner's Hardware of this run: rank 0's, with the least memory of any device. Every rank must call this."""
+    nodes = max(1, group.world_size // dist.local_place[1])
+    name = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else ""
+    memory = memory_per_rank(group.device)
+    found = dist.gather(Hardware(group.world_size, nodes, memory, peak_flops(name), name))
+    return dataclasses.replace(found[0], memory_bytes=min(one.memory_bytes for one in found))
 
 
 class Setup(NamedTuple):
@@ -101,8 +97,8 @@ class Setup(NamedTuple):
 
 
 def choose_setup(config, group, precision, memory):
-    """Setup of this run. precision: bf16, fp16 or fp32. memory: bytes of a rank's device. Raises UserError for what this
-    machine or this number of ranks cannot do."""
+    """Setup of this run. precision: bf16, fp16 or fp32. memory: bytes of a rank's device. Raises UserError for what
+    this machine or this number of ranks cannot do."""
     on_gpu = group.device.type == "cuda"
     # tokens a step = micro_batch_size x block_size x ranks x accumulation
     accumulation = gradient_accumulation(config, group.world_size)
@@ -163,7 +159,7 @@ def make_engine(config, group, setup, start):
     zero = config.deepspeed.get("zero_optimization")
     device = group.device
     recomputation = config.train.activation_checkpointing
-    options = setup.kernels, setup.precision, zero, recomputation
+    options = setup.kernels, setup.precision, zero, recomputation, config.train.activation_offload
     not_compiled = why_not_compiled(config.train.compile, config.model, device, *options)
     compiled = not_compiled is None
     if not compiled and Recomputation.of(recomputation).budget < 1:
@@ -298,15 +294,14 @@ def main(config, watchdog=None):
         watchdog.folder = folder
 
         # ---- set up and check everything; nothing is written yet
-        memory = smallest_memory(group)
+        hardware = machine_of_all(group)
         with dist.all_or_none():  # no other run may be writing the checkpoints that this one looks for
             dist.print0(folder.hold(new=False) if group.rank == 0 else None)
         with dist.all_or_none():
             train_data, val_data = open_data(config)
-            hardware = machine(group, memory)
             precision = resolve_precision(train.precision, group.device)
             config = with_chosen_stage(config, hardware, precision)
-            setup = choose_setup(config, group, precision, memory)
+            setup = choose_setup(config, group, precision, hardware.memory_bytes)
             start = choose_start(config, train_data)
             tokenizer = sampling.open_tokenizer(config)
             facts = facts_in_common(config, setup, start, train_data, val_data)
@@ -328,7 +323,7 @@ def main(config, watchdog=None):
         if start.path:
             checkpoint.load(engine, start.path, start.state, train.seed, watchdog.heartbeat)
             dist.print0(summary.resume_line(start, group, setup))
-            dist.print0(summary.changed_settings(start.state, config, run.tokens_before))
+            dist.print0(summary.changed_settings(start.state, config, setup.auto, run.tokens_before))
         elif start.init_source:
             dist.print0(f"weights from {start.init_source}")
         bad_steps = BadSteps(engine, train.spike_zscore, start.state.get("bad_steps"))

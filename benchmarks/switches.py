@@ -2,14 +2,14 @@
 model, before it trains."""
 
 import gc
+import types
 
-import deepspeed
 import torch
 from torch._inductor import config as inductor_config
 
 import model
 import train
-from minzero import engine, loss, sizes
+from minzero import engine, loss, run, sizes
 
 
 def deepspeed_adam():
@@ -64,7 +64,7 @@ def unpadded():
 def whole_model():
     """One graph for everything, the chunks of the loss one after the other; for stages 0 to 2.
 
-    Only the model that is trained: the check before a run (engine.why_not_compiled) compiles a small one as always."""
+    Only the model that is trained: the check before a run (minzero/compiled.py) compiles a small one as always."""
     build_engine = train.build_engine
 
     def compile_all(gpt):
@@ -81,20 +81,14 @@ def whole_model():
     train.build_engine = build_compiled
 
 
-def collection_held():
-    """Python's garbage collection is off."""
-    gc.disable()
+def collection_at_any_time():
+    """Python collects its garbage whenever it wants to, also in the middle of a step."""
+    run.gc = types.SimpleNamespace(collect=gc.collect, disable=lambda: None, enable=lambda: None)
 
 
-def leaf_blocks():
-    """Under ZeRO-3 a block's weights are gathered at once in eager too, as where the blocks are compiled."""
-
-    class LeafGPT(model.GPT):
-        def __init__(self, *arguments, **more):
-            super().__init__(*arguments, **more)
-            deepspeed.utils.set_z3_leaf_modules(self, [model.Block])
-
-    engine.GPT = LeafGPT  # where it is made
+def blocks_in_parts():
+    """Under ZeRO-3 the weights of an eager block are gathered matrix by matrix."""
+    engine.deepspeed.utils.set_z3_leaf_modules = lambda *_, **__: None
 
 
 def tuned():
@@ -112,8 +106,8 @@ SWITCHES = {
         small_chunks,
         unpadded,
         whole_model,
-        collection_held,
-        leaf_blocks,
+        collection_at_any_time,
+        blocks_in_parts,
         tuned,
     )
 }

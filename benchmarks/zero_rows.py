@@ -87,7 +87,9 @@ def zero(stage, **keys):
         shape = setting.config.model
         made = {name: value(shape) if callable(value) else value for name, value in keys.items()}
         config = setting.config_with({"stage": stage} | made)
-        setup = train.choose_setup(config, setting.group, setting.precision, train.smallest_memory(setting.group))
+        setup = train.choose_setup(
+            config, setting.group, setting.precision, train.machine_of_all(setting.group).memory_bytes
+        )
         torch_linear()
         ds_engine, not_compiled = train.make_engine(config, setting.group, setup, train.Start(None, {}))
         if config.train.compile and not_compiled:

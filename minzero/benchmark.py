@@ -217,8 +217,9 @@ def why_not_as_asked(config, folder, log):
     runs eagerly where that fails, which would be a measurement of something else."""
     if config.train.compile is not True or json.loads((folder / "config.json").read_text())["compiled"]:
         return None
-    found = re.search(r"compiled: no \((.*)\)$", log, re.MULTILINE)
-    return f"train.compile is true, but the model was not compiled: {found[1] if found else 'no reason in the log'}"
+    found = re.search(r"compiled: no \((.*)\)$|^warning: not compiled on rank \d+: (.*)$", log, re.MULTILINE)
+    reason = found[1] or found[2] if found else "no reason in the log"
+    return f"train.compile is true, but the model was not compiled: {reason}"
 
 
 # ---- one row

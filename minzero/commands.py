@@ -208,13 +208,13 @@ def refuse_several_tasks():
         raise SharedError(f"found {tasks} tasks, expected one process; {remedy}")
 
 
-def run_command(function, arguments=None, may_be_many=False):
+def run_command(function, arguments=None, may_be_many=False, is_last=True):
     """Run a command's main and end the process: code 2 and one line on stderr for an error that a user can cause, code
     130 and one line for Ctrl-C, code 141 and no line where the reader of a pipe has gone. A fault in the program shows
     its traceback.
 
     function: called with the list of arguments, `sys.argv[1:]` by default. may_be_many: the command may run as several
-    ranks; others refuse to."""
+    ranks; others refuse to. is_last: the process ends after it; otherwise only a fault or SystemExit ends it."""
     set_up_streams()
     handler = handle_interrupts(interrupt)
     try:
@@ -226,7 +226,7 @@ def run_command(function, arguments=None, may_be_many=False):
             flush_output()
             raise
         flush_output()
-        if may_be_many:
+        if may_be_many and is_last:
             end_rank(0)
     except BaseException as error:
         line, code = ending(error)
@@ -246,7 +246,7 @@ def end_rank(code):
 
     What was registered with `atexit` still runs after a success; after a fault it could wait for a rank that is gone.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1" or "torch" not in sys.modules:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return
     with contextlib.suppress(UserError):
         flush_output()

@@ -44,13 +44,14 @@ def fault_of_compiled(model):
     return None
 
 
-def why_not_compiled(wanted, config, device, kernels, precision="fp32", zero=None, recomputation=0):
+def why_not_compiled(wanted, config, device, kernels, precision="fp32", zero=None, recomputation=0, offload=False):
     """Try torch.compile on a model of one small block. Returns None if it works on every rank and computes the same as
     the model that is not compiled, else the reason to run eagerly. It takes seconds, where a failure in the middle of
     a step would cost the run.
 
-    wanted: train.compile. config: a ModelConfig. zero: the config's section zero_optimization. recomputation:
-    train.activation_checkpointing. Every rank must call this; where one fails, all get a reason."""
+    wanted: train.compile. config: a ModelConfig. zero: the config's section zero_optimization. recomputation, offload:
+    train.activation_checkpointing and train.activation_offload. Every rank must call this; where one fails, all get a
+    reason."""
     if wanted is False:
         return "not asked for"
     if wanted == "auto" and device.type != "cuda":
@@ -64,7 +65,7 @@ def why_not_compiled(wanted, config, device, kernels, precision="fp32", zero=Non
     error = None
     try:
         with device:
-            error = fault_of_small_model(config, kernels, DTYPES[precision], recomputation)
+            error = fault_of_small_model(config, DTYPES[precision], kernels, recomputation, offload)
     except Exception as failure:
         error = f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}"
     torch.compiler.reset()  # or the true sizes would count as a change, and be compiled as variable ones
@@ -82,11 +83,11 @@ def odd_width(config):
     return next((f"{name} {width}" for name, width in widths.items() if width % 8), None)
 
 
-def fault_of_small_model(config, kernels, dtype, recomputation):
+def fault_of_small_model(config, dtype, kernels, recomputation, offload):
     """`fault_of_compiled` of a model of one small block with the same options. Raises whatever the compiler raises."""
     small = {"n_layer": 1, "n_embd": 16 * config.n_head, "mlp_hidden": None, "block_size": 32, "vocab_size": 64}
     config = dataclasses.replace(config, **small)
-    options = {"activation_checkpointing": recomputation, "kernels": kernels}
+    options = {"activation_checkpointing": recomputation, "activation_offload": offload, "kernels": kernels}
     error = fault_of_compiled(GPT(dataclasses.replace(config, dropout=0.0), **options).to(dtype))
     if config.dropout:  # compiled, it drops other activations, so nothing can be compared
         model = GPT(config, **options).to(dtype)
@@ -99,14 +100,16 @@ def fault_of_small_model(config, kernels, dtype, recomputation):
 
 
 class Failures(logging.Filter):
-    """Takes out of the compiler's log the records of parts that run uncompiled, with tracebacks of many lines."""
+    """Takes out of the compiler's log the records of parts that run uncompiled, with tracebacks of many lines, until
+    they are reported; later ones are left in the log."""
 
     def __init__(self):
         super().__init__()
+        self.collects = False
         self.reasons = []  # of each such part, in one line
 
     def filter(self, record):
-        if record.levelno < logging.WARNING:
+        if record.levelno < logging.WARNING or not self.collects:
             return True
         error = record.exc_info[1] if record.exc_info else None
         lines = str(error or record.getMessage()).strip().splitlines() or [""]
@@ -125,12 +128,14 @@ def compile_model(model):
     """Compile a GPT in place. What cannot be compiled runs eagerly, and `failure_in_words` tells."""
     torch._dynamo.config.suppress_errors = True
     failures.reasons.clear()
+    failures.collects = True
     model.compile()
 
 
 def failure_in_words():
     """Which parts of the model run uncompiled so far, though the small model of `why_not_compiled` was compiled, in one
-    line, or None."""
+    line, or None. What fails later is left to the compiler's own log."""
+    failures.collects = False
     if not failures.reasons:
         return None
     return f"{len(failures.reasons)} parts could not be compiled and run without; the first: {failures.reasons[0]}"

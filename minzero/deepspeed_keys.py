@@ -131,7 +131,7 @@ ACCEPTED = {
     ),
     "zero_optimization.offload_param.nvme_path": Key(str | None, None, "a folder on each node's own NVMe"),
     "zero_optimization.offload_param.buffer_count": Key(
-        int, 5, "NVMe: weights in memory at a time", minimum=1, maximum=10**4
+        int, 5, "NVMe: weights in memory at a time; a block's four and one more", minimum=5, maximum=10**4
     ),
     "zero_optimization.offload_param.buffer_size": elements(
         10**8, "NVMe: elements of the buffer of one weight", minimum=1

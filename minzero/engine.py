@@ -6,11 +6,13 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.git_version_info import installed_ops
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from minzero.compiled import compile_model
 from minzero.config.deepspeed import check_together, offload_device, offload_ratio, offloads_optimizer, zero_stage
+from minzero.config.sections import Recomputation
 from minzero.errors import UserError
 from minzero.files import make_folder
 from minzero.sizes import count_parameters
@@ -34,7 +36,9 @@ def resolve_precision(precision, device):
 
 def prepare_nvme(key, folder):
     """Make the folder of files into which DeepSpeed offloads. Raises UserError if it could not write them."""
-    if torch.cuda.is_available() and torch.utils.cpp_extension.CUDA_HOME is None:
+    from torch.utils.cpp_extension import CUDA_HOME  # here: it looks for compilers
+
+    if torch.cuda.is_available() and CUDA_HOME is None and not installed_ops.get("async_io"):
         raise UserError(
             f"{key}.device: nvme needs the CUDA toolkit (nvcc), with which DeepSpeed compiles its reader of files; set "
             "CUDA_HOME to its folder, or set it to cpu"
@@ -209,7 +213,9 @@ def build_engine(config, ds_config, device, kernels="torch", compiled=False, loa
     stage = zero_stage(ds_config)
 
     # ---- the model
-    if compiled:  # the graphs keep no gathered weights either way, and torch 2.11 compiles DeepSpeed's linear wrongly
+    # compiled, no gathered weights are kept either way, and torch 2.11 compiles DeepSpeed's linear wrongly; selective
+    # recomputation would add a bias again that it adds in place
+    if compiled or Recomputation.of(train.activation_checkpointing).selective:
         zero = ds_config.get("zero_optimization", {}) | {"memory_efficient_linear": False}
         ds_config = ds_config | {"zero_optimization": zero}
         torch_linear()

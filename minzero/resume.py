@@ -129,8 +129,8 @@ def check_same_run(path, state, config):
 
 def changed_settings(saved, now):
     """{key: (value in the checkpoint, value now)} of all keys that differ, except those that only say where the run is
-    and how it is resumed. saved, now: `Config.to_dict()`. Keys that are younger than the checkpoint had their default.
-    """
+    and how it is resumed. saved, now: `Config.to_dict()`, with values in place of "auto" where they are known. Keys
+    that are younger than the checkpoint had their default."""
     defaults = Config().to_dict()
     changed = {}
     for section in now:

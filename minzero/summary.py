@@ -3,6 +3,7 @@
 import json
 
 from minzero import checkpoint_state, metrics, resume
+from minzero.config.deepspeed import with_auto_values
 from minzero.schedule import learning_rate
 from minzero.sizes import wide_heads
 
@@ -71,10 +72,13 @@ def resume_line(start, group, setup):
     return f"continuing from {start.path}: step {state['step']}, {state['tokens']:,} tokens{moved}"
 
 
-def changed_settings(state, config, tokens_before):
+def changed_settings(state, config, auto, tokens_before):
     """The settings in which a resumed run differs from its checkpoint, in one line, or None. state: the checkpoint's.
-    tokens_before: see Run. Raises UserError for a schedule that this code does not know."""
-    changed = resume.changed_settings(state["config"], config.to_dict())
+    auto, tokens_before: see Setup and Run. Raises UserError for a schedule that this code does not know."""
+    saved, now = dict(state["config"]), config.to_dict()
+    saved["deepspeed"] = with_auto_values(saved.get("deepspeed", {}), state.get("deepspeed_auto", {}))
+    now["deepspeed"] = with_auto_values(now["deepspeed"], auto)
+    changed = resume.changed_settings(saved, now)
     if not changed:
         return None
     text = "; ".join(f"{name} {json.dumps(was)} -> {json.dumps(now)}" for name, (was, now) in changed.items())

@@ -26,6 +26,8 @@ class Facts(NamedTuple):
     accumulation: int  # micro-batches of a rank in one step
     memory: float | None  # bytes of a rank's device; None: not known
     offloads_weights: bool
+    selective: bool = False  # of train.activation_checkpointing
+    reduce_scatter: bool = True
     persistence: int | None = None  # stage3_param_persistence_threshold, where the config has a number
 
     @property
@@ -60,6 +62,12 @@ class Facts(NamedTuple):
     def has_room(self):
         return self.is_within(self.much_live, LIVE)
 
+    @property
+    def every_rank_has_parts(self):
+        """Stage 3: whether each rank has a part of every parameter, which is cut into equal parts but for the last."""
+        sizes = parameter_sizes(self.model)
+        return all((self.world_size - 1) * -(-size // self.world_size) < size for size in sizes.block + sizes.outside)
+
 
 def live(facts):
     # the block that runs and the one that is fetched must have room, or nothing is fetched ahead
@@ -68,7 +76,7 @@ def live(facts):
 
 def prefetch(facts):
     # DeepSpeed fetches weights until this many are reached: the next block to its end, and no part of another
-    return int(0.98 * facts.block)
+    return int(0.98 * sum(size for size in parameter_sizes(facts.model).block if size > persistence(facts)))
 
 
 def reuse_distance(facts):
@@ -91,9 +99,20 @@ def bucket(facts):
 
 
 def overlap(facts):
-    # A rank without a part of some parameter frees its gradient while the sum may still read it: at stage 3 in
-    # partition_grads of DeepSpeed 0.19.8. At stages 1 and 2 it is not shown to be right (DeepSpeed's issue 8061).
-    return facts.stage == 3 and facts.world_size <= facts.model.n_embd
+    return facts.stage == 3  # at stages 1 and 2 it is not shown to be right (DeepSpeed's issue 8061)
+
+
+def contiguous(facts):
+    # At stage 3 nobody reads the buffer into which gradients would be copied, but for an all-reduce. And but for a rank
+    # without a part of some parameter: it frees that gradient while the sum that overlaps may still read it, where it
+    # was not copied (partition_grads in DeepSpeed 0.19.8).
+    return facts.stage != 3 or not facts.reduce_scatter or not facts.every_rank_has_parts
+
+
+def deepspeeds_linear(facts):
+    # Torch's own is faster, but keeps the gathered weights that it computed with. Selective recomputation needs it:
+    # DeepSpeed's adds the bias in place, to a product that was kept, and would add it again.
+    return not facts.keeps_whole and not facts.selective
 
 
 def accumulated_type(facts):
@@ -110,16 +129,14 @@ def one_by_one(facts):
 VALUES = {
     "data_types.grad_accum_dtype": accumulated_type,
     "zero_optimization.overlap_comm": overlap,
-    # at stage 3 nothing reads the buffer into which they would be copied, unless an all-reduce sums them
-    "zero_optimization.contiguous_gradients": lambda facts: facts.stage != 3,
+    "zero_optimization.contiguous_gradients": contiguous,
     "zero_optimization.reduce_bucket_size": bucket,
     "zero_optimization.stage3_prefetch_bucket_size": prefetch,
     "zero_optimization.stage3_max_live_parameters": live,
     "zero_optimization.stage3_max_reuse_distance": reuse_distance,
     "zero_optimization.stage3_param_persistence_threshold": persistence,
     "zero_optimization.stage3_allgather_sequential": one_by_one,
-    # torch's own linear function is faster, but keeps the gathered weights that it computed with
-    "zero_optimization.memory_efficient_linear": lambda facts: not facts.keeps_whole,
+    "zero_optimization.memory_efficient_linear": deepspeeds_linear,
 }
 AUTO = (*VALUES, "zero_optimization.stage")  # the stage is chosen by planner/stage.py
 

@@ -60,18 +60,24 @@ def faults_between_keys(config):
         except UserError as error:
             faults.append(str(error))
     if not faults:
-        try:
-            check_recomputed_dropout(config)
-        except UserError as error:
-            faults.append(str(error))
+        faults += faults_of_recomputation(config)
     return faults
 
 
-def check_recomputed_dropout(config):
-    """Raises UserError where the compiler would recompute dropout with other random numbers (torch 2.13 does)."""
-    if config.model.dropout and Recomputation.of(config.train.activation_checkpointing).budget < 1:
-        raise UserError(
-            f"train.activation_checkpointing: found {config.train.activation_checkpointing} with model.dropout "
-            f"{config.model.dropout}, whose gradients would be wrong: the compiler may drop other activations when it "
-            "recomputes them; expected true, a number k of blocks, selective, or no dropout"
+def faults_of_recomputation(config):
+    """A list with a line for each setting with which recomputation would make wrong gradients."""
+    found = f"train.activation_checkpointing: found {in_short(config.train.activation_checkpointing)} with"
+    recomputation = Recomputation.of(config.train.activation_checkpointing)
+    faults = []
+    if recomputation.budget < 1 and config.model.dropout:  # with torch 2.13
+        faults.append(
+            f"{found} model.dropout {config.model.dropout}, whose gradients would be wrong: the compiler may drop "
+            "other activations when it recomputes them; expected true, a number k of blocks, selective, or no dropout"
         )
+    linear = config.deepspeed.get("zero_optimization", {}).get("memory_efficient_linear")
+    if recomputation.selective and linear is True:
+        faults.append(
+            f"{found} deepspeed.zero_optimization.memory_efficient_linear true, which adds a bias in place, to a "
+            "product that is kept; leave that at auto"
+        )
+    return faults

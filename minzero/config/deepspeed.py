@@ -9,6 +9,7 @@ import sys
 from minzero import deepspeed_keys
 from minzero.config.auto import AUTO, Facts, resolve
 from minzero.config.nested import merge
+from minzero.config.sections import Recomputation
 from minzero.config.values import convert, did_you_mean, in_short, nearest_divisors, printable
 from minzero.errors import UserError
 
@@ -164,7 +165,18 @@ def auto_values(config, world_size, precision, memory=None, accumulation=None):
     threshold = zero.get("stage3_param_persistence_threshold", 100_000)  # DeepSpeed's default
     threshold = None if threshold == "auto" else threshold
     accumulation = accumulation or gradient_accumulation(config, world_size)
-    facts = Facts(config.model, zero_stage(deepspeed), world_size, precision, accumulation, memory, offloads, threshold)
+    facts = Facts(
+        model=config.model,
+        stage=zero_stage(deepspeed),
+        world_size=world_size,
+        precision=precision,
+        accumulation=accumulation,
+        memory=memory,
+        offloads_weights=offloads,
+        selective=Recomputation.of(config.train.activation_checkpointing).selective,
+        reduce_scatter=zero.get("reduce_scatter", True),
+        persistence=threshold,
+    )
     return resolve(deepspeed, facts)
 
 
@@ -173,6 +185,8 @@ def with_auto_values(deepspeed, values):
     for key, value in values.items():
         section, _, name = key.rpartition(".")
         deepspeed = merge(deepspeed, {section: {name: value}})
+        if value is None:
+            del deepspeed[section][name]
     return deepspeed
 
 

@@ -10,6 +10,8 @@ from minzero.planner.settings import settings_of
 from minzero.planner.speed import communicated_bytes
 from minzero.sizes import count_parameters
 
+WORTH_A_LINE = 1.02  # times as fast
+
 
 def with_stage(config, stage):
     """A copy of a Config at another ZeRO stage."""
@@ -40,19 +42,20 @@ def fastest(plans):
     return max(plans, key=lambda stage: (plans[stage]["tokens_per_second"] or 0, -stage))
 
 
-def with_chosen_stage(config, hardware, precision="auto"):
+def with_chosen_stage(config, hardware, precision=None):
     """A Config with a number in place of a stage "auto": the fastest that fits, and 3 if none does. Others are returned
-    as they are. precision: that of the run, as far as it is known. Raises UserError."""
+    as they are. precision: that of the run; None: the Config's, which may be auto. Raises UserError."""
     if zero_stage(config.deepspeed) != "auto":
         return config
+    precision = precision or config.train.precision
     plans = plans_by_stage(config, hardware, precision)
     chosen = with_stage(config, fastest(plans) if plans else 3)
     check_stage(chosen.deepspeed, precision)
     return chosen
 
 
-def advice(config, hardware, precision="auto"):
-    """A line on a lower stage that fits as well and sends less, or None. precision: that of the run."""
+def advice(config, hardware, precision):
+    """A line on a lower stage that fits as well and is faster, or None. precision: that of the run."""
     if hardware.gpus == 1 or hardware.peak is None:
         return None
     try:
@@ -63,14 +66,16 @@ def advice(config, hardware, precision="auto"):
     if stage not in plans or fastest(plans) >= stage:
         return None
     best = fastest(plans)
-    sent = {number: sent_in_a_step(with_stage(config, number), hardware) for number in (stage, best)}
-    needs = plans[best]["gpu_bytes"] / GiB
     times = plans[best]["tokens_per_second"] / plans[stage]["tokens_per_second"]
+    if times < WORTH_A_LINE:
+        return None
+    sent = {number: sent_in_a_step(with_stage(config, number), hardware) for number in (stage, best)}
+    needs = f"{plans[best]['gpu_bytes'] / GiB:.1f} of {hardware.memory_bytes / GiB:.0f} GiB"
     several_in_16_bits = plans[best]["gradient_accumulation_steps"] > 1 and precision != "fp32"
     price = ", with gradients added up in 16 bits" if best < 2 and several_in_16_bits else ""
     return (
-        f"ZeRO-{best} would fit too ({needs:.1f} of {hardware.gibibytes} GiB) and send {sent[stage] / sent[best]:.1f} "
-        f"times less{price}; by plan.py's estimate it is {times:.2f} times as fast; "
+        f"ZeRO-{best} would fit too ({needs}) and send {sent[stage] / sent[best]:.1f} times less{price}; "
+        f"by plan.py's estimate it is {times:.2f} times as fast; "
         "deepspeed.zero_optimization.stage auto takes the fastest stage that fits"
     )
 

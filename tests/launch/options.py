@@ -112,6 +112,7 @@ def main():
         found[f"{name} default"] = losses(3, architecture, {})
     found["llama chunked loss"] = losses(3, LLAMA, {}, None, few_logits)
     found["llama unfused Adam"] = losses(3, LLAMA, {}, unfused)
+    found["selective"] = losses(3, {}, {"activation_checkpointing": "selective"})
     found["llama recomputed"] = losses(3, LLAMA, {"activation_checkpointing": True})
     on_cpu = {"activation_checkpointing": 2, "activation_offload": True}
     found["llama every second recomputed, inputs on CPU"] = losses(3, LLAMA, on_cpu)

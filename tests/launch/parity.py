@@ -122,6 +122,7 @@ def parity_of_stages(world_size, rank):
             train.main(config_of(path, stage, offload, train={"precision": precision}))
             if path == name:
                 copy_until(name, 10, f"resumed_{name}")
+    train.main(config_of(f"selective_ranks{world_size}", 3, train={"activation_checkpointing": "selective"}))
     conversations = {"data": str(FOLDER / "conversations"), "model": {"vocab_size": 257}}
     train.main(config_of(f"conversations_ranks{world_size}", 3, **conversations))
     # with dropout, and saving in the background, from a step that is no round number

@@ -45,6 +45,10 @@ def test_recomputing_changes_no_bit(losses):
         assert losses[f"llama {setting}"] == losses["llama default"]
 
 
+def test_selective_recomputation_has_the_same_losses(losses):
+    assert difference(losses["selective"], losses["gpt2 default"]) < 5e-6
+
+
 def test_recomputing_repeats_what_dropout_dropped(losses):
     assert losses["dropout, recomputed"] == losses["dropout"]
     assert difference(losses["dropout, compiled, recomputed"], losses["dropout, compiled"]) < 1e-4

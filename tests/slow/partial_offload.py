@@ -30,8 +30,8 @@ def run(name, steps, ratio, **more):
 
 
 def main():
-    train.deepspeed_config = lambda config, world_size, precision, on_gpu: deepspeed_config(
-        config, world_size, precision, True
+    train.deepspeed_config = lambda config, world_size, precision, on_gpu, memory: deepspeed_config(
+        config, world_size, precision, True, memory
     )
     train.build_engine = build_engine_in_parts
     dist.start_process_group()

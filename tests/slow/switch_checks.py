@@ -5,6 +5,7 @@ A switch changes modules of its process, so each check runs in a fork of a proce
 import gc
 import os
 import sys
+import types
 
 import deepspeed
 import torch
@@ -14,8 +15,9 @@ import model
 import train
 from benchmarks.gpu_parts import VOCABULARY, Bench
 from benchmarks.switches import SWITCHES
-from minzero import engine, loss
+from minzero import loss
 from minzero.config.sections import ModelConfig
+from minzero.run import Run
 
 
 def whole_loss():
@@ -82,18 +84,19 @@ def tuned():
     assert inductor_config.coordinate_descent_tuning
 
 
-def leaf_blocks():
-    before = engine.GPT
-    SWITCHES["leaf_blocks"]()
-    assert engine.GPT is not before and issubclass(engine.GPT, before)  # the class that build_engine makes
-    made = engine.GPT(ModelConfig(n_layer=2, n_head=1, n_embd=8, block_size=8, vocab_size=9))
-    assert len(deepspeed.utils.get_z3_leaf_modules(made)) == 2
+def blocks_in_parts():
+    made = model.GPT(ModelConfig(n_layer=2, n_head=1, n_embd=8, block_size=8, vocab_size=9))
+    SWITCHES["blocks_in_parts"]()
+    deepspeed.utils.set_z3_leaf_modules(made, [model.Block])  # as build_engine does
+    assert not [block for block in made.blocks if getattr(block, "_z3_leaf", False)]
 
 
-def collection_held():
-    SWITCHES["collection_held"]()
-    assert not gc.isenabled()
-    gc.enable()
+def collection_at_any_time():
+    SWITCHES["collection_at_any_time"]()
+    passive = types.SimpleNamespace(begin_loop=lambda: None, start_step=lambda *_: None)
+    of_run = {"watchdog": passive, "clock": passive, "profiler": passive, "steps_done": 0, "total_steps": 2}
+    steps = Run.steps(types.SimpleNamespace(**of_run))
+    assert [gc.isenabled() for _ in steps] == [True, True]
 
 
 CHECKS = {
@@ -107,8 +110,8 @@ CHECKS = {
         unpadded,
         whole_model,
         tuned,
-        leaf_blocks,
-        collection_held,
+        blocks_in_parts,
+        collection_at_any_time,
     )
 }
 

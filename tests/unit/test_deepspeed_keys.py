@@ -262,7 +262,7 @@ def test_a_config_of_hugging_faces_trainer_is_taken(tmp_path):
     assert "train_batch_size" not in found.deepspeed and "enabled" not in found.deepspeed["fp16"]
     settings = settings_of(found, 8, 80 * 2**30)
     block = 12 * 1000**2 + 13 * 1000
-    assert settings.prefetch_bucket_size == int(0.98 * block) and settings.reduce_bucket_size == block
+    assert settings.prefetch_bucket_size == int(0.98 * 12 * 1000**2) and settings.reduce_bucket_size == block
 
 
 @pytest.mark.parametrize("key", [key for key in ACCEPTED if key not in AUTO])
