@@ -184,9 +184,12 @@ def with_auto_values(deepspeed, values):
     """A DeepSpeed configuration with the values of `auto_values` in place of "auto"; null ones are left out."""
     for key, value in values.items():
         section, _, name = key.rpartition(".")
-        deepspeed = merge(deepspeed, {section: {name: value}})
-        if value is None:
-            del deepspeed[section][name]
+        if value is not None:
+            deepspeed = merge(deepspeed, {section: {name: value}})
+            continue
+        rest = {other: kept for other, kept in deepspeed[section].items() if other != name}
+        deepspeed = {other: kept for other, kept in deepspeed.items() if other != section}
+        deepspeed |= {section: rest} if rest else {}
     return deepspeed
 
 

@@ -74,7 +74,9 @@ def main(name, *overrides):
     ratio = block / sum(parameter_sizes(given.model).block)
     train = {"micro_batch_size": 1, "global_batch_tokens": 2 * LENGTH, "max_tokens": 10**6, "precision": "fp32"}
     train["activation_checkpointing"] = given.train.activation_checkpointing
-    zero = dict(given.deepspeed["zero_optimization"])
+    zero = given.deepspeed["zero_optimization"]
+    zero["stage3_param_persistence_threshold"] = 10 * given.model.n_embd  # matrices are gathered, whatever the memory
+    zero = dict(zero)
     # the values are those of the whole model on a large machine, whose gathered weights would be in 16 bits
     for key, value in auto_values(given, 64, "bf16", MEMORY, 2).items():
         section, _, short = key.rpartition(".")

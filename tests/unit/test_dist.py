@@ -1,5 +1,7 @@
 """Which rank a process is, by the variables of whatever started it, and what ranks must agree on."""
 
+import os
+
 import pytest
 
 from minzero import dist, launchers
@@ -136,8 +138,8 @@ def test_a_rank_keeps_its_place_on_its_machine_when_deepspeed_is_told_its_gpu(mo
 
 def test_an_accelerator_that_is_not_the_models_is_refused(monkeypatch):
     """DS_ACCELERATOR=cpu, left over on a machine with a GPU, on which the model would then run."""
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(dist.os, "environ", dict(os.environ, DS_ACCELERATOR="cpu"))
+    monkeypatch.setattr(dist, "local_place", (0, 1))
     monkeypatch.setattr(dist.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     with pytest.raises(UserError, match=r"^DS_ACCELERATOR: found cpu on a machine with a GPU.*unset it"):
         dist.init_process(may_be_alone=True)

@@ -255,7 +255,7 @@ def planned(name, gpus, recompute=None, **zero):
 def test_more_gpus_and_offload_never_need_more(name, stage):
     before = None
     for gpus in (1, 8, 64, 512):
-        found = planned(name, gpus, stage=stage)
+        found = planned(name, gpus, stage=stage, contiguous_gradients=True)  # "auto" depends on the ranks
         assert math.isfinite(found["tokens_per_second"]) and math.isfinite(found["cost"])
         assert sum(found["gpu_parts"].values()) == found["gpu_bytes"]
         assert before is None or found["gpu_bytes"] <= before
@@ -294,7 +294,7 @@ def test_recomputing_less_is_faster_and_takes_more_memory():
     assert memory[0] > budgets[0] > budgets[1] > budgets[2] > memory[3]
     parameters = found[False]["parameters"]
     for value in (False, "selective", True):
-        settings = Settings(ModelConfig(), world_size=8, activation_checkpointing=value)
+        settings = Settings(ModelConfig(), world_size=8, activation_checkpointing=value, persistence_threshold=0)
         assert communicated_bytes(settings, parameters) == 3 * parameters * 2 * 7 / 8
 
 
