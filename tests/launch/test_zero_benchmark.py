@@ -13,11 +13,11 @@ from tests.helpers.processes import deepspeed_command, run
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory):
+@pytest.fixture(scope="module", params=[pytest.param("tiny", marks=pytest.mark.slow)])
+def out(request, tmp_path_factory):
     """The folder that one round over all rows wrote."""
     folder = tmp_path_factory.mktemp("zero")
-    flags = ["--sizes", "tiny", "--rounds", "1", "--accumulation", "2", "--precision", "fp32", "--out", folder]
+    flags = ["--sizes", request.param, "--rounds", "1", "--accumulation", "2", "--precision", "fp32", "--out", folder]
     done = run(deepspeed_command("benchmarks/zero.py", *flags), timeout=280, DS_ACCELERATOR="cpu")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder
