@@ -1,8 +1,6 @@
 """Recomputation in the backward pass, to keep less in the forward pass (activation checkpointing: Chen et al. 2016,
 arXiv 1604.06174)."""
 
-import contextlib
-
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -26,8 +24,9 @@ def recompute(function, *inputs, selective=False, offload=False):
     selective: keep the outputs of attention and of every other matrix product too; that leaves less to compute again.
     offload: keep the inputs in CPU memory."""
     context = {"context_fn": selective_contexts} if selective else {}
-    on_cpu = torch.autograd.graph.save_on_cpu(pin_memory=inputs[0].is_cuda)
-    with on_cpu if offload else contextlib.nullcontext():
+    if not offload:  # the compiler traces this, and not the lines below
+        return checkpoint(function, *inputs, use_reentrant=False, **context)
+    with torch.autograd.graph.save_on_cpu(pin_memory=inputs[0].is_cuda):
         return checkpoint(function, *inputs, use_reentrant=False, **context)
 
 

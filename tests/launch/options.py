@@ -18,9 +18,10 @@ from torch.nn import functional as F
 import model
 from minzero import dist, sizes
 from minzero.commands import run_command
+from minzero.compiled import why_not_compiled
 from minzero.config.build import build
 from minzero.config.deepspeed import deepspeed_config
-from minzero.engine import build_engine, why_not_compiled
+from minzero.engine import build_engine
 from tests.helpers.variants import all_changed
 
 FOLDER, STEPS, IDS, BLOCK = Path(sys.argv[-1]), 50, 64, 32

@@ -113,7 +113,7 @@ def test_an_option_that_only_the_model_knows(copy):
 def test_the_tests_try_it(copy):
     """In tests of the copy, which nobody has changed: they take the values from the key."""
     for file, names in (("test_model.py", "qk_norm and count"), ("test_export.py", "qk_norm and every_value")):
-        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}", "-k", names]
+        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/unit/{file}", "-k", names]
         output = run(copy, 1 if file == "test_model.py" else 0, *command)
         assert "qk_norm=True" in output if file == "test_model.py" else "3 passed" in output, output
     # a number has no values that could be guessed
@@ -125,4 +125,4 @@ def test_the_tests_try_it(copy):
         output = run(copy, 2, "-m", "pytest", "-q", "tests/unit/test_model.py", "-k", "count")
     finally:
         (copy / "minzero" / "config" / "sections.py").write_text(config)
-    assert "model.qk_norm is tested with no value but its default: add others to tests/helpers/variants.py" in output
+    assert "model.qk_norm is tested with no value but its default: add others to variants.py" in output

@@ -84,6 +84,7 @@ def test_compiled_in_one_graph_for_all_blocks():
         for name, gradient in found[1].items():
             torch.testing.assert_close(gradient, plain[1][name], rtol=1e-4, atol=1e-6)
         assert counters["frames"]["total"] == counters["frames"]["ok"] <= 4, dict(counters["frames"])
+        assert not counters["graph_break"], counters["graph_break"]
         kept.append(found[2])
     torch._functorch.config.activation_memory_budget = 1.0
     torch.compiler.reset()

@@ -356,7 +356,7 @@ def llama_cpp(tmp_path_factory):
 def read_by_llama_cpp(library, path, texts, windows=()):
     """(ids of each text, loss of each window in nats) by llama.cpp's library."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "llama_cpp.py"), str(path)],
+        [sys.executable, str(ROOT / "tests" / "helpers" / "llama_cpp.py"), str(path)],
         input=json.dumps({"texts": texts, "windows": windows}),
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(library)])},
         capture_output=True,
