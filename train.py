@@ -159,8 +159,16 @@ def make_engine(config, group, setup, start):
     zero = config.deepspeed.get("zero_optimization")
     device = group.device
     recomputation = config.train.activation_checkpointing
-    options = setup.kernels, setup.precision, zero, recomputation, config.train.activation_offload
-    not_compiled = why_not_compiled(config.train.compile, config.model, device, *options)
+    not_compiled = why_not_compiled(
+        config.train.compile,
+        config.model,
+        device,
+        setup.kernels,
+        setup.precision,
+        zero,
+        recomputation,
+        config.train.activation_offload,
+    )
     compiled = not_compiled is None
     if not compiled and Recomputation.of(recomputation).budget < 1:
         raise UserError(

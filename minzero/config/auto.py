@@ -103,9 +103,9 @@ def overlap(facts):
 
 
 def contiguous(facts):
-    # At stage 3 nobody reads the buffer into which gradients would be copied, but for an all-reduce. And but for a rank
-    # without a part of some parameter: it frees that gradient while the sum that overlaps may still read it, where it
-    # was not copied (partition_grads in DeepSpeed 0.19.8).
+    # At stage 3 only an all-reduce reads the buffer into which gradients would be copied. A copy is needed too where a
+    # rank has no part of some parameter: it frees that gradient while an overlapping sum may still read it
+    # (partition_grads in DeepSpeed 0.19.8).
     return facts.stage != 3 or not facts.reduce_scatter or not facts.every_rank_has_parts
 
 

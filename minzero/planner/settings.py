@@ -97,9 +97,8 @@ def gradient_accumulation_steps(config, gpus):
 
 
 def settings_of(config, gpus, memory):
-    """The Settings of a run's configuration on this many GPUs. memory: bytes of one, which
-    decide "auto", or None where nothing is. Raises
-    UserError for a model too deep to be planned."""
+    """The Settings of a run's configuration on this many GPUs. memory: bytes of one, by which "auto" is resolved; None
+    where nothing is "auto". Raises UserError for a model too deep to be planned."""
     train = config.train
     if config.model.n_layer > MOST_LAYERS:
         raise UserError(f"model.n_layer: found {config.model.n_layer}, expected at most {MOST_LAYERS} to be planned")
