@@ -12,6 +12,7 @@ import math
 
 import torch
 from torch import nn
+from torch._functorch import config as functorch_config
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -199,7 +200,7 @@ class GPT(nn.Module):
         share a graph, in which their recomputation is. DeepSpeed's hooks stay outside of the graphs, and so does the
         loop over chunks, which would be unrolled."""
         # the part of the activations that a graph keeps, of those that its backward pass would read; 1: all
-        torch._functorch.config.activation_memory_budget = self.recomputation.budget
+        functorch_config.activation_memory_budget = self.recomputation.budget
         for block in self.blocks:
             if self.activation_offload:  # the inputs that wait in CPU memory, and no weights, are kept by checkpoint
                 block.compute = torch.compile(block.compute)

@@ -5,6 +5,7 @@ from importlib.machinery import PathFinder
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from minzero import engine
 from minzero.config.build import build
@@ -186,7 +187,7 @@ def test_a_model_that_is_too_large_ends_a_run_in_one_line(small_data, tmp_path):
 
 def test_nvme_needs_the_cuda_toolkit_on_a_gpu_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", None)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     with pytest.raises(UserError, match=r"^key\.device: nvme needs the CUDA toolkit \(nvcc\).* set CUDA_HOME"):
         engine.prepare_nvme("key", str(tmp_path / "files"))
     assert not (tmp_path / "files").exists()

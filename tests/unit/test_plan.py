@@ -15,6 +15,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from torch._functorch import config as functorch_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -220,7 +221,7 @@ def test_kept_activations_are_those_of_compiled_blocks(changes):
             else:
                 predicted += sum(call.kept for call in calls_of(module))
         assert lowest <= predicted / bytes_kept(model) <= highest, recompute
-    torch._functorch.config.activation_memory_budget = 1.0
+    functorch_config.activation_memory_budget = 1.0
 
 
 def bytes_kept(model):

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from minzero.config.build import build
@@ -86,7 +87,7 @@ def test_compiled_in_one_graph_for_all_blocks():
         assert counters["frames"]["total"] == counters["frames"]["ok"] <= 4, dict(counters["frames"])
         assert not counters["graph_break"], counters["graph_break"]
         kept.append(found[2])
-    torch._functorch.config.activation_memory_budget = 1.0
+    functorch_config.activation_memory_budget = 1.0
     torch.compiler.reset()
     assert kept[-1] < kept[-2] < kept[0] and kept[2] < kept[0] and kept[1] < kept[0], kept
 
