@@ -10,7 +10,8 @@ from minzero.files import write_atomically
 from minzero.metrics import MetricsFile, finite_numbers
 
 # Seconds. W&B's client waits this long for its server at the start and at the end of a run, where it would otherwise
-# wait for the network for ever. In between it never waits.
+# wait for the network for ever. In between it never waits. Offline there is no network to wait for, only a process of
+# the client to start, which on a busy machine takes longer than 20 s now and then: its own timeouts stay.
 WANDB_TIMEOUTS = {"init_timeout": 20, "finish_timeout": 60}
 
 
@@ -78,7 +79,8 @@ class WandbLogger:
     def __init__(self, run, resumed_at, kept, config):
         import wandb
 
-        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+        is_online = wandb.setup().settings.mode == "online"
+        if is_online and not wandb.login(prompt=False, verify=False):
             raise ConnectionError("no API key; call `wandb login` first, or set WANDB_MODE=offline")
         last_id = read_wandb_id(run)
         run_id = last_id
@@ -95,7 +97,7 @@ class WandbLogger:
             resume="allow",
             dir=run,
             config=config,
-            settings=wandb.Settings(**WANDB_TIMEOUTS),
+            settings=wandb.Settings(**WANDB_TIMEOUTS) if is_online else None,
         )
         for line in sorted(kept, key=lambda line: line["step"]):
             self.send(finite_numbers(line), line["step"])

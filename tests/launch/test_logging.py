@@ -39,6 +39,7 @@ def resumed_run(small_data, tmp_path_factory):
     before = read_metrics(folder / "run"), {path: path.read_bytes() for path in (folder / "run/profile").iterdir()}
     done = run(command, **OFFLINE)
     assert done.returncode == 0, done.stderr
+    assert "the run continues without it" not in killed.stdout + done.stdout
     return folder / "run", killed.stdout, done.stdout, *before
 
 
