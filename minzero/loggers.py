@@ -10,8 +10,7 @@ from minzero.files import write_atomically
 from minzero.metrics import MetricsFile, finite_numbers
 
 # Seconds. W&B's client waits this long for its server at the start and at the end of a run, where it would otherwise
-# wait for the network for ever. In between it never waits. Offline there is no network to wait for, only a process of
-# the client to start, which on a busy machine takes longer than 20 s now and then: its own timeouts stay.
+# wait for the network for ever. In between it never waits.
 WANDB_TIMEOUTS = {"init_timeout": 20, "finish_timeout": 60}
 
 
@@ -79,8 +78,7 @@ class WandbLogger:
     def __init__(self, run, resumed_at, kept, config):
         import wandb
 
-        is_online = wandb.setup().settings.mode == "online"
-        if is_online and not wandb.login(prompt=False, verify=False):
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
             raise ConnectionError("no API key; call `wandb login` first, or set WANDB_MODE=offline")
         last_id = read_wandb_id(run)
         run_id = last_id
@@ -97,7 +95,7 @@ class WandbLogger:
             resume="allow",
             dir=run,
             config=config,
-            settings=wandb.Settings(**WANDB_TIMEOUTS) if is_online else None,
+            settings=wandb.Settings(**WANDB_TIMEOUTS),
         )
         for line in sorted(kept, key=lambda line: line["step"]):
             self.send(finite_numbers(line), line["step"])
