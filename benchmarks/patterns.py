@@ -10,14 +10,14 @@ import argparse
 import sys
 from pathlib import Path
 
-import tiktoken
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from minzero.commands import run_command
+from minzero.data.learn_tokenizer import train_tokenizer
 from minzero.data.local_files import Files
 from minzero.data.sources import StandardLibrary
-from minzero.data.tokenizer import GPT2_PATTERNS, PATTERN, faster, train_tokenizer
+from minzero.data.tokenizer import TiktokenTokenizer
+from minzero.data.tokenizer_files import GPT2_PATTERNS, PATTERN
 
 # The pattern of tokenizers trained here before: a punctuation mark joins the letters after it, and line ends the
 # indentation after them.
@@ -51,8 +51,8 @@ def main(arguments):
     for vocab_size in args.vocab_size:
         for name, pattern in PATTERNS.items():
             ranks, special = train_tokenizer(learned, vocab_size, pattern=pattern)
-            encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-            found = [f"{bytes_per_token(faster(encoding), texts):.3f}" for texts in held_out.values()]
+            encoding = TiktokenTokenizer(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+            found = [f"{bytes_per_token(encoding.faster, texts):.3f}" for texts in held_out.values()]
             print(f"| {vocab_size:,} | {name} | {' | '.join(found)} |", flush=True)
 
 

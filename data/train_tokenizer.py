@@ -21,8 +21,9 @@ if __name__ == "__main__":
 from minzero.commands import run_command
 from minzero.config.values import did_you_mean
 from minzero.data.documents import UsableTexts, plural
+from minzero.data.learn_tokenizer import checked_special_tokens, train_tokenizer
 from minzero.data.pipeline import MOST_IDS
-from minzero.data.tokenizer import END_OF_TEXT, checked_special_tokens, save_tokenizer, train_tokenizer
+from minzero.data.tokenizer_files import END_OF_TEXT, save_tokenizer
 from minzero.errors import UserError
 from minzero.files import check_can_write
 from minzero.flags import FlagParser, a_path, at_least

@@ -8,6 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -117,12 +118,19 @@ def evaluate_on_ranks(open_model, batch_size):
 # -- a compressor --------------------------------------------------------------------------------
 
 
+def documents_of(tokenizer, ids):
+    """Yield the text of each document in ids, (n,), as UTF-8. Empty ones are left out."""
+    marks = np.isin(ids, [*tokenizer.begin, *tokenizer.end])
+    for part, is_mark in zip(*(np.split(array, np.flatnonzero(marks)) for array in (ids, marks)), strict=True):
+        if text := tokenizer.decode(part[~is_mark].tolist()):
+            yield text.encode()
+
+
 def compress(stream):
     """The sizes that `gzip -9` compresses the same documents to, in bits per byte: {"gzip_bits_per_byte": joined into
     one file, "gzip_one_by_one_bits_per_byte": one by one}."""
     tokenizer = tokenizer_of(stream.folder)
-    text = tokenizer.decode_bytes(stream.read(0, stream.tokens).tolist())
-    documents = [part for part in text.split(b"<|endoftext|>") if part]
+    documents = list(documents_of(tokenizer, stream.read(0, stream.tokens)))
     size = sum(map(len, documents))
     one_by_one = 0
     with progress_bar("compressing", len(documents)) as progress:

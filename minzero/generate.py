@@ -8,7 +8,6 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutput
 
 from minzero.data.conversations import CHAT_TEMPLATE
-from minzero.data.tokenizer import missing_characters
 from minzero.errors import UserError, describe
 from minzero.files import read_json
 from minzero.hf.families import build_transformers, check_expressible
@@ -143,12 +142,14 @@ class Writer:
         if temperature > 0:
             self.settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         if self.encoding:
-            self.settings |= dict.fromkeys(("eos_token_id", "pad_token_id"), self.tokenizer.eos_token_id)
+            self.settings |= dict.fromkeys(("eos_token_id", "pad_token_id"), self.encoding.end_of_text)
             # embeddings are often made wider than the vocabulary: nobody could read those tokens
             unknown = sorted(set(range(source.model.vocab_size)) - set(self.tokenizer.get_vocab().values()))
             self.settings |= {"suppress_tokens": unknown} if unknown else {}
         start = self.model.generation_config.bos_token_id
         self.start = self.tokenizer.bos_token_id if start is None else start  # of a document
+        if self.encoding:
+            self.start = self.encoding.start_of_document
 
     def encode(self, prompt):
         """The ids of a text or, in a chat, of a user's message, as transformers' own code gives them. Raises UserError
@@ -157,7 +158,7 @@ class Writer:
             char for char in prompt if "\ud800" <= char <= "\udfff"
         ]:  # Python's stand-in for a byte that is not UTF-8
             raise UserError(f"prompt: found {odd[0]!r} in it, expected UTF-8 text")
-        if self.encoding and (missing := missing_characters(self.encoding, prompt)):
+        if self.encoding and (missing := self.encoding.missing_characters(prompt)):
             raise UserError(f"prompt: found {missing[0]!r}, expected characters that the model's tokenizer has")
         if self.chat:
             return self.encode_message(prompt)

@@ -6,7 +6,6 @@ import torch
 from torch import distributed
 
 from minzero.data.pipeline import tokenizer_of
-from minzero.data.tokenizer import END_OF_TEXT
 from minzero.errors import UserError
 
 LENGTH = 64  # tokens
@@ -71,12 +70,8 @@ def choose(logits, generator):
 
 def write_text(model, tokenizer, device, seed, progress=lambda: None):
     """A text of LENGTH tokens from the start of a document, up to the end of that document. See `write_tokens`."""
-    end = tokenizer.encode_single_token(END_OF_TEXT)
-    tokens = write_tokens(model, end, LENGTH, device, seed, progress)
-    if end in tokens:
-        tokens = tokens[: tokens.index(end)]
-    found = []
-    for token in tokens:
-        with contextlib.suppress(KeyError):  # a model may have more ids than the tokenizer
-            found.append(tokenizer.decode_single_token_bytes(token))
-    return b"".join(found).decode(errors="replace")
+    tokens = write_tokens(model, tokenizer.start_of_document, LENGTH, device, seed, progress)
+    if tokenizer.end_of_text in tokens:
+        tokens = tokens[: tokens.index(tokenizer.end_of_text)]
+    known = tokenizer.known_ids()  # a model may have more ids than the tokenizer
+    return tokenizer.decode([token for token in tokens if token in known])

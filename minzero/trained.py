@@ -18,10 +18,10 @@ import torch
 from minzero import checkpoint, checkpoint_folder
 from minzero.config.build import build
 from minzero.config.sections import Config, ModelConfig, data_weights
-from minzero.data.conversations import CHAT_TEMPLATE
+from minzero.data.conversations import chat_template
 from minzero.data.meta import read_meta
 from minzero.data.pipeline import tokenizer_of
-from minzero.data.tokenizer import END_OF_TEXT, byte_level_names, huggingface_json, open_huggingface
+from minzero.data.tokenizer_files import open_huggingface
 from minzero.errors import UserError, describe
 from minzero.hf.families import own_shapes
 from minzero.hf.read import is_published, local_folder, open_published, refuse_differences
@@ -61,11 +61,11 @@ class ModelSource:
                 )
         elif (self.path / "tokenizer.json").exists():
             theirs = open_huggingface(self.path / "tokenizer.json").get_vocab()
-            ranks = tokenizer_of(folder)._mergeable_ranks
-            wrong = sum(theirs.get(name) != ranks[token] for token, name in byte_level_names(ranks).items())
+            ours = tokenizer_of(folder).vocabulary()
+            wrong = sum(theirs.get(token) != number for token, number in ours.items())
             if wrong:
                 raise UserError(
-                    f"{folder}: found a tokenizer of which {wrong} of {len(ranks)} tokens differ from "
+                    f"{folder}: found a tokenizer of which {wrong} of {len(ours)} tokens differ from "
                     f"{self.path}/tokenizer.json, expected the same; prepare that data with the model's tokenizer"
                 )
 
@@ -197,29 +197,12 @@ def load_sharded(source: ModelSource, device):
 # -- the tokenizer -------------------------------------------------------------------------------
 
 
-def as_transformers(encoding):
-    """A tiktoken encoding as a tokenizer of transformers."""
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    special = {}
-    if END_OF_TEXT in encoding._special_tokens:
-        special = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
-    text = huggingface_json(encoding._mergeable_ranks, encoding._special_tokens, encoding._pat_str)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(text),
-        clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
-        **special,
-    )
-
-
 def has_own_tokenizer(source: ModelSource):
     return any((source.path / name).exists() for name in TOKENIZER_FILES)
 
 
 def open_tokenizer(source: ModelSource, data=None):
-    """(the model's tokenizer as transformers', the tiktoken encoding of the data it was taken from, or None where it
+    """(the model's tokenizer as transformers', that of the data it was taken from, or None where it
     is that of a folder in transformers' format). data: a folder made with that tokenizer. Raises UserError if it is
     not known or not the model's."""
     folders = [data] if data else source.data
@@ -231,7 +214,7 @@ def open_tokenizer(source: ModelSource, data=None):
         where = folders[0]
         with suggesting(where, holds_data):
             encoding = tokenizer_of(where)
-        tokenizer = as_transformers(encoding)
+        tokenizer = encoding.as_transformers(chat_template(encoding))
     else:
         from transformers import AutoTokenizer
 

@@ -8,23 +8,38 @@ Kathmandu.<|endoftext|>
 """
 
 from minzero.data.documents import BadDocument
-from minzero.data.tokenizer import END_OF_TEXT
+from minzero.data.tokenizer_files import END_OF_TEXT
 
 HEADINGS = {"system": "### System:\n", "user": "### User:\n", "assistant": "### Assistant:\n"}
 # The assistant's text is wrapped in a pair of these (ASCII's record separator). The tokenizer never sees them.
 LEARNED = "\x1e"
-# The same format for transformers' tokenizers, in Jinja. `generation` encloses the learned text, for transformers'
-# `return_assistant_tokens_mask` and TRL's `assistant_only_loss`.
-CHAT_TEMPLATE = (
-    f"{{% set headings = {HEADINGS!r} %}}{{{{ bos_token }}}}{{% for message in messages %}}"
-    "{% if message['role'] not in headings %}"
-    "{{ raise_exception('a role other than " + ", ".join(HEADINGS) + "') }}{% endif %}"
-    "{% if message['content'] is not string %}{{ raise_exception('a message whose content is no text') }}{% endif %}"
-    f"{{{{ headings[message['role']] }}}}{{% set content = message['content'].replace('{LEARNED}', '') %}}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ content }}" + END_OF_TEXT + "{% endgeneration %}"
-    "{% else %}{{ content + '\n\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ headings['assistant'] }}{% endif %}"
-)
+
+
+def template(begin, end):
+    """The same format for transformers' tokenizers, in Jinja. begin, end: text of the tokens before a conversation and
+    after each answer. `generation` encloses the learned text, for transformers' `return_assistant_tokens_mask` and
+    TRL's `assistant_only_loss`."""
+    return (
+        f"{{% set headings = {HEADINGS!r} %}}{begin}{{% for message in messages %}}"
+        "{% if message['role'] not in headings %}"
+        "{{ raise_exception('a role other than " + ", ".join(HEADINGS) + "') }}{% endif %}"
+        "{% if message['content'] is not string %}"
+        "{{ raise_exception('a message whose content is no text') }}{% endif %}"
+        f"{{{{ headings[message['role']] }}}}{{% set content = message['content'].replace('{LEARNED}', '') %}}"
+        "{% if message['role'] == 'assistant' %}{% generation %}{{ content }}" + end + "{% endgeneration %}"
+        "{% else %}{{ content + '\n\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ headings['assistant'] }}{% endif %}"
+    )
+
+
+CHAT_TEMPLATE = template("{{ bos_token }}", END_OF_TEXT)
+
+
+def chat_template(tokenizer):
+    """The template of this format for a tokenizer of data.tokenizer."""
+    if not tokenizer.end:  # tiktoken's
+        return CHAT_TEMPLATE
+    return template(tokenizer.text_of(tokenizer.begin), tokenizer.text_of([tokenizer.end_of_text]))
 
 
 def with_marks(key, messages):

@@ -1,7 +1,7 @@
 """Documents -> tokens, in worker processes. The result does not depend on the number of workers.
 
-Each document's tokens follow one end-of-text token. With a loss mask (conversations.py), NO_LOSS is set in each token
-that is read but not learned.
+Before and after each document stand the ids that its tokenizer wants there (tokenizer.begin, tokenizer.end). With a
+loss mask (conversations.py), NO_LOSS is set in each token that is read but not learned.
 """
 
 import multiprocessing
@@ -17,15 +17,9 @@ import numpy as np
 
 from minzero.data.conversations import LEARNED
 from minzero.data.documents import BadDocument
+from minzero.data.fast_encoding import BulkEncoder
 from minzero.data.shards import NO_LOSS, token_dtype
-from minzero.data.tokenizer import (
-    END_OF_TEXT,
-    cut_long_runs,
-    faster,
-    load_tokenizer,
-    missing_characters,
-    without_surrogates,
-)
+from minzero.data.text import cut_for_tokenizer, without_surrogates
 from minzero.errors import UserError
 
 BATCH = 1 << 20  # characters sent to a worker at a time: enough to hide the cost of sending
@@ -36,21 +30,25 @@ SMALL_PIECE = 10_000  # characters given to the tokenizer at a time where it fai
 # -- in the workers ------------------------------------------------------------------------------
 
 
-def start_worker(tokenizer, loss_mask):
-    """Load the tokenizer, once a process."""
-    global encoding, with_loss_mask
-    encoding = faster(load_tokenizer(tokenizer))
-    with_loss_mask = loss_mask
+def start_worker(tokenizer, use_gigatoken, loss_mask):
+    """Open the tokenizer, once a process."""
+    use_encoder(BulkEncoder(tokenizer, use_gigatoken), loss_mask)
     parent = multiprocessing.parent_process()
     if parent is not None:
         # a worker whose parent was killed would wait for work for ever
         threading.Thread(target=lambda: connection.wait([parent.sentinel]) and os._exit(1), daemon=True).start()
 
 
+def use_encoder(given, loss_mask):
+    """Make this process encode with a BulkEncoder."""
+    global encoder, with_loss_mask
+    encoder = given
+    with_loss_mask = loss_mask
+
+
 def encode_batch(batch):
     """[(split, key, text or BadDocument)] -> {split: (tokens, documents, bytes of text)} and [(key, BadDocument)] of
     those that cannot be used, in order."""
-    end_of_text = np.array([encoding._special_tokens[END_OF_TEXT]], dtype=np.uint32)
     parts = {}  # split -> arrays of tokens
     counts = {}  # split -> (documents, bytes)
     bad = []
@@ -60,30 +58,42 @@ def encode_batch(batch):
                 raise text
             if not isinstance(text, str):
                 raise BadDocument(key, f"found {type(text).__name__}, expected a string")
-            arrays, size = encode_document(key, text, end_of_text)
+            arrays, size = encode_document(key, text)
         except BadDocument as error:
             bad.append((key, error))
             continue
         parts.setdefault(split, []).extend(arrays)
         documents, size_before = counts.get(split, (0, 0))
         counts[split] = documents + 1, size_before + size
-    result = {}
-    for split, arrays in parts.items():
-        tokens = np.concatenate(arrays)
-        largest = (tokens & ~NO_LOSS).max() if with_loss_mask else tokens.max()
-        if largest >= encoding.n_vocab:
-            raise UserError(f"--tokenizer: {encoding.name} gave id {largest}, expected below {encoding.n_vocab}")
-        result[split] = tokens.astype(token_dtype(encoding.n_vocab, with_loss_mask)), *counts[split]
-    return result, bad
+    return {split: (joined(arrays), *counts[split]) for split, arrays in parts.items()}, bad
 
 
-def encode_document(key, text, end_of_text):
+def joined(arrays):
+    """uint32 arrays of tokens as one in the shards' type; the list is emptied. Raises UserError for an id that the
+    tokenizer should not have given."""
+    n_vocab = encoder.tokenizer.n_vocab
+    tokens = np.empty(sum(map(len, arrays)), dtype=token_dtype(n_vocab, with_loss_mask))
+    place = 0
+    arrays.reverse()
+    while arrays:  # some at a time, so that a large document is not in memory twice
+        some = np.concatenate([arrays.pop() for _ in range(min(1024, len(arrays)))])
+        largest = (some & ~NO_LOSS if with_loss_mask else some).max(initial=0)
+        if largest >= n_vocab:
+            raise UserError(f"--tokenizer: {encoder.tokenizer.name} gave id {largest}, expected below {n_vocab}")
+        tokens[place : place + len(some)] = some
+        place += len(some)
+    return tokens
+
+
+def encode_document(key, text):
     """A document's tokens, as a list of uint32 arrays, and the bytes of its text that are learned. Raises
     BadDocument."""
+    begin = np.array(encoder.tokenizer.begin, dtype=np.uint32)
     if not with_loss_mask:
         tokens, size = encode_text(key, text)
-        return [end_of_text, *tokens], size
-    arrays = [end_of_text | NO_LOSS]
+        return [begin, *tokens, np.array(encoder.tokenizer.end, dtype=np.uint32)], size
+    end_of_text = np.array([encoder.tokenizer.end_of_text], dtype=np.uint32)
+    arrays = [begin | NO_LOSS]
     size = 0
     for number, piece in enumerate(text.split(LEARNED)):
         tokens, length = encode_text(key, piece)
@@ -97,23 +107,32 @@ def encode_document(key, text, end_of_text):
 
 def encode_text(key, text):
     """The tokens of a text, as a list of uint32 arrays, and its length in bytes. Raises BadDocument."""
-    ascii = text.isascii()  # then it has as many bytes as characters
-    if not ascii:
+    try:
+        return encode_pieces(cut_for_tokenizer(text))
+    except UnicodeEncodeError:
         text = without_surrogates(text)
-    size = len(text) if ascii else len(text.encode())
+    except BaseException as error:  # tiktoken's panics are not Exceptions
+        if isinstance(error, KeyboardInterrupt):
+            raise
+    # a foreign tokenizer's pattern may fail on a long text
     small_pieces = (text[start : start + SMALL_PIECE] for start in range(0, len(text), SMALL_PIECE))
-    for pieces in (cut_long_runs(text), small_pieces):  # a foreign tokenizer's pattern may fail on other texts
+    for pieces in (cut_for_tokenizer(text), small_pieces):
         try:
-            # as encode_ordinary, but without a Python integer for each token, which costs a tenth of the time
-            return [encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces], size
-        except BaseException as error:  # tiktoken's panics are not Exceptions
+            return encode_pieces(pieces)
+        except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
             failure = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        if unknown := "".join(missing_characters(encoding, text)[:20]):
+        if unknown := "".join(encoder.tokenizer.missing_characters(text)[:20]):
             failure = f"no token for {unknown!r}"
             break
     raise BadDocument(key, f"could not be tokenized ({failure})", "choose another --tokenizer")
+
+
+def encode_pieces(pieces):
+    """As `encode_text`, of a text in pieces. Raises UnicodeEncodeError and whatever the tokenizer raises."""
+    pairs = [encoder.encode(piece) for piece in pieces]
+    return [ids for ids, _ in pairs], sum(size for _, size in pairs)
 
 
 # -- in the parent -------------------------------------------------------------------------------
@@ -135,14 +154,16 @@ def make_batches(documents, characters, side):
         yield batch
 
 
-def encode_batches(batches, tokenizer, workers, loss_mask):
-    """Yield `encode_batch` of each batch, in order. At most 4 batches a worker are in memory."""
+def encode_batches(batches, workers, encoder, loss_mask):
+    """Yield `encode_batch` of each batch, in order. At most 4 batches a worker are in memory. encoder: a BulkEncoder,
+    of which each worker makes its own."""
     if workers == 1:
-        start_worker(tokenizer, loss_mask)
+        use_encoder(encoder, loss_mask)
         yield from map(encode_batch, batches)
         return
     # spawn: the parent may have threads (datasets, tokenizers) that do not survive a fork
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (tokenizer, loss_mask))
+    arguments = encoder.tokenizer, encoder.quick is not None, loss_mask
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, arguments)
     try:
         pending = deque()
         for batch in batches:

@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 from minzero.data.documents import is_far, plural
 from minzero.data.encode import BATCH, encode_batches, make_batches
+from minzero.data.fast_encoding import BulkEncoder
 from minzero.data.meta import check_progress, read_meta
 from minzero.data.output import SkippedLog, SplitWriter, locked
 from minzero.data.shards import token_dtype
-from minzero.data.tokenizer import END_OF_TEXT, fingerprint, load_tokenizer
+from minzero.data.tokenizer import load_tokenizer
 from minzero.errors import UserError
 from minzero.files import check_can_write, write_json
 from minzero.flags import FlagParser, a_number, a_path, at_least
@@ -42,13 +43,21 @@ def options(description, folder, tokenizer="gpt2", val_fraction=0.05, **extra):
     default} of further flags."""
     parser = PrepareParser(description, folder)
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--tokenizer", default=tokenizer, help="tiktoken's name, 'bytes', or a trained one's folder")
+    parser.add_argument(
+        "--tokenizer", default=tokenizer, help="tiktoken's name, 'bytes', a folder, or a name on the hub"
+    )
     parser.add_argument("--out", type=a_data_folder, help="folder for the shards")
     share = a_number(0, 1)
     parser.add_argument("--val_fraction", type=share, default=val_fraction, help="share of documents for validation")
     tokens = at_least(1, 2**30)
     parser.add_argument("--shard_tokens", type=tokens, default=100_000_000, help="a shard ends with the batch past it")
     parser.add_argument("--workers", type=at_least(1, 4096), default=cores, help="processes that tokenize")
+    parser.add_argument(
+        "--encoder",
+        choices=["fast", "reference"],
+        default="fast",
+        help="fast: gigatoken, where it gives the same ids; reference: the tokenizer's own library alone",
+    )
     parser.add_argument("--input", nargs="+", help="local copies of the source: files, folders, quoted globs")
     parser.add_argument("--column", default="text", help="the column that holds the text")
     parser.add_argument("--limit", type=at_least(1), help="take only the first documents")
@@ -123,8 +132,8 @@ def prepare(documents, tokenizer, args, side=None, loss_mask=False):
     separators (conversations.py), and the loss is of the text between them alone. Raises UserError on bad input;
     finished shards stay and are not made again."""
     encoding = load_tokenizer(str(tokenizer))
-    if END_OF_TEXT not in encoding._special_tokens:
-        raise UserError(f"--tokenizer: {encoding.name} has no {END_OF_TEXT} token; choose one that has, as gpt2")
+    if encoding.end_of_text is None:
+        raise UserError(f"--tokenizer: {encoding.name} has no token that ends a text; choose one that has, as gpt2")
     try:
         with locked(args.out):
             Preparation(documents, tokenizer, encoding, args, side, loss_mask).run()
@@ -134,8 +143,8 @@ def prepare(documents, tokenizer, args, side=None, loss_mask=False):
 
 
 class Preparation:
-    """One call of `prepare`, in a folder that it has locked. Arguments: those of `prepare`, and the tokenizer's
-    tiktoken encoding."""
+    """One call of `prepare`, in a folder that it has locked. Arguments: those of `prepare`, and the tokenizer
+    itself."""
 
     def __init__(self, documents, tokenizer, encoding, args, side, loss_mask):
         self.documents = documents
@@ -148,13 +157,15 @@ class Preparation:
         self.begun = os.path.lexists(self.progress_file)  # an earlier call was here, whether it finished a shard or not
         self.recorded_in, self.recorded = earlier_work(self.meta_file, self.progress_file)
         self.settings = {
-            "tokenizer": fingerprint(encoding),
+            "tokenizer": encoding.fingerprint(),
             "source": getattr(documents, "description", str(args.input)),
             "val_fraction": args.val_fraction,
             "shard_tokens": args.shard_tokens,
             "limit": args.limit,
             "column": args.column,
         }
+        if encoding.end:  # else as always: the end of text before each document
+            self.settings["document"] = document_marks(encoding)
         self.by_default = side is None
         # an earlier version of this program cut no files; its work is continued without cuts
         may_cut = not self.recorded_in or "cut_files" in self.recorded.get("settings", {})
@@ -236,7 +247,10 @@ class Preparation:
         """Tokenize and write the documents that are left."""
         args = self.args
         batches = make_batches(self.documents_to_do(), min(BATCH, args.shard_tokens), self.side)
-        results = encode_batches(batches, str(self.tokenizer), args.workers, self.loss_mask)
+        encoder = BulkEncoder(self.encoding, use_gigatoken=args.encoder == "fast")
+        if encoder.notice:
+            print(encoder.notice)
+        results = encode_batches(batches, args.workers, encoder, self.loss_mask)
         tokens = sum(split.tokens for split in self.splits.values())
         bar = tqdm(initial=tokens, unit=" tokens", unit_scale=True, desc=str(args.out), mininterval=0.5)
         with bar, contextlib.closing(results):
@@ -278,7 +292,8 @@ class Preparation:
         meta = {
             "tokenizer": tokenizer_entry(self.tokenizer, self.encoding, args.out),
             "vocab_size": self.encoding.n_vocab,
-            "end_of_text": self.encoding._special_tokens[END_OF_TEXT],
+            "end_of_text": self.encoding.end_of_text,
+            "document": document_marks(self.encoding),
             "loss_mask": self.loss_mask,
             "settings": self.settings,
             "skipped": self.skipped.documents,
@@ -357,12 +372,17 @@ def report(splits, skipped, args, by_hash):
         )
 
 
+def document_marks(tokenizer):
+    """The ids before and after each document, as meta.json has them."""
+    return {"begin": list(tokenizer.begin), "end": list(tokenizer.end)}
+
+
 def tokenizer_entry(tokenizer, encoding, out):
     """The entry of meta.json by which `tokenizer_of` finds it: tiktoken's name, or the folder, relative to the
     shards."""
     trained = Path(tokenizer).is_dir()
     name = os.path.relpath(tokenizer, out) if trained else str(tokenizer)
-    return {"name": name, "trained": trained, "fingerprint": fingerprint(encoding)}
+    return {"name": name, "trained": trained, "fingerprint": encoding.fingerprint()}
 
 
 def tokenizer_of(folder):
@@ -373,9 +393,9 @@ def tokenizer_of(folder):
     if not {"name", "trained"} <= entry.keys():
         raise UserError(f"{folder}/meta.json: damaged: tokenizer has no name or trained; prepare the data again")
     encoding = load_tokenizer(str(Path(folder) / entry["name"]) if entry["trained"] else entry["name"])
-    if fingerprint(encoding) != entry["fingerprint"]:
+    if encoding.fingerprint() != entry["fingerprint"]:
         raise UserError(
             f"{folder}/meta.json: made with tokenizer {entry['fingerprint']}, but {entry['name']} is now "
-            f"{fingerprint(encoding)}; prepare the data again"
+            f"{encoding.fingerprint()}; prepare the data again"
         )
     return encoding

@@ -54,7 +54,7 @@ class PrepareScript:
 
     def own_tokenizer(self, documents, args):
         """The tokenizer of this data set alone, beside the shards; learned unless it is there."""
-        from minzero.data.tokenizer import own_tokenizer
+        from minzero.data.learn_tokenizer import own_tokenizer
 
         vocab_size = getattr(args, "vocab_size", None)
         return own_tokenizer(args.out / "tokenizer", lambda: self.learn_tokenizer(documents, args), vocab_size)
@@ -122,13 +122,13 @@ def standard_library(args):
 
 def learn_bpe(documents, args):
     """A byte-level BPE of --vocab_size ids."""
-    from minzero.data.tokenizer import train_tokenizer
+    from minzero.data.learn_tokenizer import train_tokenizer
 
     return train_tokenizer((text for _, text in documents), args.vocab_size)
 
 
 def learn_characters(documents, args):
     """An id for each character."""
-    from minzero.data.tokenizer import characters
+    from minzero.data.learn_tokenizer import characters
 
     return characters("".join(text for _, text in documents))

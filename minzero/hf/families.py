@@ -282,15 +282,17 @@ def explicit(model: ModelConfig):
     return dataclasses.replace(model, n_kv_head=model.kv_heads, mlp_hidden=model.mlp_width)
 
 
-def transformers_config(model: ModelConfig, dtype="float32", end_of_text=None):
-    """transformers' configuration of the same model. Raises UserError if it has none."""
+def transformers_config(model: ModelConfig, dtype="float32", end_of_text=None, start=None):
+    """transformers' configuration of the same model. end_of_text, start: ids that end and begin a document; start is by
+    default end_of_text. Raises UserError if it has none."""
     from transformers import AutoConfig
 
     name = family_of(model)
     family = FAMILIES[name]
     settings = {theirs: getattr(explicit(model), ours) for ours, theirs in family.settings.items()}
     settings |= family.fixed | family.derived(model) | dict.fromkeys(family.dropout, model.dropout)
-    settings |= {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "initializer_range": model.init_std}
+    settings |= {"bos_token_id": end_of_text if start is None else start, "eos_token_id": end_of_text}
+    settings |= {"initializer_range": model.init_std}
     if family.has_pad_token:
         settings["pad_token_id"] = end_of_text
     return AutoConfig.for_model(name, **settings, architectures=[family.architecture], dtype=dtype)

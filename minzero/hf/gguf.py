@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from minzero.config.sections import ModelConfig
-from minzero.data.tokenizer import GPT2_PATTERNS, PATTERN, open_huggingface
+from minzero.data.tokenizer_files import GPT2_PATTERNS, PATTERN, open_huggingface
 from minzero.errors import UserError, describe
 from minzero.files import check_can_write, read_json
 from minzero.hf.families import FAMILIES, family_of

@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 
 from minzero.config.sections import ModelConfig
-from minzero.data.conversations import CHAT_TEMPLATE
+from minzero.data.conversations import chat_template
 from minzero.data.meta import read_meta
 from minzero.data.pipeline import tokenizer_of
-from minzero.data.tokenizer import END_OF_TEXT, save_for_transformers
 from minzero.errors import UserError
 from minzero.files import write_json
 from minzero.hf.families import (
@@ -41,11 +40,11 @@ def config_json(theirs):
     return found | FAMILIES[theirs.model_type].old_settings(theirs)
 
 
-def generation_config_json(end_of_text):
-    """generation_config.json, in words that transformers 4 and 5 share."""
+def generation_config_json(end_of_text, start):
+    """generation_config.json, in words that transformers 4 and 5 share. The ids: of `transformers_config`."""
     if end_of_text is None:
         return {}
-    return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text) | {"do_sample": False}
+    return {"bos_token_id": start, "eos_token_id": end_of_text, "pad_token_id": end_of_text, "do_sample": False}
 
 
 @contextlib.contextmanager
@@ -116,21 +115,20 @@ def write_model(source, folder, dtype="float32"):
     check_expressible(source.model)
     data = source.data[0]
     meta = read_meta(data)
-    tokenizer, end_of_text = None, None
+    tokenizer = end_of_text = start = None
     if meta:
         source.check_tokenizer(data)
         tokenizer = tokenizer_of(data)
-        end_of_text = tokenizer._special_tokens.get(END_OF_TEXT)
-    theirs = transformers_config(source.model, dtype, end_of_text)
+        end_of_text, start = tokenizer.end_of_text, tokenizer.start_of_document
+    theirs = transformers_config(source.model, dtype, end_of_text, start)
     with written_whole(folder, temporary):
         write_json(temporary / "config.json", config_json(theirs))
-        write_json(temporary / "generation_config.json", generation_config_json(end_of_text))
+        write_json(temporary / "generation_config.json", generation_config_json(end_of_text, start))
         if tokenizer:
             settings = {"model_max_length": source.model.block_size}
             if meta.get("loss_mask"):
-                settings["chat_template"] = CHAT_TEMPLATE
-            parts = tokenizer._mergeable_ranks, tokenizer._special_tokens, tokenizer._pat_str
-            save_for_transformers(temporary, *parts, **settings)
+                settings["chat_template"] = chat_template(tokenizer)
+            tokenizer.save(temporary, **settings)
         write_weights(temporary, source.model, source.load(), getattr(torch, dtype))
         write_model_card(temporary, source, dtype)
     description = f"{theirs.architectures[0]}, {dtype}"

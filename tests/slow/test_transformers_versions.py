@@ -15,7 +15,9 @@ import torch
 import export
 from minzero.data import pipeline
 from minzero.data.conversations import LEARNED, with_marks
-from minzero.data.tokenizer import load_tokenizer, save_for_transformers, save_tokenizer, train_tokenizer
+from minzero.data.learn_tokenizer import train_tokenizer
+from minzero.data.tokenizer import load_tokenizer
+from minzero.data.tokenizer_files import save_for_transformers, save_tokenizer
 from minzero.hf.families import transformers_config
 from minzero.hf.write import config_json
 from minzero.trained import load_model, open_trained

@@ -13,12 +13,16 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from minzero.data import encode, sources, tokenizer
+from minzero.data import encode, sources
 from minzero.data.conversations import Conversations
 from minzero.data.documents import BadDocument
+from minzero.data.fast_encoding import BulkEncoder
+from minzero.data.learn_tokenizer import characters
 from minzero.data.local_files import Files
 from minzero.data.shards import TokenStream
-from minzero.data.tokenizer import cut_long_runs, load_tokenizer
+from minzero.data.text import LONGEST_RUN, cut_long_runs
+from minzero.data.tokenizer import load_tokenizer
+from minzero.data.tokenizer_files import save_tokenizer
 from minzero.errors import UserError
 from tests.helpers.data_sets import (
     contents,
@@ -190,7 +194,7 @@ def test_the_skipped_jsonl_of_a_killed_preparation_is_written_over(tmp_path):
 
 def test_skipped_documents_are_named_once_after_any_kill(quick):
     """SIGKILL before the first, second, third ... file operation, as test_kill_before_each_file_operation does."""
-    tokenizer.save_tokenizer(quick / "ab", *tokenizer.characters("ab"))
+    save_tokenizer(quick / "ab", *characters("ab"))
     flags = ["--on_bad_document", "skip", "--shard_tokens", "800"]
     prepare(faulty(), quick / "whole", *flags, tokenizer=quick / "ab")
     prepare(faulty(), quick / "two", *flags, "--workers", "2", tokenizer=quick / "ab")
@@ -293,7 +297,7 @@ def test_long_runs_are_tokenized_and_give_the_same_text(tmp_path, shared, text):
 
 
 def test_runs_up_to_the_limit_are_given_to_the_tokenizer_whole():
-    most = tokenizer.LONGEST_RUN
+    most = LONGEST_RUN
     for text in ("", "a", "a" * most, " " * most, "word " * most, "a" * most + " " * most + "b" * most):
         assert list(cut_long_runs(text)) == [text]
     for text in ("a" * (most + 1), "x " + " " * 5 * most + "y", "x" * 77 + "\n" * (most + 1) + "y" * (3 * most)):
@@ -305,19 +309,18 @@ def test_runs_up_to_the_limit_are_given_to_the_tokenizer_whole():
 
 def test_any_text_that_makes_the_tokenizer_fail_is_given_in_small_pieces(monkeypatch):
     """As another's pattern may choke where ours does not."""
-    encode.start_worker("bytes", False)
+    real = load_tokenizer("bytes")
 
     class Choking:
         def __getattr__(self, name):
             return getattr(real, name)
 
-        def encode_to_numpy(self, text, **how):
+        def ids(self, text):
             if len(text) > 20_000:
                 raise ValueError("Max stack size exceeded")
-            return real.encode_to_numpy(text, **how)
+            return real.ids(text)
 
-    real = encode.encoding
-    monkeypatch.setattr(encode, "encoding", Choking())
+    encode.use_encoder(BulkEncoder(Choking(), use_gigatoken=False), False)
     tokens, size = encode.encode_text("key", "word " * 10_000)
     assert size == 50_000 and real.decode(np.concatenate(tokens).tolist()) == "word " * 10_000
 

@@ -219,7 +219,8 @@ def test_a_disk_without_room(tmp_path, large):  # noqa: F811
 
 
 def test_documents_that_cannot_be_tokenized(tmp_path):
-    from minzero.data.tokenizer import characters, save_tokenizer
+    from minzero.data.learn_tokenizer import characters
+    from minzero.data.tokenizer_files import save_tokenizer
 
     save_tokenizer(tmp_path / "abc", *characters("abc é"))
     documents = [("x row 1", "cab é"), ("x row 2", "cabzüz")]

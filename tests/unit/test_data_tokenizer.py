@@ -16,21 +16,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.patterns import OLD_PATTERN
-from minzero.data.tokenizer import (
+from minzero.data.learn_tokenizer import characters, own_tokenizer, train_tokenizer
+from minzero.data.tokenizer import TiktokenTokenizer, load_tokenizer
+from minzero.data.tokenizer_files import (
     END_OF_TEXT,
     GPT2_PATTERNS,
     PATTERN,
     byte_ranks,
-    characters,
-    faster,
-    fingerprint,
     huggingface_json,
-    load_tokenizer,
-    missing_characters,
     open_huggingface,
-    own_tokenizer,
     save_tokenizer,
-    train_tokenizer,
 )
 from minzero.errors import UserError
 from tests.helpers.processes import ROOT, environment
@@ -119,8 +114,8 @@ def test_characters(tmp_path):
     ids = encoding.encode_ordinary("wörld hé")
     assert ids == [sorted(set("héllo\n wörld")).index(character) for character in "wörld hé"]
     assert PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")).encode("wörld hé") == ids
-    assert missing_characters(encoding, "zx héy") == ["x", "y", "z"]
-    assert missing_characters(load_tokenizer("bytes"), "zx 東") == []
+    assert encoding.missing_characters("zx héy") == ["x", "y", "z"]
+    assert load_tokenizer("bytes").missing_characters("zx 東") == []
 
 
 def test_own_tokenizer_is_made_once(tmp_path):
@@ -142,12 +137,12 @@ def test_a_tokenizer_with_another_pattern_stays_as_it_is(tmp_path):
     save_tokenizer(folder, ranks, {END_OF_TEXT: 260}, OLD_PATTERN)
     own_tokenizer(folder, lambda: 1 / 0, 261)
     encoding = load_tokenizer(str(folder))
-    assert encoding._pat_str == OLD_PATTERN and fingerprint(encoding) == "595961fa86d0ea2f"
+    assert encoding._pat_str == OLD_PATTERN and encoding.fingerprint() == "595961fa86d0ea2f"
     text = "if a:\n    b"
     assert encoding.encode_ordinary(text) == [*b"if a", 259, *b"b"]
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     for other in [text, *library(20), *MIXED]:
-        assert theirs.encode(other) == faster(encoding).encode_ordinary(other) == encoding.encode_ordinary(other)
+        assert theirs.encode(other) == encoding.faster.encode_ordinary(other) == encoding.encode_ordinary(other)
     save_tokenizer(tmp_path / "new", ranks, {END_OF_TEXT: 260})
     assert load_tokenizer(str(tmp_path / "new")).encode_ordinary(text) == [*b"if a", 258, 256, *b"  b"]
 
@@ -376,8 +371,8 @@ WHITE = st.text(alphabet=" \t\n\r\u00a0\u3000\x1c'sS1½aAé東\u0301_.,/?!", max
 def test_the_faster_pattern_cuts_the_same_pieces(name):
     """By another library than tiktoken's, which knows possessive quantifiers as well."""
     byte = {bytes([value]): value for value in range(256)}
-    encoding = tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=byte, special_tokens={})
-    before, after = regex.compile(PATTERNS[name]), regex.compile(faster(encoding)._pat_str)
+    encoding = TiktokenTokenizer(name, pat_str=PATTERNS[name], mergeable_ranks=byte, special_tokens={})
+    before, after = regex.compile(PATTERNS[name]), regex.compile(encoding.faster._pat_str)
     assert before.pattern != after.pattern
 
     @given(st.one_of(WHITE, st.text(max_size=60)))
@@ -392,7 +387,7 @@ def test_the_faster_pattern_cuts_the_same_pieces(name):
 
 def test_the_faster_tokenizer_gives_the_same_ids(trained, shared):
     texts = [path.read_text(encoding="utf-8") for path in sorted((shared / "text").glob("*.txt"))]
-    pairs = [(encoding, faster(encoding)) for encoding in (load_tokenizer("gpt2"), trained[0])]
+    pairs = [(encoding, encoding.faster) for encoding in (load_tokenizer("gpt2"), trained[0])]
     for text in [*library(150), *MIXED, *texts, " " * 100_000 + "x", "\n" * 100_000, "a" * 100_000]:
         for encoding, quick in pairs:
             assert quick.encode_ordinary(text) == encoding.encode_ordinary(text)

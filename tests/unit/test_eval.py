@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import eval
 import export
 from minzero.data.shards import TokenStream
-from minzero.data.tokenizer import END_OF_TEXT, PATTERN, byte_ranks, save_tokenizer
+from minzero.data.tokenizer_files import END_OF_TEXT, PATTERN, byte_ranks, save_tokenizer
 from minzero.errors import UserError
 from tests.helpers.processes import run
 from tests.helpers.trained_runs import FAMILIES, LLAMA, write_data, write_run, write_runs

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 import model
 from minzero.config.load import load_config
 from minzero.config.sections import ModelConfig, key
-from minzero.data.tokenizer import END_OF_TEXT, load_tokenizer, save_for_transformers
+from minzero.data.tokenizer import load_tokenizer
+from minzero.data.tokenizer_files import END_OF_TEXT, save_for_transformers
 from minzero.errors import UserError
 from minzero.files import ROOT, write_json
 from minzero.hf import families

@@ -19,7 +19,8 @@ from transformers import (
 import export
 import sample
 from minzero.data.conversations import CHAT_TEMPLATE
-from minzero.data.tokenizer import huggingface_json, load_tokenizer
+from minzero.data.tokenizer import load_tokenizer
+from minzero.data.tokenizer_files import huggingface_json
 from minzero.errors import UserError
 from minzero.generate import Terminal, generate, load_generator
 from minzero.hf.families import family_of
@@ -351,7 +352,8 @@ def prepare_fault(trained, name):
 
 def test_a_prompt_that_no_token_stands_for_is_one_line(tmp_path):
     """A tokenizer of characters knows only those of its text."""
-    from minzero.data.tokenizer import characters, save_tokenizer
+    from minzero.data.learn_tokenizer import characters
+    from minzero.data.tokenizer_files import save_tokenizer
 
     save_tokenizer(tmp_path / "tokenizer", *characters("abc xyz\n"))
     write_run(tmp_path / "run", MODELS["llama"], write_data(tmp_path / "data", tmp_path / "tokenizer"))

@@ -20,18 +20,17 @@ import export
 import to_gguf
 from benchmarks.patterns import OLD_PATTERN
 from minzero.data import pipeline
+from minzero.data.learn_tokenizer import characters, train_tokenizer
 from minzero.data.shards import TokenStream
-from minzero.data.tokenizer import (
+from minzero.data.tokenizer import load_tokenizer
+from minzero.data.tokenizer_files import (
     END_OF_TEXT,
     GPT2_PATTERNS,
     PATTERN,
     byte_ranks,
-    characters,
     huggingface_json,
-    load_tokenizer,
     save_for_transformers,
     save_tokenizer,
-    train_tokenizer,
 )
 from minzero.errors import UserError
 from minzero.evaluate_loss import window_losses

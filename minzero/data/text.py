@@ -1,0 +1,44 @@
+"""Text before it is tokenized: made valid, and cut where a tokenizer could not take the whole."""
+
+import re
+
+LONGEST_RUN = 100_000  # characters, all blank or all not, that the tokenizer is given at once
+PIECE = 1 << 22  # characters of a longer text that the tokenizer is given at once: memory stays bounded
+BLANK = re.compile(r"\s")
+END_OF_WORD_AND_LINE = re.compile(r"[^\W\d_](?=\n)")  # a letter before a line end
+
+
+def without_surrogates(text):
+    """The text with U+FFFD in place of half a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def cut_for_tokenizer(text):
+    """Yield `text` in parts that a tokenizer can handle in bounded memory; joined, they are the text.
+
+    Mostly there is one part. More than PIECE characters are cut after a letter that ends a line, where the patterns of
+    all tokenizers of byte-level BPE end a piece as well, so ids stay the same. Long runs: see `cut_long_runs`."""
+    start = 0
+    while len(text) - start > PIECE:
+        *_, end = [start + PIECE, *(m.end() for m in END_OF_WORD_AND_LINE.finditer(text, start + 1, start + PIECE))]
+        yield from cut_long_runs(text[start:end])
+        start = end
+    yield from cut_long_runs(text[start:] if start else text)
+
+
+def cut_long_runs(text, longest=LONGEST_RUN):
+    """Yield `text` in parts that tiktoken's regular expressions can handle; joined, they are the text.
+
+    Mostly there is one part. A run of more than `longest` blanks, or of more than `longest` other characters, is cut
+    after every `longest` characters. Each part is tokenized by itself, so ids can differ from those of the whole only
+    at these cuts."""
+    half = longest // 2
+    start = 0
+    # a run of `longest` contains a whole block of half its length; a mixed block mostly shows in its first characters
+    blocks = (text[place : place + half] for place in range(0, len(text) - half, half))
+    if len(text) > longest and any(block.isspace() or not BLANK.search(block) for block in blocks):
+        for run in re.finditer(r"\s+|\S+", text):
+            for end in range(run.start() + longest, run.end(), longest):
+                yield text[start:end]
+                start = end
+    yield text[start:]

@@ -1,0 +1,214 @@
+"""Tokenizers of others: the ids of transformers' AutoTokenizer, documents as in pre-training, the fast path."""
+
+import copy
+import json
+import os
+import pickle
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from minzero.data import fast_encoding
+from minzero.data.fast_encoding import BulkEncoder
+from minzero.data.local_files import Files
+from minzero.data.pipeline import tokenizer_of
+from minzero.data.shards import TokenStream
+from minzero.data.tokenizer import load_tokenizer
+from minzero.errors import UserError
+from tests.helpers.data_sets import contents, prepare
+from tests.helpers.foreign_tokenizers import KINDS, odd_strings, write_all
+
+BYTE_LEVEL = ["gpt2", "llama3", "qwen"]
+ODD = list(odd_strings(10_000, seed=1))
+TEXTS = ["A first text.", "naïve “café” 東京 <|endoftext|> and </s>", "", "x = 1\n\n    y = 2\n", "don't\r\n12345"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("foreign")
+    write_all(folder)
+    return folder
+
+
+def theirs(folder):
+    return AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_ids_are_those_of_auto_tokenizer(folders, name):
+    tokenizer = load_tokenizer(str(folders / name))
+    expected = theirs(folders / name)(ODD, add_special_tokens=False, verbose=False)["input_ids"]
+    again = pickle.loads(pickle.dumps(tokenizer))  # as a worker process gets it
+    encoder = BulkEncoder(again)
+    assert (encoder.quick is not None) == (name in BYTE_LEVEL), encoder.notice
+    for text, ids in zip(ODD, expected, strict=True):
+        assert tokenizer.encode_ordinary(text) == ids
+        assert encoder.encode(text)[0].tolist() == again.ids(text).tolist() == ids
+    assert tokenizer.n_vocab == max(theirs(folders / name).get_vocab().values()) + 1
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_documents_begin_and_end_as_in_pre_training(folders, tmp_path, name, workers):
+    documents = [(str(number), text) for number, text in enumerate(TEXTS)]
+    prepare(documents, tmp_path, "--workers", workers, tokenizer=str(folders / name), side=lambda key: "train")
+    reference = theirs(folders / name)
+    _, _, begin, end = KINDS[name]
+    begin, end = (reference.convert_tokens_to_ids(tokens) for tokens in (begin, end))
+    expected = []
+    for text in TEXTS:
+        expected += [*begin, *reference(text, add_special_tokens=False)["input_ids"], *end]
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    stream = TokenStream(tmp_path, "train", 1)
+    assert stream.read(0, stream.tokens).tolist() == expected
+    assert meta["document"] == {"begin": begin, "end": end} and meta["end_of_text"] == end[0]
+    assert meta["vocab_size"] == load_tokenizer(folders / name).n_vocab
+    assert tokenizer_of(tmp_path).fingerprint() == meta["tokenizer"]["fingerprint"]
+
+
+@pytest.mark.parametrize("name", [*BYTE_LEVEL, "o200k_base", "gpt2 of tiktoken"])
+def test_the_shards_are_the_same_with_and_without_gigatoken(folders, tmp_path, name, shared):
+    tokenizer = str(folders / name) if name in BYTE_LEVEL else name.split()[0]
+    if name == "o200k_base":
+        pytest.importorskip("tiktoken").get_encoding("gpt2")
+        if not any("o200k" in file for file in os.listdir(os.environ.get("TIKTOKEN_CACHE_DIR", ".")) or []):
+            tokenizer = "gpt2"
+    rows = [*ODD[:3000], *(text[:30_000] for text in (path.read_text() for path in (shared / "text").glob("*.txt")))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    for number, flags in enumerate(([], ["--workers", "2"], ["--encoder", "reference"])):
+        flags = flags if "--workers" in flags else [*flags, "--workers", "1"]
+        prepare(Files(tmp_path / "rows.jsonl"), tmp_path / str(number), *flags, tokenizer=tokenizer)
+    assert contents(tmp_path / "0") == contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_added_tokens_that_are_not_special_are_tokens_in_a_text(folders):
+    tokenizer = load_tokenizer(folders / "qwen")
+    number = theirs(folders / "qwen").convert_tokens_to_ids("<tool_call>")
+    for text in ("<tool_call>", "e\u0301<tool_call>\u0338e\u0301", "<|im_end|><tool_call>"):
+        ids = BulkEncoder(tokenizer).encode(text)[0].tolist()
+        assert number in ids and ids == theirs(folders / "qwen")(text, add_special_tokens=False)["input_ids"]
+
+
+# -- the fast path is left where it is wrong -----------------------------------------------------
+
+
+def test_without_gigatoken_one_line_says_so(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gigatoken", None)  # the import raises ImportError
+    prepare([("a", "text")] * 3, tmp_path, "--workers", "1", tokenizer="gpt2", side=lambda key: "train")
+    said = capsys.readouterr().out
+    assert said.count("tokenizing without gigatoken") == 1 and "it cannot be imported (ModuleNotFoundError" in said
+
+
+@pytest.mark.parametrize("fault", ["another id", "a panic"])
+@pytest.mark.parametrize("when", ["at the start", "later"])
+def test_gigatoken_is_left_where_it_differs(monkeypatch, capsys, fault, when):
+    tokenizer = load_tokenizer("gpt2")
+    real = fast_encoding.Gigatoken.ids
+
+    class Panic(BaseException):
+        pass
+
+    def wrong(self, text, content):
+        if "\u20ac" not in text:
+            return real(self, text, content)
+        if fault == "a panic":
+            raise Panic("index out of bounds")
+        return real(self, text, content)[::-1]
+
+    monkeypatch.setattr(fast_encoding, "RENEW_NOT_BEFORE", 1000)
+    monkeypatch.setattr(fast_encoding, "RENEW_AFTER", 1000)
+    if when == "later":
+        encoder = BulkEncoder(tokenizer)
+        assert encoder.quick and not encoder.notice
+        monkeypatch.setattr(fast_encoding.Gigatoken, "ids", wrong)
+        for _ in range(300):
+            assert encoder.encode("word \n")[0].tolist() == tokenizer.encode_ordinary("word \n")
+    else:
+        monkeypatch.setattr(fast_encoding.Gigatoken, "ids", wrong)
+        encoder = BulkEncoder(tokenizer)
+    assert encoder.quick is None
+    expected = "it gives other ids for" if fault == "another id" else "it fails on"
+    assert expected in encoder.notice and "\n" not in encoder.notice
+    assert capsys.readouterr().err.count("tokenizing without gigatoken") == (when == "later")
+    assert encoder.encode("5 \u20ac")[0].tolist() == tokenizer.encode_ordinary("5 \u20ac")
+
+
+def test_the_cache_of_gigatoken_is_bounded(monkeypatch):
+    """Words that never repeat: a new copy is taken before the memory has grown by more than the limit and a text."""
+    monkeypatch.setattr(fast_encoding, "RENEW_NOT_BEFORE", 1 << 20)
+    monkeypatch.setattr(fast_encoding, "RENEW_AT_GROWTH", 32 << 20)
+    encoder = BulkEncoder(load_tokenizer("gpt2"))
+    choose = np.random.default_rng(0)
+    before = fast_encoding.resident_memory()
+    most = 0
+    copies = set()
+    for _ in range(40):
+        letters = choose.integers(97, 123, size=(50_000, 10), dtype=np.uint8)
+        letters[:, -1] = ord(" ")
+        encoder.encode(letters.tobytes().decode())  # 0.5 MB, some 6 MB of cache
+        copies.add(id(encoder.quick))
+        most = max(most, fast_encoding.resident_memory() - before)
+    assert most < 96 << 20 and len(copies) > 1
+
+
+# -- faults --------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_json_alone_is_enough(folders, tmp_path):
+    shutil.copy(folders / "llama3" / "tokenizer.json", tmp_path)
+    for name in (tmp_path, tmp_path / "tokenizer.json"):
+        tokenizer = load_tokenizer(name)
+        assert tokenizer.text_of([*tokenizer.begin, *tokenizer.end]) == "<|begin_of_text|><|end_of_text|>"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda config: {"eos_token": None}, None),  # a usual one is found
+        (lambda config: "[]", "expected a tokenizer"),
+        (lambda config: "{", "expected a tokenizer"),
+        (lambda config: {"tokenizer_class": 5}, "expected a tokenizer"),
+    ],
+)
+def test_damaged_settings_of_a_foreign_tokenizer_are_one_line(folders, tmp_path, change, words):
+    shutil.copytree(folders / "gpt2", tmp_path / "t")
+    path = tmp_path / "t" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    new = change(config)
+    path.write_text(new if isinstance(new, str) else json.dumps(config | new))
+    if words is None:
+        assert load_tokenizer(tmp_path / "t").end == (load_tokenizer(folders / "gpt2").end_of_text,)
+        return
+    with pytest.raises(UserError, match=words) as caught:
+        load_tokenizer(tmp_path / "t")
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(folders, tmp_path):
+    content = json.loads((folders / "gpt2" / "tokenizer.json").read_text())
+    content["added_tokens"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"tokenizer.json: found no token that ends a document, expected eos_token"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_and_unknown_names(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"found neither tokenizer\.tiktoken nor tokenizer\.json in it"):
+        load_tokenizer(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"'gtp2' is neither .*did you mean gpt2"):
+        load_tokenizer("gtp2")
+    with pytest.raises(UserError, match="nobody/nothing: no such folder here, and not to be had from the Hugging Face"):
+        load_tokenizer("nobody/nothing")
+
+
+def test_the_fingerprint_is_of_the_content_and_not_of_its_form(folders, tmp_path):
+    before = load_tokenizer(folders / "qwen").fingerprint()
+    content = json.loads((folders / "qwen" / "tokenizer.json").read_text())
+    same = copy.deepcopy(content) | {"truncation": None}
+    for found, is_same in ((same, True), (content | {"normalizer": None}, False)):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(found, indent=7))
+        assert (load_tokenizer(tmp_path).fingerprint() == before) == is_same
