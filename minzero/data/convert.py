@@ -119,9 +119,11 @@ class Conversion(Preparation):
         self.done = self.recorded.get("settings", {}).get("converted", {"tokens": 0, "ends_added": 0})
         super().open_output()
         written = sum(split.tokens for split in self.splits.values())
-        counts = self.done.values() if isinstance(self.done, dict) else []
-        if self.done.keys() != {"tokens", "ends_added"} or not all(map(is_count, counts)) or sum(counts) != written:
-            raise damaged(self.progress_file, "settings.converted", self.done, f"two numbers of the sum {written}")
+        counts = self.done if isinstance(self.done, dict) else {}
+        right = counts.keys() == {"tokens", "ends_added"} and all(map(is_count, counts.values()))
+        if not right or sum(counts.values()) != written:
+            expected = f"two numbers, tokens and ends_added, of the sum {written}"
+            raise damaged(self.progress_file, "settings.converted", self.done, expected)
 
     def save(self, *finished):
         self.settings["converted"] = self.done  # by which a later call continues
@@ -177,7 +179,8 @@ class Conversion(Preparation):
         added = self.done["ends_added"]
         if added:
             print(f"added the end of text (id {self.ids.end_of_text}) to {plural(added, 'document')} that had none")
-        elif not self.by_name and self.documents_done() <= len(self.files.files):
+        files = self.files.files
+        if files[0].is_plain and not self.by_name and self.documents_done() <= len(files):
             print(
                 f"warning: found no id {self.ids.end_of_text}, the end of text of {self.ids.name}, between documents, "
                 "so each file is one document; is it the tokenizer that made the ids?"
@@ -267,13 +270,7 @@ def to_nanogpt(folder, out):
     with locked(Path(out)):
         described = nanogpt_meta(folder) if meta and meta["tokenizer"].get("name") != "gpt2" else None
         check_nothing_else(Path(out), described, streams)
-        total = sum(stream.tokens for stream in streams.values())
-        with tqdm(total=total, unit=" tokens", unit_scale=True, desc=str(out)) as bar:
-            if described:
-                write_atomically(Path(out) / "meta.pkl", described)
-            # train.bin last: nanoGPT reads it first, so it does not start on a part of the files
-            for split in ("val", "train"):
-                write_blocks(Path(out) / f"{split}.bin", blocks_of(streams[split]), bar)
+        write_nanogpt(Path(out), described, streams)
     for split, stream in streams.items():
         print(f"{split}.bin: {stream.tokens:,} tokens")
     reads = "meta.pkl has the vocabulary" if described else "without meta.pkl, nanoGPT takes GPT-2's vocabulary"
@@ -305,6 +302,27 @@ def check_nothing_else(out, described, streams):
         path = out / name
         if os.path.lexists(path) and (blocks is None or not holds(path, blocks)):
             raise UserError(f"{path}: holds something else than would be written; remove it, or choose another --out")
+
+
+def write_nanogpt(out, described, streams):
+    """Write the files into `out`; arguments as of `check_nothing_else`. If that fails, those that were not there before
+    are removed."""
+    names = ["meta.pkl"] if described else []
+    names += ["val.bin", "train.bin"]  # train.bin last: nanoGPT opens it first, so it never trains on a part of them
+    new = [out / name for name in names if not os.path.lexists(out / name)]
+    total = sum(stream.tokens for stream in streams.values())
+    with tqdm(total=total, unit=" tokens", unit_scale=True, desc=str(out)) as bar:
+        try:
+            for path in new:
+                if path.name == "meta.pkl":
+                    write_atomically(path, described)
+                else:
+                    write_blocks(path, blocks_of(streams[path.stem]), bar)
+        except UserError:
+            for path in new:
+                path.unlink(missing_ok=True)
+                path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+            raise
 
 
 def holds(path, blocks):

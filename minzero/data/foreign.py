@@ -357,7 +357,7 @@ def open_headerless(path, kind, dtype, default_dtype):
                 f"{printable(path)}: found {file.size} bytes, expected whole {chosen.name} ids of {chosen.itemsize} "
                 f"bytes; {REMEDY}, or say its type with --dtype"
             )
-        start = file.array(chosen, 0, min(file.size // chosen.itemsize, 1 << 16))
+        start = file.array(chosen, 0, min(file.size // chosen.itemsize, 1024))
     if dtype is None and chosen.itemsize == 2 and len(start) >= 256 and not start[1::2].any() and start.any():
         raise UserError(
             f"{printable(path)}: found 0 in every second of {len(start)} uint16 values, expected ids: they are "
