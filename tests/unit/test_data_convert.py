@@ -13,11 +13,13 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data import convert as command
@@ -42,38 +44,10 @@ from tests.helpers.data_sets import (
     text_of,
 )
 from tests.helpers.processes import ROOT, environment
+from tests.helpers.token_files import index_of, write_ids, write_megatron
 
 END = 256  # of the tokenizer `bytes`
-CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8}
 DOCUMENTS = [list(f"The document of number {i}, with {i * i} in it.".encode()) for i in range(300)]
-
-
-def index_of(dtype, lengths, indices, version=1, magic=b"MMIDIDX\0\0", code=None, pointers=None):
-    """The bytes of an .idx of Megatron's."""
-    size = np.dtype(dtype).itemsize
-    pointers = [size * sum(lengths[:i]) for i in range(len(lengths))] if pointers is None else pointers
-    content = magic + struct.pack("<QBQQ", version, code or CODES[dtype], len(lengths), len(indices))
-    content += struct.pack(f"<{len(lengths)}i", *lengths) + struct.pack(f"<{len(pointers)}q", *pointers)
-    return content + struct.pack(f"<{len(indices)}q", *indices)
-
-
-def write_megatron(prefix, documents, dtype="uint16", **index):
-    """A data set of documents, each a list of ids, or of lists: its sequences."""
-    documents = [document if document and isinstance(document[0], list) else [document] for document in documents]
-    sequences = [sequence for document in documents for sequence in document]
-    indices = [0, *np.cumsum([len(document) for document in documents]).tolist()]
-    prefix.parent.mkdir(exist_ok=True)
-    ids = [token for sequence in sequences for token in sequence]
-    (prefix.parent / f"{prefix.name}.bin").write_bytes(np.array(ids, dtype).tobytes())
-    content = index_of(dtype, [len(sequence) for sequence in sequences], indices, **index)
-    (prefix.parent / f"{prefix.name}.idx").write_bytes(content)
-    return prefix
-
-
-def write_ids(path, ids, dtype="uint16"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(np.array(ids, dtype).tobytes())
-    return path
 
 
 def ids_of(folder, split):
@@ -123,14 +97,18 @@ def test_megatron(tmp_path, capsys, dtype):
 IDS = st.lists(st.sampled_from([1, 2, 3, END]), max_size=9)
 
 
+IN_MEMORY = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@IN_MEMORY
 @given(st.data())
-def test_megatron_in_blocks(tmp_path_factory, data):
+def test_megatron_in_blocks(quick, data):
     """Any sequences in any documents, whatever block they fall into, cut into shards of any size."""
     documents = data.draw(st.lists(st.lists(IDS, max_size=3), min_size=1, max_size=12))
     flat = [list(itertools.chain(*document)) for document in documents]
     fraction = data.draw(st.sampled_from([0, 0.3]))
     right = expected(map(ended, flat), "set", fraction)
-    folder = tmp_path_factory.mktemp("blocks")
+    folder = Path(tempfile.mkdtemp(dir=quick))
     write_megatron(folder / "set", [document or [[]] for document in documents])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert, "BLOCK", data.draw(st.integers(1, 12)))
@@ -177,8 +155,9 @@ def test_several_data_sets_and_names(tmp_path):
 # -- OLMo ----------------------------------------------------------------------------------------
 
 
+@IN_MEMORY
 @given(st.data())
-def test_olmo_in_blocks(tmp_path_factory, data):
+def test_olmo_in_blocks(quick, data):
     """Documents end with the end of text, or begin with it where the file does."""
     ids = data.draw(st.lists(st.sampled_from([1, 2, 3, 4, END]), min_size=1, max_size=60))
     documents = [[]]
@@ -189,7 +168,7 @@ def test_olmo_in_blocks(tmp_path_factory, data):
         if ids[0] != END and token == END and place + 1 < len(ids):
             documents.append([])
     right = expected(map(ended, documents), "part.npy", 0.3)
-    folder = tmp_path_factory.mktemp("blocks")
+    folder = Path(tempfile.mkdtemp(dir=quick))
     write_ids(folder / "part.npy", ids)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert, "BLOCK", data.draw(st.integers(1, 12)))
@@ -279,6 +258,19 @@ def test_round_trip_by_nanogpt(prepared, tmp_path, capsys):
     for key in ("tokenizer", "vocab_size", "end_of_text", "loss_mask", "skipped"):
         assert after[key] == before[key]
     to_nanogpt(prepared, tmp_path / "nano")  # again: the same files are not in the way
+
+
+def test_one_of_nanogpts_files(tmp_path, capsys):
+    """Its name decides, also for validation alone; or it is split by document."""
+    documents = [[*document, END] for document in DOCUMENTS]
+    ids = [token for document in documents for token in document]
+    write_ids(tmp_path / "val.bin", ids)
+    to_shards([tmp_path / "val.bin"], "bytes", tmp_path / "named")
+    assert ids_of(tmp_path / "named", "val") == ids and not list((tmp_path / "named").glob("train_*"))
+    assert "evaluate on it with --data.path" in capsys.readouterr().out
+    to_shards([tmp_path / "val.bin"], "bytes", tmp_path / "split", val_fraction=0.2, split_by="document")
+    right = expected(documents, "val.bin", 0.2)
+    assert {split: ids_of(tmp_path / "split", split) for split in right} == right
 
 
 def test_nanogpt_with_gpt2_has_no_meta_pkl(tmp_path, shared):
