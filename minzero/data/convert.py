@@ -33,11 +33,15 @@ NANOGPT_MOST = 65536  # ids: nanoGPT reads uint16
 # -- tokenizers ----------------------------------------------------------------------------------
 
 
-def bytes_of_tokens(encoding):
-    """The bytes of each id, in a list. Special tokens and ids that are not used have none: they are no text."""
+def bytes_of_tokens(encoding, special=False):
+    """The bytes of each id, in a list; none for ids that are not used. special: the names of special tokens too, which
+    are no text."""
     tokens = [b""] * encoding.n_vocab
     for token, rank in encoding._mergeable_ranks.items():
         tokens[rank] = token
+    if special:
+        for name, rank in encoding._special_tokens.items():
+            tokens[rank] = name.encode()
     return tokens
 
 
@@ -284,12 +288,12 @@ def nanogpt_meta(folder):
     sample.py encodes a prompt by characters, so with a tokenizer of longer pieces the prompt gets more tokens than a
     text of the data has, and only characters that are tokens can be in it."""
     encoding = tokenizer_of(folder)
-    itos = {number: token.decode(errors="replace") for number, token in enumerate(bytes_of_tokens(encoding))}
+    tokens = bytes_of_tokens(encoding, special=True)
+    itos = {number: token.decode(errors="replace") for number, token in enumerate(tokens)}
     stoi = {}
     for number, text in itos.items():
         if len(text) == 1 and text != "\N{REPLACEMENT CHARACTER}":
             stoi.setdefault(text, number)
-    itos |= {number: text for text, number in encoding._special_tokens.items()}
     return pickle.dumps({"vocab_size": encoding.n_vocab, "itos": itos, "stoi": stoi})
 
 
