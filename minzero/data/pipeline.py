@@ -164,8 +164,9 @@ class Preparation:
             "limit": args.limit,
             "column": args.column,
         }
+        self.document = {"begin": list(encoding.begin), "end": list(encoding.end)}  # ids before and after each
         if encoding.end:  # else as always: the end of text before each document
-            self.settings["document"] = document_marks(encoding)
+            self.settings["document"] = self.document
         self.by_default = side is None
         # an earlier version of this program cut no files; its work is continued without cuts
         may_cut = not self.recorded_in or "cut_files" in self.recorded.get("settings", {})
@@ -293,7 +294,7 @@ class Preparation:
             "tokenizer": tokenizer_entry(self.tokenizer, self.encoding, args.out),
             "vocab_size": self.encoding.n_vocab,
             "end_of_text": self.encoding.end_of_text,
-            "document": document_marks(self.encoding),
+            "document": self.document,
             "loss_mask": self.loss_mask,
             "settings": self.settings,
             "skipped": self.skipped.documents,
@@ -370,11 +371,6 @@ def report(splits, skipped, args, by_hash):
             f"{args.val_fraction:.4%}: a hash of their names decides, of each document as a whole; cut them into more "
             f"and smaller ones, or choose another --val_fraction, and remove {args.out} to make it again"
         )
-
-
-def document_marks(tokenizer):
-    """The ids before and after each document, as meta.json has them."""
-    return {"begin": list(tokenizer.begin), "end": list(tokenizer.end)}
 
 
 def tokenizer_entry(tokenizer, encoding, out):

@@ -11,6 +11,7 @@ tiktoken's, in which the names of special tokens are text like any other, and
     fingerprint()    a hash of everything that decides how text is encoded
     vocabulary()     {token as tokenizer.json writes it: id}, of tiktoken's without special tokens
     known_ids()      the set of ids that stand for a token
+    token_bytes()    the bytes of text that each id stands for, a list; none for ids that are special or not used
     missing_characters(text)
     as_transformers(chat_template), save(folder, **settings)
 """
@@ -30,6 +31,7 @@ from minzero.config.values import did_you_mean
 from minzero.data.meta import read_object
 from minzero.data.tokenizer_files import (
     END_OF_TEXT,
+    byte_level_alphabet,
     byte_level_names,
     byte_ranks,
     check_ranks,
@@ -45,6 +47,7 @@ SAMPLE = "".join(map(chr, [9, 10, 13, *range(32, 127)])) + "  \n\n \t x 12345 ca
 # what transformers may need of a folder to build the tokenizer
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 FILES += ("chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
+BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")  # of a byte, in a BPE with byte fallback
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Tokens that end a turn of a conversation, and the token that ended a document when the same models were pre-trained.
 OF_PRETRAINING = {
@@ -130,6 +133,16 @@ class TiktokenTokenizer(Tokenizer, tiktoken.Encoding):
 
     def known_ids(self):
         return {*self._mergeable_ranks.values(), *self._special_tokens.values()}
+
+    def token_bytes(self, special=False):
+        """special: the names of special tokens, too."""
+        tokens = [b""] * self.n_vocab
+        for token, rank in self._mergeable_ranks.items():
+            tokens[rank] = token
+        if special:
+            for name, rank in self._special_tokens.items():
+                tokens[rank] = name.encode()
+        return tokens
 
     def missing_characters(self, text):
         """The characters of `text` that it has no token for. Tokenizers with all 256 bytes miss none; a tokenizer of
@@ -257,6 +270,28 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def known_ids(self):
         return set(self.backend.get_vocab().values())
+
+    def token_bytes(self, special=False):
+        """special: the names of special tokens, too. The space that some tokenizers add before the first word of a text
+        counts."""
+        content = json.loads(self.backend.to_str())
+        special_tokens = {token["id"] for token in content["added_tokens"] if token["special"]}
+        added = {token["id"] for token in content["added_tokens"]}
+        is_byte_level = '"ByteLevel"' in json.dumps(content["decoder"])
+        from_unicode = {char: value for value, char in enumerate(byte_level_alphabet())}
+        tokens = [b""] * self.n_vocab
+        for name, number in self.backend.get_vocab().items():
+            if number in special_tokens and not special:
+                continue
+            if number in added:
+                tokens[number] = name.encode()
+            elif is_byte_level:
+                tokens[number] = bytes(from_unicode[char] for char in name if char in from_unicode)
+            elif BYTE_NAME.fullmatch(name):
+                tokens[number] = bytes([int(name[3:5], 16)])
+            else:
+                tokens[number] = name.replace("\u2581", " ").encode()
+        return tokens
 
     def missing_characters(self, text):
         """None: where it has no token for a character it has one for all unknown ones, or for bytes."""

@@ -22,6 +22,7 @@ from urllib.parse import unquote
 import pytest
 
 from tests.helpers.processes import ROOT, environment
+from tests.helpers.token_files import write_ids, write_megatron
 from tests.helpers.trained_runs import GPT2, LLAMA, write_data, write_run
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -170,6 +171,9 @@ def place(tmp_path_factory):
     talk = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well."}]
     (folder / "talks.jsonl").write_text(json.dumps({"messages": talk, "conversation": talk}) + "\n")
     (folder / "prompts.txt").write_text("ab\nxyz\n")
+    write_megatron(folder / "my_text_document", [list(b"a document")] * 50)
+    for name in ("olmo/part-0.npy", "olmo/part-1.npy", "nanoGPT/data/owt/train.bin", "nanoGPT/data/owt/val.bin"):
+        write_ids(folder / name, [*b"a document", 256] * 50)
     (folder / "configs").symlink_to(ROOT / "configs")
     return folder
 
@@ -187,6 +191,8 @@ def shortened(script, words):
     if script == "data/chat/prepare.py":
         name = f"prepared/{len(words)}_chat"
         return [*words, "--input", "talks.jsonl", "--workers", "1", "--tokenizer", "bytes", "--out", name]
+    if script == "data/convert.py":
+        return ["bytes" if before == "--tokenizer" else word for before, word in pairwise(["", *words])]
     if script.startswith("data/"):
         tokenizer = [] if "--tokenizer" in words else ["--tokenizer", "bytes"]
         return [*words, *shlex.split(LOCAL), *tokenizer, "--out", f"prepared/{len(words)}_{script.split('/')[1]}"]
@@ -297,7 +303,7 @@ def test_the_map_of_the_files_is_complete():
     text = (ROOT / "README.md").read_text()
     lines = blocks(text[text.index("\n## The files") :])[0][1]
     top = set(re.findall(r"\b(\w+\.py)\b", "\n".join(lines)))
-    assert top - {"verify.py", "train_tokenizer.py"} == {path.name for path in ROOT.glob("*.py")}
+    assert top - {"convert.py", "verify.py", "train_tokenizer.py"} == {path.name for path in ROOT.glob("*.py")}
     library = set()
     for line in lines:
         if not line.startswith("  "):
