@@ -16,7 +16,7 @@ from multiprocessing import connection
 import numpy as np
 
 from minzero.data.conversations import LEARNED
-from minzero.data.documents import BadDocument
+from minzero.data.documents import BadDocument, Dropped
 from minzero.data.shards import NO_LOSS, token_dtype
 from minzero.data.tokenizer import (
     END_OF_TEXT,
@@ -36,11 +36,12 @@ SMALL_PIECE = 10_000  # characters given to the tokenizer at a time where it fai
 # -- in the workers ------------------------------------------------------------------------------
 
 
-def start_worker(tokenizer, loss_mask):
-    """Load the tokenizer, once a process."""
-    global encoding, with_loss_mask
+def start_worker(tokenizer, loss_mask, evaluation_texts=None):
+    """Load the tokenizer, once a process. evaluation_texts: a clean.Evaluation, or None."""
+    global encoding, with_loss_mask, evaluation
     encoding = faster(load_tokenizer(tokenizer))
     with_loss_mask = loss_mask
+    evaluation = evaluation_texts
     parent = multiprocessing.parent_process()
     if parent is not None:
         # a worker whose parent was killed would wait for work for ever
@@ -48,13 +49,18 @@ def start_worker(tokenizer, loss_mask):
 
 
 def encode_batch(batch):
-    """[(split, key, text or BadDocument)] -> {split: (tokens, documents, bytes of text)} and [(key, BadDocument)] of
-    those that cannot be used, in order."""
+    """[(split, key, text, BadDocument or Dropped)] -> {split: (tokens, documents, bytes of text)} and [(key,
+    BadDocument or Dropped)] of those that are left out, in order."""
+    if evaluation is not None:
+        batch = evaluation.mark(batch)
     end_of_text = np.array([encoding._special_tokens[END_OF_TEXT]], dtype=np.uint32)
     parts = {}  # split -> arrays of tokens
     counts = {}  # split -> (documents, bytes)
-    bad = []
+    left_out = []
     for split, key, text in batch:
+        if isinstance(text, Dropped):
+            left_out.append((key, text))
+            continue
         try:
             if isinstance(text, BadDocument):
                 raise text
@@ -62,7 +68,7 @@ def encode_batch(batch):
                 raise BadDocument(key, f"found {type(text).__name__}, expected a string")
             arrays, size = encode_document(key, text, end_of_text)
         except BadDocument as error:
-            bad.append((key, error))
+            left_out.append((key, error))
             continue
         parts.setdefault(split, []).extend(arrays)
         documents, size_before = counts.get(split, (0, 0))
@@ -74,7 +80,7 @@ def encode_batch(batch):
         if largest >= encoding.n_vocab:
             raise UserError(f"--tokenizer: {encoding.name} gave id {largest}, expected below {encoding.n_vocab}")
         result[split] = tokens.astype(token_dtype(encoding.n_vocab, with_loss_mask)), *counts[split]
-    return result, bad
+    return result, left_out
 
 
 def encode_document(key, text, end_of_text):
@@ -135,14 +141,15 @@ def make_batches(documents, characters, side):
         yield batch
 
 
-def encode_batches(batches, tokenizer, workers, loss_mask):
-    """Yield `encode_batch` of each batch, in order. At most 4 batches a worker are in memory."""
+def encode_batches(batches, *settings, workers):
+    """Yield `encode_batch` of each batch, in order. At most 4 batches a worker are in memory. settings: the arguments
+    of `start_worker`."""
     if workers == 1:
-        start_worker(tokenizer, loss_mask)
+        start_worker(*settings)
         yield from map(encode_batch, batches)
         return
     # spawn: the parent may have threads (datasets, tokenizers) that do not survive a fork
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (tokenizer, loss_mask))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, settings)
     try:
         pending = deque()
         for batch in batches:

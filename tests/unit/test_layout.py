@@ -14,7 +14,7 @@ ORDER = """
     sizes config.auto config.deepspeed config.hints config.build config.help config.load dist run_folder loss
     recompute zero tensor_files
     data.order data.meta data.shards data.mixture data.tokenizer data.documents data.local_files
-    data.sources data.conversations data.encode data.output data.pipeline data.scripts data.verify
+    data.sources data.conversations data.output data.clean data.encode data.pipeline data.scripts data.verify
     checkpoint_state checkpoint_folder nearest checkpoint resume model hf.families hf.read trained compiled engine
     schedule watchdog bad_steps metrics loggers profiler curves plot report hf.card hf.write hf.gguf summary run
     evaluate_loss sampling evaluate generate planner.gpus planner.settings planner.activations planner.replay
