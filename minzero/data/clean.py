@@ -18,7 +18,6 @@ import json
 import mmap
 import os
 import re
-import tempfile
 
 import numpy as np
 
@@ -45,9 +44,9 @@ class Duplicates:
     """Leaves out texts that an earlier document has, byte for byte. Its memory does not grow with the documents.
 
     digests.tmp, the log, has the digest of each document, in order: 16 GB for 10^9 documents. A later call cuts it to
-    the documents that progress.json records. A hash table maps digests to places in the log. It is a file without a
-    name, in the same folder, mapped into memory: 16 to 32 bytes a document. It is made from the log at the start, and
-    twice as large whenever it is half full."""
+    the documents that progress.json records. A hash table maps digests to places in the log. It is a file mapped into
+    memory, whose name is removed at once: 16 to 32 bytes a document. It is made from the log at the start, and made
+    again twice as large whenever it is half full."""
 
     def __init__(self, folder):
         self.path = folder / "digests.tmp"
@@ -138,13 +137,18 @@ class Duplicates:
 
     def make_table(self, slots):
         """Make the table of what is in the log, with `slots` slots, a power of two."""
+        path = self.path.with_name("digests_table.tmp")
+        make_way(path, unless_plain=True)
         try:
-            with tempfile.TemporaryFile(dir=self.path.parent) as file:
-                # so that a full disk is an error now, not the signal SIGBUS later
-                os.posix_fallocate(file.fileno(), 0, 8 * slots)
-                table = mmap.mmap(file.fileno(), 8 * slots)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            try:
+                os.unlink(path)
+                os.posix_fallocate(file, 0, 8 * slots)  # a full disk is an error now, not the signal SIGBUS later
+                table = mmap.mmap(file, 8 * slots)
+            finally:
+                os.close(file)
         except OSError as error:
-            raise cannot_write(f"{self.path.parent}: the table of --dedup exact", error) from None
+            raise cannot_write(path, error) from None
         self.mask = slots - 1
         self.slots = memoryview(table).cast("Q")
         array = np.frombuffer(table, np.uint64)
@@ -298,7 +302,7 @@ class Evaluation:
         parts = []
         self.short = 0
         for path, name in zip(paths, self.names, strict=True):
-            texts = list(dict.fromkeys(read_evaluation(path)))
+            texts = list(dict.fromkeys(filter(str.strip, read_evaluation(path))))
             ngrams = Ngrams(texts)
             which, number, place = ngrams.locate(np.arange(len(ngrams.hashes)))
             if not len(which):
