@@ -312,7 +312,7 @@ class Evaluation:
                     "whole questions or passages"
                 )
             parts.append((ngrams.hashes[which], number + len(self.texts), place))
-            self.short += len(texts) - len(np.unique(number))
+            self.short += len(texts) - count_different(number)
             self.texts += texts
             self.ends.append(len(self.texts))
         hashes, numbers, places = map(np.concatenate, zip(*parts, strict=True))
@@ -330,7 +330,7 @@ class Evaluation:
         """A line on what is looked for."""
         short = f"; {plural(self.short, 'shorter text')} not looked for" if self.short else ""
         return (
-            f"evaluation: {plural(len(self.names), 'file')}, {plural(len(np.unique(self.hashes)), 'run')} of {WORDS} "
+            f"evaluation: {plural(len(self.names), 'file')}, {plural(count_different(self.hashes), 'run')} of {WORDS} "
             f"words{short}"
         )
 
@@ -365,6 +365,11 @@ class Evaluation:
                 shown = words if len(words) <= 500 else f"{words[:500]}..."
                 return Dropped("contaminated", f"shares {WORDS} words with {name}: {shown}")
         return None
+
+
+def count_different(values):
+    """How many different values an array in ascending order has, (n,) with n of 1 or more."""
+    return 1 + np.count_nonzero(values[1:] != values[:-1])
 
 
 def an_evaluation_file(text):

@@ -49,8 +49,8 @@ def start_worker(tokenizer, loss_mask, evaluation_texts=None):
 
 
 def encode_batch(batch):
-    """[(split, key, text, BadDocument or Dropped)] -> {split: (tokens, documents, bytes of text)} and [(key,
-    BadDocument or Dropped)] of those that are left out, in order."""
+    """[(split, key, text)], some with a BadDocument or Dropped as text -> {split: (tokens, documents, bytes of text)}
+    and [(key, BadDocument or Dropped)] of those that are left out, in order."""
     if evaluation is not None:
         batch = evaluation.mark(batch)
     end_of_text = np.array([encoding._special_tokens[END_OF_TEXT]], dtype=np.uint32)

@@ -218,6 +218,8 @@ class Preparation:
         self.skipped.recover(known=self.begun)
         if self.duplicates:
             self.duplicates.recover(self.documents_done())
+        elif self.begun:
+            Duplicates(self.args.out).remove()  # an earlier call with --dedup finished no shard
         if self.recorded_in:
             for split in self.splits.values():
                 split.recover()

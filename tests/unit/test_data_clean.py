@@ -454,6 +454,22 @@ def test_a_log_of_digests_that_does_not_fit_and_one_of_somebody_else(tmp_path, c
     os.truncate(tmp_path / "digests.tmp", 17)
     with pytest.raises(UserError, match=r"digests.tmp: missing or cut, expected at least .* remove progress.json"):
         prepare(documents, tmp_path, *flags_for(evaluation))
+    (tmp_path / "progress.json").unlink()
+    prepare(documents, tmp_path, *flags_for(evaluation))
+    assert_result(tmp_path, documents, evaluation)
+
+
+def test_a_call_with_the_flag_that_finished_nothing_leaves_nothing_to_one_without(tmp_path, case):
+    documents, _ = case
+
+    def failing():
+        yield from documents[:2]
+        raise RuntimeError
+
+    assert ended_by(in_a_child(lambda: prepare(failing(), tmp_path, "--dedup", "exact"))) == 1
+    assert (tmp_path / "digests.tmp").exists()
+    prepare(documents, tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_the_flags_belong_to_the_settings(tmp_path, case):
