@@ -88,6 +88,8 @@ def to_shards(sources, tokenizer, out, val_fraction=None, shard_tokens=100_000_0
         shard_tokens=shard_tokens,
         limit=None,
         column=None,
+        dedup="none",
+        decontaminate=None,
     )
     with locked(args.out):
         Conversion(files, ids, args, by_name).run()

@@ -7,6 +7,7 @@ out and read the next.
 
 import itertools
 import json
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -27,6 +28,14 @@ class BadDocument(UserError):
 
     def __str__(self):
         return f"{self.where}: {self.reason}; {self.remedy}, or leave such documents out: --on_bad_document skip"
+
+
+class Dropped(NamedTuple):
+    """Stands in place of the text of a usable document that is left out by --dedup or --decontaminate (see clean.py).
+    kind: "duplicates" or "contaminated", the name of its count in meta.json. reason: for skipped.jsonl."""
+
+    kind: str
+    reason: str
 
 
 class Source:

@@ -16,7 +16,7 @@ from multiprocessing import connection
 import numpy as np
 
 from minzero.data.conversations import LEARNED
-from minzero.data.documents import BadDocument
+from minzero.data.documents import BadDocument, Dropped
 from minzero.data.fast_encoding import BulkEncoder
 from minzero.data.shards import NO_LOSS, token_dtype
 from minzero.data.text import cut_for_tokenizer, without_surrogates
@@ -30,29 +30,36 @@ SMALL_PIECE = 10_000  # characters given to the tokenizer at a time where it fai
 # -- in the workers ------------------------------------------------------------------------------
 
 
-def start_worker(tokenizer, use_gigatoken, loss_mask):
-    """Open the tokenizer, once a process."""
-    use_encoder(BulkEncoder(tokenizer, use_gigatoken), loss_mask)
+def start_worker(tokenizer, use_gigatoken, loss_mask, evaluation_texts):
+    """Open the tokenizer, once a process. Arguments: as `use_encoder`."""
+    use_encoder(BulkEncoder(tokenizer, use_gigatoken), loss_mask, evaluation_texts)
     parent = multiprocessing.parent_process()
     if parent is not None:
         # a worker whose parent was killed would wait for work for ever
         threading.Thread(target=lambda: connection.wait([parent.sentinel]) and os._exit(1), daemon=True).start()
 
 
-def use_encoder(given, loss_mask):
-    """Make this process encode with a BulkEncoder."""
-    global encoder, with_loss_mask
-    encoder = given
+def use_encoder(bulk_encoder, loss_mask=False, evaluation_texts=None):
+    """Make this process encode with a BulkEncoder. loss_mask: the texts have separators, see conversations.py.
+    evaluation_texts: a clean.Evaluation, whose text is left out, or None."""
+    global encoder, with_loss_mask, evaluation
+    encoder = bulk_encoder
     with_loss_mask = loss_mask
+    evaluation = evaluation_texts
 
 
 def encode_batch(batch):
-    """[(split, key, text or BadDocument)] -> {split: (tokens, documents, bytes of text)} and [(key, BadDocument)] of
-    those that cannot be used, in order."""
+    """[(split, key, text)], some with a BadDocument or Dropped as text -> {split: (tokens, documents, bytes of text)}
+    and [(key, BadDocument or Dropped)] of those that are left out, in order."""
+    if evaluation is not None:
+        batch = evaluation.mark(batch)
     parts = {}  # split -> arrays of tokens
     counts = {}  # split -> (documents, bytes)
-    bad = []
+    left_out = []
     for split, key, text in batch:
+        if isinstance(text, Dropped):
+            left_out.append((key, text))
+            continue
         try:
             if isinstance(text, BadDocument):
                 raise text
@@ -60,12 +67,12 @@ def encode_batch(batch):
                 raise BadDocument(key, f"found {type(text).__name__}, expected a string")
             arrays, size = encode_document(key, text)
         except BadDocument as error:
-            bad.append((key, error))
+            left_out.append((key, error))
             continue
         parts.setdefault(split, []).extend(arrays)
         documents, size_before = counts.get(split, (0, 0))
         counts[split] = documents + 1, size_before + size
-    return {split: (joined(arrays), *counts[split]) for split, arrays in parts.items()}, bad
+    return {split: (joined(arrays), *counts[split]) for split, arrays in parts.items()}, left_out
 
 
 def joined(arrays):
@@ -154,15 +161,15 @@ def make_batches(documents, characters, side):
         yield batch
 
 
-def encode_batches(batches, workers, encoder, loss_mask):
+def encode_batches(batches, workers, encoder, loss_mask=False, evaluation=None):
     """Yield `encode_batch` of each batch, in order. At most 4 batches a worker are in memory. encoder: a BulkEncoder,
-    of which each worker makes its own."""
+    of which each worker makes its own; loss_mask, evaluation: see `use_encoder`."""
     if workers == 1:
-        use_encoder(encoder, loss_mask)
+        use_encoder(encoder, loss_mask, evaluation)
         yield from map(encode_batch, batches)
         return
     # spawn: the parent may have threads (datasets, tokenizers) that do not survive a fork
-    arguments = encoder.tokenizer, encoder.quick is not None, loss_mask
+    arguments = encoder.tokenizer, encoder.quick is not None, loss_mask, evaluation
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, arguments)
     try:
         pending = deque()

@@ -38,7 +38,8 @@ def read_meta(folder):
     expect(is_count(end) and end < vocab_size, "end_of_text", end, f"a token id below vocab_size {vocab_size}")
     expect(isinstance(meta.get("loss_mask", False), bool), "loss_mask", meta.get("loss_mask"), "true or false")
     expect(isinstance(meta.get("settings", {}), dict), "settings", meta.get("settings"), "an object")
-    expect(is_count(meta.get("skipped", 0)), "skipped", meta.get("skipped"), "a number of documents")
+    for name in ("skipped", "duplicates", "contaminated"):
+        expect(is_count(meta.get(name, 0)), name, meta.get(name), "a number of documents")
     expect(isinstance(meta["splits"], dict), "splits", meta["splits"], "an object")
     for split, content in meta["splits"].items():
         check_split(path, f"splits.{split}", content)

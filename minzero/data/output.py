@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 
+from minzero.data.documents import Dropped
 from minzero.data.shards import HEADER_BYTES, shard_header, shard_layout
 from minzero.errors import UserError
 from minzero.files import cannot_write, checksum, is_regular, make_folder, make_way
@@ -127,6 +128,12 @@ class SkippedLog:
         self.path = folder / "skipped.jsonl"
         self.documents = progress.get("documents", 0)
         self.size = progress.get("bytes", 0)
+        self.dropped = {kind: progress.get(kind, 0) for kind in ("duplicates", "contaminated")}  # among the documents
+
+    @property
+    def unusable(self):
+        """Documents that could not be read or tokenized."""
+        return self.documents - sum(self.dropped.values())
 
     def recover(self, known):
         """Restore the file to the state that progress.json records. known: whether there was a progress.json; without
@@ -143,16 +150,19 @@ class SkippedLog:
         else:
             os.truncate(self.path, self.size)
 
-    def add(self, bad):
-        """Append documents, [(key, BadDocument)]."""
-        lines = "".join(json.dumps({"key": key, "reason": error.reason}) + "\n" for key, error in bad).encode()
+    def add(self, left_out):
+        """Append documents, [(key, BadDocument or Dropped)]."""
+        lines = "".join(json.dumps({"key": key, "reason": why.reason}) + "\n" for key, why in left_out).encode()
         try:
             with open(self.path, "ab") as file:
                 file.write(lines)
         except OSError as error:
             raise cannot_write(self.path, error) from None
-        self.documents += len(bad)
+        self.documents += len(left_out)
         self.size += len(lines)
+        for _, why in left_out:
+            if isinstance(why, Dropped):
+                self.dropped[why.kind] += 1
 
     def flush(self):
         """Flush the file to the disk. Returns the entry for progress.json."""
@@ -162,7 +172,7 @@ class SkippedLog:
                     os.fsync(file.fileno())
             except OSError as error:
                 raise cannot_write(self.path, error) from None
-        return {"documents": self.documents, "bytes": self.size}
+        return {"documents": self.documents, "bytes": self.size} | self.dropped
 
 
 def cut_short(path, size):

@@ -13,7 +13,8 @@ The order of steps, in which a kill between any two loses nothing but time:
 4. The whole shard's .tmp is removed from its name. A later call does so itself if progress.json records the shard.
 
 At the end meta.json is written and progress.json removed. A document that cannot be used ends the preparation, or with
---on_bad_document skip is left out and named in skipped.jsonl, whose length progress.json records.
+--on_bad_document skip is left out and named in skipped.jsonl, whose length progress.json records. So are documents that
+--dedup and --decontaminate leave out (see clean.py).
 """
 
 import contextlib
@@ -24,7 +25,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minzero.data.documents import is_far, plural
+from minzero.data.clean import WORDS, Duplicates, Evaluation, an_evaluation_file, evaluation_files
+from minzero.data.documents import BadDocument, is_far, plural
 from minzero.data.encode import BATCH, encode_batches, make_batches
 from minzero.data.fast_encoding import BulkEncoder
 from minzero.data.meta import check_progress, read_meta
@@ -68,6 +70,10 @@ def options(description, folder, tokenizer="gpt2", val_fraction=0.05, **extra):
         default="stop",
         help="one that cannot be read or tokenized ends the preparation, or is left out and named in skipped.jsonl",
     )
+    dedup = "exact: leave out a document whose text an earlier one has"
+    parser.add_argument("--dedup", choices=["none", "exact"], default="none", help=dedup)
+    same = f"leave out documents that share {WORDS} words in a row with these files (.txt, .jsonl, .parquet)"
+    parser.add_argument("--decontaminate", nargs="+", type=an_evaluation_file, metavar="FILE", help=same)
     for name, default in extra.items():
         parser.add_argument(f"--{name}", type=at_least(1, MOST_IDS) if type(default) is int else str, default=default)
     return parser
@@ -163,10 +169,16 @@ class Preparation:
             "shard_tokens": args.shard_tokens,
             "limit": args.limit,
             "column": args.column,
+            "dedup": None if args.dedup == "none" else args.dedup,  # null as in data of versions that had no such flag
+            "decontaminate": None,
         }
         self.document = {"begin": list(encoding.begin), "end": list(encoding.end)}  # ids before and after each
         if encoding.end:  # else as always: the end of text before each document
             self.settings["document"] = self.document
+        self.duplicates = Duplicates(args.out) if args.dedup == "exact" else None
+        self.evaluation_files = evaluation_files(args.decontaminate or [])
+        if self.evaluation_files:
+            self.settings["decontaminate"] = {"words": WORDS, "files": list(self.evaluation_files)}
         self.by_default = side is None
         # an earlier version of this program cut no files; its work is continued without cuts
         may_cut = not self.recorded_in or "cut_files" in self.recorded.get("settings", {})
@@ -178,10 +190,13 @@ class Preparation:
         """Do the work that is left of the preparation."""
         self.check_same_settings()
         if self.recorded_in == self.meta_file:
-            self.progress_file.unlink(missing_ok=True)  # an earlier call was killed between its last two steps
+            if os.path.lexists(self.progress_file):  # an earlier call was killed between its last steps
+                self.remove_progress()
             print(f"{self.args.out} is already prepared with these settings; remove {self.meta_file} to make it again")
             return
-        for line in (getattr(self.documents, "summary", None), self.cut_summary):
+        self.evaluation = Evaluation(self.evaluation_files.values()) if self.evaluation_files else None
+        found = self.evaluation and self.evaluation.summary()
+        for line in (getattr(self.documents, "summary", None), self.cut_summary, found):
             if line:
                 print(line)
         self.open_output()
@@ -213,6 +228,10 @@ class Preparation:
         }
         self.skipped = SkippedLog(self.args.out, self.recorded.get("skipped", {}))
         self.skipped.recover(known=self.begun)
+        if self.duplicates:
+            self.duplicates.recover(self.documents_done())
+        elif self.begun:
+            Duplicates(self.args.out).remove()  # an earlier call with --dedup finished no shard
         if self.recorded_in:
             for split in self.splits.values():
                 split.recover()
@@ -229,6 +248,8 @@ class Preparation:
         for name, split in self.splits.items():
             state[name] = split.flush(finish=split in finished)
         state["skipped"] = self.skipped.flush()
+        if self.duplicates:
+            self.duplicates.flush()
         write_json(self.progress_file, state)
         for split in self.splits.values():
             split.publish()
@@ -242,7 +263,8 @@ class Preparation:
         if hasattr(documents, "yield_bad"):
             documents.yield_bad = True  # so that reading continues after one, and skips those of an earlier call
         rest = documents.skip(done) if hasattr(documents, "skip") else itertools.islice(documents, done, None)
-        return itertools.islice(rest, self.args.limit and self.args.limit - done)
+        rest = itertools.islice(rest, self.args.limit and self.args.limit - done)
+        return self.duplicates.mark(rest) if self.duplicates else rest
 
     def tokenize(self):
         """Tokenize and write the documents that are left."""
@@ -251,15 +273,16 @@ class Preparation:
         encoder = BulkEncoder(self.encoding, use_gigatoken=args.encoder == "fast")
         if encoder.notice:
             print(encoder.notice)
-        results = encode_batches(batches, args.workers, encoder, self.loss_mask)
+        results = encode_batches(batches, args.workers, encoder, self.loss_mask, self.evaluation)
         tokens = sum(split.tokens for split in self.splits.values())
         bar = tqdm(initial=tokens, unit=" tokens", unit_scale=True, desc=str(args.out), mininterval=0.5)
         with bar, contextlib.closing(results):
-            for result, bad in results:
+            for result, left_out in results:
+                bad = [why for _, why in left_out if isinstance(why, BadDocument)]
                 if bad and args.on_bad_document == "stop":
-                    raise bad[0][1]
-                if bad:
-                    self.skipped.add(bad)
+                    raise bad[0]
+                if left_out:
+                    self.skipped.add(left_out)
                 for name, (new, documents, size) in result.items():
                     self.splits[name].add(new, documents, size)
                     tokens += len(new)
@@ -282,8 +305,16 @@ class Preparation:
             return
         for split in self.splits.values():
             split.temporary.unlink(missing_ok=True)
+        if self.duplicates:
+            self.duplicates.remove()
         if not self.skipped.documents:  # else progress.json shows that skipped.jsonl belongs to a preparation
             self.progress_file.unlink(missing_ok=True)
+
+    def remove_progress(self):
+        """Remove the files that only an unfinished preparation needs."""
+        if self.duplicates:
+            self.duplicates.remove()
+        self.progress_file.unlink()
 
     def finish(self):
         """Finish the last shards and write meta.json."""
@@ -297,7 +328,8 @@ class Preparation:
             "document": self.document,
             "loss_mask": self.loss_mask,
             "settings": self.settings,
-            "skipped": self.skipped.documents,
+            "skipped": self.skipped.unusable,
+            **self.skipped.dropped,
             "splits": {
                 name: {
                     "tokens": split.tokens,
@@ -309,7 +341,7 @@ class Preparation:
             },
         }
         write_json(self.meta_file, meta)
-        self.progress_file.unlink()
+        self.remove_progress()
         report(splits, self.skipped, args, self.by_default)
         use = "train on it" if splits["train"].tokens else "evaluate on it"
         print(f"{use} with --data.path {args.out} --model.vocab_size {self.encoding.n_vocab}")
@@ -362,8 +394,13 @@ def report(splits, skipped, args, by_hash):
     """Print what was made, and a warning if the splits are far from --val_fraction. by_hash: split by `split_of`."""
     for name, split in splits.items():
         print(f"{name}: {split.tokens:,} tokens, {plural(split.documents, 'document')}, {split.bytes:,} bytes of text")
-    if skipped.documents:
-        print(f"skipped {plural(skipped.documents, 'document')} that could not be used, named in {skipped.path}")
+    for count, words in (
+        (skipped.unusable, "that could not be used"),
+        (skipped.dropped["duplicates"], "whose text an earlier one has"),
+        (skipped.dropped["contaminated"], f"that share {WORDS} words in a row with the evaluation texts"),
+    ):
+        if count:
+            print(f"skipped {plural(count, 'document')} {words}, named in {skipped.path}")
     share = splits["val"].bytes / sum(split.bytes for split in splits.values())
     if by_hash and 0 < args.val_fraction < 1 and is_far(share, args.val_fraction):
         print(

@@ -21,6 +21,7 @@ from urllib.parse import unquote
 
 import pytest
 
+from tests.helpers.data_sets import write_parquet
 from tests.helpers.processes import ROOT, environment
 from tests.helpers.token_files import write_ids, write_megatron
 from tests.helpers.trained_runs import GPT2, LLAMA, write_data, write_run
@@ -49,6 +50,7 @@ ELSEWHERE = {  # command: what runs it, or why nothing can
     "deepspeed --num_gpus 2 benchmarks/zero.py --out out/zero": "test_zero_benchmark, with a tiny model",
     "deepspeed --num_gpus 8 benchmarks/zero.py --out out/zero --precision bf16 --compile": "the same",
     "python tests/chaos.py": "test_chaos, a shorter form",
+    "python data/recipes/datatrove_minhash.py --input raw --out clean --tasks 8": "by hand: needs datatrove",
     "deepspeed --num_gpus 8 train.py configs/gpt2-124m.json --train.init_from openai-community/gpt2": "needs a network",
     "deepspeed --num_gpus 8 train.py configs/mine.json --train.init_from hf/llama": "test_export, with a small Llama",
 }
@@ -168,6 +170,9 @@ def place(tmp_path_factory):
     (folder / "books" / "one.txt").write_text(text)
     lines = [json.dumps({"text": text[start : start + 200], "title": str(start)}) for start in range(0, 20000, 200)]
     (folder / "books.jsonl").write_text("\n".join(lines))
+    (folder / "clean" / "kept").mkdir(parents=True)
+    write_parquet(folder / "clean" / "kept" / "000_00000.parquet", [json.loads(line)["text"] for line in lines])
+    (folder / "questions.jsonl").write_text(json.dumps({"question": "What do these thirteen words say? " * 3}))
     talk = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well."}]
     (folder / "talks.jsonl").write_text(json.dumps({"messages": talk, "conversation": talk}) + "\n")
     (folder / "prompts.txt").write_text("ab\nxyz\n")
@@ -187,7 +192,7 @@ def shortened(script, words):
     if script == "data/train_tokenizer.py":
         return [*words, *shlex.split(LOCAL.replace("--workers 1 ", "")), "--vocab_size", "300"]
     if script == "data/text/prepare.py":
-        return [*words, "--workers", "1", "--tokenizer", "bytes", "--out", "prepared/text"]
+        return [*words, "--workers", "1", "--tokenizer", "bytes", "--out", f"prepared/{len(words)}_text"]
     if script == "data/chat/prepare.py":
         name = f"prepared/{len(words)}_chat"
         return [*words, "--input", "talks.jsonl", "--workers", "1", "--tokenizer", "bytes", "--out", name]
