@@ -6,12 +6,15 @@ loss mask (conversations.py), NO_LOSS is set in each token that is read but not 
 
 import multiprocessing
 import os
+import pickle
 import signal
+import tempfile
 import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
+from pathlib import Path
 
 import numpy as np
 
@@ -30,8 +33,9 @@ SMALL_PIECE = 10_000  # characters given to the tokenizer at a time where it fai
 # -- in the workers ------------------------------------------------------------------------------
 
 
-def start_worker(tokenizer, use_gigatoken, loss_mask, evaluation_texts):
-    """Open the tokenizer, once a process. Arguments: as `use_encoder`."""
+def start_worker(settings):
+    """Make a worker process ready. settings: a file of `encode_batches`."""
+    tokenizer, use_gigatoken, loss_mask, evaluation_texts = pickle.loads(settings.read_bytes())
     use_encoder(BulkEncoder(tokenizer, use_gigatoken), loss_mask, evaluation_texts)
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -168,9 +172,17 @@ def encode_batches(batches, workers, encoder, loss_mask=False, evaluation=None):
         use_encoder(encoder, loss_mask, evaluation)
         yield from map(encode_batch, batches)
         return
+    with tempfile.TemporaryDirectory() as folder:
+        # in a file: the pipe to a worker that dies at its start would take no more than a few kilobytes, and block
+        settings = Path(folder) / "settings"
+        settings.write_bytes(pickle.dumps((encoder.tokenizer, encoder.quick is not None, loss_mask, evaluation)))
+        yield from encode_in_workers(batches, workers, settings)
+
+
+def encode_in_workers(batches, workers, settings):
+    """As `encode_batches`. settings: the file for `start_worker`."""
     # spawn: the parent may have threads (datasets, tokenizers) that do not survive a fork
-    arguments = encoder.tokenizer, encoder.quick is not None, loss_mask, evaluation
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, arguments)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (settings,))
     try:
         pending = deque()
         for batch in batches:

@@ -25,6 +25,7 @@ from minzero.errors import describe
 RENEW_AFTER = 256 << 20  # bytes of text
 RENEW_AT_GROWTH = 256 << 20  # bytes of memory of this process, but not before
 RENEW_NOT_BEFORE = 8 << 20  # bytes of text
+LOOK_EVERY = 1 << 20  # bytes of text between two looks at the memory, which take some 10 us
 
 # gigatoken's names of patterns: of tiktoken's own encodings, and of tokenizers trained here
 SCHEMES = {"gpt2": "gpt2", "r50k_base": "gpt2", "p50k_base": "gpt2", "cl100k_base": "gpt4", "o200k_base": "o200k"}
@@ -56,7 +57,8 @@ class BulkEncoder:
             self.notice = f"tokenizing without gigatoken, which is some twenty times as fast: {reason}"
             return
         self.quick = quick
-        self.bytes_read = 0
+        self.bytes_read = 0  # since this copy was made
+        self.next_look = RENEW_NOT_BEFORE
         self.memory = resident_memory()
 
     def encode(self, text):
@@ -73,8 +75,10 @@ class BulkEncoder:
         return ids, len(content)
 
     def is_due(self):
-        if self.bytes_read < RENEW_NOT_BEFORE:
+        """Whether it is time for a new copy."""
+        if self.bytes_read < self.next_look:
             return False
+        self.next_look = self.bytes_read + LOOK_EVERY
         return self.bytes_read >= RENEW_AFTER or resident_memory() - self.memory >= RENEW_AT_GROWTH
 
 

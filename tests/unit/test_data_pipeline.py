@@ -5,6 +5,8 @@ import gzip
 import json
 import os
 import resource
+import subprocess
+import sys
 
 import pytest
 
@@ -25,6 +27,7 @@ from tests.helpers.data_sets import (  # noqa: F401
     write_parquet,
     zstd,
 )
+from tests.helpers.processes import environment
 
 # -- what comes out ------------------------------------------------------------------------------
 
@@ -241,3 +244,15 @@ def test_bad_flags(tmp_path):
             prepare(numbered(), tmp_path, *flags)
     with pytest.raises(UserError, match="neither 'bytes', nor a folder"):
         prepare(numbered(), tmp_path, tokenizer="gpt3")
+
+
+def test_workers_that_cannot_start_end_the_preparation(tmp_path):
+    """As in a script that is not protected from being run again by each worker."""
+    (tmp_path / "script.py").write_text(
+        "from minzero.data import pipeline\n"
+        "args = pipeline.options('', '.').parse_args(['--out', 'out', '--workers', '2'])\n"
+        "pipeline.prepare([(str(i), 'word ' * 500_000) for i in range(8)], 'gpt2', args)\n"
+    )
+    command = [sys.executable, "script.py"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    assert result.returncode and "--workers: a worker process was killed" in result.stderr
