@@ -335,10 +335,10 @@ class Evaluation:
         )
 
     def mark(self, batch):
-        """A batch [(split, key, text)] with a Dropped in place of each text that shares WORDS words in a row with the
+        """A batch of `encode.make_batches`, a Dropped in place of each text that shares WORDS words in a row with the
         evaluation texts."""
         # the separators of conversations are blanks to `hash_words` and `words_from`
-        found = self.find([text if isinstance(text, str) else "" for _, _, text in batch])
+        found = self.find([text.decode() if isinstance(text, bytes) else "" for _, _, text in batch])
         return [(split, key, found.get(number, text)) for number, (split, key, text) in enumerate(batch)]
 
     def find(self, texts):

@@ -22,12 +22,12 @@ from minzero.data.conversations import LEARNED
 from minzero.data.documents import BadDocument, Dropped
 from minzero.data.fast_encoding import BulkEncoder
 from minzero.data.shards import NO_LOSS, token_dtype
-from minzero.data.text import cut_for_tokenizer, without_surrogates
+from minzero.data.text import cut_for_tokenizer, cut_small, to_utf8
 from minzero.errors import UserError
 
-BATCH = 1 << 20  # characters sent to a worker at a time: enough to hide the cost of sending
+BATCH = 1 << 20  # bytes sent to a worker at a time: enough to hide the cost of sending
 BATCH_DOCUMENTS = 1 << 14  # and at most this many documents: even empty ones take memory
-SMALL_PIECE = 10_000  # characters given to the tokenizer at a time where it fails on a whole text
+JOINED_AT_ONCE = 1 << 20  # tokens
 
 
 # -- in the workers ------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def use_encoder(bulk_encoder, loss_mask=False, evaluation_texts=None):
 
 
 def encode_batch(batch):
-    """[(split, key, text)], some with a BadDocument or Dropped as text -> {split: (tokens, documents, bytes of text)}
+    """[(split, key, text in UTF-8, BadDocument or Dropped)] -> {split: (tokens, documents, bytes of text)}
     and [(key, BadDocument or Dropped)] of those that are left out, in order."""
     if evaluation is not None:
         batch = evaluation.mark(batch)
@@ -67,8 +67,6 @@ def encode_batch(batch):
         try:
             if isinstance(text, BadDocument):
                 raise text
-            if not isinstance(text, str):
-                raise BadDocument(key, f"found {type(text).__name__}, expected a string")
             arrays, size = encode_document(key, text)
         except BadDocument as error:
             left_out.append((key, error))
@@ -87,7 +85,10 @@ def joined(arrays):
     place = 0
     arrays.reverse()
     while arrays:  # some at a time, so that a large document is not in memory twice
-        some = np.concatenate([arrays.pop() for _ in range(min(1024, len(arrays)))])
+        some = [arrays.pop()]
+        while arrays and len(some) < 1024 and len(some[-1]) < JOINED_AT_ONCE:
+            some.append(arrays.pop())
+        some = np.concatenate(some)
         largest = (some & ~NO_LOSS if with_loss_mask else some).max(initial=0)
         if largest >= n_vocab:
             raise UserError(f"--tokenizer: {encoder.tokenizer.name} gave id {largest}, expected below {n_vocab}")
@@ -97,67 +98,57 @@ def joined(arrays):
 
 
 def encode_document(key, text):
-    """A document's tokens, as a list of uint32 arrays, and the bytes of its text that are learned. Raises
-    BadDocument."""
+    """A document's tokens, as a list of uint32 arrays, and the bytes of its text that are learned. text: in UTF-8.
+    Raises BadDocument."""
     begin = np.array(encoder.tokenizer.begin, dtype=np.uint32)
     if not with_loss_mask:
-        tokens, size = encode_text(key, text)
-        return [begin, *tokens, np.array(encoder.tokenizer.end, dtype=np.uint32)], size
+        end = np.array(encoder.tokenizer.end, dtype=np.uint32)
+        return [begin, *encode_text(key, text), end], len(text)
     end_of_text = np.array([encoder.tokenizer.end_of_text], dtype=np.uint32)
     arrays = [begin | NO_LOSS]
     size = 0
-    for number, piece in enumerate(text.split(LEARNED)):
-        tokens, length = encode_text(key, piece)
+    for number, piece in enumerate(text.split(LEARNED.encode())):
+        tokens = encode_text(key, piece)
         if number % 2:  # between two separators: learned, and so is the end of text after it
             arrays += *tokens, end_of_text
-            size += length
+            size += len(piece)
         else:
             arrays += (part | NO_LOSS for part in tokens)
     return arrays, size
 
 
 def encode_text(key, text):
-    """The tokens of a text, as a list of uint32 arrays, and its length in bytes. Raises BadDocument."""
-    try:
-        return encode_pieces(cut_for_tokenizer(text))
-    except UnicodeEncodeError:
-        text = without_surrogates(text)
-    except BaseException as error:  # tiktoken's panics are not Exceptions
-        if isinstance(error, KeyboardInterrupt):
-            raise
+    """The tokens of a text in UTF-8, as a list of uint32 arrays. Raises BadDocument."""
     # a foreign tokenizer's pattern may fail on a long text
-    small_pieces = (text[start : start + SMALL_PIECE] for start in range(0, len(text), SMALL_PIECE))
-    for pieces in (cut_for_tokenizer(text), small_pieces):
+    for cut in (cut_for_tokenizer, cut_small):
         try:
-            return encode_pieces(pieces)
-        except BaseException as error:
+            return [encoder.encode(piece) for piece in cut(text)]
+        except BaseException as error:  # tiktoken's panics are not Exceptions
             if isinstance(error, KeyboardInterrupt):
                 raise
             failure = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        if unknown := "".join(encoder.tokenizer.missing_characters(text)[:20]):
+        if unknown := "".join(encoder.tokenizer.missing_characters(text.decode())[:20]):
             failure = f"no token for {unknown!r}"
             break
     raise BadDocument(key, f"could not be tokenized ({failure})", "choose another --tokenizer")
 
 
-def encode_pieces(pieces):
-    """As `encode_text`, of a text in pieces. Raises UnicodeEncodeError and whatever the tokenizer raises."""
-    pairs = [encoder.encode(piece) for piece in pieces]
-    return [ids for ids, _ in pairs], sum(size for _, size in pairs)
-
-
 # -- in the parent -------------------------------------------------------------------------------
 
 
-def make_batches(documents, characters, side):
-    """Group (key, text) pairs into lists of (split, key, text), each of about this many characters and at most
-    BATCH_DOCUMENTS documents. side: key -> split."""
+def make_batches(documents, most, side):
+    """Group (key, text) pairs into lists of (split, key, text in UTF-8), each of about this many bytes and at most
+    BATCH_DOCUMENTS documents. side: key -> split. A BadDocument or Dropped stands in place of some texts."""
     batch = []
     size = 0
     for key, text in documents:
+        if isinstance(text, str):
+            text = to_utf8(text)
+            size += len(text)
+        elif not isinstance(text, BadDocument | Dropped):
+            text = BadDocument(key, f"found {type(text).__name__}, expected a string")
         batch.append((side(key), key, text))
-        size += len(text) if isinstance(text, str) else 0
-        if size >= characters or len(batch) == BATCH_DOCUMENTS:
+        if size >= most or len(batch) == BATCH_DOCUMENTS:
             yield batch
             batch = []
             size = 0

@@ -37,7 +37,7 @@ class Unsuitable(Exception):
 
 
 class BulkEncoder:
-    """Encodes text that is valid UTF-8, with the ids of tokenizer.ids. `notice`: a line on why gigatoken is not used,
+    """Encodes text in UTF-8, with the ids of tokenizer.ids. `notice`: a line on why gigatoken is not used,
     or None. use_gigatoken: false for the reference alone; `notice` is None then."""
 
     def __init__(self, tokenizer, use_gigatoken=True):
@@ -61,18 +61,17 @@ class BulkEncoder:
         self.next_look = RENEW_NOT_BEFORE
         self.memory = resident_memory()
 
-    def encode(self, text):
-        """Text -> (its ids as an array (n,) uint32, its length in UTF-8 bytes)."""
-        content = text.encode()
+    def encode(self, content):
+        """Text in UTF-8 -> its ids, (n,) uint32."""
         if self.quick is None:
-            return self.tokenizer.ids(text), len(content)
-        ids = self.quick.ids(text, content)
+            return self.tokenizer.ids(content.decode())
+        ids = self.quick.ids(content)
         self.bytes_read += len(content)
         if self.is_due():
             self.renew()
             if self.notice:
                 print(f"\n{self.notice}", file=sys.stderr, flush=True)
-        return ids, len(content)
+        return ids
 
     def is_due(self):
         """Whether it is time for a new copy."""
@@ -144,10 +143,11 @@ class Gigatoken:
             self.added = [token["content"] for token in content["added_tokens"]]
         self.encode = gigatoken.Tokenizer.from_json(json.dumps(content)).encode
 
-    def ids(self, text, content):
-        """The ids of a text. content: the text in UTF-8."""
+    def ids(self, content):
+        """Text in UTF-8 -> its ids, (n,) uint32."""
         if self.normalize is None:
             return self.encode(content)
+        text = content.decode()
         if any(token in text for token in self.added):  # these are found before the text is normalized
             return self.reference.ids(text)
         if not is_in_nfc(text):
@@ -178,7 +178,7 @@ def compare(tokenizer, quick):
     for text in awkward_strings(tuple(tokenizer.added_tokens)):
         expected = tokenizer.ids(text)
         try:
-            found = quick.ids(text, text.encode())
+            found = quick.ids(text.encode())
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise

@@ -316,7 +316,9 @@ def opened(path, start=0, end=None):
 def read_jsonl(path, column, kind):
     """Yield (row from 1, text or BadDocument, bytes of the file read so far)."""
     with opened(path) as (rows, file):
-        for row, line in enumerate(rows, 1):
+        row = 0
+        for line in rows:  # not by enumerate, which would keep the line while its text is used
+            row += 1
             if line.isspace():
                 continue
             try:

@@ -3,7 +3,8 @@
 import re
 
 LONGEST_RUN = 100_000  # characters, all blank or all not, that the tokenizer is given at once
-PIECE = 1 << 22  # characters of a longer text that the tokenizer is given at once: memory stays bounded
+PIECE = 1 << 22  # bytes of a longer text that the tokenizer is given at once: memory stays bounded
+SMALL_PIECE = 10_000  # characters given to a tokenizer that fails on longer texts
 BLANK = re.compile(r"\s")
 END_OF_WORD_AND_LINE = re.compile(r"[^\W\d_](?=\n)")  # a letter before a line end
 
@@ -13,17 +14,39 @@ def without_surrogates(text):
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def cut_for_tokenizer(text):
-    """Yield `text` in parts that a tokenizer can handle in bounded memory; joined, they are the text.
+def to_utf8(text):
+    """The text in UTF-8, see `without_surrogates`."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return without_surrogates(text).encode()
 
-    Mostly there is one part. More than PIECE characters are cut after a letter that ends a line, where the patterns of
-    all tokenizers of byte-level BPE end a piece as well, so ids stay the same. Long runs: see `cut_long_runs`."""
+
+def cut_for_tokenizer(content):
+    """Yield `content`, a text in UTF-8, in parts that a tokenizer can handle in bounded memory; joined, they are it.
+
+    Mostly there is one part. More than PIECE bytes are cut after a letter that ends a line, where the patterns of all
+    tokenizers of byte-level BPE end a piece as well, so ids stay the same. Long runs: see `cut_long_runs`."""
+    if len(content) <= LONGEST_RUN:
+        yield content
+        return
     start = 0
-    while len(text) - start > PIECE:
-        *_, end = [start + PIECE, *(m.end() for m in END_OF_WORD_AND_LINE.finditer(text, start + 1, start + PIECE))]
-        yield from cut_long_runs(text[start:end])
-        start = end
-    yield from cut_long_runs(text[start:] if start else text)
+    while start < len(content):
+        text = content[start : start + PIECE].decode(errors="ignore")  # without a character that is cut in two
+        if start + PIECE < len(content):
+            *_, end = [len(text), *(match.end() for match in END_OF_WORD_AND_LINE.finditer(text, 1))]
+            text = text[:end]
+        for part in cut_long_runs(text):
+            part = part.encode()
+            start += len(part)
+            yield part
+
+
+def cut_small(content):
+    """Yield a text in UTF-8 in parts of SMALL_PIECE characters."""
+    text = content.decode()
+    for start in range(0, len(text), SMALL_PIECE):
+        yield text[start : start + SMALL_PIECE].encode()
 
 
 def cut_long_runs(text, longest=LONGEST_RUN):
