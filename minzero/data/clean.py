@@ -80,7 +80,9 @@ class Duplicates:
                 self.append(digest if first is None else NO_DIGEST)
                 if first is not None:
                     text = Dropped("duplicates", f"has the text of document {first + 1} of the source")
-            yield key, text
+            found = [text]
+            text = None  # so that a large text is freed by whoever takes it
+            yield key, found.pop()
 
     def look_up(self, digest):
         """The index of the document with this digest. If there is none, the next document is entered as the one, and

@@ -148,6 +148,7 @@ def make_batches(documents, most, side):
         elif not isinstance(text, BadDocument | Dropped):
             text = BadDocument(key, f"found {type(text).__name__}, expected a string")
         batch.append((side(key), key, text))
+        text = None
         if size >= most or len(batch) == BATCH_DOCUMENTS:
             yield batch
             batch = []

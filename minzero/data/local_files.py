@@ -118,7 +118,9 @@ class Files(Source):
                 for part, bounds in parts:
                     for row, text, position in reader(path, self.column, self.kind, **bounds):
                         self.bytes_read = before + position
-                        yield f"{name} row {row}{part}", self.raise_or_yield(text)
+                        found = [self.raise_or_yield(text)]
+                        text = None  # as in the readers
+                        yield f"{name} row {row}{part}", found.pop()
             except (OSError, ValueError) as error:  # pyarrow's errors are one or the other
                 raise UserError(
                     f"{printable(path)} row {row + 1}: could not be read ({describe(error)}); fix or remove the file"
@@ -332,8 +334,9 @@ def read_jsonl(path, column, kind):
             else:
                 if not isinstance(text, kind):
                     text = checked_value(f"{path} row {row}", text, column, kind)
-            content = None
-            yield row, text, file.tell()
+            found = [text]
+            content = text = None  # so that a large text is freed by whoever takes it
+            yield row, found.pop(), file.tell()
 
 
 def parse_json(line):
@@ -364,17 +367,23 @@ def read_parquet(path, column, kind):
         size = path.stat().st_size
         for batch in file.iter_batches(batch_size=256, columns=[column]):
             values = batch.column(0)
+            batch = None
             try:
                 texts = values.to_pylist()
             except ValueError:  # one of them is not UTF-8
-                texts = map(value_or_error, values)
-            for text in texts:
+                texts = list(map(value_or_error, values))
+            values = None
+            texts.reverse()
+            while texts:
                 row += 1
+                text = texts.pop()
                 if isinstance(text, ValueError):
                     text = BadDocument(f"{path} row {row}", f"could not be read ({describe(text)})")
                 elif not isinstance(text, kind):
                     text = checked_value(f"{path} row {row}", text, column, kind)
-                yield row, text, size * row // rows
+                found = [text]
+                text = None
+                yield row, found.pop(), size * row // rows
 
 
 def value_or_error(scalar):

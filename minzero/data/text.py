@@ -6,7 +6,6 @@ LONGEST_RUN = 100_000  # characters, all blank or all not, that the tokenizer is
 PIECE = 1 << 22  # bytes of a longer text that the tokenizer is given at once: memory stays bounded
 SMALL_PIECE = 10_000  # characters given to a tokenizer that fails on longer texts
 BLANK = re.compile(r"\s")
-END_OF_WORD_AND_LINE = re.compile(r"[^\W\d_](?=\n)")  # a letter before a line end
 
 
 def without_surrogates(text):
@@ -34,12 +33,19 @@ def cut_for_tokenizer(content):
     while start < len(content):
         text = content[start : start + PIECE].decode(errors="ignore")  # without a character that is cut in two
         if start + PIECE < len(content):
-            *_, end = [len(text), *(match.end() for match in END_OF_WORD_AND_LINE.finditer(text, 1))]
-            text = text[:end]
+            text = text[: end_of_word_and_line(text) or len(text)]
         for part in cut_long_runs(text):
             part = part.encode()
             start += len(part)
             yield part
+
+
+def end_of_word_and_line(text):
+    """The place of the last line end after a letter, 0 if there is none."""
+    place = text.rfind("\n")
+    while place > 0 and not text[place - 1].isalpha():
+        place = text.rfind("\n", 0, place)
+    return max(0, place)
 
 
 def cut_small(content):
