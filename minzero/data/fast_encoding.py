@@ -1,12 +1,13 @@
 """Much text to ids: by gigatoken, some twenty times as fast as tiktoken, where it gives the same ids.
 
-gigatoken (https://pypi.org/project/gigatoken) is young, and knows some patterns of byte-level BPEs only. So the
-tokenizer itself, tiktoken or the `tokenizers` library, stays the reference: gigatoken is used after both gave the same
-ids of a thousand awkward strings, which are compared again with every new copy of it. A new copy is made now and then,
+gigatoken is young, and knows some patterns of byte-level BPEs only. So the tokenizer itself, tiktoken or the
+`tokenizers` library, stays the reference. gigatoken is used after both gave the same ids of a thousand awkward
+strings. These are compared again, with some of the text at hand, for every new copy of it, which is made now and then
 because its cache grows with every word that it has not met. If a comparison fails, one line says so and the rest is
 left to the reference.
 """
 
+import contextlib
 import functools
 import json
 import random
@@ -22,9 +23,10 @@ from minzero.data.tokenizer import HuggingFaceTokenizer
 from minzero.data.tokenizer_files import GPT2_PATTERNS, PATTERN, write_ranks
 from minzero.errors import describe
 
-RENEW_AFTER = 256 << 20  # bytes of text
+RENEW_AFTER = 512 << 20  # bytes of text
 RENEW_AT_GROWTH = 256 << 20  # bytes of memory of this process, but not before
 RENEW_NOT_BEFORE = 8 << 20  # bytes of text
+COMPARED = 1 << 16  # bytes of the text at hand that are compared when a new copy is made
 LOOK_EVERY = 1 << 20  # bytes of text between two looks at the memory, which take some 10 us
 
 # gigatoken's names of patterns: of tiktoken's own encodings, and of tokenizers trained here
@@ -45,33 +47,44 @@ class BulkEncoder:
         self.quick = None
         self.notice = None
         if use_gigatoken:
-            self.renew()
+            try:
+                self.quick = Gigatoken(tokenizer)
+                self.renew()
+            except Unsuitable as reason:
+                self.leave_gigatoken(reason)
 
     def renew(self):
-        """Take a new copy of gigatoken, whose cache is empty, if it stands the comparison."""
-        self.quick = None  # first, so that the old copy's memory is free
-        try:
-            quick = Gigatoken(self.tokenizer)
-            compare(self.tokenizer, quick)
-        except Unsuitable as reason:
-            self.notice = f"tokenizing without gigatoken, which is some twenty times as fast: {reason}"
-            return
-        self.quick = quick
+        """Take a new copy of gigatoken, whose cache is empty. Raises Unsuitable if it does not stand the comparison."""
+        self.quick.renew()
+        for text in awkward_strings(self.tokenizer.added_tokens):
+            self.compare(text.encode())
         self.bytes_read = 0  # since this copy was made
         self.next_look = RENEW_NOT_BEFORE
         self.memory = resident_memory()
 
+    def compare(self, content):
+        """Raise Unsuitable if gigatoken gives other ids for a text than the tokenizer."""
+        if not np.array_equal(self.quick.ids(content), self.tokenizer.ids(content.decode())):
+            raise Unsuitable(f"it gives other ids for {content.decode()[:40]!a}")
+
+    def leave_gigatoken(self, reason):
+        self.quick = None
+        self.notice = f"tokenizing without gigatoken, which is some twenty times as fast: {reason}"
+
     def encode(self, content):
         """Text in UTF-8 -> its ids, (n,) uint32."""
-        if self.quick is None:
-            return self.tokenizer.ids(content.decode())
-        ids = self.quick.ids(content)
-        self.bytes_read += len(content)
-        if self.is_due():
-            self.renew()
-            if self.notice:
+        if self.quick is not None:
+            try:
+                ids = self.quick.ids(content)
+                self.bytes_read += len(content)
+                if self.is_due():
+                    self.compare(content[:COMPARED].decode(errors="ignore").encode())
+                    self.renew()
+                return ids
+            except Unsuitable as reason:
+                self.leave_gigatoken(reason)
                 print(f"\n{self.notice}", file=sys.stderr, flush=True)
-        return ids
+        return self.tokenizer.ids(content.decode())
 
     def is_due(self):
         """Whether it is time for a new copy."""
@@ -90,69 +103,76 @@ def resident_memory():
 
 
 class Gigatoken:
-    """gigatoken's copy of a tokenizer. Raises Unsuitable if there is none."""
+    """gigatoken's form of a tokenizer. `renew` makes the first copy, and later a new one. All methods raise Unsuitable
+    where gigatoken fails."""
 
     def __init__(self, tokenizer):
         try:
             import gigatoken
         except Exception as error:  # missing, or built for another processor
             raise Unsuitable(f"it cannot be imported ({describe(error)})") from None
+        self.library = gigatoken.Tokenizer
+        self.reference = tokenizer
         self.normalize = None
         self.added = ()
-        try:
-            if isinstance(tokenizer, HuggingFaceTokenizer):
-                self.open_huggingface(gigatoken, tokenizer.backend)
-            else:
-                self.open_tiktoken(gigatoken, tokenizer)
-        except Unsuitable:
-            raise
-        except BaseException as error:  # a panic of its is no Exception
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            raise Unsuitable(f"it cannot read {tokenizer.name} ({describe(error)[:200]})") from None
-        self.reference = tokenizer
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            content = self.without_special_tokens(tokenizer.backend)
+            self.make = lambda: self.library.from_json(content)
+        else:
+            scheme = SCHEMES.get(tokenizer.name) or SCHEMES_OF_PATTERNS.get(tokenizer._pat_str)
+            if scheme is None:
+                raise Unsuitable(f"it does not know the pattern of {tokenizer.name}")
+            self.make = functools.partial(self.from_ranks, tokenizer._mergeable_ranks, scheme)
 
-    def open_tiktoken(self, gigatoken, tokenizer):
-        scheme = SCHEMES.get(tokenizer.name) or SCHEMES_OF_PATTERNS.get(tokenizer._pat_str)
-        if scheme is None:
-            raise Unsuitable(f"it does not know the pattern of {tokenizer.name}")
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "ranks.tiktoken"
-            write_ranks(file, tokenizer._mergeable_ranks)
-            # no special tokens: their names in a text are text
-            self.encode = gigatoken.Tokenizer.from_tiktoken(file, pretokenizer=scheme, special_tokens={}).encode
-
-    def open_huggingface(self, gigatoken, backend):
+    def without_special_tokens(self, backend):
+        """A tokenizer.json in which the names of special tokens are text. backend: a tokenizers.Tokenizer."""
         content = json.loads(backend.to_str())
-        if (
-            content["model"]["type"] != "BPE"
-            or content["model"].get("byte_fallback")
-            or content["normalizer"]
-            not in (
-                None,
-                {"type": "NFC"},
-            )
-        ):
+        model = content["model"]
+        normalizer = content["normalizer"]
+        is_plain = normalizer in (None, {"type": "Sequence", "normalizers": []})
+        if model["type"] != "BPE" or model.get("byte_fallback") or not (is_plain or normalizer == {"type": "NFC"}):
             raise Unsuitable("it is used for byte-level BPEs alone")
-        # as encode_special_tokens: special ones are text; others, as <tool_call>, are tokens wherever they stand
+        # others, as <tool_call>, are tokens wherever they stand in a text
         content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
-        if content["normalizer"]:
+        if not is_plain:
             # not its own, whose version of Unicode is another than that of `tokenizers`
             content["normalizer"] = None
             self.normalize = backend.normalizer.normalize_str
             self.added = [token["content"] for token in content["added_tokens"]]
-        self.encode = gigatoken.Tokenizer.from_json(json.dumps(content)).encode
+        return json.dumps(content)
+
+    def from_ranks(self, ranks, scheme):
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "ranks.tiktoken"
+            write_ranks(file, ranks)
+            return self.library.from_tiktoken(file, pretokenizer=scheme, special_tokens={})
+
+    def renew(self):
+        self.encode = None  # first, so that the memory of the old copy is free
+        with panics_are_unsuitable(f"it cannot read {self.reference.name}"):
+            self.encode = self.make().encode
 
     def ids(self, content):
         """Text in UTF-8 -> its ids, (n,) uint32."""
-        if self.normalize is None:
+        if self.normalize is not None:
+            text = content.decode()
+            if any(token in text for token in self.added):  # these are found before the text is normalized
+                return self.reference.ids(text)
+            if not is_in_nfc(text):
+                content = self.normalize(text).encode()
+        with panics_are_unsuitable("it fails on a text"):
             return self.encode(content)
-        text = content.decode()
-        if any(token in text for token in self.added):  # these are found before the text is normalized
-            return self.reference.ids(text)
-        if not is_in_nfc(text):
-            content = self.normalize(text).encode()
-        return self.encode(content)
+
+
+@contextlib.contextmanager
+def panics_are_unsuitable(words):
+    """Turn whatever gigatoken raises in this block into Unsuitable: its panics are no Exceptions."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise Unsuitable(f"{words} ({describe(error)[:200]})") from None
 
 
 def is_in_nfc(text):
@@ -171,20 +191,6 @@ def unassigned():
 
 
 # -- the comparison ------------------------------------------------------------------------------
-
-
-def compare(tokenizer, quick):
-    """Raise Unsuitable if `quick` gives other ids than the tokenizer for one of `awkward_strings`."""
-    for text in awkward_strings(tuple(tokenizer.added_tokens)):
-        expected = tokenizer.ids(text)
-        try:
-            found = quick.ids(text.encode())
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            raise Unsuitable(f"it fails on {text[:40]!a} ({describe(error)[:200]})") from None
-        if not np.array_equal(found, expected):
-            raise Unsuitable(f"it gives other ids for {text[:40]!a}")
 
 
 PARTS = (  # what patterns treat in ways of their own
