@@ -100,7 +100,7 @@ class Conversion(Preparation):
 
     def __init__(self, files, ids, args, by_name):
         side = split_in_name if by_name else None  # None: a hash
-        super().__init__(files, ids.name, ids.encoding, args, side, loss_mask=False)
+        super().__init__(files, ids.encoding, args, side, loss_mask=False)
         self.files = files
         self.ids = ids
         self.by_name = by_name

@@ -34,7 +34,7 @@ from minzero.data.output import SkippedLog, SplitWriter, locked
 from minzero.data.shards import token_dtype
 from minzero.data.tokenizer import load_tokenizer
 from minzero.errors import UserError
-from minzero.files import check_can_write, write_json
+from minzero.files import check_can_write, make_folder, write_json
 from minzero.flags import FlagParser, a_number, a_path, at_least
 
 MOST_IDS = 10_000_000  # of a learned tokenizer: the library allocates memory for all of them at once
@@ -137,12 +137,12 @@ def prepare(documents, tokenizer, args, side=None, loss_mask=False):
     args: as parsed by `options`. side: key -> "train" or "val"; default: `split_of`. loss_mask: the texts have
     separators (conversations.py), and the loss is of the text between them alone. Raises UserError on bad input;
     finished shards stay and are not made again."""
-    encoding = load_tokenizer(str(tokenizer))
-    if encoding.end_of_text is None:
-        raise UserError(f"--tokenizer: {encoding.name} has no token that ends a text; choose one that has, as gpt2")
+    tokenizer = load_tokenizer(tokenizer)
+    if tokenizer.end_of_text is None:
+        raise UserError(f"--tokenizer: {tokenizer.name} has no token that ends a text; choose one that has, as gpt2")
     try:
         with locked(args.out):
-            Preparation(documents, tokenizer, encoding, args, side, loss_mask).run()
+            Preparation(documents, tokenizer, args, side, loss_mask).run()
     except KeyboardInterrupt:
         print("\nstopped; the same command continues after the last finished shard")
         raise SystemExit(130) from None
@@ -152,10 +152,9 @@ class Preparation:
     """One call of `prepare`, in a folder that it has locked. Arguments: those of `prepare`, and the tokenizer
     itself."""
 
-    def __init__(self, documents, tokenizer, encoding, args, side, loss_mask):
+    def __init__(self, documents, tokenizer, args, side, loss_mask):
         self.documents = documents
         self.tokenizer = tokenizer
-        self.encoding = encoding
         self.args = args
         self.loss_mask = loss_mask
         self.meta_file = args.out / "meta.json"
@@ -163,7 +162,7 @@ class Preparation:
         self.begun = os.path.lexists(self.progress_file)  # an earlier call was here, whether it finished a shard or not
         self.recorded_in, self.recorded = earlier_work(self.meta_file, self.progress_file)
         self.settings = {
-            "tokenizer": encoding.fingerprint(),
+            "tokenizer": tokenizer.fingerprint(),
             "source": getattr(documents, "description", str(args.input)),
             "val_fraction": args.val_fraction,
             "shard_tokens": args.shard_tokens,
@@ -172,8 +171,8 @@ class Preparation:
             "dedup": None if args.dedup == "none" else args.dedup,  # null as in data of versions that had no such flag
             "decontaminate": None,
         }
-        self.document = {"begin": list(encoding.begin), "end": list(encoding.end)}  # ids before and after each
-        if encoding.end:  # else as always: the end of text before each document
+        self.document = {"begin": list(tokenizer.begin), "end": list(tokenizer.end)}  # ids before and after each
+        if tokenizer.end:  # else as always: the end of text before each document
             self.settings["document"] = self.document
         self.duplicates = Duplicates(args.out) if args.dedup == "exact" else None
         self.evaluation_files = evaluation_files(args.decontaminate or [])
@@ -222,7 +221,7 @@ class Preparation:
 
     def open_output(self):
         """Restore the output files to their recorded state, or begin new ones."""
-        dtype = token_dtype(self.encoding.n_vocab, self.loss_mask)
+        dtype = token_dtype(self.tokenizer.n_vocab, self.loss_mask)
         self.splits = {
             name: SplitWriter(self.args.out, name, dtype, self.recorded.get(name, {})) for name in ("train", "val")
         }
@@ -270,7 +269,7 @@ class Preparation:
         """Tokenize and write the documents that are left."""
         args = self.args
         batches = make_batches(self.documents_to_do(), min(BATCH, args.shard_tokens), self.side)
-        encoder = BulkEncoder(self.encoding, use_gigatoken=args.encoder == "fast")
+        encoder = BulkEncoder(self.tokenizer, use_gigatoken=args.encoder == "fast")
         if encoder.notice:
             print(encoder.notice)
         results = encode_batches(batches, args.workers, encoder, self.loss_mask, self.evaluation)
@@ -322,9 +321,9 @@ class Preparation:
         splits = self.splits
         self.save(*splits.values())
         meta = {
-            "tokenizer": tokenizer_entry(self.tokenizer, self.encoding, args.out),
-            "vocab_size": self.encoding.n_vocab,
-            "end_of_text": self.encoding.end_of_text,
+            "tokenizer": tokenizer_entry(self.tokenizer, args.out),
+            "vocab_size": self.tokenizer.n_vocab,
+            "end_of_text": self.tokenizer.end_of_text,
             "document": self.document,
             "loss_mask": self.loss_mask,
             "settings": self.settings,
@@ -344,7 +343,7 @@ class Preparation:
         self.remove_progress()
         report(splits, self.skipped, args, self.by_default)
         use = "train on it" if splits["train"].tokens else "evaluate on it"
-        print(f"{use} with --data.path {args.out} --model.vocab_size {self.encoding.n_vocab}")
+        print(f"{use} with --data.path {args.out} --model.vocab_size {self.tokenizer.n_vocab}")
 
 
 def earlier_work(meta_file, progress_file):
@@ -410,12 +409,18 @@ def report(splits, skipped, args, by_hash):
         )
 
 
-def tokenizer_entry(tokenizer, encoding, out):
+def tokenizer_entry(tokenizer, out):
     """The entry of meta.json by which `tokenizer_of` finds it: tiktoken's name, or the folder, relative to the
-    shards."""
-    trained = Path(tokenizer).is_dir()
-    name = os.path.relpath(tokenizer, out) if trained else str(tokenizer)
-    return {"name": name, "trained": trained, "fingerprint": encoding.fingerprint()}
+    shards. One of the hub, where it may change or disappear, is copied to beside them."""
+    if tokenizer.folder is None:
+        name = tokenizer.name
+    elif tokenizer.hub_name:
+        name = "tokenizer_" + tokenizer.hub_name.replace("/", "--")
+        make_folder("--out", out / name)
+        tokenizer.copy(out / name)
+    else:
+        name = os.path.relpath(tokenizer.folder, out)
+    return {"name": name, "trained": tokenizer.folder is not None, "fingerprint": tokenizer.fingerprint()}
 
 
 def tokenizer_of(folder):

@@ -61,7 +61,10 @@ USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|end\u2581of\u2
 
 
 class Tokenizer:
-    """Base of both kinds."""
+    """Base of both kinds. folder: where its files are, or None; hub_name: its name on the hub, or None."""
+
+    folder = None
+    hub_name = None
 
     @property
     def start_of_document(self):
@@ -203,6 +206,7 @@ def load_trained(folder):
             f"{settings_file}: broken tokenizer: its pattern loses text ({len(kept)} of {len(sample)} characters are "
             "left of a sample); train or copy the tokenizer again"
         )
+    tokenizer.folder = folder
     return tokenizer
 
 
@@ -218,9 +222,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     Raises UserError if the files are damaged, or no end of text is known."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, hub_name=None):
         self.folder = Path(folder)
-        self.name = self.folder.name
+        self.hub_name = hub_name
+        self.name = hub_name or self.folder.name
         file = self.folder / "tokenizer.json"
         open_huggingface(file)
         theirs = self.as_transformers()
@@ -312,6 +317,12 @@ class HuggingFaceTokenizer(Tokenizer):
         found.chat_template = found.chat_template or chat_template
         return found
 
+    def copy(self, folder):
+        """Copy its files into `folder`, and the model's config.json, by which transformers may know its class."""
+        for name in (*FILES, "config.json"):
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, folder / name)
+
     def save(self, folder, **settings):
         """Copy its files into `folder`. settings: keys of tokenizer_config.json to add or replace."""
         for name in FILES:
@@ -370,7 +381,7 @@ def load_tokenizer(name):
     if name in tiktoken.list_encoding_names():
         return load_tiktokens(name)
     if HUB_NAME.fullmatch(name) and not os.path.isdir(name):
-        return HuggingFaceTokenizer(download(name))
+        return HuggingFaceTokenizer(download(name), name)
     if os.path.isdir(name):
         raise UserError(
             f"tokenizer: {name}: found neither tokenizer.tiktoken nor tokenizer.json in it, expected one of them; "

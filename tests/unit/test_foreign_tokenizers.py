@@ -231,3 +231,27 @@ def test_the_fingerprint_is_of_the_content_and_not_of_its_form(folders, tmp_path
     for found, is_same in ((same, True), (content | {"normalizer": None}, False)):
         (tmp_path / "tokenizer.json").write_text(json.dumps(found, indent=7))
         assert (load_tokenizer(tmp_path).fingerprint() == before) == is_same
+
+
+# -- of the hub ----------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_of_the_hub_is_kept_with_the_shards(folders, tmp_path, monkeypatch):
+    """Out of the hub's cache, as without a network after a first download."""
+    import huggingface_hub.constants
+
+    snapshot = tmp_path / "hub" / "models--someone--some-model" / "snapshots" / "0123abcd"
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(folders / "llama3", snapshot)
+    (tmp_path / "hub" / "models--someone--some-model" / "refs").mkdir()
+    (tmp_path / "hub" / "models--someone--some-model" / "refs" / "main").write_text("0123abcd")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    documents = [("a", "one text"), ("b", "another")]
+    prepare(documents, tmp_path / "out", tokenizer="someone/some-model", side=lambda key: "train")
+    shutil.rmtree(tmp_path / "hub")
+    tokenizer = tokenizer_of(tmp_path / "out")
+    assert tokenizer.folder == tmp_path / "out" / "tokenizer_someone--some-model"
+    stream = TokenStream(tmp_path / "out", "train", 1)
+    expected = [*tokenizer.begin, *tokenizer.encode_ordinary("one text"), *tokenizer.end]
+    assert stream.read(0, len(expected)).tolist() == expected
