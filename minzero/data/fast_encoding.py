@@ -138,7 +138,7 @@ class Gigatoken:
             # not its own, whose version of Unicode is another than that of `tokenizers`
             content["normalizer"] = None
             self.normalize = backend.normalizer.normalize_str
-            self.added = [token["content"] for token in content["added_tokens"]]
+            self.added = [token["content"].encode() for token in content["added_tokens"]]
         return json.dumps(content)
 
     def from_ranks(self, ranks, scheme):
@@ -154,12 +154,15 @@ class Gigatoken:
 
     def ids(self, content):
         """Text in UTF-8 -> its ids, (n,) uint32."""
-        if self.normalize is not None:
-            text = content.decode()
-            if any(token in text for token in self.added):  # these are found before the text is normalized
-                return self.reference.ids(text)
-            if not is_in_nfc(text):
-                content = self.normalize(text).encode()
+        if not content.isascii():
+            if has_unknown_characters(content):
+                return self.reference.ids(content.decode())
+            if self.normalize is not None:
+                text = content.decode()
+                if not unicodedata.is_normalized("NFC", text):
+                    content = self.normalize(text).encode()
+        if any(token in content for token in self.added):  # these are found before a text is normalized
+            return self.reference.ids(content.decode())
         with panics_are_unsuitable("it fails on a text"):
             return self.encode(content)
 
@@ -175,13 +178,24 @@ def panics_are_unsuitable(words):
         raise Unsuitable(f"{words} ({describe(error)[:200]})") from None
 
 
-def is_in_nfc(text):
-    """Whether Unicode's normal form C of a text is the text, in every version of Unicode: false, too, if it holds
-    characters that Python's version does not know."""
-    if text.isascii():
-        return True
-    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    return unicodedata.is_normalized("NFC", text) and not unassigned()[codes].any()
+def has_unknown_characters(content):
+    """Whether a text in UTF-8 has characters that Python's version of Unicode does not know. Libraries with newer
+    versions may know them or not, and take them for letters or not."""
+    content = np.frombuffer(content, dtype=np.uint8)
+    first = np.flatnonzero(content >= FIRST_BYTE_OF_UNKNOWN)
+    if not len(first):
+        return False
+    # the bytes of each character, the first of which says how many there are
+    parts = [content[np.minimum(first + place, len(content) - 1)].astype(np.uint32) for place in range(4)]
+    low = [part & 0x3F for part in parts]
+    two = (parts[0] & 0x1F) << 6 | low[1]
+    three = (parts[0] & 0x0F) << 12 | low[1] << 6 | low[2]
+    four = (parts[0] & 0x07) << 18 | low[1] << 12 | low[2] << 6 | low[3]
+    codes = np.where(parts[0] < 0xE0, two, np.where(parts[0] < 0xF0, three, four))
+    return bool(unassigned()[codes].any())
+
+
+FIRST_BYTE_OF_UNKNOWN = "\u0378".encode()[0]  # the first code point that is not assigned
 
 
 @functools.cache

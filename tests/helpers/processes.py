@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 
@@ -69,4 +71,19 @@ def write_small_data(folder):
         splits[split] = {"tokens": sum(sizes), "documents": 1, "bytes": sum(sizes), "shards": shards}
     tokenizer = {"name": "bytes", "trained": False, "fingerprint": "0"}
     write_json(folder / "meta.json", {"tokenizer": tokenizer, "vocab_size": 64, "end_of_text": 0, "splits": splits})
+    return folder
+
+
+def beside(name, *packages):
+    """A folder with these packages, to come before the installed ones. Skips where there is no package index."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minzero-tests"
+    folder = cache / f"{name}-python{sys.version_info.major}.{sys.version_info.minor}"
+    if not folder.exists():
+        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", temporary, *packages]
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        if "No matching distribution" in done.stderr:
+            pytest.skip("no package index")
+        assert done.returncode == 0, done.stderr
+        temporary.rename(folder)
     return folder

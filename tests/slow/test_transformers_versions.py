@@ -21,7 +21,7 @@ from minzero.data.tokenizer_files import save_for_transformers, save_tokenizer
 from minzero.hf.families import transformers_config
 from minzero.hf.write import config_json
 from minzero.trained import load_model, open_trained
-from tests.helpers.processes import environment
+from tests.helpers.processes import beside, environment
 from tests.helpers.trained_runs import FAMILIES, GPT2, LLAMA, NEOX, write_data, write_run
 from tests.unit.test_export import NASTY, of_pattern
 
@@ -58,21 +58,6 @@ NO_TALKS = [
     [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
     [{"content": "x"}],
 ]
-
-
-def beside(name, *packages):
-    """A folder with these packages, to come before the installed ones. Skips where there is no package index."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minzero-tests"
-    folder = cache / f"{name}-python{sys.version_info.major}.{sys.version_info.minor}"
-    if not folder.exists():
-        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", temporary, *packages]
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-        if "No matching distribution" in done.stderr:
-            pytest.skip("no package index")
-        assert done.returncode == 0, done.stderr
-        temporary.rename(folder)
-    return folder
 
 
 def run_with(folders, *command):

@@ -6,9 +6,12 @@ import os
 import pickle
 import shutil
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from minzero.data import fast_encoding
@@ -90,6 +93,18 @@ def test_added_tokens_that_are_not_special_are_tokens_in_a_text(folders):
     for text in ("<tool_call>", "e\u0301<tool_call>\u0338e\u0301", "<|im_end|><tool_call>"):
         ids = BulkEncoder(tokenizer).encode(text.encode()).tolist()
         assert number in ids and ids == theirs(folders / "qwen")(text, add_special_tokens=False)["input_ids"]
+
+
+@given(
+    st.text(max_size=30),
+    st.sampled_from(["", "\u0378", "\u2065", "\uffff", "\U0001fbff", "\U000323b0"]),
+    st.text(max_size=9),
+)
+@settings(deadline=None, max_examples=300)
+def test_characters_that_unicode_may_get_are_seen(before, one, after):
+    text = (before + one + after).encode("utf-8", "replace").decode()
+    expected = any(unicodedata.category(char) == "Cn" for char in text)
+    assert fast_encoding.has_unknown_characters(text.encode()) == expected
 
 
 # -- the fast path is left where it is wrong -----------------------------------------------------
