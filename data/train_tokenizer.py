@@ -4,9 +4,9 @@ python data/train_tokenizer.py --source fineweb_edu --limit 100000 --vocab_size 
 python data/train_tokenizer.py --input 'books/**/*.txt' --vocab_size 8192 --out tokenizers/books
 python data/openwebtext/prepare.py --tokenizer tokenizers/books
 
-Writes tokenizer.tiktoken, which everything here loads, and tokenizer.json, which transformers loads. At most a
-twentieth of the text is held out, to compare the tokenizer with gpt2, o200k_base and those of --compare; the table is
-printed and written to tokenizer_report.json.
+Writes tokenizer.tiktoken, which everything here loads, and tokenizer.json, which transformers loads. About a
+twentieth of the text, at most 20 MB, is held out, to compare the tokenizer with gpt2, o200k_base and those of
+--compare; the table is printed and written to tokenizer_report.json.
 """
 
 import importlib

@@ -38,7 +38,7 @@ def checked_special_tokens(given, vocab_size):
     Raises UserError for a name that is too short, not printable or given twice, or that tiktoken and `tokenizers` would
     not find at the same places, and if `vocab_size` has no room for them and the 256 bytes."""
     special = list(dict.fromkeys([*given, END_OF_TEXT]))
-    for token in given:
+    for token in special:
         if len(token) < 2 or not token.isprintable() or given.count(token) > 1:
             raise UserError(
                 f"--special_tokens: found {token!a}, expected names of two characters or more, each once, as <|user|>"
@@ -59,7 +59,7 @@ def ambiguity(token, special):
     # in tokenizer.json each of these characters stands for a byte, also where a special token is decoded
     if not token.isascii() and set(token) <= set(byte_level_alphabet()):
         return "expected ASCII, or a character beyond U+0143: transformers would decode it to other text"
-    # `tokenizers` and llama.cpp look a piece up in the vocabulary, which has the special tokens as well
+    # `tokenizers` looks each piece up in the vocabulary, which has the special tokens as well
     if [piece for piece, _ in pre_tokenizer(PATTERN).pre_tokenize_str(token)] == [token]:
         return "which is one piece of ordinary text, so that this text would become the special token"
     return None
@@ -177,11 +177,11 @@ def report(folder, held_out, others):
         print("not compared with others: no text could be held out")
         return
     new = load_tokenizer(folder)
-    given = dict(others)
+    loaded = dict(others) | {"this one": new}
     rows = []
-    for name in ["this one", *COMPARED, *(name for name in given if name not in COMPARED)]:
+    for name in dict.fromkeys(["this one", *COMPARED, *loaded]):
         try:
-            tokenizer = new if not rows else given.get(name) or load_tokenizer(name)
+            tokenizer = loaded.get(name) or load_tokenizer(name)
             found = bytes_per_token(tokenizer, held_out.texts)
         except BadDocument as error:
             print(f"not compared: {printable(name)}: the held-out text {error.reason}")
@@ -207,7 +207,7 @@ def bytes_per_token(tokenizer, texts):
     for text in map(to_utf8, texts):
         size += len(text)
         tokens += sum(map(len, encode_text("held-out text", text)))
-    return size / tokens
+    return size / max(1, tokens)
 
 
 def print_table(rows):
