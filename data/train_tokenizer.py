@@ -4,7 +4,9 @@ python data/train_tokenizer.py --source fineweb_edu --limit 100000 --vocab_size 
 python data/train_tokenizer.py --input 'books/**/*.txt' --vocab_size 8192 --out tokenizers/books
 python data/openwebtext/prepare.py --tokenizer tokenizers/books
 
-Writes tokenizer.tiktoken, which everything here loads, and tokenizer.json, which transformers loads.
+Writes tokenizer.tiktoken, which everything here loads, and tokenizer.json, which transformers loads. About a
+twentieth of the text, at most 20 MB, is held out, to compare the tokenizer with gpt2, o200k_base and those of
+--compare; the table is printed and written to tokenizer_report.json.
 """
 
 import importlib
@@ -21,7 +23,7 @@ if __name__ == "__main__":
 from minzero.commands import run_command
 from minzero.config.values import did_you_mean
 from minzero.data.documents import UsableTexts, plural
-from minzero.data.learn_tokenizer import checked_special_tokens, train_tokenizer
+from minzero.data.learn_tokenizer import HeldOut, checked_special_tokens, load_compared, report, train_tokenizer
 from minzero.data.pipeline import MOST_IDS
 from minzero.data.tokenizer_files import END_OF_TEXT, save_tokenizer
 from minzero.errors import UserError
@@ -46,6 +48,12 @@ def flags():
         "--vocab_size", type=at_least(1, MOST_IDS), default=32768, help="number of ids, with the special tokens"
     )
     parser.add_argument("--special_tokens", nargs="+", default=[END_OF_TEXT], help="get the last ids, in this order")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        help="with these as well, as the tokenizer of a published model: tiktoken's, folders, names on the hub",
+    )
     parser.add_argument("--out", type=a_path, required=True, help="folder for the tokenizer")
     return parser
 
@@ -60,15 +68,18 @@ def main(arguments):
         raise UserError("--input: none given; name your files, or a data set: --source fineweb_edu")
     check_can_write("--out", args.out, folder=True)  # before the training
     special_tokens = checked_special_tokens(args.special_tokens, args.vocab_size)
+    compared = load_compared(args.compare)
 
     documents = importlib.import_module(f"data.{args.source}.prepare").script.documents(args)
     if hasattr(documents, "summary"):
         print(documents.summary)
     texts = UsableTexts(documents, args.limit, args.on_bad_document, str(args.out))
-    save_tokenizer(args.out, *train_tokenizer(texts, args.vocab_size, special_tokens))
+    held_out = HeldOut(texts)
+    save_tokenizer(args.out, *train_tokenizer(held_out, args.vocab_size, special_tokens))
     if texts.skipped:
         print(f"skipped {plural(texts.skipped, 'document')} that could not be read")
-    print(f"{args.out}: {args.vocab_size:,} ids")
+    print(f"{args.out}: {args.vocab_size:,} ids", flush=True)  # a download of the others may take its time
+    report(args.out, held_out, compared)
 
 
 if __name__ == "__main__":
