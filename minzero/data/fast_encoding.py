@@ -154,6 +154,8 @@ class Gigatoken:
 
     def ids(self, content):
         """Text in UTF-8 -> its ids, (n,) uint32."""
+        if any(token in content for token in self.added):  # these are found before a text is normalized
+            return self.reference.ids(content.decode())
         if not content.isascii():
             if has_unknown_characters(content):
                 return self.reference.ids(content.decode())
@@ -161,8 +163,6 @@ class Gigatoken:
                 text = content.decode()
                 if not unicodedata.is_normalized("NFC", text):
                     content = self.normalize(text).encode()
-        if any(token in content for token in self.added):  # these are found before a text is normalized
-            return self.reference.ids(content.decode())
         with panics_are_unsuitable("it fails on a text"):
             return self.encode(content)
 

@@ -75,9 +75,8 @@ def mistral_3(packages, folder):
     [
         (llama3, 128_002, [], ["<|end_of_text|>"], True),
         (qwen, 151_646, [], [END], True),
-        (deepseek, 129_280, [], ["<\uff5cend\u2581of\u2581sentence\uff5c>"], True)(
-            mistral_1, 32_000, ["<s>"], ["</s>"], False
-        ),
+        (deepseek, 129_280, [], ["<\uff5cend\u2581of\u2581sentence\uff5c>"], True),
+        (mistral_1, 32_000, ["<s>"], ["</s>"], False),
         (mistral_3, 32_768, ["<s>"], ["</s>"], False),
     ],
     ids=lambda value: getattr(value, "__name__", None),

@@ -19,10 +19,11 @@ from minzero.data.fast_encoding import BulkEncoder
 from minzero.data.local_files import Files
 from minzero.data.pipeline import tokenizer_of
 from minzero.data.shards import TokenStream
-from minzero.data.tokenizer import load_tokenizer
+from minzero.data.tokenizer import TiktokenTokenizer, load_tokenizer
 from minzero.errors import UserError
 from tests.helpers.data_sets import contents, prepare
 from tests.helpers.foreign_tokenizers import KINDS, odd_strings, write_all
+from tests.unit.test_data_tokenizer import PATTERNS
 
 BYTE_LEVEL = ["gpt2", "llama3", "qwen"]
 ODD = list(odd_strings(10_000, seed=1))
@@ -270,3 +271,16 @@ def test_a_tokenizer_of_the_hub_is_kept_with_the_shards(folders, tmp_path, monke
     stream = TokenStream(tmp_path / "out", "train", 1)
     expected = [*tokenizer.begin, *tokenizer.encode_ordinary("one text"), *tokenizer.end]
     assert stream.read(0, len(expected)).tolist() == expected
+
+
+@pytest.mark.parametrize("name", [*fast_encoding.SCHEMES, "ours"])
+def test_gigatoken_cuts_text_as_the_patterns_of_tiktoken(name):
+    """Of encodings that would have to be downloaded: their patterns, with the tokens of GPT-2."""
+    gpt2 = load_tokenizer("gpt2")
+    tokenizer = TiktokenTokenizer(
+        name, pat_str=PATTERNS[name], mergeable_ranks=gpt2._mergeable_ranks, special_tokens=gpt2._special_tokens
+    )
+    encoder = BulkEncoder(tokenizer)
+    assert encoder.quick, encoder.notice
+    for text in ODD:
+        assert encoder.encode(text.encode()).tolist() == tokenizer.encode_ordinary(text)

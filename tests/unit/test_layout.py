@@ -14,8 +14,8 @@ ORDER = """
     sizes config.auto config.deepspeed config.hints config.build config.help config.load dist run_folder loss
     recompute zero tensor_files
     data.order data.meta data.shards data.mixture data.text data.tokenizer_files data.tokenizer data.fast_encoding
-    data.learn_tokenizer data.documents data.local_files data.sources data.conversations data.output data.clean
-    data.encode data.pipeline data.scripts data.verify data.foreign data.convert
+    data.documents data.local_files data.sources data.conversations data.output data.clean
+    data.encode data.pipeline data.learn_tokenizer data.scripts data.verify data.foreign data.convert
     checkpoint_state checkpoint_folder nearest checkpoint resume model hf.families hf.read trained compiled engine
     schedule watchdog bad_steps metrics loggers profiler curves plot report hf.card hf.write hf.gguf summary run
     evaluate_loss sampling evaluate generate planner.gpus planner.settings planner.activations planner.replay
