@@ -97,9 +97,9 @@ def looks_finished(folder):
         return False
 
 
-def assert_rerun_gives(folder, expected):
+def assert_rerun_gives(folder, expected, work=lambda folder: prepare(numbered(), folder)):
     assert not looks_finished(folder) or contents(folder)["meta.json"] == expected["meta.json"]
-    assert ended_by(in_a_child(lambda: prepare(numbered(), folder))) == 0
+    assert ended_by(in_a_child(lambda: work(folder))) == 0
     assert contents(folder) == expected
 
 

@@ -31,31 +31,41 @@ from tests.helpers.data_sets import (  # noqa: F401
 from tests.helpers.processes import environment
 
 
-def test_kill_before_each_file_operation(quick):
-    prepare(numbered(), quick / "whole")
+@pytest.mark.parametrize("tokenizer, shard_tokens", [("bytes", 3000), ("gpt2", 600)])
+def test_kill_before_each_file_operation(quick, tokenizer, shard_tokens, shared):
+    """gpt2 is encoded by gigatoken, bytes by tiktoken."""
+
+    def work(folder):
+        prepare(numbered(), folder, "--shard_tokens", str(shard_tokens), tokenizer=tokenizer)
+
+    work(quick / "whole")
     expected, kills = contents(quick / "whole"), 0
-    for folder in killed_before_each_operation(quick, lambda folder: prepare(numbered(), folder)):
+    for folder in killed_before_each_operation(quick, work):
         kills += 1
         if folder.exists():
-            assert_rerun_gives(folder, expected)
+            assert_rerun_gives(folder, expected, work)
             shutil.rmtree(folder)
     assert kills > 40
 
 
-def test_kill_at_twenty_random_moments(quick):
+@pytest.mark.parametrize("tokenizer, shard_tokens", [("bytes", 3000), ("gpt2", 600)])
+def test_kill_at_twenty_random_moments(quick, tokenizer, shard_tokens, shared):
+    def work(folder):
+        prepare(numbered(), folder, "--shard_tokens", str(shard_tokens), tokenizer=tokenizer)
+
     (quick / "whole").mkdir()
     started = time.perf_counter()
-    assert ended_by(in_a_child(lambda: prepare(numbered(), quick / "whole"))) == 0
+    assert ended_by(in_a_child(lambda: work(quick / "whole"))) == 0
     duration, expected, killed = time.perf_counter() - started, contents(quick / "whole"), 0
     for moment in range(60):
         folder = quick / f"moment_{moment}"
-        child = in_a_child(lambda folder=folder: prepare(numbered(), folder))
+        child = in_a_child(lambda folder=folder: work(folder))
         time.sleep(GENERATOR.uniform(0, duration))
         os.kill(child, signal.SIGKILL)
         in_time = ended_by(child) == -signal.SIGKILL
         killed, duration = killed + in_time, duration * (1 if in_time else 0.9)  # measured on a busier machine
         folder.mkdir(exist_ok=True)
-        assert_rerun_gives(folder, expected)
+        assert_rerun_gives(folder, expected, work)
         if killed == 20:
             return
     raise AssertionError(f"only {killed} of 60 kills came before the end")
