@@ -37,6 +37,7 @@ from minzero.errors import UserError
 from minzero.files import check_can_write, make_folder, write_json
 from minzero.flags import FlagParser, a_number, a_path, at_least
 
+MOST_LIGHT_WORKERS = 4  # two processes with gigatoken take all that one can read
 MOST_IDS = 10_000_000  # of a learned tokenizer: the library allocates memory for all of them at once
 
 
@@ -44,7 +45,6 @@ def options(description, folder, tokenizer="gpt2", val_fraction=0.05, **extra):
     """The parser of a prepare script, with its defaults. folder: the script's own, the default of --out. extra: {name:
     default} of further flags."""
     parser = PrepareParser(description, folder)
-    cores = len(os.sched_getaffinity(0))
     parser.add_argument(
         "--tokenizer", default=tokenizer, help="tiktoken's name, 'bytes', a folder, or a name on the hub"
     )
@@ -53,7 +53,11 @@ def options(description, folder, tokenizer="gpt2", val_fraction=0.05, **extra):
     parser.add_argument("--val_fraction", type=share, default=val_fraction, help="share of documents for validation")
     tokens = at_least(1, 2**30)
     parser.add_argument("--shard_tokens", type=tokens, default=100_000_000, help="a shard ends with the batch past it")
-    parser.add_argument("--workers", type=at_least(1, 4096), default=cores, help="processes that tokenize")
+    parser.add_argument(
+        "--workers",
+        type=at_least(1, 4096),
+        help="processes that tokenize; default: one a core, or with gigatoken as many as reading can supply",
+    )
     parser.add_argument(
         "--encoder",
         choices=["fast", "reference"],
@@ -272,7 +276,8 @@ class Preparation:
         encoder = BulkEncoder(self.tokenizer, use_gigatoken=args.encoder == "fast")
         if encoder.notice:
             print(encoder.notice)
-        results = encode_batches(batches, args.workers, encoder, self.loss_mask, self.evaluation)
+        workers = args.workers or default_workers(work_is_light=encoder.quick and not self.evaluation)
+        results = encode_batches(batches, workers, encoder, self.loss_mask, self.evaluation)
         tokens = sum(split.tokens for split in self.splits.values())
         bar = tqdm(initial=tokens, unit=" tokens", unit_scale=True, desc=str(args.out), mininterval=0.5)
         with bar, contextlib.closing(results):
@@ -344,6 +349,12 @@ class Preparation:
         report(splits, self.skipped, args, self.by_default)
         use = "train on it" if splits["train"].tokens else "evaluate on it"
         print(f"{use} with --data.path {args.out} --model.vocab_size {self.tokenizer.n_vocab}")
+
+
+def default_workers(work_is_light):
+    """How many processes tokenize where nobody says. work_is_light: it takes less time than reading, in this one."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(MOST_LIGHT_WORKERS, cores // 2)) if work_is_light else cores
 
 
 def earlier_work(meta_file, progress_file):
