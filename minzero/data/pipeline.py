@@ -413,6 +413,8 @@ def report(splits, skipped, args, by_hash):
 def tokenizer_entry(tokenizer, encoding, out):
     """The entry of meta.json by which `tokenizer_of` finds it: tiktoken's name, or the folder, relative to the
     shards."""
+    if os.path.basename(tokenizer) == "tokenizer.json":
+        tokenizer = os.path.dirname(tokenizer) or "."
     trained = Path(tokenizer).is_dir()
     name = os.path.relpath(tokenizer, out) if trained else str(tokenizer)
     return {"name": name, "trained": trained, "fingerprint": encoding.fingerprint()}
@@ -420,15 +422,29 @@ def tokenizer_entry(tokenizer, encoding, out):
 
 def tokenizer_of(folder):
     """The tokenizer that made the shards in `folder`. Raises UserError if it has changed since, or is not known."""
-    entry = (read_meta(folder) or {}).get("tokenizer")
+    meta = read_meta(folder) or {}
+    entry = meta.get("tokenizer")
     if entry is None:
         raise UserError(f"{folder}: no meta.json, so the tokenizer of its shards is not known; prepare the data again")
     if not {"name", "trained"} <= entry.keys():
         raise UserError(f"{folder}/meta.json: damaged: tokenizer has no name or trained; prepare the data again")
-    encoding = load_tokenizer(str(Path(folder) / entry["name"]) if entry["trained"] else entry["name"])
+    name = entry["name"]
+    if entry["trained"]:
+        name = str(Path(folder) / name)
+        if not os.path.isdir(name):  # which might be taken for a name on the hub
+            raise UserError(
+                f"{folder}/meta.json: tokenizer: found no folder {os.path.normpath(name)}, expected the tokenizer that "
+                "the data was made with; copy it there, or prepare the data again"
+            )
+    encoding = load_tokenizer(name)
     if encoding.fingerprint() != entry["fingerprint"]:
         raise UserError(
             f"{folder}/meta.json: made with tokenizer {entry['fingerprint']}, but {entry['name']} is now "
             f"{encoding.fingerprint()}; prepare the data again"
+        )
+    if meta.get("end_of_text", encoding.end_of_text) != encoding.end_of_text:  # by the settings beside tokenizer.json
+        raise UserError(
+            f"{folder}/meta.json: made with the end of text {meta['end_of_text']}, but that of {entry['name']} is now "
+            f"{encoding.end_of_text}; restore its tokenizer_config.json, or prepare the data again"
         )
     return encoding
