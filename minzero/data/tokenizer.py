@@ -9,6 +9,7 @@ tiktoken's, in which the names of special tokens are text like any other, and
     end_of_text      the id that ends a document, None if there is none
     stops            ids after which a model stops: the end of text and, of a tokenizer for conversations, of a turn
     pad              the id for padding, None if there is none
+    adds_space       whether a space is put before a text, so that the ids of a whole are not those of its parts
     added_tokens     tokens that are no special ones, and are found in a text before it is cut into pieces
     fingerprint()    a hash of everything that decides how text is encoded
     vocabulary()     {token as tokenizer.json writes it: id}, of tiktoken's without special tokens
@@ -64,6 +65,8 @@ USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|end\u2581of\u2
 
 class Tokenizer:
     """Base of both kinds."""
+
+    adds_space = False
 
     @property
     def start_of_document(self):
@@ -249,6 +252,8 @@ class HuggingFaceTokenizer(Tokenizer):
         added = json.loads(self.backend.to_str())["added_tokens"]
         self.added_tokens = tuple(token["content"] for token in added if not token["special"])
         self.prepare_backend()
+        parts = [*self.encode_ordinary("\n"), *self.encode_ordinary("a")]
+        self.adds_space = self.encode_ordinary("\na") != parts
 
     @property
     def stops(self):

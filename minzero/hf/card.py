@@ -97,8 +97,8 @@ def has_chat_template(folder):
 
 def write_model_card(folder, source, dtype, is_chat):
     """Write README.md, with the front matter that the Hugging Face hub reads, and loss.png into `folder`. source: of
-    `trained.open_checkpoint`. is_chat: whether it was trained on conversations. The tokenizer's files are expected to be
-    in `folder` already, if there are any."""
+    `trained.open_checkpoint`. is_chat: whether it was trained on conversations. The tokenizer's files are expected to
+    be in `folder` already, if there are any."""
     from huggingface_hub import ModelCardData
 
     state, config = source.state, source.config
