@@ -442,7 +442,8 @@ def tokenizer_of(folder):
             f"{folder}/meta.json: made with tokenizer {entry['fingerprint']}, but {entry['name']} is now "
             f"{encoding.fingerprint()}; prepare the data again"
         )
-    if meta.get("end_of_text", encoding.end_of_text) != encoding.end_of_text:  # by the settings beside tokenizer.json
+    # that of a tokenizer.json is named in the settings beside it
+    if encoding.end and meta.get("end_of_text", encoding.end_of_text) != encoding.end_of_text:
         raise UserError(
             f"{folder}/meta.json: made with the end of text {meta['end_of_text']}, but that of {entry['name']} is now "
             f"{encoding.end_of_text}; restore its tokenizer_config.json, or prepare the data again"

@@ -230,7 +230,7 @@ def test_tokens_that_transformers_adds_are_no_other_tokenizer(place, tmp_path):
     write_run(tmp_path / "run", MODEL, prepare_text(tmp_path / "t", tmp_path / "data"))
     export.main([str(tmp_path / "run"), str(tmp_path / "hf")])
     assert tokenizer_of(tmp_path / "data").n_vocab == 1502
-    assert open_trained(tmp_path / "hf").tokenizer_fault(tmp_path / "data") is None
+    open_trained(tmp_path / "hf").check_tokenizer(tmp_path / "data")
 
 
 def test_a_model_of_the_hub_comes_with_its_tokenizer(monkeypatch, tmp_path):
