@@ -246,7 +246,7 @@ def test_a_model_of_the_hub_comes_with_its_tokenizer(monkeypatch, tmp_path):
 def test_data_with_more_ids_than_a_trained_model_is_no_matter_of_its_vocab_size(place, tmp_path):
     write_run(tmp_path / "run", ModelConfig(**vars(LLAMA) | {"vocab_size": 1500}), str(place / "data" / "llama2"))
     with pytest.raises(
-        UserError, match=r"ids up to 1503; set it to at least 1504 for a new model, or, for one that is"
+        UserError, match=r"ids up to 1503; set it to at least 1504; a trained model keeps its own number"
     ):
         eval.main([str(tmp_path / "run"), "--data", str(place / "data" / "qwen")])
 
