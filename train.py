@@ -334,6 +334,9 @@ def main(config, watchdog=None):
             dist.print0(summary.changed_settings(start.state, config, setup.auto, run.tokens_before))
         elif start.init_source:
             dist.print0(f"weights from {start.init_source}")
+            if group.rank == 0:
+                for line in trained.doubts_about_data(train.init_from, train_data.folders):
+                    dist.print0(line)
         bad_steps = BadSteps(engine, train.spike_zscore, start.state.get("bad_steps"))
         info = info_of(config, group, setup, train_data, compiled=not_compiled is None)
         run.begin(engine, bad_steps, info, count_real_parameters(engine.module))

@@ -8,6 +8,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutput
 
 from minzero.data.conversations import CHAT_TEMPLATE
+from minzero.data.tokenizer import tokens_around
 from minzero.errors import UserError, describe
 from minzero.files import read_json
 from minzero.hf.families import build_transformers, check_expressible
@@ -142,7 +143,7 @@ class Writer:
         if temperature > 0:
             self.settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         if self.encoding:
-            self.settings |= dict.fromkeys(("eos_token_id", "pad_token_id"), self.encoding.end_of_text)
+            self.settings |= {"eos_token_id": list(self.encoding.stops) or None, "pad_token_id": self.encoding.pad}
             # embeddings are often made wider than the vocabulary: nobody could read those tokens
             unknown = sorted(set(range(source.model.vocab_size)) - set(self.tokenizer.get_vocab().values()))
             self.settings |= {"suppress_tokens": unknown} if unknown else {}
@@ -150,6 +151,7 @@ class Writer:
         self.start = self.tokenizer.bos_token_id if start is None else start  # of a document
         if self.encoding:
             self.start = self.encoding.start_of_document
+        self.end = tokens_around(self.tokenizer)[1]  # put after each text, as T5's does
 
     def encode(self, prompt):
         """The ids of a text or, in a chat, of a user's message, as transformers' own code gives them. Raises UserError
@@ -163,6 +165,7 @@ class Writer:
         if self.chat:
             return self.encode_message(prompt)
         tokens = self.tokenizer(prompt, verbose=False)["input_ids"]
+        tokens = tokens[: len(tokens) - len(self.end)]  # a text that is to be continued has no end
         if not tokens and self.start is None:
             raise UserError(
                 "prompt: an empty prompt needs a token for the start of a document, which this tokenizer does not have"

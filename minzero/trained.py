@@ -19,8 +19,9 @@ from minzero import checkpoint, checkpoint_folder
 from minzero.config.build import build
 from minzero.config.sections import Config, ModelConfig, data_weights
 from minzero.data.conversations import chat_template
-from minzero.data.meta import read_meta
+from minzero.data.meta import holds_conversations, read_meta
 from minzero.data.pipeline import tokenizer_of
+from minzero.data.tokenizer import huggingface_fingerprint
 from minzero.data.tokenizer_files import open_huggingface
 from minzero.errors import UserError, describe
 from minzero.hf.families import own_shapes
@@ -48,26 +49,32 @@ class ModelSource:
     def check_tokenizer(self, folder):
         """Raises UserError if the data in `folder` was made with another tokenizer than the model's: equal ids would
         mean other text."""
+        if fault := self.tokenizer_fault(folder):
+            raise UserError(f"{folder}: {fault}; prepare that data with the model's tokenizer")
+
+    def tokenizer_fault(self, folder):
+        """In which way the data in `folder` was made with another tokenizer than the model's; None if it was not, or
+        that is not known. Raises UserError if a tokenizer cannot be read."""
         meta = read_meta(folder)
-        if not meta:
-            return
+        found = meta["tokenizer"].get("fingerprint") if meta else None
+        if found is None:
+            return None
         if self.state:
-            found = meta["tokenizer"]["fingerprint"]
             learned = {entry["tokenizer"] for entry in self.state["data"].values()}
-            if found is not None and None not in learned and found not in learned:
-                raise UserError(
-                    f"{folder}: found tokenizer {found}, expected {' or '.join(learned)} as the model was trained "
-                    "with; prepare that data with the model's tokenizer"
-                )
-        elif (self.path / "tokenizer.json").exists():
-            theirs = open_huggingface(self.path / "tokenizer.json").get_vocab()
-            ours = tokenizer_of(folder).vocabulary()
-            wrong = sum(theirs.get(token) != number for token, number in ours.items())
-            if wrong:
-                raise UserError(
-                    f"{folder}: found a tokenizer of which {wrong} of {len(ours)} tokens differ from "
-                    f"{self.path}/tokenizer.json, expected the same; prepare that data with the model's tokenizer"
-                )
+            if None in learned or found in learned:
+                return None
+            return f"found tokenizer {found}, expected {' or '.join(learned)} as the model was trained with"
+        path = self.path / "tokenizer.json"
+        if not path.exists():
+            return None
+        theirs = open_huggingface(path).get_vocab()
+        if huggingface_fingerprint(path) == found:
+            return None
+        ours = tokenizer_of(folder).vocabulary()
+        wrong = sum(theirs.get(token) != number for token, number in ours.items())
+        if not wrong:
+            return None
+        return f"found a tokenizer of which {wrong} of {len(ours)} tokens differ from {path}, expected the same"
 
 
 # -- opening -------------------------------------------------------------------------------------
@@ -160,6 +167,22 @@ def open_weights(source, model: ModelConfig):
     return str(found), lambda: checkpoint.open_weights(found)[2]
 
 
+def doubts_about_data(source, folders):
+    """Yields a line for each data folder that was made with another tokenizer than the model that train.init_from
+    names: such a run may be meant, to give a model another tokenizer."""
+    for folder in folders:
+        try:
+            fault = open_trained(local_folder(source)).tokenizer_fault(folder)
+        except UserError as error:  # the run itself needs no tokenizer
+            yield f"warning: whether {folder} was made with the tokenizer of train.init_from is not known: {error}"
+            continue
+        if fault:
+            yield (
+                f"warning: {folder}: {fault}; the weights of train.init_from know its ids as other text: prepare it "
+                "with that model's tokenizer unless the model is to learn another"
+            )
+
+
 # -- reading -------------------------------------------------------------------------------------
 
 
@@ -214,7 +237,8 @@ def open_tokenizer(source: ModelSource, data=None):
         where = folders[0]
         with suggesting(where, holds_data):
             encoding = tokenizer_of(where)
-        tokenizer = encoding.as_transformers(chat_template(encoding))
+        # a model that learned conversations learned them in this project's form, whatever the tokenizer came with
+        tokenizer = encoding.as_transformers(chat_template(encoding), replace=holds_conversations(folders))
     else:
         from transformers import AutoTokenizer
 

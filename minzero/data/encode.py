@@ -108,13 +108,23 @@ def encode_document(key, text):
     arrays = [begin | NO_LOSS]
     size = 0
     for number, piece in enumerate(text.split(LEARNED.encode())):
-        tokens = encode_text(key, piece)
         if number % 2:  # between two separators: learned, and so is the end of text after it
-            arrays += *tokens, end_of_text
+            arrays += *encode_answer(key, piece), end_of_text
             size += len(piece)
         else:
-            arrays += (part | NO_LOSS for part in tokens)
+            arrays += (part | NO_LOSS for part in encode_text(key, piece))
     return arrays, size
+
+
+def encode_answer(key, text):
+    """The tokens of an answer, as `encode_text` gives them: without the space that some tokenizers put before a text,
+    for here it follows the line end of its heading."""
+    if encoder.tokenizer.adds_space:
+        line = joined(encode_text(key, b"\n"))
+        whole = joined(encode_text(key, b"\n" + text))
+        if np.array_equal(whole[: len(line)], line):
+            return [whole[len(line) :]]
+    return encode_text(key, text)
 
 
 def encode_text(key, text):

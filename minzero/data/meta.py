@@ -46,6 +46,11 @@ def read_meta(folder):
     return meta
 
 
+def holds_conversations(folders):
+    """Whether any of these data folders holds conversations, as `loss_mask` of meta.json tells. Raises UserError."""
+    return any((read_meta(folder) or {}).get("loss_mask") for folder in folders)
+
+
 def check_progress(path):
     """The content of progress.json, every field checked. Raises UserError."""
     progress = read_object(path)

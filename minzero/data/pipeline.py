@@ -436,15 +436,30 @@ def tokenizer_entry(tokenizer, out):
 
 def tokenizer_of(folder):
     """The tokenizer that made the shards in `folder`. Raises UserError if it has changed since, or is not known."""
-    entry = (read_meta(folder) or {}).get("tokenizer")
+    meta = read_meta(folder) or {}
+    entry = meta.get("tokenizer")
     if entry is None:
         raise UserError(f"{folder}: no meta.json, so the tokenizer of its shards is not known; prepare the data again")
     if not {"name", "trained"} <= entry.keys():
         raise UserError(f"{folder}/meta.json: damaged: tokenizer has no name or trained; prepare the data again")
-    encoding = load_tokenizer(str(Path(folder) / entry["name"]) if entry["trained"] else entry["name"])
+    name = entry["name"]
+    if entry["trained"]:
+        name = str(Path(folder) / name)
+        if not os.path.isdir(name):  # which might be taken for a name on the hub
+            raise UserError(
+                f"{folder}/meta.json: tokenizer: found no folder {os.path.normpath(name)}, expected the tokenizer that "
+                "the data was made with; copy it there, or prepare the data again"
+            )
+    encoding = load_tokenizer(name)
     if encoding.fingerprint() != entry["fingerprint"]:
         raise UserError(
             f"{folder}/meta.json: made with tokenizer {entry['fingerprint']}, but {entry['name']} is now "
             f"{encoding.fingerprint()}; prepare the data again"
+        )
+    # that of a tokenizer.json is named in the settings beside it
+    if encoding.end and meta.get("end_of_text", encoding.end_of_text) != encoding.end_of_text:
+        raise UserError(
+            f"{folder}/meta.json: made with the end of text {meta['end_of_text']}, but that of {entry['name']} is now "
+            f"{encoding.end_of_text}; restore its tokenizer_config.json, or prepare the data again"
         )
     return encoding

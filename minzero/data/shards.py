@@ -339,7 +339,8 @@ class TokenStream:
         if self.meta and self.meta["vocab_size"] > vocab_size:
             raise UserError(
                 f"model.vocab_size: {vocab_size}, but {self.folder} has token ids up to "
-                f"{self.meta['vocab_size'] - 1}; set it to at least {self.meta['vocab_size']}"
+                f"{self.meta['vocab_size'] - 1}; set it to at least {self.meta['vocab_size']}; a "
+                "trained model keeps its own number, and its data is prepared with its tokenizer"
             )
         if not self.meta:
             self.vocab_size = vocab_size

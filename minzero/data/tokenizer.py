@@ -7,13 +7,16 @@ tiktoken's, in which the names of special tokens are text like any other, and
     ids(text)        the same ids as an array, (n,) uint32
     begin, end       ids before and after each document in the shards, and start_of_document, which is one of them
     end_of_text      the id that ends a document, None if there is none
+    stops            ids after which a model stops: the end of text and, of a tokenizer for conversations, of a turn
+    pad              the id for padding, None if there is none
+    adds_space       whether a space is put before a text, so that the ids of a whole are not those of its parts
     added_tokens     tokens that are no special ones, and are found in a text before it is cut into pieces
     fingerprint()    a hash of everything that decides how text is encoded
     vocabulary()     {token as tokenizer.json writes it: id}, of tiktoken's without special tokens
     known_ids()      the set of ids that stand for a token
     token_bytes()    the bytes of text that each id stands for, a list; none for ids that are special or not used
     missing_characters(text)
-    as_transformers(chat_template), save(folder, **settings)
+    as_transformers(chat_template, replace), save(folder, **settings)
 """
 
 import functools
@@ -66,10 +69,20 @@ class Tokenizer:
     folder = None
     hub_name = None
 
+    adds_space = False
+
     @property
     def start_of_document(self):
         """The id that stands before the first token of a document."""
         return [*self.end, *self.begin][-1]
+
+    @property
+    def stops(self):
+        return () if self.end_of_text is None else (self.end_of_text,)
+
+    @property
+    def pad(self):
+        return self.end_of_text
 
 
 # -- tiktoken's ----------------------------------------------------------------------------------
@@ -154,7 +167,7 @@ class TiktokenTokenizer(Tokenizer, tiktoken.Encoding):
             return []
         return sorted(char for char in set(text) if char.encode(errors="replace") not in self._mergeable_ranks)
 
-    def as_transformers(self, chat_template):
+    def as_transformers(self, chat_template, replace=False):
         from tokenizers import Tokenizer
         from transformers import PreTrainedTokenizerFast
 
@@ -233,6 +246,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.backend = theirs.backend_tokenizer
         self.n_vocab = max(self.backend.get_vocab().values()) + 1
         self.end_of_text = self.backend.token_to_id(end_of_text_token(theirs, file))
+        # as its settings name them; the eos of a tokenizer for conversations is the end of a turn
+        self.eos, self.their_pad = map(self.backend.token_to_id, (theirs.eos_token or "", theirs.pad_token or ""))
+        self.their_class = type(theirs).__name__
         try:
             self.begin, after = tokens_around(theirs)
         except Exception as error:  # the library has no class for it
@@ -241,6 +257,16 @@ class HuggingFaceTokenizer(Tokenizer):
         added = json.loads(self.backend.to_str())["added_tokens"]
         self.added_tokens = tuple(token["content"] for token in added if not token["special"])
         self.prepare_backend()
+        parts = [*self.encode_ordinary("\n"), *self.encode_ordinary("a")]
+        self.adds_space = self.encode_ordinary("\na") != parts
+
+    @property
+    def stops(self):
+        return (self.end_of_text,) if self.eos in (None, self.end_of_text) else (self.end_of_text, self.eos)
+
+    @property
+    def pad(self):
+        return self.end_of_text if self.their_pad is None else self.their_pad
 
     def prepare_backend(self):
         self.backend.encode_special_tokens = True  # which its serialized form does not keep
@@ -265,10 +291,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return "".join(map(self.backend.id_to_token, special_tokens))
 
     def fingerprint(self):
-        content = read_json(self.folder / "tokenizer.json")
-        for of_batches in ("padding", "truncation", "version"):
-            content.pop(of_batches, None)
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return huggingface_fingerprint(self.folder / "tokenizer.json")
 
     def vocabulary(self):
         return self.backend.get_vocab()
@@ -302,8 +325,8 @@ class HuggingFaceTokenizer(Tokenizer):
         """None: where it has no token for a character it has one for all unknown ones, or for bytes."""
         return []
 
-    def as_transformers(self, chat_template=None):
-        """AutoTokenizer's. chat_template: for a tokenizer that comes with none."""
+    def as_transformers(self, chat_template=None, replace=False):
+        """AutoTokenizer's. chat_template: for a tokenizer that comes with none; replace: for any."""
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         path = self.folder / "tokenizer.json"
@@ -314,7 +337,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 found = PreTrainedTokenizerFast(tokenizer_file=str(path))
         except Exception as error:  # of many classes, some of them libraries' own
             raise UserError(f"{path}: {describe(error)}; expected a tokenizer; export or copy it again") from None
-        found.chat_template = found.chat_template or chat_template
+        found.chat_template = chat_template if replace else found.chat_template or chat_template
         return found
 
     def copy(self, folder):
@@ -324,12 +347,31 @@ class HuggingFaceTokenizer(Tokenizer):
                 shutil.copyfile(self.folder / name, folder / name)
 
     def save(self, folder, **settings):
-        """Copy its files into `folder`. settings: keys of tokenizer_config.json to add or replace."""
+        """Copy its files into `folder`. settings: keys of tokenizer_config.json to add or replace.
+
+        The class is named as well: without it AutoTokenizer takes that of the model in config.json, which may cut text
+        in another way. So are the end of text and the start, where the tokenizer came without settings."""
         for name in FILES:
-            if (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, folder / name)
+            if (self.folder / name).is_file() and not (name == "chat_template.jinja" and "chat_template" in settings):
+                shutil.copyfile(self.folder / name, folder / name)  # the .jinja would be preferred to the setting
         path = folder / "tokenizer_config.json"
-        write_json(path, (read_json(path) if path.exists() else {}) | settings)
+        found = read_json(path) if path.exists() else {}
+        # the one class that transformers 4 and 5 know under different names
+        is_plain = self.their_class in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        found["tokenizer_class"] = "PreTrainedTokenizerFast" if is_plain else self.their_class
+        if self.eos is None:
+            found["eos_token"] = self.backend.id_to_token(self.end_of_text)
+            if len(self.begin) == 1:
+                found.setdefault("bos_token", self.text_of(self.begin))
+        write_json(path, found | settings)
+
+
+def huggingface_fingerprint(path):
+    """The fingerprint of a HuggingFaceTokenizer, by its tokenizer.json alone. Raises UserError."""
+    content = read_object(path, "export or copy it again")
+    for of_batches in ("padding", "truncation", "version"):
+        content.pop(of_batches, None)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def end_of_text_token(theirs, file):
@@ -352,8 +394,10 @@ def end_of_text_token(theirs, file):
 
 def tokens_around(theirs):
     """(ids before, ids after) that transformers' tokenizer puts around a text."""
-    inside = theirs("a", add_special_tokens=False)["input_ids"]
-    whole = theirs("a")["input_ids"]
+    for text in ("a", *theirs.get_vocab()):  # one of characters may have no "a"
+        if inside := theirs(text, add_special_tokens=False)["input_ids"]:
+            break
+    whole = theirs(text)["input_ids"]
     for start in range(len(whole) - len(inside) + 1):
         if whole[start : start + len(inside)] == inside:
             return tuple(whole[:start]), tuple(whole[start + len(inside) :])

@@ -89,15 +89,16 @@ def loading_code(folder, block_size):
     return "\n".join(lines)
 
 
-def is_chat(folder):
-    """Whether the tokenizer in an exported folder has a chat template."""
+def has_chat_template(folder):
+    """Whether the tokenizer in an exported folder has one."""
     path = folder / "tokenizer_config.json"
-    return path.exists() and "chat_template" in read_json(path)
+    return (folder / "chat_template.jinja").exists() or (path.exists() and "chat_template" in read_json(path))
 
 
-def write_model_card(folder, source, dtype):
+def write_model_card(folder, source, dtype, is_chat):
     """Write README.md, with the front matter that the Hugging Face hub reads, and loss.png into `folder`. source: of
-    `trained.open_checkpoint`. The tokenizer's files are expected to be in `folder` already, if there are any."""
+    `trained.open_checkpoint`. is_chat: whether it was trained on conversations. The tokenizer's files are expected to
+    be in `folder` already, if there are any."""
     from huggingface_hub import ModelCardData
 
     state, config = source.state, source.config
@@ -109,8 +110,10 @@ def write_model_card(folder, source, dtype):
     start = "other weights" if config.train.init_from else "scratch"
     front = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["minzero", "deepspeed"])
     purpose = "It continues text; it was not taught to answer or to refuse."
-    if is_chat(folder):
+    if is_chat:
         purpose = "It was trained on conversations: ask it in the form of the tokenizer's chat template."
+    elif has_chat_template(folder):
+        purpose = "It was trained on plain text; the chat template came with the tokenizer."
     loss = validation_loss(run, state["step"])
     settings = [(key, json.dumps(value)) for key, value in config.to_dict()["model"].items()]
     parts = [

@@ -282,9 +282,9 @@ def explicit(model: ModelConfig):
     return dataclasses.replace(model, n_kv_head=model.kv_heads, mlp_hidden=model.mlp_width)
 
 
-def transformers_config(model: ModelConfig, dtype="float32", end_of_text=None, start=None):
-    """transformers' configuration of the same model. end_of_text, start: ids that end and begin a document; start is by
-    default end_of_text. Raises UserError if it has none."""
+def transformers_config(model: ModelConfig, dtype="float32", end_of_text=None, start=None, pad=None):
+    """transformers' configuration of the same model. end_of_text, start, pad: ids that end and begin a document, and
+    for padding; the last two are by default end_of_text. Raises UserError if transformers has no such model."""
     from transformers import AutoConfig
 
     name = family_of(model)
@@ -294,7 +294,7 @@ def transformers_config(model: ModelConfig, dtype="float32", end_of_text=None, s
     settings |= {"bos_token_id": end_of_text if start is None else start, "eos_token_id": end_of_text}
     settings |= {"initializer_range": model.init_std}
     if family.has_pad_token:
-        settings["pad_token_id"] = end_of_text
+        settings["pad_token_id"] = end_of_text if pad is None else pad
     return AutoConfig.for_model(name, **settings, architectures=[family.architecture], dtype=dtype)
 
 

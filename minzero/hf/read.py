@@ -216,7 +216,7 @@ def local_folder(source):
         return Path(source)
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as error:  # of many classes: no such name, no network, no permission, no space

@@ -9,7 +9,7 @@ import torch
 
 from minzero.config.sections import ModelConfig
 from minzero.data.conversations import chat_template
-from minzero.data.meta import read_meta
+from minzero.data.meta import holds_conversations, read_meta
 from minzero.data.pipeline import tokenizer_of
 from minzero.errors import UserError
 from minzero.files import write_json
@@ -40,11 +40,17 @@ def config_json(theirs):
     return found | FAMILIES[theirs.model_type].old_settings(theirs)
 
 
-def generation_config_json(end_of_text, start):
-    """generation_config.json, in words that transformers 4 and 5 share. The ids: of `transformers_config`."""
-    if end_of_text is None:
+def generation_config_json(tokenizer):
+    """generation_config.json, in words that transformers 4 and 5 share. tokenizer: of data.tokenizer, or None."""
+    if tokenizer is None or tokenizer.end_of_text is None:
         return {}
-    return {"bos_token_id": start, "eos_token_id": end_of_text, "pad_token_id": end_of_text, "do_sample": False}
+    stops = list(tokenizer.stops)
+    return {
+        "bos_token_id": tokenizer.start_of_document,
+        "eos_token_id": stops[0] if len(stops) == 1 else stops,
+        "pad_token_id": tokenizer.pad,
+        "do_sample": False,
+    }
 
 
 @contextlib.contextmanager
@@ -114,23 +120,23 @@ def write_model(source, folder, dtype="float32"):
     check_new_folder(folder, temporary)
     check_expressible(source.model)
     data = source.data[0]
-    meta = read_meta(data)
-    tokenizer = end_of_text = start = None
-    if meta:
+    tokenizer, ids = None, ()
+    if read_meta(data):
         source.check_tokenizer(data)
         tokenizer = tokenizer_of(data)
-        end_of_text, start = tokenizer.end_of_text, tokenizer.start_of_document
-    theirs = transformers_config(source.model, dtype, end_of_text, start)
+        ids = tokenizer.end_of_text, tokenizer.start_of_document, tokenizer.pad
+    is_chat = holds_conversations(source.data)
+    theirs = transformers_config(source.model, dtype, *ids)
     with written_whole(folder, temporary):
         write_json(temporary / "config.json", config_json(theirs))
-        write_json(temporary / "generation_config.json", generation_config_json(end_of_text, start))
+        write_json(temporary / "generation_config.json", generation_config_json(tokenizer))
         if tokenizer:
             settings = {"model_max_length": source.model.block_size}
-            if meta.get("loss_mask"):
+            if is_chat:  # in place of a template that the tokenizer came with: the model learned this form
                 settings["chat_template"] = chat_template(tokenizer)
             tokenizer.save(temporary, **settings)
         write_weights(temporary, source.model, source.load(), getattr(torch, dtype))
-        write_model_card(temporary, source, dtype)
+        write_model_card(temporary, source, dtype, is_chat)
     description = f"{theirs.architectures[0]}, {dtype}"
     if tokenizer is None:
         description += f"\nwithout tokenizer files: {data} has no meta.json, so the tokenizer is not known"
