@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from minzero.commands import run_command
-from minzero.data.learn_tokenizer import train_tokenizer
+from minzero.data.learn_tokenizer import bytes_per_token, train_tokenizer
 from minzero.data.local_files import Files
 from minzero.data.sources import StandardLibrary
 from minzero.data.tokenizer import TiktokenTokenizer
@@ -26,13 +26,6 @@ OLD_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?|\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+"
 )
 PATTERNS = {"Llama 3's": PATTERN, "GPT-2's": GPT2_PATTERNS[-1], "our former one": OLD_PATTERN}
-
-
-def bytes_per_token(encoding, texts):
-    """Bytes of UTF-8 for each token of these texts."""
-    number_of_bytes = sum(len(text.encode()) for text in texts)
-    number_of_tokens = sum(len(encoding.encode_ordinary(text)) for text in texts)
-    return number_of_bytes / number_of_tokens
 
 
 def main(arguments):
@@ -51,8 +44,8 @@ def main(arguments):
     for vocab_size in args.vocab_size:
         for name, pattern in PATTERNS.items():
             ranks, special = train_tokenizer(learned, vocab_size, pattern=pattern)
-            encoding = TiktokenTokenizer(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-            found = [f"{bytes_per_token(encoding.faster, texts):.3f}" for texts in held_out.values()]
+            tokenizer = TiktokenTokenizer(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+            found = [f"{bytes_per_token(tokenizer, texts):.3f}" for texts in held_out.values()]
             print(f"| {vocab_size:,} | {name} | {' | '.join(found)} |", flush=True)
 
 

@@ -138,19 +138,22 @@ class Writer:
     def __init__(self, source: ModelSource, data=None, chat=False, temperature=0.8, top_k=50, top_p=1.0):
         self.source, self.chat = source, chat
         self.model = load_generator(source)
-        self.tokenizer, self.encoding = open_tokenizer(source, data)
+        self.tokenizer, self.tokenizer_of_data = open_tokenizer(source, data)
         self.settings = {"do_sample": temperature > 0}
         if temperature > 0:
             self.settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        if self.encoding:
-            self.settings |= {"eos_token_id": list(self.encoding.stops) or None, "pad_token_id": self.encoding.pad}
+        if self.tokenizer_of_data:
+            self.settings |= {
+                "eos_token_id": list(self.tokenizer_of_data.stops) or None,
+                "pad_token_id": self.tokenizer_of_data.pad,
+            }
             # embeddings are often made wider than the vocabulary: nobody could read those tokens
             unknown = sorted(set(range(source.model.vocab_size)) - set(self.tokenizer.get_vocab().values()))
             self.settings |= {"suppress_tokens": unknown} if unknown else {}
         start = self.model.generation_config.bos_token_id
         self.start = self.tokenizer.bos_token_id if start is None else start  # of a document
-        if self.encoding:
-            self.start = self.encoding.start_of_document
+        if self.tokenizer_of_data:
+            self.start = self.tokenizer_of_data.start_of_document
         self.end = tokens_around(self.tokenizer)[1]  # put after each text, as T5's does
 
     def encode(self, prompt):
@@ -160,7 +163,7 @@ class Writer:
             char for char in prompt if "\ud800" <= char <= "\udfff"
         ]:  # Python's stand-in for a byte that is not UTF-8
             raise UserError(f"prompt: found {odd[0]!r} in it, expected UTF-8 text")
-        if self.encoding and (missing := self.encoding.missing_characters(prompt)):
+        if self.tokenizer_of_data and (missing := self.tokenizer_of_data.missing_characters(prompt)):
             raise UserError(f"prompt: found {missing[0]!r}, expected characters that the model's tokenizer has")
         if self.chat:
             return self.encode_message(prompt)

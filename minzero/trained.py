@@ -229,16 +229,16 @@ def open_tokenizer(source: ModelSource, data=None):
     is that of a folder in transformers' format). data: a folder made with that tokenizer. Raises UserError if it is
     not known or not the model's."""
     folders = [data] if data else source.data
-    encoding = None
+    of_data = None
     for folder in folders[:1]:
         with suggesting(folder, holds_data):
             source.check_tokenizer(folder)
     if folders and not has_own_tokenizer(source):
         where = folders[0]
         with suggesting(where, holds_data):
-            encoding = tokenizer_of(where)
+            of_data = tokenizer_of(where)
         # a model that learned conversations learned them in this project's form, whatever the tokenizer came with
-        tokenizer = encoding.as_transformers(chat_template(encoding), replace=holds_conversations(folders))
+        tokenizer = of_data.as_transformers(chat_template(of_data), replace=holds_conversations(folders))
     else:
         from transformers import AutoTokenizer
 
@@ -254,7 +254,7 @@ def open_tokenizer(source: ModelSource, data=None):
             f"{where}: found token ids up to {largest}, expected ids below the model's vocab_size "
             f"{source.model.vocab_size}; give its own tokenizer"
         )
-    return tokenizer, encoding
+    return tokenizer, of_data
 
 
 def load(path, checkpoint="best", device=None, data=None):

@@ -31,17 +31,17 @@ NANOGPT_MOST = 65536  # ids: nanoGPT reads uint16
 
 
 class Ids:
-    """The ids of a tokenizer: `encoding`, their number `n_vocab`, `end_of_text`, and `sizes`: the bytes of the text of
+    """The ids of a tokenizer: `tokenizer`, their number `n_vocab`, `end_of_text`, and `sizes`: the bytes of the text of
     each, (n_vocab,) int64. name: as --tokenizer takes it. Raises UserError."""
 
     def __init__(self, name):
         self.name = name
-        self.encoding = load_tokenizer(name)
-        self.end_of_text = self.encoding.end_of_text
+        self.tokenizer = load_tokenizer(name)
+        self.end_of_text = self.tokenizer.end_of_text
         if self.end_of_text is None:
             raise UserError(f"--tokenizer: {name} has no token that ends a text; choose one that has, as gpt2")
-        self.n_vocab = self.encoding.n_vocab
-        self.sizes = np.array([len(token) for token in self.encoding.token_bytes()])
+        self.n_vocab = self.tokenizer.n_vocab
+        self.sizes = np.array([len(token) for token in self.tokenizer.token_bytes()])
 
     def check(self, tokens, file, first):
         """Raise UserError if one of `tokens`, read from `file` at its token `first`, is not an id."""
@@ -100,7 +100,7 @@ class Conversion(Preparation):
 
     def __init__(self, files, ids, args, by_name):
         side = split_in_name if by_name else None  # None: a hash
-        super().__init__(files, ids.encoding, args, side, loss_mask=False)
+        super().__init__(files, ids.tokenizer, args, side, loss_mask=False)
         self.files = files
         self.ids = ids
         self.by_name = by_name
@@ -275,14 +275,14 @@ def nanogpt_meta(folder):
 
     sample.py encodes a prompt by characters, so with a tokenizer of longer pieces the prompt gets more tokens than a
     text of the data has, and only characters that are tokens can be in it."""
-    encoding = tokenizer_of(folder)
-    tokens = encoding.token_bytes(special=True)
+    tokenizer = tokenizer_of(folder)
+    tokens = tokenizer.token_bytes(special=True)
     itos = {number: token.decode(errors="replace") for number, token in enumerate(tokens)}
     stoi = {}
     for number, text in itos.items():
         if len(text) == 1 and text != "\N{REPLACEMENT CHARACTER}":
             stoi.setdefault(text, number)
-    return pickle.dumps({"vocab_size": encoding.n_vocab, "itos": itos, "stoi": stoi})
+    return pickle.dumps({"vocab_size": tokenizer.n_vocab, "itos": itos, "stoi": stoi})
 
 
 def check_nothing_else(out, described, streams):

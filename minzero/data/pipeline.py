@@ -450,16 +450,16 @@ def tokenizer_of(folder):
                 f"{folder}/meta.json: tokenizer: found no folder {os.path.normpath(name)}, expected the tokenizer that "
                 "the data was made with; copy it there, or prepare the data again"
             )
-    encoding = load_tokenizer(name)
-    if encoding.fingerprint() != entry["fingerprint"]:
+    tokenizer = load_tokenizer(name)
+    if tokenizer.fingerprint() != entry["fingerprint"]:
         raise UserError(
             f"{folder}/meta.json: made with tokenizer {entry['fingerprint']}, but {entry['name']} is now "
-            f"{encoding.fingerprint()}; prepare the data again"
+            f"{tokenizer.fingerprint()}; prepare the data again"
         )
     # that of a tokenizer.json is named in the settings beside it
-    if encoding.end and meta.get("end_of_text", encoding.end_of_text) != encoding.end_of_text:
+    if tokenizer.end and meta.get("end_of_text", tokenizer.end_of_text) != tokenizer.end_of_text:
         raise UserError(
             f"{folder}/meta.json: made with the end of text {meta['end_of_text']}, but that of {entry['name']} is now "
-            f"{encoding.end_of_text}; restore its tokenizer_config.json, or prepare the data again"
+            f"{tokenizer.end_of_text}; restore its tokenizer_config.json, or prepare the data again"
         )
-    return encoding
+    return tokenizer
