@@ -31,7 +31,9 @@ def flags():
     parser.add_argument("sources", nargs="+", type=a_path, metavar="SOURCE", help="files, folders, Megatron's prefixes")
     parser.add_argument("--to", choices=["shards", "nanogpt"], default="shards", help="the format to write")
     parser.add_argument("--out", type=a_data_folder, required=True, help="folder for the converted files")
-    parser.add_argument("--tokenizer", help="that made the ids: tiktoken's name, 'bytes', or a trained one's folder")
+    parser.add_argument(
+        "--tokenizer", help="that made the ids: tiktoken's name, 'bytes', a folder, or a name on the hub"
+    )
     parser.add_argument(
         "--split_by",
         choices=["document", "name"],

@@ -10,6 +10,7 @@ twentieth of the text, at most 20 MB, is held out, to compare the tokenizer with
 """
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -67,6 +68,8 @@ def main(arguments):
     if args.source == "text" and not args.input:
         raise UserError("--input: none given; name your files, or a data set: --source fineweb_edu")
     check_can_write("--out", args.out, folder=True)  # before the training
+    if os.path.lexists(args.out / "tokenizer.tiktoken"):
+        raise UserError(f"--out: {args.out} holds a tokenizer, by which data may be made; choose another folder")
     special_tokens = checked_special_tokens(args.special_tokens, args.vocab_size)
     compared = load_compared(args.compare)
 

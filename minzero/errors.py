@@ -3,6 +3,7 @@
 Imports little of the standard library and nothing else, because `commands.begin` must be there as early as possible.
 """
 
+import contextlib
 import errno
 import io
 import os
@@ -62,6 +63,17 @@ def describe(error):
     """An exception's class and message in one line of limited length: for messages of other libraries, which may have
     several lines."""
     return one_line(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+@contextlib.contextmanager
+def panics_as_exceptions():
+    """Turn a panic of a library in Rust, which is no Exception, into a RuntimeError in this block."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise RuntimeError(describe(error)) from None
 
 
 def explain(error):

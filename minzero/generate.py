@@ -150,10 +150,10 @@ class Writer:
             # embeddings are often made wider than the vocabulary: nobody could read those tokens
             unknown = sorted(set(range(source.model.vocab_size)) - set(self.tokenizer.get_vocab().values()))
             self.settings |= {"suppress_tokens": unknown} if unknown else {}
-        start = self.model.generation_config.bos_token_id
-        self.start = self.tokenizer.bos_token_id if start is None else start  # of a document
-        if self.tokenizer_of_data:
             self.start = self.tokenizer_of_data.start_of_document
+        else:
+            start = self.model.generation_config.bos_token_id
+            self.start = self.tokenizer.bos_token_id if start is None else start  # of a document
         self.end = tokens_around(self.tokenizer)[1]  # put after each text, as T5's does
 
     def encode(self, prompt):

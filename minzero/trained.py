@@ -9,6 +9,7 @@
 `open_trained` checks everything without reading the weights; `load_model` and `load_sharded` read them.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from minzero.config.sections import Config, ModelConfig, data_weights
 from minzero.data.conversations import chat_template
 from minzero.data.meta import holds_conversations, read_meta
 from minzero.data.pipeline import tokenizer_of
-from minzero.data.tokenizer import huggingface_fingerprint
+from minzero.data.tokenizer import HuggingFaceTokenizer
 from minzero.data.tokenizer_files import open_huggingface
 from minzero.errors import UserError, describe
 from minzero.hf.families import own_shapes
@@ -68,8 +69,9 @@ class ModelSource:
         if not path.exists():
             return None
         theirs = open_huggingface(path).get_vocab()
-        if huggingface_fingerprint(path) == found:
-            return None
+        with contextlib.suppress(UserError):  # it may have no end of text
+            if HuggingFaceTokenizer(self.path).fingerprint() == found:
+                return None
         ours = tokenizer_of(folder).vocabulary()
         wrong = sum(theirs.get(token) != number for token, number in ours.items())
         if not wrong:

@@ -243,12 +243,17 @@ def to_nanogpt(folder, out):
     Raises UserError if nanoGPT cannot read them, or `out` holds other files of these names."""
     if not os.path.isdir(folder):
         raise UserError(f"{printable(folder)}: no such folder; expected token shards")
-    meta = read_meta(folder) or {}
+    meta = read_meta(folder)
+    if meta is None:
+        raise UserError(
+            f"{folder}: found no meta.json, expected token shards with one, which names the tokenizer; convert other "
+            "programs' files to shards first"
+        )
     if meta.get("loss_mask"):
         raise UserError(
             f"{folder}: found tokens without loss (loss_mask), which nanoGPT does not know; give other data"
         )
-    if meta.get("vocab_size", 0) > NANOGPT_MOST:
+    if meta["vocab_size"] > NANOGPT_MOST:
         raise UserError(
             f"{folder}: found a vocabulary of {meta['vocab_size']}, expected at most {NANOGPT_MOST}: nanoGPT reads "
             "uint16; prepare the data with a smaller tokenizer, as gpt2"
@@ -260,7 +265,7 @@ def to_nanogpt(folder, out):
         if stream.dtype.itemsize != 2:
             raise UserError(f"{stream.paths[0]}: found {stream.dtype.name}, expected uint16: nanoGPT reads no other")
     with locked(Path(out)):
-        described = nanogpt_meta(folder) if meta and meta["tokenizer"].get("name") != "gpt2" else None
+        described = nanogpt_meta(folder) if meta["tokenizer"].get("name") != "gpt2" else None
         check_nothing_else(Path(out), described, streams)
         write_nanogpt(Path(out), described, streams)
     for split, stream in streams.items():

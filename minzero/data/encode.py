@@ -23,7 +23,7 @@ from minzero.data.documents import BadDocument, Dropped
 from minzero.data.fast_encoding import BulkEncoder
 from minzero.data.shards import NO_LOSS, token_dtype
 from minzero.data.text import cut_for_tokenizer, cut_small, to_utf8
-from minzero.errors import UserError
+from minzero.errors import UserError, describe, panics_as_exceptions
 
 BATCH = 1 << 20  # bytes sent to a worker at a time: enough to hide the cost of sending
 BATCH_DOCUMENTS = 1 << 14  # and at most this many documents: even empty ones take memory
@@ -132,11 +132,10 @@ def encode_text(key, text):
     # a foreign tokenizer's pattern may fail on a long text
     for cut in (cut_for_tokenizer, cut_small):
         try:
-            return [encoder.encode(piece) for piece in cut(text)]
-        except BaseException as error:  # tiktoken's panics are not Exceptions
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            failure = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            with panics_as_exceptions():
+                return [encoder.encode(piece) for piece in cut(text)]
+        except Exception as error:
+            failure = describe(error)
         if unknown := "".join(encoder.tokenizer.missing_characters(text.decode())[:20]):
             failure = f"no token for {unknown!r}"
             break

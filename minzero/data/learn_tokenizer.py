@@ -13,6 +13,7 @@ from minzero.data.pipeline import split_of
 from minzero.data.text import cut_long_runs, to_utf8, without_surrogates
 from minzero.data.tokenizer import load_tokenizer
 from minzero.data.tokenizer_files import (
+    A_CHARACTER,
     END_OF_TEXT,
     PATTERN,
     byte_level_alphabet,
@@ -52,7 +53,7 @@ def checked_special_tokens(given, vocab_size):
 
 
 def ambiguity(token, special):
-    """Why programs would disagree on where a text holds this special token, or None. special: all of them."""
+    """The reason why programs would disagree on where a text holds this special token, or None. special: all."""
     # tiktoken takes the first in a regular expression of no fixed order, `tokenizers` the longest
     if longer := [other for other in special if other != token and other.startswith(token)]:
         return f"with which {longer[0]!a} begins, so that a text could hold either"
@@ -241,4 +242,4 @@ def characters(text):
     """A tokenizer of the characters of `text`, in alphabetical order: the arguments of `save_tokenizer` after the
     folder."""
     ranks = {character.encode(): rank for rank, character in enumerate(sorted(set(text)))}
-    return ranks, {END_OF_TEXT: len(ranks)}, r"[\s\S]"
+    return ranks, {END_OF_TEXT: len(ranks)}, A_CHARACTER

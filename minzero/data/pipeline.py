@@ -276,7 +276,7 @@ class Preparation:
         encoder = BulkEncoder(self.tokenizer, use_gigatoken=args.encoder == "fast")
         if encoder.notice:
             print(encoder.notice)
-        workers = args.workers or default_workers(work_is_light=encoder.quick and not self.evaluation)
+        workers = args.workers or default_workers(work_is_light=encoder.quick is not None and not self.evaluation)
         results = encode_batches(batches, workers, encoder, self.loss_mask, self.evaluation)
         tokens = sum(split.tokens for split in self.splits.values())
         bar = tqdm(initial=tokens, unit=" tokens", unit_scale=True, desc=str(args.out), mininterval=0.5)
@@ -352,7 +352,7 @@ class Preparation:
 
 
 def default_workers(work_is_light):
-    """How many processes tokenize where nobody says. work_is_light: it takes less time than reading, in this one."""
+    """The number of processes that tokenize, where nobody says. work_is_light: it takes less time than reading."""
     cores = len(os.sched_getaffinity(0))
     return max(1, min(MOST_LIGHT_WORKERS, cores // 2)) if work_is_light else cores
 
@@ -407,7 +407,7 @@ def report(splits, skipped, args, by_hash):
     for count, words in (
         (skipped.unusable, "that could not be used"),
         (skipped.dropped["duplicates"], "whose text an earlier one has"),
-        (skipped.dropped["contaminated"], f"that share {WORDS} words in a row with the evaluation texts"),
+        (skipped.dropped["contaminated"], f"sharing {WORDS} words in a row with the evaluation texts"),
     ):
         if count:
             print(f"skipped {plural(count, 'document')} {words}, named in {skipped.path}")
@@ -415,8 +415,9 @@ def report(splits, skipped, args, by_hash):
     if by_hash and 0 < args.val_fraction < 1 and is_far(share, args.val_fraction):
         print(
             f"warning: {share:.4%} of the text is in the val split, and --val_fraction asks for "
-            f"{args.val_fraction:.4%}: a hash of their names decides, of each document as a whole; cut them into more "
-            f"and smaller ones, or choose another --val_fraction, and remove {args.out} to make it again"
+            f"{args.val_fraction:.4%}: the documents are too few or too small for it, of which a hash of their names "
+            f"takes each as a whole, or some were left out; cut them into more and smaller ones, or choose another "
+            f"--val_fraction, and remove {args.out} to make it again"
         )
 
 

@@ -33,6 +33,7 @@ import tiktoken
 from minzero.config.values import did_you_mean
 from minzero.data.meta import read_object
 from minzero.data.tokenizer_files import (
+    A_CHARACTER,
     END_OF_TEXT,
     byte_level_alphabet,
     byte_level_names,
@@ -43,10 +44,14 @@ from minzero.data.tokenizer_files import (
     read_ranks,
     save_for_transformers,
 )
-from minzero.errors import UserError, describe
+from minzero.errors import UserError, describe, panics_as_exceptions
 from minzero.files import is_regular, read_json, write_json
 
 SAMPLE = "".join(map(chr, [9, 10, 13, *range(32, 127)])) + "  \n\n \t x 12345 caf\u00e9 \u6771\u4eac \U0001f600."
+# text in which classes of transformers differ; it is a part of fingerprints that are stored, so it stays as it is
+FINGERPRINTED = (
+    "I'm we'LL  12345 x1\n\n\tif a:\n    b = <s>'\u00e9'e\u0301 \u6771\u4eac\u00a0\u2026 \U0001f600\r\n<|endoftext|>"
+)
 # what transformers may need of a folder to build the tokenizer
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 FILES += ("chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
@@ -64,7 +69,8 @@ USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|end\u2581of\u2
 
 
 class Tokenizer:
-    """Base of both kinds. folder: where its files are, or None; hub_name: its name on the hub, or None."""
+    """Base of TiktokenTokenizer and HuggingFaceTokenizer. folder: where its files are, or None; hub_name: its name on
+    the hub, or None."""
 
     folder = None
     hub_name = None
@@ -107,7 +113,7 @@ class TiktokenTokenizer(Tokenizer, tiktoken.Encoding):
 
     @property
     def begin(self):
-        return (self.end_of_text,)
+        return () if self.end_of_text is None else (self.end_of_text,)
 
     end = ()
     added_tokens = ()
@@ -205,15 +211,13 @@ def load_trained(folder):
         )
     check_ranks(file, ranks, settings_file, special)
     try:
-        tokenizer = TiktokenTokenizer(folder.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        known = set(SAMPLE).difference(tokenizer.missing_characters(SAMPLE))
-        sample = "".join(character for character in SAMPLE if character in known)
-        kept = tokenizer.decode(tokenizer.encode_ordinary(sample))
-    except BaseException as error:  # tiktoken's panics are not Exceptions
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: broken tokenizer ({reason}); train or copy it again") from None
+        with panics_as_exceptions():
+            tokenizer = TiktokenTokenizer(folder.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+            known = set(SAMPLE).difference(tokenizer.missing_characters(SAMPLE))
+            sample = "".join(character for character in SAMPLE if character in known)
+            kept = tokenizer.decode(tokenizer.encode_ordinary(sample))
+    except Exception as error:
+        raise UserError(f"{folder}: broken tokenizer ({describe(error)}); train or copy it again") from None
     if kept != sample:
         raise UserError(
             f"{settings_file}: broken tokenizer: its pattern loses text ({len(kept)} of {len(sample)} characters are "
@@ -291,7 +295,13 @@ class HuggingFaceTokenizer(Tokenizer):
         return "".join(map(self.backend.id_to_token, special_tokens))
 
     def fingerprint(self):
-        return huggingface_fingerprint(self.folder / "tokenizer.json")
+        """Of tokenizer.json, and of some ids: the settings beside it may choose a class that cuts text otherwise."""
+        content = read_object(self.folder / "tokenizer.json", "export or copy it again")
+        for of_batches in ("padding", "truncation", "version"):
+            content.pop(of_batches, None)
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+        digest.update(json.dumps(self.encode_ordinary(FINGERPRINTED)).encode())
+        return digest.hexdigest()[:16]
 
     def vocabulary(self):
         return self.backend.get_vocab()
@@ -342,7 +352,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def copy(self, folder):
         """Copy its files into `folder`, and the model's config.json, by which transformers may know its class."""
-        for name in (*FILES, "config.json"):
+        self.copy_files(folder, (*FILES, "config.json"))
+
+    def copy_files(self, folder, names):
+        for name in names:
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, folder / name)
 
@@ -351,9 +364,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
         The class is named as well: without it AutoTokenizer takes that of the model in config.json, which may cut text
         in another way. So are the end of text and the start, where the tokenizer came without settings."""
-        for name in FILES:
-            if (self.folder / name).is_file() and not (name == "chat_template.jinja" and "chat_template" in settings):
-                shutil.copyfile(self.folder / name, folder / name)  # the .jinja would be preferred to the setting
+        replaced = {"chat_template.jinja"} if "chat_template" in settings else set()  # it is preferred to the setting
+        self.copy_files(folder, [name for name in FILES if name not in replaced])
         path = folder / "tokenizer_config.json"
         found = read_json(path) if path.exists() else {}
         # the one class that transformers 4 and 5 know under different names
@@ -363,15 +375,7 @@ class HuggingFaceTokenizer(Tokenizer):
             found["eos_token"] = self.backend.id_to_token(self.end_of_text)
             if len(self.begin) == 1:
                 found.setdefault("bos_token", self.text_of(self.begin))
-        write_json(path, found | settings)
-
-
-def huggingface_fingerprint(path):
-    """The fingerprint of a HuggingFaceTokenizer, by its tokenizer.json alone. Raises UserError."""
-    content = read_object(path, "export or copy it again")
-    for of_batches in ("padding", "truncation", "version"):
-        content.pop(of_batches, None)
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        write_json(path, {"padding_side": "left"} | found | settings)  # as `generate` needs it
 
 
 def end_of_text_token(theirs, file):
@@ -414,7 +418,7 @@ def load_tokenizer(name):
     name = os.fspath(name)
     if name == "bytes":
         return TiktokenTokenizer(
-            "bytes", pat_str=r"[\s\S]", mergeable_ranks=byte_ranks(), special_tokens={END_OF_TEXT: 256}
+            "bytes", pat_str=A_CHARACTER, mergeable_ranks=byte_ranks(), special_tokens={END_OF_TEXT: 256}
         )
     if os.path.basename(name) == "tokenizer.json":
         name = os.path.dirname(name) or "."
@@ -431,6 +435,8 @@ def load_tokenizer(name):
             f"tokenizer: {name}: found neither tokenizer.tiktoken nor tokenizer.json in it, expected one of them; "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of transformers writes tokenizer.json"
         )
+    if os.sep in name:
+        raise UserError(f"tokenizer: {name}: no such folder, expected one with tokenizer.tiktoken or tokenizer.json")
     raise UserError(
         f"tokenizer: {name!r} is neither 'bytes', nor a folder with tokenizer.tiktoken or tokenizer.json, nor one of "
         f"tiktoken's, nor a name on the Hugging Face hub (owner/name); "
@@ -439,6 +445,7 @@ def load_tokenizer(name):
 
 
 def load_tiktokens(name):
+    """One of tiktoken's own. Raises UserError if it cannot be downloaded or read."""
     try:
         return TiktokenTokenizer.of(tiktoken.get_encoding(name))
     except OSError as error:  # also all errors of requests
@@ -447,7 +454,7 @@ def load_tiktokens(name):
             "set TIKTOKEN_CACHE_DIR to a folder that holds it"
         ) from None
     except ValueError as error:  # a damaged file in its cache
-        reason = " ".join(str(error).split())[:200]
+        reason = describe(error)
         raise UserError(f"tokenizer: {name} could not be read ({reason}); remove it from TIKTOKEN_CACHE_DIR") from None
 
 

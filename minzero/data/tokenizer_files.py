@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from minzero.errors import UserError
+from minzero.errors import UserError, describe, panics_as_exceptions
 from minzero.files import is_regular, make_folder, write_atomically, write_json
 
 END_OF_TEXT = "<|endoftext|>"
@@ -23,6 +23,8 @@ GPT2_PATTERNS = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 )
+
+A_CHARACTER = r"[\s\S]"  # the pattern by which each character is a piece
 
 
 # -- tiktoken's format ---------------------------------------------------------------------------
@@ -189,9 +191,7 @@ def open_huggingface(path):
     if not is_regular(path):
         raise UserError(f"{path}: not a regular file; {remedy}")
     try:
-        return Tokenizer.from_buffer(path.read_bytes())
-    except BaseException as error:  # the library has no class for it, and its panics are not Exceptions
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: broken tokenizer ({reason}); {remedy}") from None
+        with panics_as_exceptions():
+            return Tokenizer.from_buffer(path.read_bytes())
+    except Exception as error:  # the library has no class for it
+        raise UserError(f"{path}: broken tokenizer ({describe(error)}); {remedy}") from None

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import pickle
 import shutil
 import sys
@@ -73,19 +72,28 @@ def test_documents_begin_and_end_as_in_pre_training(folders, tmp_path, name, wor
     assert tokenizer_of(tmp_path).fingerprint() == meta["tokenizer"]["fingerprint"]
 
 
-@pytest.mark.parametrize("name", [*BYTE_LEVEL, "o200k_base", "gpt2 of tiktoken"])
+@pytest.mark.parametrize("name", [*BYTE_LEVEL, "gpt2 of tiktoken"])
 def test_the_shards_are_the_same_with_and_without_gigatoken(folders, tmp_path, name, shared):
-    tokenizer = str(folders / name) if name in BYTE_LEVEL else name.split()[0]
-    if name == "o200k_base":
-        pytest.importorskip("tiktoken").get_encoding("gpt2")
-        if not any("o200k" in file for file in os.listdir(os.environ.get("TIKTOKEN_CACHE_DIR", ".")) or []):
-            tokenizer = "gpt2"
+    tokenizer = str(folders / name) if name in BYTE_LEVEL else "gpt2"
     rows = [*ODD[:3000], *(text[:30_000] for text in (path.read_text() for path in (shared / "text").glob("*.txt")))]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     for number, flags in enumerate(([], ["--workers", "2"], ["--encoder", "reference"])):
         flags = flags if "--workers" in flags else [*flags, "--workers", "1"]
         prepare(Files(tmp_path / "rows.jsonl"), tmp_path / str(number), *flags, tokenizer=tokenizer)
     assert contents(tmp_path / "0") == contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+@pytest.mark.parametrize("name", [*fast_encoding.SCHEMES, "ours"])
+def test_gigatoken_cuts_text_as_the_patterns_of_tiktoken(name):
+    """Of encodings that would have to be downloaded: their patterns, with the tokens of GPT-2."""
+    gpt2 = load_tokenizer("gpt2")
+    tokenizer = TiktokenTokenizer(
+        name, pat_str=PATTERNS[name], mergeable_ranks=gpt2._mergeable_ranks, special_tokens=gpt2._special_tokens
+    )
+    encoder = BulkEncoder(tokenizer)
+    assert encoder.quick, encoder.notice
+    for text in ODD:
+        assert encoder.encode(text.encode()).tolist() == tokenizer.encode_ordinary(text)
 
 
 def test_added_tokens_that_are_not_special_are_tokens_in_a_text(folders):
@@ -249,6 +257,17 @@ def test_the_fingerprint_is_of_the_content_and_not_of_its_form(folders, tmp_path
         assert (load_tokenizer(tmp_path).fingerprint() == before) == is_same
 
 
+def test_the_fingerprint_changes_with_the_class_of_transformers(folders, tmp_path):
+    """Which the settings choose, and which may cut text in another way."""
+    shutil.copytree(folders / "llama3", tmp_path / "t")
+    before = load_tokenizer(tmp_path / "t")
+    path = tmp_path / "t" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}))
+    after = load_tokenizer(tmp_path / "t")
+    assert before.encode_ordinary("x12345") != after.encode_ordinary("x12345")
+    assert before.fingerprint() != after.fingerprint()
+
+
 # -- of the hub ----------------------------------------------------------------------------------
 
 
@@ -271,16 +290,3 @@ def test_a_tokenizer_of_the_hub_is_kept_with_the_shards(folders, tmp_path, monke
     stream = TokenStream(tmp_path / "out", "train", 1)
     expected = [*tokenizer.begin, *tokenizer.encode_ordinary("one text"), *tokenizer.end]
     assert stream.read(0, len(expected)).tolist() == expected
-
-
-@pytest.mark.parametrize("name", [*fast_encoding.SCHEMES, "ours"])
-def test_gigatoken_cuts_text_as_the_patterns_of_tiktoken(name):
-    """Of encodings that would have to be downloaded: their patterns, with the tokens of GPT-2."""
-    gpt2 = load_tokenizer("gpt2")
-    tokenizer = TiktokenTokenizer(
-        name, pat_str=PATTERNS[name], mergeable_ranks=gpt2._mergeable_ranks, special_tokens=gpt2._special_tokens
-    )
-    encoder = BulkEncoder(tokenizer)
-    assert encoder.quick, encoder.notice
-    for text in ODD:
-        assert encoder.encode(text.encode()).tolist() == tokenizer.encode_ordinary(text)
