@@ -265,7 +265,8 @@ def to_nanogpt(folder, out):
         if stream.dtype.itemsize != 2:
             raise UserError(f"{stream.paths[0]}: found {stream.dtype.name}, expected uint16: nanoGPT reads no other")
     with locked(Path(out)):
-        described = nanogpt_meta(folder) if meta["tokenizer"].get("name") != "gpt2" else None
+        is_gpt2 = meta["tokenizer"].get("name") == "gpt2" and not meta["tokenizer"].get("trained")
+        described = None if is_gpt2 else nanogpt_meta(folder)
         check_nothing_else(Path(out), described, streams)
         write_nanogpt(Path(out), described, streams)
     for split, stream in streams.items():

@@ -27,6 +27,7 @@ RENEW_AFTER = 512 << 20  # bytes of text
 RENEW_AT_GROWTH = 256 << 20  # bytes of memory of this process, but not before
 RENEW_NOT_BEFORE = 8 << 20  # bytes of text
 COMPARED = 1 << 16  # bytes of the text at hand that are compared when a new copy is made
+MOST_IDS = 1 << 24
 LOOK_EVERY = 1 << 20  # bytes of text between two looks at the memory, which take some 10 us
 
 FIRST_BYTE_OF_UNKNOWN = "\u0378".encode()[0]  # the first code point that is not assigned
@@ -117,7 +118,7 @@ class Gigatoken:
         self.library = gigatoken.Tokenizer
         self.reference = tokenizer
         self.normalize = None
-        self.added = ()
+        self.has_added_tokens = False  # with a normalizer
         if isinstance(tokenizer, HuggingFaceTokenizer):
             content = self.without_special_tokens(tokenizer.backend)
             self.make = lambda: self.library.from_json(content)
@@ -129,6 +130,8 @@ class Gigatoken:
 
     def without_special_tokens(self, backend):
         """A tokenizer.json in which the names of special tokens are text. backend: a tokenizers.Tokenizer."""
+        if self.reference.n_vocab > MOST_IDS:
+            raise Unsuitable(f"it would need memory for {self.reference.n_vocab:,} ids")
         content = json.loads(backend.to_str())
         model = content["model"]
         normalizer = content["normalizer"]
@@ -141,7 +144,9 @@ class Gigatoken:
             # not its own, whose version of Unicode is another than that of `tokenizers`
             content["normalizer"] = None
             self.normalize = backend.normalizer.normalize_str
-            self.added = [token["content"].encode() for token in content["added_tokens"]]
+            self.has_added_tokens = bool(content["added_tokens"])
+            if not all(token["content"].isascii() for token in content["added_tokens"]):
+                raise Unsuitable("it is not used where a normalizer and tokens that it may change come together")
         return json.dumps(content)
 
     def from_ranks(self, ranks, scheme):
@@ -157,14 +162,14 @@ class Gigatoken:
 
     def ids(self, content):
         """Text in UTF-8 -> its ids, (n,) uint32."""
-        if any(token in content for token in self.added):  # these are found before a text is normalized
-            return self.reference.ids(content.decode())
         if not content.isascii():
             if has_unknown_characters(content):
                 return self.reference.ids(content.decode())
             if self.normalize is not None:
                 text = content.decode()
                 if not unicodedata.is_normalized("NFC", text):
+                    if self.has_added_tokens:  # which are found before a text is normalized
+                        return self.reference.ids(text)
                     content = self.normalize(text).encode()
         with panics_are_unsuitable("it fails on a text"):
             return self.encode(content)

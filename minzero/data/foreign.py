@@ -18,7 +18,7 @@ import numpy as np
 
 from minzero.data.documents import plural, printable
 from minzero.data.shards import FORMATS, shard_layout
-from minzero.errors import UserError
+from minzero.errors import UserError, describe
 from minzero.files import nearest, open_regular
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
@@ -337,9 +337,8 @@ def open_npy(path, dtype, default_dtype):
         return open_headerless(path, "OLMo", dtype, default_dtype)
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{printable(path)}: damaged numpy file ({reason}); {REMEDY}") from None
+    except (Exception, MemoryError) as error:  # of many classes: numpy evaluates the header as Python
+        raise UserError(f"{printable(path)}: damaged numpy file ({describe(error)}); {REMEDY}") from None
     if array.dtype.kind not in "iu" or array.ndim != 1:
         found = f"{array.dtype.name} of shape {array.shape}"
         raise UserError(f"{printable(path)}: found {found}, expected one row of whole numbers; write it again")

@@ -364,7 +364,8 @@ def earlier_work(meta_file, progress_file):
     if os.path.lexists(progress_file):
         progress = check_progress(progress_file)
         # without a finished shard, as after an attempt with a wrong --column, other settings need not be refused
-        if any(progress.get(name, {}).get("documents") for name in ("train", "val")):
+        splits = [progress.get(name, {}) for name in ("train", "val")]
+        if any(split.get("documents") or split.get("shards") for split in splits):
             return progress_file, progress
     return None, {}
 

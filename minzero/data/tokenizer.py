@@ -248,7 +248,12 @@ class HuggingFaceTokenizer(Tokenizer):
         theirs = self.as_transformers()
         # AutoTokenizer's, not the file's: some of transformers' classes build parts of it anew
         self.backend = theirs.backend_tokenizer
-        self.n_vocab = max(self.backend.get_vocab().values()) + 1
+        self.n_vocab = 1 + max(self.backend.get_vocab().values(), default=0)
+        content = json.loads(self.backend.to_str())
+        if not 2 <= self.n_vocab <= 1 << 31:
+            raise UserError(f"{file}: found {self.n_vocab} ids, expected 2 to 2^31; export or copy it again")
+        if content["model"].get("dropout"):
+            raise UserError(f"{file}: model.dropout: found one, by which ids are random; set it to null")
         self.end_of_text = self.backend.token_to_id(end_of_text_token(theirs, file))
         # as its settings name them; the eos of a tokenizer for conversations is the end of a turn
         self.eos, self.their_pad = map(self.backend.token_to_id, (theirs.eos_token or "", theirs.pad_token or ""))
@@ -258,8 +263,7 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:  # the library has no class for it
             raise UserError(f"{file}: broken tokenizer ({describe(error)}); export or copy it again") from None
         self.end = after or (self.end_of_text,)
-        added = json.loads(self.backend.to_str())["added_tokens"]
-        self.added_tokens = tuple(token["content"] for token in added if not token["special"])
+        self.added_tokens = tuple(token["content"] for token in content["added_tokens"] if not token["special"])
         self.prepare_backend()
         parts = [*self.encode_ordinary("\n"), *self.encode_ordinary("a")]
         self.adds_space = self.encode_ordinary("\na") != parts

@@ -301,9 +301,7 @@ def test_a_damaged_file_in_tiktokens_cache_is_named(monkeypatch):
         raise ValueError("Hash mismatch for data downloaded\nfrom somewhere")
 
     monkeypatch.setattr(tiktoken, "get_encoding", damaged)
-    with pytest.raises(
-        UserError, match=r"gpt2 could not be read \(ValueError: Hash mismatch for data downloaded from"
-    ):
+    with pytest.raises(UserError, match=r"gpt2 could not be read \(ValueError: Hash mismatch for data downloaded from"):
         load_tokenizer("gpt2")
 
 

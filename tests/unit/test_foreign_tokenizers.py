@@ -290,3 +290,47 @@ def test_a_tokenizer_of_the_hub_is_kept_with_the_shards(folders, tmp_path, monke
     stream = TokenStream(tmp_path / "out", "train", 1)
     expected = [*tokenizer.begin, *tokenizer.encode_ordinary("one text"), *tokenizer.end]
     assert stream.read(0, len(expected)).tolist() == expected
+
+
+def test_an_nfc_normalizer_and_added_tokens(folders, tmp_path):
+    """Text that is not normalized, next to tokens that are found before or after it is."""
+    shutil.copytree(folders / "qwen", tmp_path / "blanks")
+    path = tmp_path / "blanks" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    first = 1 + max(token["id"] for token in content["added_tokens"])
+    flags = {"special": False, "single_word": False, "lstrip": False, "rstrip": False}
+
+    def write(*added):
+        new = [{"id": first + n, "content": text, "normalized": norm} | flags for n, (text, norm) in enumerate(added)]
+        path.write_text(json.dumps(content | {"added_tokens": [*content["added_tokens"], *new]}))
+        return load_tokenizer(tmp_path / "blanks")
+
+    tokenizer = write(("  ", True), ("    ", True))  # as OLMo's
+    encoder = BulkEncoder(tokenizer)
+    assert encoder.quick
+    for text in (*ODD[:3000], "def f():\n    return 1\n", "e\u0301    e\u0301", "\u00e9    \u00e9"):
+        assert encoder.encode(text.encode()).tolist() == tokenizer.encode_ordinary(text)
+    for token in ("\uc548\ub155", "A\u030a", "\u00c5"):
+        for is_normalized in (False, True):
+            encoder = BulkEncoder(write((token, is_normalized)))
+            assert not encoder.quick and "a normalizer and tokens that it may change" in encoder.notice
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda content: content["model"].update(vocab={}, merges=[]),
+            "found . ids|broken tokenizer|no token that ends",
+        ),
+        (lambda content: content["model"].update(dropout=0.1), "model.dropout: found one, by which ids are random"),
+    ],
+)
+def test_a_tokenizer_json_that_cannot_be_used_is_one_line(folders, tmp_path, change, words):
+    content = json.loads((folders / "gpt2" / "tokenizer.json").read_text())
+    change(content)
+    content["added_tokens"] = content["added_tokens"] if content["model"]["vocab"] else []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=words) as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
