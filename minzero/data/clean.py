@@ -420,11 +420,12 @@ def json_rows(path):
 
 
 def parquet_rows(path):
-    """Yield the rows of a .parquet file."""
+    """Yield the rows of a .parquet file, of the columns that may hold strings."""
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=256):
+        names = [field.name for field in file.schema_arrow if "string" in str(field.type)]  # or lists of them, ...
+        for batch in file.iter_batches(batch_size=256, columns=names):
             for row in range(batch.num_rows):  # one by one: an error is of a row
                 yield [column[row].as_py() for column in batch.columns]
 

@@ -15,6 +15,7 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -225,6 +226,8 @@ def test_every_kind_of_evaluation_file_gives_the_same_texts(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(content)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content))
     write_parquet(tmp_path / "c.parquet", texts, id=list(range(len(texts))), raw=[b"\xff"] * len(texts))
+    times = pyarrow.array([2**62] * len(texts), pyarrow.timestamp("s", tz="nowhere"))  # that Python cannot hold
+    write_parquet(tmp_path / "t.parquet", texts, when=times)
     write_parquet(tmp_path / "d.parquet", [{"a": {"b": ["short", text]}} for text in texts])
     expected = sorted({ngram for text in texts for ngram in ngrams_of(text)})
     for path in sorted(tmp_path.iterdir()):

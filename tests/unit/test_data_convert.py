@@ -244,6 +244,39 @@ def test_nanogpt_with_gpt2_has_no_meta_pkl(tmp_path, shared):
         to_nanogpt(tmp_path / "a", tmp_path / "nano")
 
 
+def test_a_tokenizer_folder_called_gpt2_is_not_gpt2(tmp_path):
+    save_tokenizer(tmp_path / "a/gpt2", *characters("abc\n"))
+    prepare(numbered_abc(), tmp_path / "a", tokenizer=str(tmp_path / "a/gpt2"))
+    to_nanogpt(tmp_path / "a", tmp_path / "nano")
+    assert (tmp_path / "nano/meta.pkl").exists()
+
+
+def test_a_conversion_without_ends_of_text_continues(tmp_path, monkeypatch):
+    """As nanoGPT's Shakespeare: of such a file no document is counted."""
+    tokens = np.arange(4000, dtype="<u2") % 97
+    for name in ("train", "val"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        tokens.tofile(tmp_path / f"in/{name}.bin")
+    to_shards([tmp_path / "in"], "bytes", tmp_path / "whole", shard_tokens=500)
+    saved = []
+    save = convert.Conversion.save
+
+    def killed(self, *finished):
+        save(self, *finished)
+        saved.append(finished)
+        if len(saved) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert.Conversion, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        to_shards([tmp_path / "in"], "bytes", tmp_path / "out", shard_tokens=500)
+    monkeypatch.setattr(convert.Conversion, "save", save)
+    with pytest.raises(UserError, match="already holds data made with another shard_tokens"):
+        to_shards([tmp_path / "in"], "bytes", tmp_path / "out", shard_tokens=1000)
+    to_shards([tmp_path / "in"], "bytes", tmp_path / "out", shard_tokens=500)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_meta_pkl_is_what_nanogpt_reads(tmp_path):
     """vocab_size for its train.py; stoi and itos for its sample.py, which encodes and decodes by them."""
     text = "to be, or not to be\n" * 50

@@ -199,6 +199,11 @@ def numpy_file(array):
     return write
 
 
+def header_of(text):
+    """numpy's header, version 1, with this description of the array."""
+    return b"\x93NUMPY\1\0" + (len(text) + 1).to_bytes(2, "little") + text.encode() + b"\n"
+
+
 def bits(text):
     return lambda place: (place / "part.npy").write_bytes(text)
 
@@ -236,6 +241,17 @@ MALFORMED = [  # writes the files, the source, what the line names
     (bits(b"\1\0\2"), "part.npy", "part.npy: found 3 bytes, expected whole uint16 ids of 2 bytes"),
     (bits(b""), "part.npy", "part.npy: found no ids"),
     (bits(b"\x93NUMPY\1\0\xff\xff{"), "part.npy", "part.npy: damaged numpy file"),
+    (
+        bits(header_of("{'descr': '<u2', 'fortran_order': False, 'shape': (10,), ")),
+        "part.npy",
+        "part.npy: damaged numpy",
+    ),
+    (
+        bits(header_of("{'descr': '<u2', 'fortran_order': False, 'shape': (True,)}")),
+        "part.npy",
+        "part.npy: damaged numpy",
+    ),
+    (bits(header_of(f"{{'descr': '<u2', 'fortran_order': False, 'shape': ({2**62},)}}")), "part.npy", "damaged numpy"),
     (numpy_file(np.zeros(4)), "part.npy", "part.npy: found float64 of shape (4,), expected one row of whole numbers"),
     (numpy_file(np.zeros((2, 2), int)), "part.npy", "part.npy: found int64 of shape (2, 2)"),
     (numpy_file(np.array([1, -2])), "part.npy", "part.npy: token 1: found id -2"),
