@@ -141,9 +141,9 @@ def with_tokenizers(folder, workers, texts):
 
     gpt2 = load_tokenizer("gpt2")
     library = Tokenizer.from_str(huggingface_json(gpt2._mergeable_ranks, gpt2._special_tokens, gpt2._pat_str))
-    library.encode_special_tokens = True
 
     def tokenize(rows):
+        library.encode_special_tokens = True  # a copy of it does not keep this
         ids = [[*found.ids, gpt2.end_of_text] for found in library.encode_batch(rows["text"], add_special_tokens=False)]
         return {"ids": ids, "len": list(map(len, ids))}
 

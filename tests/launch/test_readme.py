@@ -53,6 +53,8 @@ ELSEWHERE = {  # command: what runs it, or why nothing can
     "python data/recipes/datatrove_minhash.py --input raw --out clean --tasks 8": "by hand: needs datatrove",
     "deepspeed --num_gpus 8 train.py configs/gpt2-124m.json --train.init_from openai-community/gpt2": "needs a network",
     "deepspeed --num_gpus 8 train.py configs/mine.json --train.init_from hf/llama": "test_export, with a small Llama",
+    "deepspeed --num_gpus 8 train.py configs/mine.json --train.init_from hf/llama --data.path data/mine": "test_foreign_"
+    "start, with a small Llama",
 }
 ELSEWHERE |= dict.fromkeys(
     (
