@@ -53,8 +53,6 @@ ELSEWHERE = {  # command: what runs it, or why nothing can
     "python data/recipes/datatrove_minhash.py --input raw --out clean --tasks 8": "by hand: needs datatrove",
     "deepspeed --num_gpus 8 train.py configs/gpt2-124m.json --train.init_from openai-community/gpt2": "needs a network",
     "deepspeed --num_gpus 8 train.py configs/mine.json --train.init_from hf/llama": "test_export, with a small Llama",
-    "deepspeed --num_gpus 8 train.py configs/mine.json --train.init_from hf/llama --data.path data/mine": "test_foreign_"
-    "start, with a small Llama",
 }
 ELSEWHERE |= dict.fromkeys(
     (
@@ -64,6 +62,9 @@ ELSEWHERE |= dict.fromkeys(
         "--train.out_dir out/lillm-chat",
     ),
     "test_parity trains on conversations, test_export starts from weights",
+)
+ELSEWHERE["deepspeed --num_gpus 8 train.py configs/mine.json --train.init_from hf/llama --data.path data/mine"] = (
+    "test_foreign_start, with a small Llama"
 )
 SHORT = {  # flags added to a command of train.py
     "train": {"max_tokens": 16 * 128, "global_batch_tokens": 128, "micro_batch_size": 2, "warmup_tokens": 0},
