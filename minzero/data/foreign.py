@@ -336,7 +336,8 @@ def open_npy(path, dtype, default_dtype):
     if start != NUMPY_MAGIC:
         return open_headerless(path, "OLMo", dtype, default_dtype)
     try:
-        array = np.lib.format.open_memmap(path, mode="r")
+        with np.errstate(over="ignore"):  # of an absurd shape, which is refused
+            array = np.lib.format.open_memmap(path, mode="r")
     except (Exception, MemoryError) as error:  # of many classes: numpy evaluates the header as Python
         raise UserError(f"{printable(path)}: damaged numpy file ({describe(error)}); {REMEDY}") from None
     if array.dtype.kind not in "iu" or array.ndim != 1:
