@@ -126,6 +126,31 @@ def killed_before_each_operation(place, work):
         yield folder
 
 
+def killed_until_done(folder, operations, work, most):
+    """Call work(folder) in a process that SIGKILL ends at its file operation number `operations`, at most `most` times,
+    until one call runs through. Returns the number of shards after each call."""
+
+    def counted():
+        left = [operations]
+
+        def count(event, arguments):
+            if event in ("open", "os.rename", "os.truncate") and str(folder) in str(arguments):
+                left[0] -= 1
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        work(folder)
+
+    seen = []
+    for _ in range(most):
+        status = ended_by(in_a_child(counted))
+        seen.append(len(shards(folder)))
+        if status == 0:
+            break
+    return seen
+
+
 def command(name, *flags):
     return [sys.executable, str(ROOT / "data" / name / "prepare.py"), *map(str, flags)]
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from tests.helpers.data_sets import (
     ended_by,
     in_a_child,
     killed_before_each_operation,
+    killed_until_done,
     looks_finished,
     numbered,
     prepare,
@@ -65,25 +65,8 @@ def test_kill_before_each_file_operation(quick, source):
 def test_kill_again_and_again(quick, source):
     """The same folder, killed until it is done: each call continues where the last finished a shard."""
     convert_to(quick / "whole", source)
-    right, folder, seen = contents(quick / "whole"), quick / "again", []
-    for _ in range(100):
-
-        def work():
-            left = [26]  # file operations until the end
-
-            def count(event, arguments):
-                if event in ("open", "os.rename", "os.truncate") and str(folder) in str(arguments):
-                    left[0] -= 1
-                    if not left[0]:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-            sys.addaudithook(count)
-            convert_to(folder, source)
-
-        status = ended_by(in_a_child(work))
-        seen.append(len(shards(folder)))
-        if status == 0:
-            break
+    right, folder = contents(quick / "whole"), quick / "again"
+    seen = killed_until_done(folder, 26, lambda folder: convert_to(folder, source), 100)
     assert contents(folder) == right
     assert len(seen) > 3 and seen == sorted(seen)
 

@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -21,6 +20,7 @@ from tests.helpers.data_sets import (  # noqa: F401
     ended_by,
     in_a_child,
     killed_before_each_operation,
+    killed_until_done,
     large,
     looks_finished,
     numbered,
@@ -74,25 +74,8 @@ def test_kill_at_twenty_random_moments(quick, tokenizer, shard_tokens, shared):
 def test_kill_again_and_again(quick):
     """The same folder, killed until it is done: each run must resume from the last, not start again."""
     prepare(numbered(), quick / "whole")
-    expected, folder, seen = contents(quick / "whole"), quick / "again", []
-    for _ in range(200):
-
-        def work():
-            left = [22]  # file operations until the end
-
-            def count(event, arguments):
-                if event in ("open", "os.rename", "os.truncate") and str(folder) in str(arguments):
-                    left[0] -= 1
-                    if not left[0]:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-            sys.addaudithook(count)
-            prepare(numbered(), folder)
-
-        status = ended_by(in_a_child(work))
-        seen.append(len(shards(folder)))
-        if status == 0:
-            break
+    expected, folder = contents(quick / "whole"), quick / "again"
+    seen = killed_until_done(folder, 22, lambda folder: prepare(numbered(), folder), 200)
     assert contents(folder) == expected
     assert len(seen) > 3 and seen == sorted(seen)
 
