@@ -12,7 +12,7 @@ import stat
 import subprocess
 from pathlib import Path
 
-from minzero.errors import UserError
+from minzero.errors import UserError, describe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -185,6 +185,27 @@ def refuse_pipe(path):
         mode = os.stat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise UserError(f"{path}: found a pipe, socket or device, expected a plain file; put the file there")
+
+
+def refuse_pipes(folder):
+    """`refuse_pipe` of every file in a folder of transformers' that it and `tokenizers` may read: they would wait."""
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".json", ".model", ".txt", ".jinja"):
+            refuse_pipe(path)
+
+
+def from_hub(key, name, patterns):
+    """The folder to which files of a repository on the Hugging Face hub were downloaded, now or earlier. key: the flag
+    or config key that names it; patterns: of the files. Raises UserError."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # of many classes: no such name, no network, no permission, no space
+        raise UserError(
+            f"{key}: {name}: no such folder here, and not to be had from the Hugging Face hub ({describe(error)}); "
+            "download it, and give its folder"
+        ) from None
 
 
 def read_json(path, regular=True):

@@ -172,9 +172,11 @@ def open_weights(source, model: ModelConfig):
 def doubts_about_data(source, folders):
     """Yields a line for each data folder that was made with another tokenizer than the model that train.init_from
     names: such a run may be meant, to give a model another tokenizer."""
+    model = None
     for folder in folders:
         try:
-            fault = open_trained(local_folder(source)).tokenizer_fault(folder)
+            model = model or open_trained(local_folder(source))
+            fault = model.tokenizer_fault(folder)
         except UserError as error:  # the run itself needs no tokenizer
             yield f"warning: whether {folder} was made with the tokenizer of train.init_from is not known: {error}"
             continue

@@ -14,7 +14,6 @@ its test examples, not to filter its training data.
 import functools
 import hashlib
 import itertools
-import json
 import mmap
 import os
 import re
@@ -22,7 +21,7 @@ import re
 import numpy as np
 
 from minzero.data.documents import Dropped, plural, printable
-from minzero.data.local_files import READERS, kind_of, opened
+from minzero.data.local_files import READERS, kind_of, opened, parse_json
 from minzero.data.output import cut_short
 from minzero.errors import UserError, describe
 from minzero.files import cannot_write, checksum, is_regular, make_way
@@ -416,7 +415,7 @@ def json_rows(path):
     """Yield what is on each line of a .jsonl file."""
     with opened(path) as (lines, _):
         for line in lines:
-            yield json.loads(line) if line.strip() else None
+            yield parse_json(line) if line.strip() else None
 
 
 def parquet_rows(path):

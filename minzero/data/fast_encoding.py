@@ -21,13 +21,13 @@ import psutil
 
 from minzero.data.tokenizer import HuggingFaceTokenizer
 from minzero.data.tokenizer_files import A_CHARACTER, GPT2_PATTERNS, PATTERN, write_ranks
-from minzero.errors import describe
+from minzero.errors import describe, panics_as_exceptions
 
 RENEW_AFTER = 512 << 20  # bytes of text
 RENEW_AT_GROWTH = 256 << 20  # bytes of memory of this process, but not before
 RENEW_NOT_BEFORE = 8 << 20  # bytes of text
 COMPARED = 1 << 16  # bytes of the text at hand that are compared when a new copy is made
-MOST_IDS = 1 << 24
+MOST_IDS = 1 << 24  # of a tokenizer: gigatoken has memory for all up to the largest
 LOOK_EVERY = 1 << 20  # bytes of text between two looks at the memory, which take some 10 us
 
 FIRST_BYTE_OF_UNKNOWN = "\u0378".encode()[0]  # the first code point that is not assigned
@@ -157,7 +157,7 @@ class Gigatoken:
 
     def renew(self):
         self.encode = None  # first, so that the memory of the old copy is free
-        with panics_are_unsuitable(f"it cannot read {self.reference.name}"):
+        with faults_are_unsuitable(f"it cannot read {self.reference.name}"):
             self.encode = self.make().encode
 
     def ids(self, content):
@@ -171,18 +171,17 @@ class Gigatoken:
                     if self.has_added_tokens:  # which are found before a text is normalized
                         return self.reference.ids(text)
                     content = self.normalize(text).encode()
-        with panics_are_unsuitable("it fails on a text"):
+        with faults_are_unsuitable("it fails on a text"):
             return self.encode(content)
 
 
 @contextlib.contextmanager
-def panics_are_unsuitable(words):
-    """Turn whatever gigatoken raises in this block into Unsuitable: its panics are no Exceptions."""
+def faults_are_unsuitable(words):
+    """Turn whatever gigatoken raises in this block into Unsuitable."""
     try:
-        yield
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
+        with panics_as_exceptions():
+            yield
+    except Exception as error:
         raise Unsuitable(f"{words} ({describe(error)[:200]})") from None
 
 

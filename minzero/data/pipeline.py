@@ -326,7 +326,7 @@ class Preparation:
         splits = self.splits
         self.save(*splits.values())
         meta = {
-            "tokenizer": tokenizer_entry(self.tokenizer, args.out),
+            "tokenizer": tokenizer_entry(self.tokenizer, args.out) | {"fingerprint": self.settings["tokenizer"]},
             "vocab_size": self.tokenizer.n_vocab,
             "end_of_text": self.tokenizer.end_of_text,
             "document": self.document,
@@ -433,7 +433,7 @@ def tokenizer_entry(tokenizer, out):
         tokenizer.copy(out / name)
     else:
         name = os.path.relpath(tokenizer.folder, out)
-    return {"name": name, "trained": tokenizer.folder is not None, "fingerprint": tokenizer.fingerprint()}
+    return {"name": name, "trained": tokenizer.folder is not None}
 
 
 def tokenizer_of(folder):

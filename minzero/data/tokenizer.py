@@ -45,7 +45,7 @@ from minzero.data.tokenizer_files import (
     save_for_transformers,
 )
 from minzero.errors import UserError, describe, panics_as_exceptions
-from minzero.files import is_regular, read_json, write_json
+from minzero.files import from_hub, is_regular, read_json, refuse_pipes, write_json
 
 SAMPLE = "".join(map(chr, [9, 10, 13, *range(32, 127)])) + "  \n\n \t x 12345 caf\u00e9 \u6771\u4eac \U0001f600."
 # text in which classes of transformers differ; it is a part of fingerprints that are stored, so it stays as it is
@@ -245,14 +245,14 @@ class HuggingFaceTokenizer(Tokenizer):
         self.name = hub_name or self.folder.name
         file = self.folder / "tokenizer.json"
         open_huggingface(file)
+        refuse_pipes(self.folder)
         theirs = self.as_transformers()
-        # AutoTokenizer's, not the file's: some of transformers' classes build parts of it anew
+        # AutoTokenizer's, not the file's: some of transformers' classes build parts of it again
         self.backend = theirs.backend_tokenizer
         self.n_vocab = 1 + max(self.backend.get_vocab().values(), default=0)
-        content = json.loads(self.backend.to_str())
         if not 2 <= self.n_vocab <= 1 << 31:
             raise UserError(f"{file}: found {self.n_vocab} ids, expected 2 to 2^31; export or copy it again")
-        if content["model"].get("dropout"):
+        if getattr(self.backend.model, "dropout", None):
             raise UserError(f"{file}: model.dropout: found one, by which ids are random; set it to null")
         self.end_of_text = self.backend.token_to_id(end_of_text_token(theirs, file))
         # as its settings name them; the eos of a tokenizer for conversations is the end of a turn
@@ -263,7 +263,8 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:  # the library has no class for it
             raise UserError(f"{file}: broken tokenizer ({describe(error)}); export or copy it again") from None
         self.end = after or (self.end_of_text,)
-        self.added_tokens = tuple(token["content"] for token in content["added_tokens"] if not token["special"])
+        added = self.backend.get_added_tokens_decoder()
+        self.added_tokens = tuple(token.content for _, token in sorted(added.items()) if not token.special)
         self.prepare_backend()
         parts = [*self.encode_ordinary("\n"), *self.encode_ordinary("a")]
         self.adds_space = self.encode_ordinary("\na") != parts
@@ -464,15 +465,7 @@ def load_tiktokens(name):
 
 def download(name):
     """The folder to which a tokenizer of the hub was downloaded, now or earlier. Raises UserError."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=[*FILES, "config.json"]))
-    except Exception as error:  # of many classes: no such name, no network, no permission, no space
-        raise UserError(
-            f"tokenizer: {name}: no such folder here, and not to be had from the Hugging Face hub ({describe(error)}); "
-            "download it, and give its folder"
-        ) from None
+    folder = from_hub("tokenizer", name, [*FILES, "config.json"])
     if not (folder / "tokenizer.json").exists():
         raise UserError(f"tokenizer: {name}: found no tokenizer.json there, expected one; save it with transformers")
     return folder

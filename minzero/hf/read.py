@@ -9,7 +9,7 @@ import torch
 
 from minzero.config.sections import ModelConfig
 from minzero.errors import UserError, describe
-from minzero.files import read_json, refuse_pipe
+from minzero.files import from_hub, read_json, refuse_pipes
 from minzero.hf.families import (
     FAMILIES,
     HEAD,
@@ -189,9 +189,7 @@ def open_published(folder, model: ModelConfig | None = None):
     that gives read(name of a parameter of ours)). model: the one that is to have its weights, if that is another.
     Reads no weights yet, but has checked everything that could be wrong: raises UserError."""
     folder = Path(folder)
-    for path in sorted(folder.iterdir()):  # transformers and tokenizers, which read them, would wait at a pipe
-        if path.suffix in (".json", ".model", ".txt", ".jinja"):
-            refuse_pipe(path)
+    refuse_pipes(folder)
     published = read_model_config(folder)
     family = FAMILIES[family_of(published)]
     check_expressible(published)
@@ -214,13 +212,5 @@ def local_folder(source):
     """The folder that `source` names; a name of the Hugging Face hub is downloaded. Raises UserError."""
     if Path(source).is_dir():
         return Path(source)
-    from huggingface_hub import snapshot_download
-
     patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
-    try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except Exception as error:  # of many classes: no such name, no network, no permission, no space
-        raise UserError(
-            f"train.init_from: {source}: no such folder here, and not to be had from the Hugging Face hub "
-            f"({describe(error)}); download it, and give its folder"
-        ) from None
+    return from_hub("train.init_from", source, patterns)

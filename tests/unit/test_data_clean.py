@@ -395,7 +395,10 @@ def test_kill_before_each_file_operation(quick, case):
     documents, evaluation = case
     prepare(documents, quick / "whole", *flags_for(evaluation))
     expected, kills = contents(quick / "whole"), 0
-    work = lambda folder: prepare(documents, folder, *flags_for(evaluation))  # noqa: E731
+
+    def work(folder):
+        prepare(documents, folder, *flags_for(evaluation))
+
     for folder in killed_before_each_operation(quick, work):
         kills += 1
         if folder.exists():

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -334,3 +335,12 @@ def test_a_tokenizer_json_that_cannot_be_used_is_one_line(folders, tmp_path, cha
     with pytest.raises(UserError, match=words) as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json"])
+def test_a_pipe_in_place_of_a_file_is_refused(folders, tmp_path, name):
+    shutil.copytree(folders / "gpt2", tmp_path / "t")
+    (tmp_path / "t" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "t" / name)
+    with pytest.raises(UserError, match=name):
+        load_tokenizer(tmp_path / "t")
