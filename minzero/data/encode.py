@@ -34,7 +34,9 @@ JOINED_AT_ONCE = 1 << 20  # tokens
 
 
 def start_worker(settings):
-    """Make a worker process ready. settings: a file of `encode_batches`."""
+    """Make a worker process ready. settings: a file of `encode_batches`, in a folder for the results too."""
+    global folder
+    folder = settings.parent
     tokenizer, use_gigatoken, loss_mask, evaluation_texts = pickle.loads(settings.read_bytes())
     use_encoder(BulkEncoder(tokenizer, use_gigatoken), loss_mask, evaluation_texts)
     parent = multiprocessing.parent_process()
@@ -75,6 +77,15 @@ def encode_batch(batch):
         documents, size_before = counts.get(split, (0, 0))
         counts[split] = documents + 1, size_before + size
     return {split: (joined(arrays), *counts[split]) for split, arrays in parts.items()}, left_out
+
+
+def encode_batch_to_file(number, batch):
+    """As `encode_batch`, in a worker. The result goes into a file, which is returned: of a worker that is killed while
+    it sends megabytes through the pool's pipe, the parent would wait for the rest for ever."""
+    result = folder / str(number)
+    with open(result, "wb") as file:
+        pickle.dump(encode_batch(batch), file, pickle.HIGHEST_PROTOCOL)
+    return result
 
 
 def joined(arrays):
@@ -184,17 +195,24 @@ def encode_in_workers(batches, workers, settings):
     """As `encode_batches`. settings: the file for `start_worker`."""
     # spawn: the parent may have threads (datasets, tokenizers) that do not survive a fork
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (settings,))
+    pending = deque()
+
+    def next_result():
+        file = pending.popleft().result()
+        result = pickle.loads(file.read_bytes())
+        file.unlink()
+        return result
+
     try:
-        pending = deque()
-        for batch in batches:
+        for number, batch in enumerate(batches):
             # submit may start workers, which inherit the blocked signal: the parent alone handles Ctrl-C
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            pending.append(pool.submit(encode_batch, batch))
+            pending.append(pool.submit(encode_batch_to_file, number, batch))
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             if len(pending) == 4 * workers:
-                yield pending.popleft().result()
+                yield next_result()
         while pending:
-            yield pending.popleft().result()
+            yield next_result()
     except BrokenProcessPool:
         raise UserError(
             "--workers: a worker process was killed, perhaps for want of memory; run the same command again, it "

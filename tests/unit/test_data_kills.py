@@ -125,6 +125,29 @@ def test_a_killed_worker_and_ctrl_c(tmp_path, large):  # noqa: F811
         assert words in output and "Traceback" not in output, output
 
 
+def test_a_worker_killed_while_it_gives_its_result(tmp_path, large):  # noqa: F811
+    """The preparation is stopped until its workers have results that nobody takes; the others must not wait for the
+    killed one, nor the preparation for the rest of its result."""
+    process = subprocess.Popen(
+        command("text", *large, "--out", tmp_path / "out", "--workers", 2),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    while not list((tmp_path / "out").glob("train_*.bin")):
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2)
+    workers = [child for child in children_of(process.pid) if "spawn_main" in " ".join(child.cmdline())]
+    assert len(workers) == 2
+    workers[0].kill()
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and "a worker process was killed" in errors, errors
+
+
 def test_stale_files_are_harmless(quick):
     """Shards and .tmp files of an older preparation, in every place that a new one will use."""
     prepare(numbered(), quick / "whole")
