@@ -144,6 +144,7 @@ def speed(bench):
             title = f"ours, ZeRO-{stage}, {mode}"
             yield Row(f"stage{stage}_{mode}", title, small(32, 8, stage, compile=compiled, kernels="torch"), steps=6)
     yield from larger_models(bench)
+    yield from few_tokens(bench)
     for name, stage in (("profile", 0), ("profile_stage3", 3)):
         profiled = small(32, 8, stage, compile=True, kernels="torch", profile="4:5")
         yield Row(name, f"ours, ZeRO-{stage}, compiled, profiled", profiled, steps=4)
@@ -171,6 +172,15 @@ def larger_models(bench):
         _, config = search.first_that_fits(candidates, bench.planned)
         if config:
             yield Row(name, title, config, steps=4, warmup=2)
+
+
+def few_tokens(bench):
+    """GPT-2 124M with 256 tokens in a micro-batch: the time that the host needs, whatever the GPU."""
+    for stage, compiled in ((3, False), (0, False), (3, True), (0, True)):
+        mode = "compiled" if compiled else "eager"
+        model = {"vocab_size": VOCABULARY, "block_size": 256}
+        config = bench.config("gpt2-124m", 1, 4, stage, model, compile=compiled, kernels="torch")
+        yield Row(f"few_tokens_stage{stage}_{mode}", f"ours, ZeRO-{stage}, {mode}, 256 tokens a micro-batch", config, 30)
 
 
 # Choices that are compared one at a time, as keys of Row and of Bench.config: (name, title, stage, settings). `switch`
