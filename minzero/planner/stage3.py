@@ -220,9 +220,10 @@ class Stage3(Engine):
         if s.accumulation_bytes and s.accumulation_bytes != s.bytes:
             temporary.append(memory.allocate("gradients", sum(shards) * s.accumulation_bytes))
         if s.offload_optimizer and shards:
-            if self.micro_step:
-                memory.touch("gradients", max(shards) * s.bytes)
+            # on a GPU also at the first micro-batch: what was copied to the CPU is copied back for the norm
+            copy = memory.allocate("gradients", max(shards) * s.bytes)
             memory.touch("overhead", min(max(shards), 250_000_000) * 8)  # the norm, in float64
+            memory.free(copy)
         for _, gradient in self.bucket:
             if gradient:
                 memory.free(gradient)
