@@ -1,4 +1,4 @@
-"""The GPT: a decoder-only transformer, GPT-2 by default and Llama by its options.
+"""The GPT: a decoder-only transformer, GPT-2 by default, and Llama, Qwen, OLMo, Pythia and others by its options.
 
 It knows no engine, no files and no loggers; its loss is in minzero/loss.py. Shapes in comments: B sequences, T tokens,
 C = n_embd, H query heads and K key-value heads of D channels, V token ids.
@@ -19,35 +19,37 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from minzero.config.sections import ModelConfig, Recomputation
 from minzero.loss import LinearCrossEntropy, cross_entropy
 from minzero.recompute import recompute
+from minzero.rotary import rotary_angles
 from minzero.sizes import IGNORE_INDEX, loss_chunk_tokens
 
 
-def make_norm(config: ModelConfig, kernels="torch"):
-    """A norm over the channels: torch's, or with kernels "apex" NVIDIA Apex's, with the same parameters."""
+def make_norm(config: ModelConfig, kernels="torch", width=None):
+    """A norm over `width` channels, by default n_embd: torch's, or with kernels "apex" NVIDIA Apex's, with the same
+    parameters."""
+    width = width or config.n_embd
     if kernels == "apex" and (config.bias or config.norm == "rmsnorm"):  # its layer norm always has a bias
         from apex.normalization import FusedLayerNorm, FusedRMSNorm
 
-        return (FusedRMSNorm if config.norm == "rmsnorm" else FusedLayerNorm)(config.n_embd, eps=config.norm_eps)
+        return (FusedRMSNorm if config.norm == "rmsnorm" else FusedLayerNorm)(width, eps=config.norm_eps)
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
-
-
-def rotary_angles(length, head_size, theta, device):
-    """Cosines and sines by which position t turns channel pair i: the angle t * theta^(-2i / D).
-
-    Returns two (length, D / 2) float32 tensors. RoFormer: Su et al. 2021, arXiv 2104.09864."""
-    wavelengths = theta ** (-torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), wavelengths)
-    return angles.cos(), angles.sin()
+        return nn.RMSNorm(width, eps=config.norm_eps)
+    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
 
 
 def rotate(x, angles):
-    """Turn queries or keys, (B, heads, T, D), by their positions. Channel i is paired with i + D/2, as
-    in GPT-NeoX and in transformers' Llama."""
+    """Turn queries or keys, (B, heads, T, D), by their positions. Of the R channels that turn, the first ones, i is
+    paired with i + R/2, as in GPT-NeoX and in transformers' Llama. angles: see minzero/rotary.py."""
     cos, sin = angles
+    x, rest = x.tensor_split((2 * cos.shape[-1],), dim=-1)
     first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(rest)
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def window_mask(T, window, device):
+    """Which tokens each token attends to, (T, T): itself and those before it, at most `window` of them."""
+    distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
+    return (distance >= 0) & (distance < window)
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls it, and does not trace it
@@ -67,74 +69,90 @@ class Attention(nn.Module):
     """Causal self-attention. With fewer key-value heads than query heads, groups of H / K queries share
     one (grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, kernels):
         super().__init__()
         self.n_head = config.n_head
         self.n_kv_head = config.kv_heads
-        self.head_size = config.n_embd // config.n_head
+        self.head_size = config.head_size
         self.dropout = config.dropout
-        kv_width = self.n_kv_head * self.head_size
-        self.qkv = nn.Linear(config.n_embd, config.n_embd + 2 * kv_width, bias=config.bias)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.qk_norm = config.qk_norm
+        width, kv_width = self.n_head * self.head_size, self.n_kv_head * self.head_size
+        self.qkv = nn.Linear(config.n_embd, width + 2 * kv_width, bias=config.biased_qkv)
+        if self.qk_norm != "none":
+            by_head = self.qk_norm == "head"
+            self.q_norm = make_norm(config, kernels, self.head_size if by_head else width)
+            self.k_norm = make_norm(config, kernels, self.head_size if by_head else kv_width)
+        self.proj = nn.Linear(width, config.n_embd, bias=config.bias)
         self.proj.writes_to_residual = True
 
-    def forward(self, x, angles):
-        B, T, C = x.shape
+    def forward(self, x, angles, mask):
+        """angles: of rotary positions, mask: of a sliding window, where this layer has them."""
+        B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_size)
         q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        elif self.qk_norm == "all":
+            q, k = self.q_norm(q.flatten(2)).view(q.shape), self.k_norm(k.flatten(2)).view(k.shape)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         preferred = attention_backends(q.device)
         with sdpa_kernel(preferred, set_priority=True) if preferred else contextlib.nullcontext():
-            dropout = self.dropout if self.training else 0.0
-            grouped = self.n_head != self.n_kv_head
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
-        y = self.proj(y.transpose(1, 2).reshape(B, T, C))
+            options = {"dropout_p": self.dropout if self.training else 0.0, "enable_gqa": self.n_head != self.n_kv_head}
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)
+        y = self.proj(y.transpose(1, 2).reshape(B, T, -1))
         return F.dropout(y, self.dropout, self.training)
 
 
 class MLP(nn.Module):
-    """Two layers with GELU between (its tanh form, as GPT-2's), or SwiGLU, silu(gate) * up (Shazeer
-    2020, arXiv 2002.05202)."""
+    """Two layers with GELU between (exact, or its tanh form, as GPT-2's), or SwiGLU, silu(gate) * up (Shazeer 2020,
+    arXiv 2002.05202)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.dropout = config.dropout
-        self.swiglu = config.mlp == "swiglu"
+        self.gated = config.gated
+        self.approximate = "none" if config.mlp == "gelu_exact" else "tanh"
         width = config.mlp_width
-        self.up = nn.Linear(config.n_embd, 2 * width if self.swiglu else width, bias=config.bias)
+        self.up = nn.Linear(config.n_embd, 2 * width if self.gated else width, bias=config.bias)
         self.down = nn.Linear(width, config.n_embd, bias=config.bias)
         self.down.writes_to_residual = True
 
     def forward(self, x):
-        if self.swiglu:
+        if self.gated:
             gate, up = self.up(x).chunk(2, dim=-1)
             x = F.silu(gate) * up
         else:
-            x = F.gelu(self.up(x), approximate="tanh")
+            x = F.gelu(self.up(x), approximate=self.approximate)
         return F.dropout(self.down(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with a norm before it and added to the residual stream."""
+    """Attention and MLP, each with a norm before or after it and added to the residual stream: one after the other, or
+    both to the same stream."""
 
     def __init__(self, config: ModelConfig, kernels):
         super().__init__()
+        self.norms_follow = config.norm_position == "after"
+        self.parallel = config.parallel_residual
         self.attention_norm = make_norm(config, kernels)
-        self.attention = Attention(config)
+        self.attention = Attention(config, kernels)
         self.mlp_norm = make_norm(config, kernels)
         self.mlp = MLP(config)
         self.recomputation = None  # or a dictionary: how minzero.recompute is to keep less of this block
 
-    def forward(self, x, angles=None):
+    def forward(self, x, angles=None, mask=None):
         if self.recomputation is not None and torch.is_grad_enabled():
-            return recompute(self.compute, x, angles, **self.recomputation)
-        return self.compute(x, angles)
+            return recompute(self.compute, x, angles, mask, **self.recomputation)
+        return self.compute(x, angles, mask)
 
-    def compute(self, x, angles):
-        x = x + self.attention(self.attention_norm(x), angles)
-        return x + self.mlp(self.mlp_norm(x))
+    def compute(self, x, angles, mask):
+        if self.norms_follow:
+            x = x + self.attention_norm(self.attention(x, angles, mask))
+            return x + self.mlp_norm(self.mlp(x))
+        attended = x + self.attention(self.attention_norm(x), angles, mask)
+        return attended + self.mlp(self.mlp_norm(x if self.parallel else attended))
 
 
 class Head(nn.Linear):
@@ -214,14 +232,16 @@ class GPT(nn.Module):
         if config.block_size < T:
             raise ValueError(f"{T} tokens are more than the model's block_size {config.block_size}")
         x = self.token_embedding(tokens)  # (B, T, C)
-        angles = None
+        angles = mask = None
         if config.position == "learned":
             x = x + self.position_embedding(torch.arange(T, device=tokens.device))
         else:
-            angles = rotary_angles(T, config.n_embd // config.n_head, config.rotary_theta, tokens.device)
+            angles = rotary_angles(config, T, tokens.device)
+        if config.sliding_window and config.sliding_window < T:
+            mask = window_mask(T, config.sliding_window, tokens.device)
         x = F.dropout(x, config.dropout, self.training)
-        for block in self.blocks:
-            x = block(x, angles)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, angles if config.turns(layer) else None, mask if config.window(layer) else None)
         x = self.final_norm(x)
         if targets is None:
             return self.head(x)

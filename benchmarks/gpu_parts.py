@@ -180,7 +180,9 @@ def few_tokens(bench):
         mode = "compiled" if compiled else "eager"
         model = {"vocab_size": VOCABULARY, "block_size": 256}
         config = bench.config("gpt2-124m", 1, 4, stage, model, compile=compiled, kernels="torch")
-        yield Row(f"few_tokens_stage{stage}_{mode}", f"ours, ZeRO-{stage}, {mode}, 256 tokens a micro-batch", config, 30)
+        yield Row(
+            f"few_tokens_stage{stage}_{mode}", f"ours, ZeRO-{stage}, {mode}, 256 tokens a micro-batch", config, 30
+        )
 
 
 # Choices that are compared one at a time, as keys of Row and of Bench.config: (name, title, stage, settings). `switch`

@@ -79,13 +79,15 @@ def odd_width(config):
     weights one after the other into a common buffer; 8 of them in 16 bits are the 16 bytes that compiled code reads
     at once, and the compiler looks at the address of the first block's weights only."""
     widths = {"model.n_embd": config.n_embd, "the MLP's width": config.mlp_width}
-    widths["the width of keys and values,"] = config.kv_heads * config.n_embd // config.n_head
+    widths["the width of queries,"] = config.n_head * config.head_size
+    widths["the width of keys and values,"] = config.kv_heads * config.head_size
     return next((f"{name} {width}" for name, width in widths.items() if width % 8), None)
 
 
 def fault_of_small_model(config, dtype, kernels, recomputation, offload):
     """`fault_of_compiled` of a model of one small block with the same options. Raises whatever the compiler raises."""
     small = {"n_layer": 1, "n_embd": 16 * config.n_head, "mlp_hidden": None, "block_size": 32, "vocab_size": 64}
+    small |= {"sliding_window": config.sliding_window and 8}
     config = dataclasses.replace(config, **small)
     options = {"activation_checkpointing": recomputation, "activation_offload": offload, "kernels": kernels}
     error = fault_of_compiled(GPT(dataclasses.replace(config, dropout=0.0), **options).to(dtype))

@@ -33,8 +33,9 @@ MOST_HEAD_SIZE = 256  # channels of a head that flash attention and cuDNN take
 
 # Keys of the model section that the formulas here and planner/activations.py take into account.
 COUNTED = set(
-    "n_layer n_head n_kv_head n_embd block_size vocab_size mlp_hidden dropout bias norm norm_eps position rotary_theta "
-    "mlp tie_embeddings init_std".split()
+    "n_layer n_head n_kv_head n_embd head_dim block_size vocab_size mlp_hidden dropout bias qkv_bias norm "
+    "norm_position norm_eps position rotary_theta rotary_fraction rotary_scaling no_rotary_layers qk_norm "
+    "sliding_window full_attention_layers parallel_residual mlp tie_embeddings init_std family".split()
 )
 
 
@@ -65,7 +66,7 @@ def peak_flops(device_name):
 
 def wide_heads(config: ModelConfig):
     """A line on heads that are too wide for the fast implementations of attention, or None."""
-    size = config.n_embd // config.n_head
+    size = config.head_size
     if size <= MOST_HEAD_SIZE:
         return None
     return (
@@ -93,19 +94,24 @@ class ParameterSizes(NamedTuple):
 def parameter_sizes(config: ModelConfig):
     """ParameterSizes of a GPT, from its configuration alone. Keys that are not in COUNTED are left out of account."""
     width = config.n_embd
-    outputs = {  # of each matrix of a block: (inputs, outputs)
-        "qkv": (width, width + 2 * config.kv_heads * (width // config.n_head)),
-        "proj": (width, width),
-        "up": (width, config.mlp_width * (2 if config.mlp == "swiglu" else 1)),  # SwiGLU has a gate and a value
-        "down": (config.mlp_width, width),
+    attention, key_width = config.n_head * config.head_size, config.kv_heads * config.head_size
+    matrices = {  # of a block: (inputs, outputs, whether it has a bias)
+        "qkv": (width, attention + 2 * key_width, config.biased_qkv),
+        "proj": (attention, width, config.bias),
+        "up": (width, config.mlp_width * (2 if config.gated else 1), config.bias),  # SwiGLU has a gate and a value
+        "down": (config.mlp_width, width, config.bias),
     }
-    matrices = [inputs * outputs for inputs, outputs in outputs.values()]
-    biases = [outputs for _, outputs in outputs.values()] if config.bias else []
-    norm = [width] * (2 if config.norm == "layernorm" and config.bias else 1)
+    block = [inputs * outputs for inputs, outputs, _ in matrices.values()]
+    block += [outputs for _, outputs, biased in matrices.values() if biased]
+    norms = [width, width]
+    if config.qk_norm != "none":
+        by_head = config.qk_norm == "head"
+        norms += [config.head_size, config.head_size] if by_head else [attention, key_width]
+    weights_of_norm = 2 if config.norm == "layernorm" and config.bias else 1
     embeddings = [config.vocab_size * width] * (1 if config.tie_embeddings else 2)
     if config.position == "learned":
         embeddings.append(config.block_size * width)
-    return ParameterSizes(matrices + biases + 2 * norm, embeddings + norm)
+    return ParameterSizes(block + weights_of_norm * norms, embeddings + weights_of_norm * [width])
 
 
 def count_parameters(config: ModelConfig):
@@ -118,11 +124,18 @@ def count_parameters(config: ModelConfig):
     return total, config.n_layer * matrices + config.vocab_size * config.n_embd
 
 
+def attention_flops_per_token(config: ModelConfig):
+    """FLOPs of attention's two products in a forward pass, per token: 4 for each channel of a query and each token that
+    it is compared with, with the masked half included. A sliding window shortens that, although the products that it masks are computed."""
+    tokens = sum(min(config.window(layer) or config.block_size, config.block_size) for layer in range(config.n_layer))
+    return 4 * config.n_head * config.head_size * tokens
+
+
 def flops_per_token(config: ModelConfig):
     """Model FLOPs per training token: 6 for each parameter that multiplies an activation (2 forward, 4 backward), and
-    12 n_layer n_embd block_size for attention's two products, with the masked half included (PaLM: Chowdhery et al.
+    attention's products, which are 12 n_layer n_embd block_size where nothing shortens them (PaLM: Chowdhery et al.
     2022, arXiv 2204.02311, appendix B)."""
-    return 6 * count_parameters(config)[1] + 12 * config.n_layer * config.n_embd * config.block_size
+    return 6 * count_parameters(config)[1] + 3 * attention_flops_per_token(config)
 
 
 def recomputed_flops_per_token(config: ModelConfig, activation_checkpointing):
@@ -132,8 +145,8 @@ def recomputed_flops_per_token(config: ModelConfig, activation_checkpointing):
     al. 2022, arXiv 2205.05198, section 6.3)."""
     recomputation = Recomputation.of(activation_checkpointing)
     if recomputation.selective:
-        return config.n_layer * 2 * config.n_embd**2
+        return config.n_layer * 2 * config.n_embd * config.n_head * config.head_size
     blocks = -(-config.n_layer // recomputation.every) if recomputation.every else 0
     share = blocks / config.n_layer + 1 - recomputation.budget
     matrices = count_parameters(config)[1] - config.vocab_size * config.n_embd
-    return share * (2 * matrices + 4 * config.n_layer * config.n_embd * config.block_size)
+    return share * (2 * matrices + attention_flops_per_token(config))

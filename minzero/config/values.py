@@ -23,7 +23,7 @@ def convert(where, value, expected, meta):
     is_number = option in (int, float, list[float])
     for item in value if isinstance(value, list) else [value]:
         check_item(where, item, is_number, meta)
-    if isinstance(value, str):  # limits are for numbers
+    if isinstance(value, str | dict | list) and option != list[float]:  # limits are for numbers
         return value
     if meta["minimum"] is not None and value < meta["minimum"]:
         raise UserError(f"{where}: found {in_short(value)}, expected at least {meta['minimum']} ({meta['meaning']})")

@@ -1,41 +1,122 @@
-"""The architectures of transformers that a model of ours can be: one table a family, and conversions made of them.
+"""The architectures of transformers that a model of ours can be: one row a family, and conversions made of them.
 
-GPT-2's settings are its GPT2LMHeadModel, Llama's its LlamaForCausalLM, and GPT-2's with rotary positions, as min-LLM's,
-its GPTNeoXForCausalLM. A new family is an entry of FAMILIES; `check_expressible` then tries it on a small model.
+A row says which values of our model section a family computes, how it names its weights and settings, and which
+settings have one value here. A new family is an entry of FAMILIES; `check_expressible` then tries it on a small model.
 """
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from minzero import checkpoint
-from minzero.config.sections import ModelConfig, switched_on
+from minzero.config.sections import ModelConfig, is_chosen, switched_on
 from minzero.errors import UserError
 from model import GPT
 
 HEAD = "lm_head.weight"
 
 
-def llama_settings(model: ModelConfig):
-    rope = {"rope_type": "default", "rope_theta": model.rotary_theta}
-    return {"mlp_bias": model.bias, "head_dim": model.n_embd // model.n_head, "rope_parameters": rope}
+# -- settings that are not one key of ours for one of theirs -----------------------------------------
 
 
-def gpt_neox_settings(model: ModelConfig):
-    rope = {"rope_type": "default", "rope_theta": model.rotary_theta, "partial_rotary_factor": 1.0}
-    return {"rope_parameters": rope}
+class Translation(NamedTuple):
+    """Keys of our model section and the settings that say the same."""
+
+    keys: tuple  # of ours
+    write: Callable  # (ModelConfig) -> {their setting: value}
+    read: Callable  # (their configuration) -> {key: value}
 
 
-def llama_old_settings(theirs):
-    return {"rope_theta": theirs.rope_parameters["rope_theta"], "rope_scaling": None}
+def write_rotary(model: ModelConfig):
+    scaling = model.rotary_scaling or {"rope_type": "default"}
+    return {"rope_parameters": scaling | {"rope_theta": model.rotary_theta}}
 
 
-def gpt_neox_old_settings(theirs):
-    theta, part = theirs.rope_parameters["rope_theta"], theirs.rope_parameters["partial_rotary_factor"]
-    rotary = {"rotary_pct": part, "partial_rotary_factor": part, "rotary_emb_base": theta}
-    return {"rope_theta": theta, "rope_scaling": None} | rotary
+def read_rotary(theirs):
+    rope = dict(theirs.rope_parameters)
+    keys = {"rotary_theta": float(rope.pop("rope_theta"))}
+    rope.pop("partial_rotary_factor", None)
+    rope.pop("type", None)  # an older name of rope_type
+    keys["rotary_scaling"] = None if rope == {"rope_type": "default"} else rope
+    return keys
+
+
+def write_partial_rotary(model: ModelConfig):
+    rope = write_rotary(model)["rope_parameters"]
+    return {"rope_parameters": rope | {"partial_rotary_factor": model.rotary_fraction}}
+
+
+def read_partial_rotary(theirs):
+    return read_rotary(theirs) | {"rotary_fraction": theirs.rope_parameters.get("partial_rotary_factor", 1.0)}
+
+
+def write_head_dim(model: ModelConfig):
+    return {"head_dim": model.head_size}
+
+
+def read_head_dim(theirs):
+    """null where it says nothing, so that another n_head or n_embd changes it."""
+    implied = theirs.hidden_size / theirs.num_attention_heads
+    size = getattr(theirs, "head_dim", None)
+    return {"head_dim": None if size in (None, implied) else size}
+
+
+def chosen(layers, n_layer):
+    """A list of layers as our keys have it: k for every k-th, a list for others, None for none of them."""
+    every = layers[0] + 1 if layers else None
+    if layers and layers == list(range(every - 1, n_layer, every)):
+        return every
+    return layers or None
+
+
+def write_layer_windows(model: ModelConfig):
+    windows = [model.window(layer) for layer in range(model.n_layer)]
+    kinds = ["sliding_attention" if window else "full_attention" for window in windows]
+    sliding = any(windows)
+    return {"layer_types": kinds, "use_sliding_window": sliding, "sliding_window": model.sliding_window or None}
+
+
+def read_layer_windows(theirs):
+    window = theirs.sliding_window if theirs.use_sliding_window else None
+    full = [layer for layer, kind in enumerate(theirs.layer_types) if kind == "full_attention"]
+    if window is None or len(full) == theirs.num_hidden_layers:
+        return {"sliding_window": None, "full_attention_layers": None}
+    return {"sliding_window": window, "full_attention_layers": chosen(full, theirs.num_hidden_layers)}
+
+
+def write_rotary_layers(model: ModelConfig):
+    turns = [int(model.turns(layer)) for layer in range(model.n_layer)]
+    return {"no_rope_layers": turns, "layer_types": ["full_attention"] * model.n_layer}
+
+
+def read_rotary_layers(theirs):
+    without = [layer for layer, turns in enumerate(theirs.no_rope_layers[: theirs.num_hidden_layers]) if not turns]
+    return {"no_rotary_layers": chosen(without, theirs.num_hidden_layers)}
+
+
+ROTARY = Translation(("rotary_theta", "rotary_scaling"), write_rotary, read_rotary)
+PARTIAL_ROTARY = Translation((*ROTARY.keys, "rotary_fraction"), write_partial_rotary, read_partial_rotary)
+HEAD_DIM = Translation(("head_dim",), write_head_dim, read_head_dim)
+LAYER_WINDOWS = Translation(("sliding_window", "full_attention_layers"), write_layer_windows, read_layer_windows)
+ROTARY_LAYERS = Translation(("no_rotary_layers",), write_rotary_layers, read_rotary_layers)
+# biases of attention's and of the MLP's products are one key of ours
+LINEAR_BIASES = Translation(("bias",), lambda model: {"mlp_bias": model.bias}, lambda theirs: {})
+
+
+def old_rotary(theirs):
+    """The rotary settings under the names of transformers 4."""
+    rope = dict(theirs.rope_parameters)
+    theta, part = rope.pop("rope_theta"), rope.pop("partial_rotary_factor", None)
+    found = {"rope_theta": theta, "rope_scaling": None if rope == {"rope_type": "default"} else rope}
+    if part is not None:
+        found |= {"rotary_pct": part, "partial_rotary_factor": part, "rotary_emb_base": theta}
+    return found
+
+
+# -- the families ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -43,12 +124,13 @@ class Family:
     """An architecture of transformers and how it names and stores what model.py has."""
 
     architecture: str
-    required: dict  # ModelConfig values that this family supports
+    required: dict  # key (or property) of ModelConfig: the value, or a tuple of those, that this family computes
+    activations: dict  # our mlp: their activation
     prefix: str  # of the names of its weights
     modules: dict  # our module: theirs; where there are several, ours is their rows joined
     settings: dict  # key of our model section: theirs
     fixed: dict  # settings with the one value that model.py computes
-    derived: Callable = lambda model: {}  # (ModelConfig) -> settings that follow from several of our keys
+    translations: tuple = ()
     old_settings: Callable = lambda theirs: {}  # (their configuration) -> settings under the names of transformers 4
     activation: str = "hidden_act"  # the name of the setting
     dropout: tuple = ()  # the names of the settings that are our dropout
@@ -65,85 +147,115 @@ class Family:
     @property
     def consumed(self):
         """The keys of our model section that this family takes into account."""
-        return set(self.settings) | set(self.required) | IN_EVERY_FAMILY
+        translated = {key for translation in self.translations for key in translation.keys}
+        return set(self.settings) | set(self.required) | translated | IN_EVERY_FAMILY
 
+    def written(self, model: ModelConfig):
+        """The settings of a model, under this family's names, without ids and rates of training."""
+        settings = {theirs: getattr(explicit(model), ours) for ours, theirs in self.settings.items()}
+        settings |= self.fixed | {self.activation: self.activations[model.mlp]}
+        for translation in self.translations:
+            settings |= translation.write(model)
+        return settings
+
+    def read(self, theirs):
+        """The keys of our model section that transformers' configuration gives. Of what it says otherwise nothing is
+        noticed here: compare it with `written`."""
+        keys = {ours: getattr(theirs, name) for ours, name in self.settings.items()}
+        keys |= {key: value for key, value in self.required.items() if key in FIELDS and not isinstance(value, tuple)}
+        for translation in self.translations:
+            keys |= translation.read(theirs)
+        activation = ALIASES.get(getattr(theirs, self.activation), getattr(theirs, self.activation))
+        ours = {name: mlp for mlp, name in self.activations.items()}
+        return keys | {"mlp": ours.get(activation, next(iter(self.activations)))}
+
+
+FIELDS = {field.name for field in dataclasses.fields(ModelConfig)}
+ALIASES = {"gelu_pytorch_tanh": "gelu_new", "swish": "silu"}  # names of the same function
+
+GPT2 = Family(
+    architecture="GPT2LMHeadModel",
+    required={"position": "learned", "norm": "layernorm"},
+    activations={"gelu": "gelu_new", "gelu_exact": "gelu"},
+    prefix="transformer.",
+    modules={
+        "token_embedding": ["wte"],
+        "position_embedding": ["wpe"],
+        "blocks.{}.attention_norm": ["h.{}.ln_1"],
+        "blocks.{}.attention.qkv": ["h.{}.attn.c_attn"],
+        "blocks.{}.attention.proj": ["h.{}.attn.c_proj"],
+        "blocks.{}.mlp_norm": ["h.{}.ln_2"],
+        "blocks.{}.mlp.up": ["h.{}.mlp.c_fc"],
+        "blocks.{}.mlp.down": ["h.{}.mlp.c_proj"],
+        "final_norm": ["ln_f"],
+    },
+    settings={
+        "n_layer": "n_layer",
+        "n_head": "n_head",
+        "n_embd": "n_embd",
+        "block_size": "n_positions",
+        "vocab_size": "vocab_size",
+        "mlp_hidden": "n_inner",
+        "norm_eps": "layer_norm_epsilon",
+        "tie_embeddings": "tie_word_embeddings",
+    },
+    fixed={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    old_settings=lambda theirs: {"n_ctx": theirs.n_positions},
+    activation="activation_function",
+    dropout=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    always_biased=True,
+    linear_is_transposed=True,
+)
+LLAMA = Family(
+    architecture="LlamaForCausalLM",
+    required={"position": "rotary", "norm": "rmsnorm"},
+    activations={"swiglu": "silu"},
+    prefix="model.",
+    modules={
+        "token_embedding": ["embed_tokens"],
+        "blocks.{}.attention_norm": ["layers.{}.input_layernorm"],
+        "blocks.{}.attention.qkv": [
+            "layers.{}.self_attn.q_proj",
+            "layers.{}.self_attn.k_proj",
+            "layers.{}.self_attn.v_proj",
+        ],
+        "blocks.{}.attention.proj": ["layers.{}.self_attn.o_proj"],
+        "blocks.{}.mlp_norm": ["layers.{}.post_attention_layernorm"],
+        "blocks.{}.mlp.up": ["layers.{}.mlp.gate_proj", "layers.{}.mlp.up_proj"],
+        "blocks.{}.mlp.down": ["layers.{}.mlp.down_proj"],
+        "final_norm": ["norm"],
+    },
+    settings={
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_kv_head": "num_key_value_heads",
+        "n_embd": "hidden_size",
+        "block_size": "max_position_embeddings",
+        "vocab_size": "vocab_size",
+        "mlp_hidden": "intermediate_size",
+        "norm_eps": "rms_norm_eps",
+        "bias": "attention_bias",
+        "tie_embeddings": "tie_word_embeddings",
+    },
+    fixed={},
+    translations=(ROTARY, HEAD_DIM, LINEAR_BIASES),
+    old_settings=old_rotary,
+    has_pad_token=False,  # it would name a row of the embedding, which then gets no gradient
+)
+WITHOUT_BIAS = {ours: theirs for ours, theirs in LLAMA.settings.items() if ours != "bias"}
+QK_NORMS = {
+    "blocks.{}.attention.q_norm": ["layers.{}.self_attn.q_norm"],
+    "blocks.{}.attention.k_norm": ["layers.{}.self_attn.k_norm"],
+}
+NO_BIASES = {"bias": False, "qkv_bias": (None, False)}
 
 FAMILIES = {
-    "gpt2": Family(
-        architecture="GPT2LMHeadModel",
-        required={"position": "learned", "norm": "layernorm", "mlp": "gelu"},
-        prefix="transformer.",
-        modules={
-            "token_embedding": ["wte"],
-            "position_embedding": ["wpe"],
-            "blocks.{}.attention_norm": ["h.{}.ln_1"],
-            "blocks.{}.attention.qkv": ["h.{}.attn.c_attn"],
-            "blocks.{}.attention.proj": ["h.{}.attn.c_proj"],
-            "blocks.{}.mlp_norm": ["h.{}.ln_2"],
-            "blocks.{}.mlp.up": ["h.{}.mlp.c_fc"],
-            "blocks.{}.mlp.down": ["h.{}.mlp.c_proj"],
-            "final_norm": ["ln_f"],
-        },
-        settings={
-            "n_layer": "n_layer",
-            "n_head": "n_head",
-            "n_embd": "n_embd",
-            "block_size": "n_positions",
-            "vocab_size": "vocab_size",
-            "mlp_hidden": "n_inner",
-            "norm_eps": "layer_norm_epsilon",
-            "tie_embeddings": "tie_word_embeddings",
-        },
-        fixed={
-            "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False,
-            "add_cross_attention": False,
-            "activation_function": "gelu_new",
-        },
-        old_settings=lambda theirs: {"n_ctx": theirs.n_positions},
-        activation="activation_function",
-        dropout=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
-        always_biased=True,
-        linear_is_transposed=True,
-    ),
-    "llama": Family(
-        architecture="LlamaForCausalLM",
-        required={"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu"},
-        prefix="model.",
-        modules={
-            "token_embedding": ["embed_tokens"],
-            "blocks.{}.attention_norm": ["layers.{}.input_layernorm"],
-            "blocks.{}.attention.qkv": [
-                "layers.{}.self_attn.q_proj",
-                "layers.{}.self_attn.k_proj",
-                "layers.{}.self_attn.v_proj",
-            ],
-            "blocks.{}.attention.proj": ["layers.{}.self_attn.o_proj"],
-            "blocks.{}.mlp_norm": ["layers.{}.post_attention_layernorm"],
-            "blocks.{}.mlp.up": ["layers.{}.mlp.gate_proj", "layers.{}.mlp.up_proj"],
-            "blocks.{}.mlp.down": ["layers.{}.mlp.down_proj"],
-            "final_norm": ["norm"],
-        },
-        settings={
-            "n_layer": "num_hidden_layers",
-            "n_head": "num_attention_heads",
-            "n_kv_head": "num_key_value_heads",
-            "n_embd": "hidden_size",
-            "block_size": "max_position_embeddings",
-            "vocab_size": "vocab_size",
-            "mlp_hidden": "intermediate_size",
-            "norm_eps": "rms_norm_eps",
-            "bias": "attention_bias",
-            "tie_embeddings": "tie_word_embeddings",
-        },
-        fixed={"hidden_act": "silu"},
-        derived=llama_settings,
-        old_settings=llama_old_settings,
-        has_pad_token=False,  # it would name a row of the embedding, which then gets no gradient
-    ),
+    "gpt2": GPT2,
+    "llama": LLAMA,
     "gpt_neox": Family(
         architecture="GPTNeoXForCausalLM",
-        required={"position": "rotary", "norm": "layernorm", "mlp": "gelu"},
+        required={"position": "rotary", "norm": "layernorm"},
+        activations=GPT2.activations,
         prefix="gpt_neox.",
         modules={
             "token_embedding": ["embed_in"],
@@ -163,37 +275,94 @@ FAMILIES = {
             "vocab_size": "vocab_size",
             "mlp_hidden": "intermediate_size",
             "norm_eps": "layer_norm_eps",
+            "parallel_residual": "use_parallel_residual",
             "tie_embeddings": "tie_word_embeddings",
         },
-        fixed={"use_parallel_residual": False, "attention_bias": True, "hidden_act": "gelu_new"},
-        derived=gpt_neox_settings,
-        old_settings=gpt_neox_old_settings,
+        fixed={"attention_bias": True},
+        translations=(PARTIAL_ROTARY,),
+        old_settings=old_rotary,
         dropout=("hidden_dropout", "attention_dropout"),
         always_biased=True,
         qkv_is_by_head=True,
         head_in_files="embed_out.weight",
     ),
+    "mistral": dataclasses.replace(
+        LLAMA,
+        architecture="MistralForCausalLM",
+        required=LLAMA.required | NO_BIASES,
+        settings=WITHOUT_BIAS | {"sliding_window": "sliding_window"},
+        translations=(ROTARY, HEAD_DIM),
+    ),
+    "qwen2": dataclasses.replace(
+        LLAMA,
+        architecture="Qwen2ForCausalLM",
+        required=LLAMA.required | {"bias": False, "qkv_bias": True},
+        settings=WITHOUT_BIAS,
+        translations=(ROTARY, LAYER_WINDOWS),
+    ),
+    "qwen3": dataclasses.replace(
+        LLAMA,
+        architecture="Qwen3ForCausalLM",
+        required=LLAMA.required | NO_BIASES | {"qk_norm": "head"},
+        modules=LLAMA.modules | QK_NORMS,
+        settings=WITHOUT_BIAS,
+        fixed={"attention_bias": False},
+        translations=(ROTARY, HEAD_DIM, LAYER_WINDOWS),
+    ),
+    "olmo2": dataclasses.replace(
+        LLAMA,
+        architecture="Olmo2ForCausalLM",
+        required=LLAMA.required | NO_BIASES | {"qk_norm": "all", "norm_position": "after"},
+        modules=LLAMA.modules
+        | QK_NORMS
+        | {
+            "blocks.{}.attention_norm": ["layers.{}.post_attention_layernorm"],
+            "blocks.{}.mlp_norm": ["layers.{}.post_feedforward_layernorm"],
+        },
+        settings=WITHOUT_BIAS,
+        fixed={"attention_bias": False},
+        translations=(ROTARY,),
+    ),
+    "smollm3": dataclasses.replace(
+        LLAMA,
+        architecture="SmolLM3ForCausalLM",
+        fixed={"use_sliding_window": False},
+        translations=(ROTARY, LINEAR_BIASES, ROTARY_LAYERS),
+    ),
 }
-# The other keys of our model section that every family takes into account, in its table or in the functions below. A
-# key that a family does not take into account must be switched off, or the model is none of that family.
-IN_EVERY_FAMILY = {"n_kv_head", "bias", "dropout", "rotary_theta", "init_std"}
+# The other keys of our model section that every family takes into account, in its row or in the functions below. A key
+# that a family does not take into account must be switched off, or the model is none of that family.
+IN_EVERY_FAMILY = {"n_kv_head", "bias", "qkv_bias", "dropout", "rotary_theta", "mlp", "init_std", "family"}
+
+
+def faults_of(family: Family, model: ModelConfig):
+    """[(key, found, expected)] of a model that a family does not compute."""
+    pairs = [(key, getattr(model, key), value) for key, value in family.required.items()]
+    pairs.append(("mlp", model.mlp, tuple(family.activations)))
+    if "n_kv_head" not in family.settings:
+        pairs.append(("n_kv_head", model.kv_heads, model.n_head))
+    if "qkv_bias" not in family.required:
+        pairs.append(("qkv_bias", model.biased_qkv, model.bias))
+    if "head_dim" not in family.consumed:
+        pairs.append(("head_dim", model.head_size, model.n_embd / model.n_head))
+    allowed = {key: value if isinstance(value, tuple) else (value,) for key, _, value in pairs}
+    wrong = [(key, found, " or ".join(map(str, allowed[key]))) for key, found, _ in pairs if found not in allowed[key]]
+    return wrong + switched_on(model, family.consumed | {"head_dim"})
 
 
 def family_of(model: ModelConfig):
-    """`gpt2`, `llama` or `gpt_neox`. Raises UserError, which names the keys, if the model is none of them."""
-    wrong = {}  # family: [(key, found, expected)]
-    for name, family in FAMILIES.items():
-        pairs = [(key, getattr(model, key), value) for key, value in family.required.items()]
-        if "n_kv_head" not in family.settings:
-            pairs.append(("n_kv_head", model.kv_heads, model.n_head))
-        wrong[name] = [(key, found, value) for key, found, value in pairs if found != value]
-        wrong[name] += switched_on(model, family.consumed)
-    nearest = min(FAMILIES, key=lambda name: len(wrong[name]))
+    """The name of a family in FAMILIES that computes this model: model.family, or the first. Raises UserError, which
+    names the keys, if the model is none of them."""
+    if model.family is not None and model.family not in FAMILIES:
+        raise UserError(f"model.family: found {model.family!r}, expected null or one of {', '.join(FAMILIES)}")
+    names = [model.family] if model.family else list(FAMILIES)
+    wrong = {name: faults_of(FAMILIES[name], model) for name in names}
+    nearest = min(names, key=lambda name: len(wrong[name]))
     if wrong[nearest]:
         keys = "; ".join(f"model.{key}: found {found}, expected {value}" for key, found, value in wrong[nearest])
+        reason = "is the nearest to this model" if model.family is None else "is what model.family asks for"
         raise UserError(
-            f"{keys}: transformers' {FAMILIES[nearest].architecture} is the nearest to this model, "
-            "and it computes nothing else"
+            f"{keys}: transformers' {FAMILIES[nearest].architecture} {reason}, and it computes nothing else"
         )
     return nearest
 
@@ -209,7 +378,8 @@ def their_names(model: ModelConfig):
     for module, theirs in family.modules.items():
         in_block = module.startswith("blocks")
         is_norm = module.endswith("norm")
-        has_bias = in_block and not is_norm and model.bias
+        has_bias = model.biased_qkv if module.endswith(".qkv") else model.bias
+        has_bias = has_bias and in_block and not is_norm
         if family.always_biased:
             has_bias = in_block or is_norm
         for layer in range(model.n_layer if in_block else 1):
@@ -219,6 +389,12 @@ def their_names(model: ModelConfig):
     if not model.tie_embeddings:
         names["head.weight"] = [HEAD]
     return names
+
+
+def has_in_ours(name, model: ModelConfig):
+    """Whether our model has a weight of `their_names`: it has no biases where only the family has them."""
+    biased = model.biased_qkv if ".qkv." in name else model.bias
+    return biased or not name.endswith(".bias")
 
 
 def identity(weight):
@@ -233,10 +409,9 @@ def rearrangements(ours, model: ModelConfig):
     if family.linear_is_transposed and is_linear and ours.endswith("weight"):
         return torch.t, torch.t
     if family.qkv_is_by_head and ".qkv." in ours:
-        head_size = model.n_embd // model.n_head
 
         def swap(weight, first, second):
-            parts = weight.view(first, second, head_size, *weight.shape[1:])
+            parts = weight.view(first, second, model.head_size, *weight.shape[1:])
             return parts.transpose(0, 1).reshape(weight.shape)
 
         return (lambda weight: swap(weight, 3, model.n_head)), (lambda weight: swap(weight, model.n_head, 3))
@@ -246,9 +421,9 @@ def rearrangements(ours, model: ModelConfig):
 def to_transformers(model: ModelConfig, read):
     """Yields pairs of transformers' name and tensor, made of what read(our name) gives, and zeros where a family
     has biases and the model has none. Keeps nothing: of our weights one at a time is in memory."""
-    key_width = model.kv_heads * model.n_embd // model.n_head
+    key_width = model.kv_heads * model.head_size
     for ours, theirs in their_names(model).items():
-        if ours.endswith(".bias") and not model.bias:
+        if not has_in_ours(ours, model):
             weight = read(ours.removesuffix("bias") + "weight")
             weight = weight.new_zeros(len(weight))
         else:
@@ -258,7 +433,9 @@ def to_transformers(model: ModelConfig, read):
         if len(theirs) == 1:
             yield theirs[0], weight
             continue
-        rows = [model.n_embd, key_width, key_width] if len(theirs) == 3 else len(weight) // len(theirs)
+        rows = (
+            [model.n_head * model.head_size, key_width, key_width] if len(theirs) == 3 else len(weight) // len(theirs)
+        )
         yield from zip(theirs, weight.split(rows), strict=True)
 
 
@@ -278,8 +455,22 @@ def from_transformers(model: ModelConfig, read):
 
 
 def explicit(model: ModelConfig):
-    """The same model with its widths in place of null."""
-    return dataclasses.replace(model, n_kv_head=model.kv_heads, mlp_hidden=model.mlp_width)
+    """The same model with its widths in place of null, and null for what changes nothing: models that compute the same
+    by other words of these keys compare as equal."""
+    layers = range(model.n_layer)
+    full = [layer for layer in layers if not model.window(layer)]
+    without = [layer for layer in layers if not model.turns(layer)] if model.no_rotary_layers else []
+    is_full = len(full) == model.n_layer
+    return dataclasses.replace(
+        model,
+        n_kv_head=model.kv_heads,
+        mlp_hidden=model.mlp_width,
+        head_dim=None if model.head_size * model.n_head == model.n_embd else model.head_size,
+        qkv_bias=None if model.biased_qkv == model.bias else model.biased_qkv,
+        no_rotary_layers=chosen(without, model.n_layer),
+        sliding_window=None if is_full else model.sliding_window,
+        full_attention_layers=None if is_full else chosen(full, model.n_layer),
+    )
 
 
 def transformers_config(model: ModelConfig, dtype="float32", end_of_text=None, start=None, pad=None):
@@ -289,12 +480,11 @@ def transformers_config(model: ModelConfig, dtype="float32", end_of_text=None, s
 
     name = family_of(model)
     family = FAMILIES[name]
-    settings = {theirs: getattr(explicit(model), ours) for ours, theirs in family.settings.items()}
-    settings |= family.fixed | family.derived(model) | dict.fromkeys(family.dropout, model.dropout)
+    settings = family.written(model) | dict.fromkeys(family.dropout, model.dropout)
     settings |= {"bos_token_id": end_of_text if start is None else start, "eos_token_id": end_of_text}
     settings |= {"initializer_range": model.init_std}
-    if family.has_pad_token:
-        settings["pad_token_id"] = end_of_text if pad is None else pad
+    padding = end_of_text if pad is None else pad
+    settings["pad_token_id"] = padding if family.has_pad_token else None
     return AutoConfig.for_model(name, **settings, architectures=[family.architecture], dtype=dtype)
 
 
@@ -338,7 +528,7 @@ def check_parameters(model: ModelConfig):
     make = from_transformers(model, theirs.get)
     expected = {}
     for name in their_names(model):
-        if model.bias or not name.endswith(".bias"):  # else it is made of zeros
+        if has_in_ours(name, model):  # else it is made of zeros
             expected[name] = list(make(name).shape)
     if wrong := checkpoint.differences(own_shapes(model), expected):
         raise UserError(
@@ -348,11 +538,21 @@ def check_parameters(model: ModelConfig):
 
 
 def smaller(model: ModelConfig):
-    """The same settings with small sizes: at most two layers, heads of 8 channels in as many groups as fit."""
+    """The same settings with small sizes: at most two layers, but one of each kind, and heads in as many groups as fit,
+    of 8 channels, or more where only a part of them turns."""
+    kinds = {}
+    for layer in range(model.n_layer):
+        kinds.setdefault((model.turns(layer), bool(model.window(layer))), layer)
+    layers = sorted({*kinds.values(), *range(min(2, model.n_layer))})
     groups = min(2, model.kv_heads)
     heads = groups * model.n_head // model.kv_heads
-    sizes = {"n_layer": min(2, model.n_layer), "n_head": heads, "n_kv_head": groups, "n_embd": 8 * heads}
+    size = 8 if model.rotary_fraction == 1 else model.head_size
+    sizes = {"n_layer": len(layers), "n_head": heads, "n_kv_head": groups, "n_embd": size * heads}
     sizes |= {"block_size": 64, "vocab_size": 64, "mlp_hidden": 40 if model.mlp_hidden else None}
+    sizes |= {"head_dim": 2 * size if model.head_dim else None, "sliding_window": model.sliding_window and 8}
+    for key in ("no_rotary_layers", "full_attention_layers"):
+        number = [place for place, layer in enumerate(layers) if is_chosen(getattr(model, key), layer)]
+        sizes[key] = number or None
     return dataclasses.replace(model, **sizes, init_std=0.2)
 
 

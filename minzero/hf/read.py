@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch
 
+from minzero.config.build import build
 from minzero.config.sections import ModelConfig
+from minzero.config.values import in_short
 from minzero.errors import UserError, describe
 from minzero.files import from_hub, read_json, refuse_pipes
 from minzero.hf.families import (
+    ALIASES,
     FAMILIES,
     HEAD,
     check_expressible,
@@ -21,7 +24,7 @@ from minzero.hf.families import (
     weightless,
 )
 
-NOT_THE_FUNCTION = {"dropout", "init_std"}  # keys of training: the trained model computes the same with any value
+NOT_THE_FUNCTION = {"dropout", "init_std", "family"}  # the trained model computes the same with any value
 # in old files; computed, not learned
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 
@@ -44,6 +47,18 @@ def is_published(folder):
 # -- settings ------------------------------------------------------------------------------------
 
 
+# Settings that change nothing of what a model computes in evaluation, or that other checks look at.
+HARMLESS = set(
+    "architectures model_type torch_dtype dtype transformers_version use_cache pretraining_tp initializer_range "
+    "bos_token_id eos_token_id pad_token_id sep_token_id max_window_layers no_rope_layer_interval rope_theta "
+    "rope_scaling rope_parameters rotary_emb_base rotary_pct partial_rotary_factor n_ctx reorder_and_upcast_attn "
+    "task_specific_params attention_dropout hidden_dropout classifier_dropout resid_pdrop embd_pdrop attn_pdrop "
+    "gradient_checkpointing output_router_logits is_llama_config transformers.js_config unsloth_version "
+    "unsloth_fixed model_max_length tokenizer_class id2label label2id problem_type return_dict output_attentions "
+    "output_hidden_states finetuning_task keys_to_ignore_at_inference name_or_path".split()
+)
+
+
 def read_model_config(folder):
     """config.json of a folder in transformers' format -> the ModelConfig that computes the same. Raises
     UserError if none does."""
@@ -53,35 +68,79 @@ def read_model_config(folder):
     raw = read_json(path)
     name = raw["model_type"]
     if name not in list(FAMILIES):  # a list, as JSON can hold what has no hash
-        raise UserError(f"{path}: model_type: found {name!r}, expected {' or '.join(FAMILIES)}")
+        raise UserError(f"{path}: model_type: found {name!r}, expected one of {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     try:
         theirs = AutoConfig.for_model(**raw)  # fills in what is left out
-        rotary = {"rotary_theta": float(theirs.rope_parameters["rope_theta"])} if family.is_rotary else {}
+        keys = family.read(theirs)
     except Exception as error:  # of many classes, some of them libraries' own
         raise UserError(f"{path}: not a configuration of {name}: {describe(error)}") from None
-    settings = {ours: getattr(theirs, name) for ours, name in family.settings.items()}
-    model = ModelConfig(**settings | family.required | rotary)
+    model = build_model(path, keys)
     if family.is_rotary:
-        check_old_rotary_settings(path, raw, model.rotary_theta)
-    expected = {"quantization_config": None} | family.fixed | family.derived(model)
-    if (expected[family.activation], getattr(theirs, family.activation)) == ("gelu_new", "gelu_pytorch_tanh"):
-        del expected[family.activation]  # another name of the same function
-    for name, value in expected.items():
-        found = getattr(theirs, name, None)
+        check_old_rotary_settings(path, raw, theirs)
+    expected = {"quantization_config": None} | family.written(model)
+    for setting, value in expected.items():
+        found = getattr(theirs, setting, None)
+        if setting == family.activation:
+            found = ALIASES.get(found, found)
+        if setting == "rope_parameters":
+            found = {part: found[part] for part in found if part != "type"}
         if found != value:
-            raise UserError(f"{path}: {name}: found {found!r}, expected {value!r}; model.py computes nothing else")
+            raise UserError(f"{path}: {setting}: found {found!r}, expected {value!r}; model.py computes nothing else")
+    refuse_unknown_settings(path, raw, theirs, HARMLESS | expected.keys())
+    if family_of(model) != name:
+        model = dataclasses.replace(model, family=name)
     return explicit(model)
 
 
-def check_old_rotary_settings(path, raw, theta):
+def build_model(path, keys):
+    """The keys of a model section, read from `path`, as a ModelConfig. Raises UserError for values that it has not."""
+    try:
+        return build({"model": keys}, path).model
+    except UserError as error:
+        raise UserError(f"{error}; model.py computes nothing else") from None
+
+
+def refuse_unknown_settings(path, raw, theirs, known):
+    """Raises UserError for a setting of a config.json that no one here knows, unless it reads as off or has the value
+    that its architecture has without it."""
+    default = type(theirs)()
+    for name, value in raw.items():
+        if name in known or name.startswith(("_", "summary_")) or value in (None, False, [], {}):
+            continue
+        if not hasattr(default, name):
+            raise UserError(
+                f"{path}: {name}: found {in_short(value)}, a setting that is not known; remove it if it changes nothing"
+            )
+        if getattr(theirs, name) != getattr(default, name):
+            expected = in_short(getattr(default, name))
+            raise UserError(
+                f"{path}: {name}: found {in_short(value)}, expected {expected}; model.py computes nothing else"
+            )
+
+
+def check_old_rotary_settings(path, raw, theirs):
     """Raises UserError if the names of transformers 4, which does not read rope_parameters, say something else."""
+    new = raw.get("rope_parameters")
+    theta = float(theirs.rope_parameters["rope_theta"])
     for name in ("rope_theta", "rotary_emb_base"):
         if raw.get(name) not in (None, theta):
             raise UserError(
                 f"{path}: {name}: found {raw[name]!r}, expected {theta!r} as in rope_parameters; versions of "
                 "transformers read one or the other, so make them equal"
             )
+    old = raw.get("rope_scaling")
+    if isinstance(new, dict) and isinstance(old, dict):
+        different = [name for name in old if name != "type" and old[name] != new.get(name, ...)]
+        if different:
+            raise UserError(
+                f"{path}: rope_scaling: found {in_short(old)}, expected rope_parameters' {in_short(new)}; "
+                "versions of transformers read one or the other, so make them equal"
+            )
+
+
+def names_of(model):
+    return [field.name for field in dataclasses.fields(model)]
 
 
 def refuse_differences(source, model: ModelConfig, saved: ModelConfig):
@@ -89,8 +148,8 @@ def refuse_differences(source, model: ModelConfig, saved: ModelConfig):
     Keys of training do not count, nor does the base of rotary positions where there are none."""
     ignored = NOT_THE_FUNCTION | {"block_size"}
     if saved.position != "rotary":
-        ignored |= {"rotary_theta"}
-    names = [field.name for field in dataclasses.fields(model) if field.name not in ignored]
+        ignored |= {name for name in names_of(model) if name.startswith("rotary_")} | {"no_rotary_layers"}
+    names = [name for name in names_of(model) if name not in ignored]
     triples = [(name, getattr(explicit(model), name), getattr(explicit(saved), name)) for name in names]
     triples = [triple for triple in triples if triple[1] != triple[2]]
     if model.block_size > saved.block_size:  # fewer positions than it learned are the same model

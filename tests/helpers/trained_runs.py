@@ -21,7 +21,17 @@ NEOX = ModelConfig(**vars(GPT2) | {"position": "rotary", "tie_embeddings": False
 LLAMA = ModelConfig(
     **vars(GPT2) | {"norm": "rmsnorm", "position": "rotary", "mlp": "swiglu", "bias": False, "n_kv_head": 2}
 )
-FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "gpt_neox": NEOX}
+OLMO2 = ModelConfig(**vars(LLAMA) | {"qk_norm": "all", "norm_position": "after"})
+FAMILIES = {
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "gpt_neox": NEOX,
+    "mistral": ModelConfig(**vars(LLAMA) | {"sliding_window": 5}),
+    "qwen2": ModelConfig(**vars(LLAMA) | {"qkv_bias": True}),
+    "qwen3": ModelConfig(**vars(LLAMA) | {"qk_norm": "head", "head_dim": 16}),
+    "olmo2": OLMO2,
+    "smollm3": ModelConfig(**vars(LLAMA) | {"no_rotary_layers": 2}),
+}
 OF_NO_FAMILY = ModelConfig(**vars(LLAMA) | {"position": "learned", "mlp": "gelu"})
 
 

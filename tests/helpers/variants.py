@@ -14,9 +14,27 @@ VALUES = {
     "block_size": [24],
     "vocab_size": [300],
     "mlp_hidden": [37],
+    "head_dim": [16],
     "dropout": [0.1],
     "norm_eps": [1e-3],
     "rotary_theta": [500000.0],
+    "rotary_fraction": [0.5],
+    "rotary_scaling": [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ],
+    "no_rotary_layers": [2, [0]],
+    "sliding_window": [5],
+    "full_attention_layers": [[0], 2],
+    "qkv_bias": [True, False],
+    "family": ["gpt2"],
     "init_std": [0.15],
 }
 

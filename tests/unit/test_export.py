@@ -34,8 +34,11 @@ from tests.helpers.trained_runs import (
     zero_biases,
 )
 from tests.helpers.trained_runs import GPT2 as SMALL
-from tests.helpers.variants import variants
+from tests.helpers.variants import VALUES, variants
 
+LLAMA3_SCALING, YARN_SCALING = (
+    next(value for value in VALUES["rotary_scaling"] if value["rope_type"] == kind) for kind in ("llama3", "yarn")
+)
 MODELS = [
     SMALL,
     dataclasses.replace(SMALL, tie_embeddings=False, mlp_hidden=37, norm_eps=1e-3),
@@ -46,6 +49,22 @@ MODELS = [
     dataclasses.replace(LLAMA, tie_embeddings=False, bias=True, rotary_theta=500000.0, norm_eps=1e-6),
     dataclasses.replace(LLAMA, n_kv_head=1, mlp_hidden=37, bias=True),
     dataclasses.replace(LLAMA, n_kv_head=None, tie_embeddings=False, norm_eps=1e-2),
+    dataclasses.replace(LLAMA, head_dim=16, rotary_scaling=LLAMA3_SCALING),
+    dataclasses.replace(LLAMA, rotary_scaling={"rope_type": "linear", "factor": 4.0}, family="mistral"),
+    dataclasses.replace(NEOX, parallel_residual=True, rotary_fraction=0.25, mlp="gelu_exact"),
+    dataclasses.replace(NEOX, parallel_residual=True, rotary_fraction=0.5, tie_embeddings=True, rotary_theta=5e5),
+    FAMILIES["mistral"],
+    dataclasses.replace(FAMILIES["mistral"], head_dim=16, tie_embeddings=False, n_kv_head=4),
+    FAMILIES["qwen2"],
+    dataclasses.replace(FAMILIES["qwen2"], n_layer=4, sliding_window=5, full_attention_layers=[0, 1], n_kv_head=1),
+    dataclasses.replace(FAMILIES["qwen2"], tie_embeddings=False, rotary_scaling=YARN_SCALING, norm_eps=1e-6),
+    FAMILIES["qwen3"],
+    dataclasses.replace(FAMILIES["qwen3"], head_dim=None, tie_embeddings=False, rotary_theta=1e6),
+    dataclasses.replace(FAMILIES["qwen3"], sliding_window=6, full_attention_layers=2, n_kv_head=1, mlp_hidden=37),
+    FAMILIES["olmo2"],
+    dataclasses.replace(FAMILIES["olmo2"], tie_embeddings=False, n_kv_head=None, rotary_theta=5e5, norm_eps=1e-6),
+    FAMILIES["smollm3"],
+    dataclasses.replace(FAMILIES["smollm3"], n_layer=3, no_rotary_layers=[0, 1], bias=True, tie_embeddings=False),
 ]
 
 
@@ -88,7 +107,7 @@ def test_every_value_of_every_key_is_exported_right_or_refused(config, tmp_path)
     try:
         families.check_expressible(config)
     except UserError as error:
-        assert "is the nearest to this model" in str(error)
+        assert "is the nearest to this model" in str(error) or "is what model.family asks for" in str(error)
         with pytest.raises(UserError):
             to_transformers(config, GPT(config))
         return
@@ -99,9 +118,10 @@ def test_every_value_of_every_key_is_exported_right_or_refused(config, tmp_path)
     assert (ours(tokens) - theirs(tokens).logits).abs().max().item() < 1e-5
     write_json(tmp_path / "config.json", hf_write.config_json(families.transformers_config(config)))
     published = dataclasses.replace(hf_read.read_model_config(tmp_path), bias=config.bias)
-    of_training = {"dropout": 0.0, "init_std": 0.02}
+    of_training = {"dropout": 0.0, "init_std": 0.02, "family": published.family}
     of_training |= {"rotary_theta": 10000.0} if config.position == "learned" else {}
     assert published == families.explicit(dataclasses.replace(config, **of_training))
+    assert families.family_of(published) == families.family_of(config)
 
 
 def with_key(base, default, value, **settings):
@@ -207,6 +227,11 @@ def test_config_json_speaks_the_words_of_transformers_4_and_5(tmp_path):
     expected = {
         "gpt2": {"n_ctx": 16, "n_inner": 128, "activation_function": "gelu_new", "scale_attn_weights": True},
         "llama": {"num_key_value_heads": 2, "head_dim": 8, "attention_bias": False, "mlp_bias": False},
+        "mistral": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5},
+        "qwen2": {"use_sliding_window": False, "layer_types": ["full_attention"] * 2},
+        "qwen3": {"head_dim": 16, "attention_bias": False, "layer_types": ["full_attention"] * 2},
+        "olmo2": {"attention_bias": False},
+        "smollm3": {"no_rope_layers": [1, 0], "attention_bias": False, "mlp_bias": False},
         "gpt_neox": {"rotary_pct": 1.0, "partial_rotary_factor": 1.0, "rotary_emb_base": 5e5, "attention_bias": True},
     }
     for family, base in FAMILIES.items():
@@ -215,7 +240,7 @@ def test_config_json_speaks_the_words_of_transformers_4_and_5(tmp_path):
         same = expected[family] | {"dtype": "bfloat16", "torch_dtype": "bfloat16", "model_type": family}
         same |= {"bos_token_id": 256, "eos_token_id": 256, "tie_word_embeddings": base.tie_embeddings}
         # transformers' Llama learns nothing of the pad token's row, which is the end of text's
-        same["pad_token_id"] = None if family == "llama" else 256
+        same["pad_token_id"] = 256 if family in ("gpt2", "gpt_neox") else None
         if family != "gpt2":
             same |= {"rope_theta": 5e5, "rope_scaling": None}
             assert found["rope_parameters"]["rope_theta"] == 5e5

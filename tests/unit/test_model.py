@@ -9,8 +9,9 @@ from minzero.config.build import build
 from minzero.config.sections import ModelConfig
 from minzero.files import ROOT, read_json
 from minzero.loss import LinearCrossEntropy, cross_entropy
+from minzero.rotary import rotary_angles
 from minzero.sizes import IGNORE_INDEX, count_parameters, flops_per_token, loss_chunk_tokens, recomputed_flops_per_token
-from model import GPT, attention_backends, rotary_angles
+from model import GPT, attention_backends
 from tests.helpers.variants import variants
 
 SMALL = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=50, init_std=0.1)
@@ -220,7 +221,7 @@ def test_rotary_attention_depends_on_distances_only():
     from model import rotate
 
     q, k = torch.randn(2, 1, 1, 12, 8, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
-    cos, sin = rotary_angles(20, 8, 10000.0, "cpu")
+    cos, sin = rotary_angles(dataclasses.replace(LLAMA, n_head=LLAMA.n_embd // 8), 20, "cpu")
     here, there = (cos[:12], sin[:12]), (cos[8:], sin[8:])
     scores = rotate(q, here) @ rotate(k, here).mT
     assert torch.allclose(scores, rotate(q, there) @ rotate(k, there).mT, atol=1e-5)
@@ -305,7 +306,7 @@ def test_a_preference_for_attention_is_a_preference_only(monkeypatch):
     """What this device has not is passed over, the values are the same, and a block stays one graph."""
     model, tokens = GPT(LLAMA).eval(), random_tokens(LLAMA)
     expected = model(tokens)
-    x, angles = torch.randn(2, 16, LLAMA.n_embd), rotary_angles(16, LLAMA.n_embd // LLAMA.n_head, 1e4, "cpu")
+    x, angles = torch.randn(2, 16, LLAMA.n_embd), rotary_angles(LLAMA, 16, "cpu")
     block = model.blocks[0](x, angles)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     hopper = attention_backends(torch.device("cuda"))
