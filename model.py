@@ -8,6 +8,7 @@ Llama: Touvron et al. 2023, arXiv 2302.13971.
 """
 
 import contextlib
+import functools
 import math
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minzero.config.sections import ModelConfig, Recomputation
+from minzero.experts import ExpertLinear, Experts, router_losses
 from minzero.loss import LinearCrossEntropy, cross_entropy
 from minzero.recompute import recompute
 from minzero.rotary import rotary_angles
@@ -105,27 +107,36 @@ class Attention(nn.Module):
         return F.dropout(y, self.dropout, self.training)
 
 
-class MLP(nn.Module):
-    """Two layers with GELU between (exact, or its tanh form, as GPT-2's), or SwiGLU, silu(gate) * up (Shazeer 2020,
-    arXiv 2002.05202)."""
+def activate(x, kind):
+    """Between an MLP's two products: GELU, exact or in its tanh form, as GPT-2's, or SwiGLU, silu(gate) * up, of the
+    two halves of x (Shazeer 2020, arXiv 2002.05202)."""
+    if kind == "swiglu":
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    return F.gelu(x, approximate="none" if kind == "gelu_exact" else "tanh")
 
-    def __init__(self, config: ModelConfig):
+
+class MLP(nn.Module):
+    """Two linear layers and the activation between them."""
+
+    def __init__(self, config: ModelConfig, width):
         super().__init__()
         self.dropout = config.dropout
-        self.gated = config.gated
-        self.approximate = "none" if config.mlp == "gelu_exact" else "tanh"
-        width = config.mlp_width
-        self.up = nn.Linear(config.n_embd, 2 * width if self.gated else width, bias=config.bias)
+        self.kind = config.mlp
+        self.up = nn.Linear(config.n_embd, 2 * width if config.gated else width, bias=config.bias)
         self.down = nn.Linear(width, config.n_embd, bias=config.bias)
         self.down.writes_to_residual = True
 
     def forward(self, x):
-        if self.gated:
-            gate, up = self.up(x).chunk(2, dim=-1)
-            x = F.silu(gate) * up
-        else:
-            x = F.gelu(self.up(x), approximate=self.approximate)
-        return F.dropout(self.down(x), self.dropout, self.training)
+        return F.dropout(self.down(activate(self.up(x), self.kind)), self.dropout, self.training)
+
+
+def make_mlp(config: ModelConfig):
+    """A block's MLP or its experts."""
+    if config.n_expert is None:
+        return MLP(config, config.mlp_width)
+    shared = MLP(config, config.n_shared_expert * config.mlp_width) if config.n_shared_expert else None
+    return Experts(config, functools.partial(activate, kind=config.mlp), shared)
 
 
 class Block(nn.Module):
@@ -139,7 +150,8 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config, kernels)
         self.attention = Attention(config, kernels)
         self.mlp_norm = make_norm(config, kernels)
-        self.mlp = MLP(config)
+        self.mlp = make_mlp(config)
+        self.has_experts = config.n_expert is not None
         self.recomputation = None  # or a dictionary: how minzero.recompute is to keep less of this block
 
     def forward(self, x, angles=None, mask=None):
@@ -148,11 +160,17 @@ class Block(nn.Module):
         return self.compute(x, angles, mask)
 
     def compute(self, x, angles, mask):
+        """(B, T, C) -> (B, T, C), and the router's choices where there are experts (see minzero/experts.py)."""
         if self.norms_follow:
             x = x + self.attention_norm(self.attention(x, angles, mask))
-            return x + self.mlp_norm(self.mlp(x))
+            y, routing = self.feed_forward(x)
+            return x + self.mlp_norm(y), routing
         attended = x + self.attention(self.attention_norm(x), angles, mask)
-        return attended + self.mlp(self.mlp_norm(x if self.parallel else attended))
+        y, routing = self.feed_forward(self.mlp_norm(x if self.parallel else attended))
+        return attended + y, routing
+
+    def feed_forward(self, x):
+        return self.mlp(x) if self.has_experts else (self.mlp(x), None)
 
 
 class Head(nn.Linear):
@@ -188,6 +206,7 @@ class GPT(nn.Module):
         for block in self.recomputation.of_blocks(self.blocks):
             block.recomputation = {"selective": self.recomputation.selective, "offload": activation_offload}
         self.final_norm = make_norm(config, kernels)
+        self.routing = []  # of experts, in training: one entry a forward pass, until the metrics take it
         self.head = Head(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
@@ -201,7 +220,7 @@ class GPT(nn.Module):
     def init_weights(self, module):
         """Normal weights and zero biases; matrices that write to the residual stream start smaller by
         sqrt(2 n_layer), the number of terms of that sum (GPT-2, section 2.3)."""
-        if not isinstance(module, nn.Linear | nn.Embedding):
+        if not isinstance(module, nn.Linear | nn.Embedding | ExpertLinear):
             return
         if getattr(module, "bias", None) is not None:
             module.bias.zero_()
@@ -240,9 +259,22 @@ class GPT(nn.Module):
         if config.sliding_window and config.sliding_window < T:
             mask = window_mask(T, config.sliding_window, tokens.device)
         x = F.dropout(x, config.dropout, self.training)
+        routing = []
         for layer, block in enumerate(self.blocks):
-            x = block(x, angles if config.turns(layer) else None, mask if config.window(layer) else None)
+            x, chosen = block(x, angles if config.turns(layer) else None, mask if config.window(layer) else None)
+            routing.append(chosen)
         x = self.final_norm(x)
         if targets is None:
             return self.head(x)
-        return self.head(x, targets) / (targets != IGNORE_INDEX).sum().clamp(min=1)
+        loss = self.head(x, targets) / (targets != IGNORE_INDEX).sum().clamp(min=1)
+        if config.n_expert and self.training:
+            loss = self.with_router_losses(loss, torch.stack(routing))
+        return loss
+
+    def with_router_losses(self, loss, routing):
+        """The same value with the gradient of the router's losses added to it: what is reported stays the loss of
+        prediction. Notes the routing, for metrics."""
+        self.routing.append(routing.detach())
+        balance, square = router_losses(routing)
+        extra = self.config.balance_loss * balance + self.config.router_z_loss * square
+        return loss + extra - extra.detach()

@@ -35,7 +35,8 @@ MOST_HEAD_SIZE = 256  # channels of a head that flash attention and cuDNN take
 COUNTED = set(
     "n_layer n_head n_kv_head n_embd head_dim block_size vocab_size mlp_hidden dropout bias qkv_bias norm "
     "norm_position norm_eps position rotary_theta rotary_fraction rotary_scaling no_rotary_layers qk_norm "
-    "sliding_window full_attention_layers parallel_residual mlp tie_embeddings init_std family".split()
+    "sliding_window full_attention_layers parallel_residual mlp n_expert n_expert_per_token "
+    "n_shared_expert normalize_experts balance_loss router_z_loss tie_embeddings init_std family".split()
 )
 
 
@@ -95,14 +96,18 @@ def parameter_sizes(config: ModelConfig):
     """ParameterSizes of a GPT, from its configuration alone. Keys that are not in COUNTED are left out of account."""
     width = config.n_embd
     attention, key_width = config.n_head * config.head_size, config.kv_heads * config.head_size
-    matrices = {  # of a block: (inputs, outputs, whether it has a bias)
-        "qkv": (width, attention + 2 * key_width, config.biased_qkv),
-        "proj": (attention, width, config.bias),
-        "up": (width, config.mlp_width * (2 if config.gated else 1), config.bias),  # SwiGLU has a gate and a value
-        "down": (config.mlp_width, width, config.bias),
-    }
-    block = [inputs * outputs for inputs, outputs, _ in matrices.values()]
-    block += [outputs for _, outputs, biased in matrices.values() if biased]
+    matrices = [  # of a block: (inputs, outputs, whether it has a bias)
+        (width, attention + 2 * key_width, config.biased_qkv),
+        (attention, width, config.bias),
+    ]
+    mlp_width = config.mlp_width * (config.n_shared_expert if config.n_expert else 1)  # of all tokens
+    if mlp_width:
+        hidden = mlp_width * (2 if config.gated else 1)  # SwiGLU has a gate and a value
+        matrices += [(width, hidden, config.bias), (mlp_width, width, config.bias)]
+    block = [inputs * outputs for inputs, outputs, _ in matrices]
+    block += [outputs for _, outputs, biased in matrices if biased]
+    if config.n_expert:
+        block += [size * config.n_expert for size in expert_sizes(config)]
     norms = [width, width]
     if config.qk_norm != "none":
         by_head = config.qk_norm == "head"
@@ -114,19 +119,33 @@ def parameter_sizes(config: ModelConfig):
     return ParameterSizes(block + weights_of_norm * norms, embeddings + weights_of_norm * [width])
 
 
+def expert_sizes(config: ModelConfig):
+    """Elements of one expert: its row of the router, and its matrices."""
+    hidden = config.mlp_width * (2 if config.gated else 1)
+    return [config.n_embd, config.n_embd * hidden, config.mlp_width * config.n_embd]
+
+
 def count_parameters(config: ModelConfig):
-    """Parameters of a GPT, from its configuration alone: (all, those that multiply activations). Raises UserError
-    for a key that these formulas do not know."""
+    """Parameters of a GPT, from its configuration alone: (all, those that multiply a token's activations, of the
+    experts its own). Raises UserError for a key that these formulas do not know."""
     check_counted(config)
     sizes = parameter_sizes(config)
     total = config.n_layer * sum(sizes.block) + sum(sizes.outside)
-    matrices = sum(sizes.block[:4])
+    width, attention = config.n_embd, config.n_head * config.head_size
+    matrices = width * (2 * attention + 2 * config.kv_heads * config.head_size)
+    router, up, down = expert_sizes(config)
+    if config.n_expert:
+        experts = config.n_shared_expert + config.n_expert_per_token
+        matrices += config.n_expert * router + experts * (up + down)
+    else:
+        matrices += up + down
     return total, config.n_layer * matrices + config.vocab_size * config.n_embd
 
 
 def attention_flops_per_token(config: ModelConfig):
     """FLOPs of attention's two products in a forward pass, per token: 4 for each channel of a query and each token that
-    it is compared with, with the masked half included. A sliding window shortens that, although the products that it masks are computed."""
+    it is compared with, with the masked half included. A sliding window shortens
+    that, although the products that it masks are computed."""
     tokens = sum(min(config.window(layer) or config.block_size, config.block_size) for layer in range(config.n_layer))
     return 4 * config.n_head * config.head_size * tokens
 

@@ -118,6 +118,21 @@ class ModelConfig:
     )
     parallel_residual: bool = key(False, "attention and MLP read the same residual stream, not one after the other")
     mlp: str = key("gelu", "activation of the MLP; gelu: its tanh form, as GPT-2's", ["gelu", "gelu_exact", "swiglu"])
+    n_expert: int | None = key(
+        None,
+        "MLPs of a block, of which each token goes through some (mixture of experts); null: one for all",
+        minimum=1,
+        maximum=2**16,
+    )
+    n_expert_per_token: int = key(2, "experts that a token goes through", minimum=1, maximum=2**16, off=2)
+    n_shared_expert: int = key(0, "further experts that every token goes through", minimum=0, maximum=2**16)
+    normalize_experts: bool = key(True, "the weights of a token's experts add up to 1", off=True)
+    balance_loss: float = key(
+        0.01, "weight of the loss that sends all experts as many tokens", minimum=0, maximum=1e3, off=0.01
+    )
+    router_z_loss: float = key(
+        0.001, "weight of the loss that keeps the router's logits small", minimum=0, maximum=1e3, off=0.001
+    )
     tie_embeddings: bool = key(True, "the output layer shares the token embedding's weights")
     init_std: float = key(0.02, "standard deviation of the initial weights", minimum=1e-6, maximum=1)
     family: str | None = key(
@@ -139,6 +154,11 @@ class ModelConfig:
             self.check_rotary()
         for name in ("no_rotary_layers", "full_attention_layers"):
             self.check_layers(name)
+        if self.n_expert and self.n_expert_per_token > self.n_expert:
+            raise UserError(
+                f"model.n_expert_per_token: found {self.n_expert_per_token}, expected at most model.n_expert "
+                f"{self.n_expert}"
+            )
 
     def check_rotary(self):
         if self.rotary_channels < 2 or self.rotary_channels % 2:

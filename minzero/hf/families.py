@@ -116,6 +116,10 @@ def old_rotary(theirs):
     return found
 
 
+def old_with_experts(theirs):
+    return old_rotary(theirs) | {"num_experts": theirs.num_experts}
+
+
 # -- the families ------------------------------------------------------------------------------------
 
 
@@ -136,6 +140,8 @@ class Family:
     dropout: tuple = ()  # the names of the settings that are our dropout
     always_biased: bool = False  # has biases even where the model has none
     has_pad_token: bool = True
+    has_experts: bool = False
+    unused: tuple = ()  # settings that it has and never reads with the fixed ones
     linear_is_transposed: bool = False  # a linear weight is stored as (in, out)
     qkv_is_by_head: bool = False  # ours: all queries, all keys, all values; theirs: head by head
     head_in_files: str = HEAD  # the output layer's name in published files, which other libraries look for
@@ -330,9 +336,73 @@ FAMILIES = {
         translations=(ROTARY, LINEAR_BIASES, ROTARY_LAYERS),
     ),
 }
+# {} {} in the names of experts: the layer's number and the expert's
+EXPERTS = {
+    "blocks.{}.mlp.router": ["layers.{}.mlp.gate"],
+    "blocks.{}.mlp.up": ["layers.{}.mlp.experts.{}.gate_proj", "layers.{}.mlp.experts.{}.up_proj"],
+    "blocks.{}.mlp.down": ["layers.{}.mlp.experts.{}.down_proj"],
+}
+EXPERT_SETTINGS = {
+    "n_expert": "num_experts",
+    "n_expert_per_token": "num_experts_per_tok",
+    "normalize_experts": "norm_topk_prob",
+    "balance_loss": "router_aux_loss_coef",
+}
+FAMILIES |= {
+    "mixtral": dataclasses.replace(
+        FAMILIES["mistral"],
+        architecture="MixtralForCausalLM",
+        required=FAMILIES["mistral"].required | {"normalize_experts": True},
+        modules=LLAMA.modules
+        | {
+            "blocks.{}.mlp.router": ["layers.{}.block_sparse_moe.gate"],
+            "blocks.{}.mlp.up": [
+                "layers.{}.block_sparse_moe.experts.{}.w1",
+                "layers.{}.block_sparse_moe.experts.{}.w3",
+            ],
+            "blocks.{}.mlp.down": ["layers.{}.block_sparse_moe.experts.{}.w2"],
+        },
+        settings=FAMILIES["mistral"].settings
+        | {
+            "n_expert": "num_local_experts",
+            "n_expert_per_token": "num_experts_per_tok",
+            "balance_loss": "router_aux_loss_coef",
+        },
+        fixed={"router_jitter_noise": 0.0},
+        has_experts=True,
+    ),
+    "qwen3_moe": dataclasses.replace(
+        FAMILIES["qwen3"],
+        architecture="Qwen3MoeForCausalLM",
+        modules=FAMILIES["qwen3"].modules | EXPERTS,
+        settings=FAMILIES["qwen3"].settings | EXPERT_SETTINGS | {"mlp_hidden": "moe_intermediate_size"},
+        fixed={
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        },
+        translations=(ROTARY, HEAD_DIM),
+        old_settings=old_with_experts,
+        has_experts=True,
+        unused=("intermediate_size", "sliding_window"),
+    ),
+    "olmoe": dataclasses.replace(
+        LLAMA,
+        architecture="OlmoeForCausalLM",
+        required=LLAMA.required | NO_BIASES | {"qk_norm": "all"},
+        modules=LLAMA.modules | QK_NORMS | EXPERTS,
+        settings=WITHOUT_BIAS | EXPERT_SETTINGS,
+        fixed={"attention_bias": False, "clip_qkv": None},
+        translations=(ROTARY,),
+        old_settings=old_with_experts,
+        has_experts=True,
+    ),
+}
 # The other keys of our model section that every family takes into account, in its row or in the functions below. A key
 # that a family does not take into account must be switched off, or the model is none of that family.
 IN_EVERY_FAMILY = {"n_kv_head", "bias", "qkv_bias", "dropout", "rotary_theta", "mlp", "init_std", "family"}
+IN_EVERY_FAMILY |= {"balance_loss", "router_z_loss"}  # of training
 
 
 def faults_of(family: Family, model: ModelConfig):
@@ -345,6 +415,8 @@ def faults_of(family: Family, model: ModelConfig):
         pairs.append(("qkv_bias", model.biased_qkv, model.bias))
     if "head_dim" not in family.consumed:
         pairs.append(("head_dim", model.head_size, model.n_embd / model.n_head))
+    if family.has_experts and model.n_expert is None:
+        pairs.append(("n_expert", None, "a number of experts"))
     allowed = {key: value if isinstance(value, tuple) else (value,) for key, _, value in pairs}
     wrong = [(key, found, " or ".join(map(str, allowed[key]))) for key, found, _ in pairs if found not in allowed[key]]
     return wrong + switched_on(model, family.consumed | {"head_dim"})
@@ -383,7 +455,8 @@ def their_names(model: ModelConfig):
         if family.always_biased:
             has_bias = in_block or is_norm
         for layer in range(model.n_layer if in_block else 1):
-            parts = [family.prefix + name.format(layer) for name in theirs]
+            experts = range(model.n_expert) if theirs[0].count("{}") == 2 else [None]
+            parts = [family.prefix + name.format(layer, expert) for expert in experts for name in theirs]
             for kind in ("weight", "bias") if has_bias else ("weight",):
                 names[f"{module.format(layer)}.{kind}"] = [f"{name}.{kind}" for name in parts]
     if not model.tie_embeddings:
@@ -397,6 +470,11 @@ def has_in_ours(name, model: ModelConfig):
     return biased or not name.endswith(".bias")
 
 
+def is_of_experts(name, model: ModelConfig):
+    """Whether a weight of ours holds the matrices of all experts."""
+    return model.n_expert is not None and name.endswith((".mlp.up.weight", ".mlp.down.weight"))
+
+
 def identity(weight):
     return weight
 
@@ -408,6 +486,12 @@ def rearrangements(ours, model: ModelConfig):
     is_linear = ours.startswith("blocks") and "norm" not in ours
     if family.linear_is_transposed and is_linear and ours.endswith("weight"):
         return torch.t, torch.t
+    if is_of_experts(ours, model):  # (experts, outputs, inputs), and in theirs a matrix for each
+
+        def stacked(weight):
+            return weight.view(model.n_expert, -1, weight.shape[-1])
+
+        return (lambda weight: weight.flatten(0, 1)), stacked
     if family.qkv_is_by_head and ".qkv." in ours:
 
         def swap(weight, first, second):
@@ -433,9 +517,8 @@ def to_transformers(model: ModelConfig, read):
         if len(theirs) == 1:
             yield theirs[0], weight
             continue
-        rows = (
-            [model.n_head * model.head_size, key_width, key_width] if len(theirs) == 3 else len(weight) // len(theirs)
-        )
+        attention = [model.n_head * model.head_size, key_width, key_width]
+        rows = attention if ".qkv." in ours else len(weight) // len(theirs)
         yield from zip(theirs, weight.split(rows), strict=True)
 
 
@@ -504,10 +587,13 @@ def own_shapes(model: ModelConfig):
 
 @torch.no_grad()
 def build_transformers(model: ModelConfig, read):
-    """The model as transformers', in float32 in memory, of what read(our name) gives, one weight at a time."""
+    """The model as transformers', in float32 in memory, of what read(our name) gives, one weight at a time unless there
+    are experts, whose matrices transformers joins in a way of its own."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    if model.n_expert is not None:
+        return load_into_transformers(model, dict(to_transformers(model, read)))
     with no_init_weights():
         theirs = AutoModelForCausalLM.from_config(transformers_config(model))
     theirs.tie_weights()
@@ -518,14 +604,39 @@ def build_transformers(model: ModelConfig, read):
     return theirs
 
 
+def load_into_transformers(model: ModelConfig, tensors):
+    """transformers' model of tensors under the names of its files."""
+    import transformers
+
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        architecture = getattr(transformers, FAMILIES[family_of(model)].architecture)
+        theirs = architecture.from_pretrained(None, config=transformers_config(model), state_dict=tensors)
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+    return theirs
+
+
+def as_in_files(theirs, tensors):
+    """{name of a parameter of transformers' model: tensor}, in which each matrix of an expert is by itself, as in the
+    files of such models."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if not FAMILIES[theirs.config.model_type].has_experts:
+        return tensors
+    return revert_weight_conversion(theirs, tensors)
+
+
 def check_parameters(model: ModelConfig):
     """Raises UserError, which names the parameters, unless the model's family has a place for each parameter of
     model.py's model and needs no other."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        theirs = dict(AutoModelForCausalLM.from_config(transformers_config(model)).named_parameters())
-    make = from_transformers(model, theirs.get)
+        theirs = AutoModelForCausalLM.from_config(transformers_config(model))
+    make = from_transformers(model, as_in_files(theirs, dict(theirs.named_parameters())).get)
     expected = {}
     for name in their_names(model):
         if has_in_ours(name, model):  # else it is made of zeros
@@ -549,6 +660,9 @@ def smaller(model: ModelConfig):
     size = 8 if model.rotary_fraction == 1 else model.head_size
     sizes = {"n_layer": len(layers), "n_head": heads, "n_kv_head": groups, "n_embd": size * heads}
     sizes |= {"block_size": 64, "vocab_size": 64, "mlp_hidden": 40 if model.mlp_hidden else None}
+    if model.n_expert is not None:
+        chosen_experts = min(2, model.n_expert_per_token)
+        sizes |= {"n_expert": min(5, model.n_expert), "n_expert_per_token": chosen_experts}
     sizes |= {"head_dim": 2 * size if model.head_dim else None, "sliding_window": model.sliding_window and 8}
     for key in ("no_rotary_layers", "full_attention_layers"):
         number = [place for place, layer in enumerate(layers) if is_chosen(getattr(model, key), layer)]

@@ -24,7 +24,8 @@ from minzero.hf.families import (
     weightless,
 )
 
-NOT_THE_FUNCTION = {"dropout", "init_std", "family"}  # the trained model computes the same with any value
+# keys of training, and of export: the trained model computes the same with any value
+NOT_THE_FUNCTION = {"dropout", "init_std", "family", "balance_loss", "router_z_loss"}
 # in old files; computed, not learned
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 
@@ -87,7 +88,7 @@ def read_model_config(folder):
             found = {part: found[part] for part in found if part != "type"}
         if found != value:
             raise UserError(f"{path}: {setting}: found {found!r}, expected {value!r}; model.py computes nothing else")
-    refuse_unknown_settings(path, raw, theirs, HARMLESS | expected.keys())
+    refuse_unknown_settings(path, raw, theirs, HARMLESS | expected.keys() | set(family.unused))
     if family_of(model) != name:
         model = dataclasses.replace(model, family=name)
     return explicit(model)
@@ -105,6 +106,8 @@ def refuse_unknown_settings(path, raw, theirs, known):
     """Raises UserError for a setting of a config.json that no one here knows, unless it reads as off or has the value
     that its architecture has without it."""
     default = type(theirs)()
+    for name, other in theirs.attribute_map.items():  # two names of one setting
+        known |= {name, other} if {name, other} & known else set()
     for name, value in raw.items():
         if name in known or name.startswith(("_", "summary_")) or value in (None, False, [], {}):
             continue

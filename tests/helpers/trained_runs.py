@@ -31,6 +31,13 @@ FAMILIES = {
     "qwen3": ModelConfig(**vars(LLAMA) | {"qk_norm": "head", "head_dim": 16}),
     "olmo2": OLMO2,
     "smollm3": ModelConfig(**vars(LLAMA) | {"no_rotary_layers": 2}),
+    "mixtral": ModelConfig(**vars(LLAMA) | {"n_expert": 4, "mlp_hidden": 40}),
+    "qwen3_moe": ModelConfig(
+        **vars(LLAMA) | {"n_expert": 5, "mlp_hidden": 40, "qk_norm": "head", "head_dim": 16, "n_expert_per_token": 3}
+    ),
+    "olmoe": ModelConfig(
+        **vars(LLAMA) | {"n_expert": 6, "mlp_hidden": 24, "qk_norm": "all", "normalize_experts": False}
+    ),
 }
 OF_NO_FAMILY = ModelConfig(**vars(LLAMA) | {"position": "learned", "mlp": "gelu"})
 

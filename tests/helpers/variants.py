@@ -35,6 +35,11 @@ VALUES = {
     "full_attention_layers": [[0], 2],
     "qkv_bias": [True, False],
     "family": ["gpt2"],
+    "n_expert": [4],
+    "n_expert_per_token": [1],
+    "n_shared_expert": [1],
+    "balance_loss": [0.1],
+    "router_z_loss": [0.0],
     "init_std": [0.15],
 }
 

@@ -64,6 +64,12 @@ MODELS = [
     FAMILIES["olmo2"],
     dataclasses.replace(FAMILIES["olmo2"], tie_embeddings=False, n_kv_head=None, rotary_theta=5e5, norm_eps=1e-6),
     FAMILIES["smollm3"],
+    FAMILIES["mixtral"],
+    dataclasses.replace(FAMILIES["mixtral"], n_expert_per_token=1, tie_embeddings=False, sliding_window=5),
+    FAMILIES["qwen3_moe"],
+    dataclasses.replace(FAMILIES["qwen3_moe"], normalize_experts=False, tie_embeddings=False, n_kv_head=1),
+    FAMILIES["olmoe"],
+    dataclasses.replace(FAMILIES["olmoe"], normalize_experts=True, n_expert_per_token=6, tie_embeddings=False),
     dataclasses.replace(FAMILIES["smollm3"], n_layer=3, no_rotary_layers=[0, 1], bias=True, tie_embeddings=False),
 ]
 
@@ -72,16 +78,27 @@ def to_transformers(config, model):
     return dict(families.to_transformers(config, model.state_dict().__getitem__))
 
 
+def filled(config, model):
+    """transformers' model with the weights of ours. Asserts that each has its place."""
+    theirs, tensors = their_model(config), to_transformers(config, model)
+    if config.n_expert:  # whose matrices transformers joins when it loads them
+        theirs = families.load_into_transformers(config, tensors).eval()
+        theirs.set_experts_implementation("eager")  # the others take widths that are multiples of 8
+        return theirs
+    loaded = theirs.load_state_dict(tensors, strict=False)
+    assert loaded.unexpected_keys == [] and loaded.missing_keys == ["lm_head.weight"] * config.tie_embeddings
+    theirs.tie_weights()
+    return theirs
+
+
 # -- the same function ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("config", MODELS)
 def test_logits_loss_and_gradients_are_those_of_transformers(config, seed):
-    ours, theirs = randomised(GPT(config, seed), seed), their_model(config)
-    loaded = theirs.load_state_dict(to_transformers(config, ours), strict=False)
-    assert loaded.unexpected_keys == [] and loaded.missing_keys == ["lm_head.weight"] * config.tie_embeddings
-    theirs.tie_weights()
+    ours = randomised(GPT(config, seed), seed)
+    theirs = filled(config, ours)
     tokens = torch.randint(config.vocab_size, (3, config.block_size), generator=torch.Generator().manual_seed(seed))
     logits = ours(tokens)
     assert logits.std() > 0.3, "a model that says nothing would show nothing"
@@ -91,7 +108,8 @@ def test_logits_loss_and_gradients_are_those_of_transformers(config, seed):
     assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-6)
     our_loss.backward()
     their_loss.backward()
-    read = families.from_transformers(config, {name: p.grad for name, p in theirs.named_parameters()}.get)
+    gradients = families.as_in_files(theirs, {name: p.grad for name, p in theirs.named_parameters()})
+    read = families.from_transformers(config, gradients.get)
     for name, parameter in ours.named_parameters():
         scale = parameter.grad.abs().max().item()
         difference = (parameter.grad - read(name)).abs().max().item()
@@ -111,14 +129,15 @@ def test_every_value_of_every_key_is_exported_right_or_refused(config, tmp_path)
         with pytest.raises(UserError):
             to_transformers(config, GPT(config))
         return
-    ours, theirs = randomised(GPT(config)), their_model(config)
-    theirs.load_state_dict(to_transformers(config, ours), strict=False)
-    theirs.tie_weights()
+    ours = randomised(GPT(config))
+    theirs = filled(config, ours)
     tokens = torch.randint(config.vocab_size, (2, config.block_size), generator=torch.Generator().manual_seed(0))
     assert (ours(tokens) - theirs(tokens).logits).abs().max().item() < 1e-5
     write_json(tmp_path / "config.json", hf_write.config_json(families.transformers_config(config)))
     published = dataclasses.replace(hf_read.read_model_config(tmp_path), bias=config.bias)
-    of_training = {"dropout": 0.0, "init_std": 0.02, "family": published.family}
+    of_training = {"dropout": 0.0, "init_std": 0.02, "family": published.family, "router_z_loss": 0.001}
+    if config.n_expert is None:
+        of_training |= {"balance_loss": published.balance_loss}
     of_training |= {"rotary_theta": 10000.0} if config.position == "learned" else {}
     assert published == families.explicit(dataclasses.replace(config, **of_training))
     assert families.family_of(published) == families.family_of(config)
@@ -165,7 +184,7 @@ def test_a_key_that_nobody_takes_into_account_must_be_off(base, default, value, 
 class MoreParameters(GPT):
     def __init__(self, config, *arguments, **more):
         super().__init__(config, *arguments, **more)
-        self.blocks[0].attention.q_norm = nn.RMSNorm(config.n_embd // config.n_head)
+        self.blocks[0].attention.extra = nn.RMSNorm(config.n_embd // config.n_head)
 
 
 class OtherShapes(GPT):
@@ -192,9 +211,9 @@ def capped(self, x, targets=None):
 @pytest.mark.parametrize(
     ("where", "name", "value", "expected"),
     [
-        (families, "GPT", MoreParameters, "blocks.0.attention.q_norm.weight: found [8], expected none"),
+        (families, "GPT", MoreParameters, "blocks.0.attention.extra.weight: found [8], expected none"),
         (families, "GPT", OtherShapes, "final_norm.weight: found [1], expected [32]"),
-        (families, "GPT", FewerParameters, "blocks.1.mlp.down.weight: found none, expected [32, 128]"),
+        (families, "GPT", FewerParameters, "blocks.1.mlp.down.weight: found none, expected ["),
         (model.Head, "forward", capped, "its logits differ by"),
         (model.MLP, "forward", exact_gelu, "its logits differ by"),
     ],
@@ -231,6 +250,9 @@ def test_config_json_speaks_the_words_of_transformers_4_and_5(tmp_path):
         "qwen2": {"use_sliding_window": False, "layer_types": ["full_attention"] * 2},
         "qwen3": {"head_dim": 16, "attention_bias": False, "layer_types": ["full_attention"] * 2},
         "olmo2": {"attention_bias": False},
+        "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+        "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 3, "norm_topk_prob": True, "moe_intermediate_size": 40},
+        "olmoe": {"num_experts": 6, "norm_topk_prob": False, "clip_qkv": None, "router_aux_loss_coef": 0.01},
         "smollm3": {"no_rope_layers": [1, 0], "attention_bias": False, "mlp_bias": False},
         "gpt_neox": {"rotary_pct": 1.0, "partial_rotary_factor": 1.0, "rotary_emb_base": 5e5, "attention_bias": True},
     }
@@ -259,7 +281,8 @@ def test_weights_and_settings_come_back_bit_for_bit(config, tmp_path):
     read = families.from_transformers(config, tensors.get)
     for name, parameter in ours.named_parameters():
         assert torch.equal(read(name), parameter), name
-    theirs = randomised(their_model(config)).state_dict()
+    their = randomised(their_model(config))
+    theirs = families.as_in_files(their, their.state_dict())
     if zero_biases(config):
         theirs = {name: tensor * (not name.endswith("bias")) for name, tensor in theirs.items()}
     read = families.from_transformers(config, theirs.get)

@@ -37,7 +37,10 @@ def test_no_token_sees_the_future(config):
     changed = tokens.clone()
     changed[:, 9:] = (changed[:, 9:] + 1) % config.vocab_size
     before, after = model(tokens), model(changed)
-    assert torch.equal(before[:, :9], after[:, :9])
+    if config.n_expert:  # products of other numbers of rows, rounded otherwise
+        assert torch.allclose(before[:, :9], after[:, :9], atol=1e-6)
+    else:
+        assert torch.equal(before[:, :9], after[:, :9])
     assert not torch.allclose(before[:, 9:], after[:, 9:])
 
 
@@ -51,7 +54,7 @@ def counted_flops(config, activation_checkpointing=0):
     alone, and causal attention in full."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.device("meta"):
+    with torch.device("cpu" if config.n_expert else "meta"):  # how many tokens an expert gets is not known on meta
         model, tokens = (
             GPT(config, activation_checkpointing=activation_checkpointing),
             torch.zeros(1, config.block_size).long(),
@@ -307,10 +310,10 @@ def test_a_preference_for_attention_is_a_preference_only(monkeypatch):
     model, tokens = GPT(LLAMA).eval(), random_tokens(LLAMA)
     expected = model(tokens)
     x, angles = torch.randn(2, 16, LLAMA.n_embd), rotary_angles(LLAMA, 16, "cpu")
-    block = model.blocks[0](x, angles)
+    block, _ = model.blocks[0](x, angles)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     hopper = attention_backends(torch.device("cuda"))
     monkeypatch.setattr("model.attention_backends", torch.compiler.assume_constant_result(lambda device: hopper))
     assert torch.allclose(model(tokens), expected, atol=1e-6)
     compiled = torch.compile(model.blocks[0].forward, fullgraph=True)
-    assert torch.allclose(compiled(x, angles), block, atol=1e-6)
+    assert torch.allclose(compiled(x, angles)[0], block, atol=1e-6)
