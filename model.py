@@ -48,8 +48,7 @@ def rotate(x, angles):
 
 def window_mask(T, window, device):
     """Which tokens each token attends to, (T, T): itself and those before it, at most `window` of them."""
-    distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
-    return (distance >= 0) & (distance < window)
+    return torch.ones(T, T, dtype=torch.bool, device=device).tril_().triu_(1 - window)
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls it, and does not trace it
@@ -149,8 +148,8 @@ class Block(nn.Module):
 
     def compute(self, x, angles, mask):
         if self.norms_follow:
-            x = x + self.attention_norm(self.attention(x, angles, mask))
-            return x + self.mlp_norm(self.mlp(x))
+            attended = x + self.attention_norm(self.attention(x, angles, mask))
+            return attended + self.mlp_norm(self.mlp(x if self.parallel else attended))
         attended = x + self.attention(self.attention_norm(x), angles, mask)
         return attended + self.mlp(self.mlp_norm(x if self.parallel else attended))
 
