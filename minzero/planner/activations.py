@@ -209,7 +209,7 @@ class Trace:
         # its output has the layout of its input; after rotary positions that is not proj's, and is copied once more
         outputs = 2 if s.model.turns(number) else 1
         kept = output * outputs + log_sums
-        if (s.model.window(number) or s.length) < s.length:
+        if s.has_mask(number):
             kept += s.length**2 * s.product_bytes
         sizes = {"kept": kept, "cached": output + log_sums}
         return Module("attend", **sizes, backward=output + inputs, own=True, hooked=False)
