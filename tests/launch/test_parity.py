@@ -152,6 +152,7 @@ def test_a_run_moved_to_other_ranks_or_another_stage_continues_the_same(folder, 
     assert samples == [[number // 8, number] for number in range(step * 8, 150 * 8)], "no sample twice, none left out"
     state = checkpoint_state.read_state(folder / name / "checkpoints" / "step_00000150")
     assert state["optimizer_steps"] == 150 and state["tokens"] == 150 * 8 * 32
+    assert state["config"]["model"]["qk_norm"] == ("head" if "qwen3" in name else "none")
 
 
 def whole_tensors(path):
