@@ -50,8 +50,7 @@ def rotate(x, angles):
 
 def window_mask(T, window, device):
     """Which tokens each token attends to, (T, T): itself and those before it, at most `window` of them."""
-    distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
-    return (distance >= 0) & (distance < window)
+    return torch.ones(T, T, dtype=torch.bool, device=device).tril_().triu_(1 - window)
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls it, and does not trace it
@@ -162,9 +161,9 @@ class Block(nn.Module):
     def compute(self, x, angles, mask):
         """(B, T, C) -> (B, T, C), and the router's choices where there are experts (see minzero/experts.py)."""
         if self.norms_follow:
-            x = x + self.attention_norm(self.attention(x, angles, mask))
-            y, routing = self.feed_forward(x)
-            return x + self.mlp_norm(y), routing
+            attended = x + self.attention_norm(self.attention(x, angles, mask))
+            y, routing = self.feed_forward(x if self.parallel else attended)
+            return attended + self.mlp_norm(y), routing
         attended = x + self.attention(self.attention_norm(x), angles, mask)
         y, routing = self.feed_forward(self.mlp_norm(x if self.parallel else attended))
         return attended + y, routing

@@ -45,7 +45,7 @@ def fault_of_compiled(model):
 
 
 def why_not_compiled(wanted, config, device, kernels, precision="fp32", zero=None, recomputation=0, offload=False):
-    """Try torch.compile on a model of one small block. Returns None if it works on every rank and computes the same as
+    """Try torch.compile on a small model. Returns None if it works on every rank and computes the same as
     the model that is not compiled, else the reason to run eagerly. It takes seconds, where a failure in the middle of
     a step would cost the run.
 
@@ -81,14 +81,27 @@ def odd_width(config):
     widths = {"model.n_embd": config.n_embd, "the MLP's width": config.mlp_width}
     widths["the width of queries,"] = config.n_head * config.head_size
     widths["the width of keys and values,"] = config.kv_heads * config.head_size
+    if config.qk_norm == "head":
+        widths["the width of a head,"] = config.head_size
     return next((f"{name} {width}" for name, width in widths.items() if width % 8), None)
 
 
-def fault_of_small_model(config, dtype, kernels, recomputation, offload):
-    """`fault_of_compiled` of a model of one small block with the same options. Raises whatever the compiler raises."""
+def small_config(config):
+    """A ModelConfig with the same options and small sizes. It has one layer, or where the layers are of several kinds
+    two: one with rotary positions and a sliding window, and one without."""
     small = {"n_layer": 1, "n_embd": 16 * config.n_head, "mlp_hidden": None, "block_size": 32, "vocab_size": 64}
-    small |= {"sliding_window": config.sliding_window and 8}
-    config = dataclasses.replace(config, **small)
+    small["sliding_window"] = config.sliding_window and 8
+    if config.rotary_fraction < 1:
+        small["head_dim"] = config.head_size  # or too few channels would be left to turn
+    for name in ("no_rotary_layers", "full_attention_layers"):
+        if getattr(config, name):
+            small |= {"n_layer": 2, name: [1]}
+    return dataclasses.replace(config, **small)
+
+
+def fault_of_small_model(config, dtype, kernels, recomputation, offload):
+    """`fault_of_compiled` of a small model with the same options. Raises whatever the compiler raises."""
+    config = small_config(config)
     options = {"activation_checkpointing": recomputation, "activation_offload": offload, "kernels": kernels}
     error = fault_of_compiled(GPT(dataclasses.replace(config, dropout=0.0), **options).to(dtype))
     if config.dropout:  # compiled, it drops other activations, so nothing can be compared

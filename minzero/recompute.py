@@ -22,12 +22,13 @@ def recompute(function, *inputs, selective=False, offload=False):
     dropout.
 
     selective: keep the outputs of attention and of every other matrix product too; that leaves less to compute again.
-    offload: keep the inputs in CPU memory."""
+    offload: keep the first input in CPU memory; the others, which all blocks share, stay where they are."""
     context = {"context_fn": selective_contexts} if selective else {}
     if not offload:  # the compiler traces this, and not the lines below
         return checkpoint(function, *inputs, use_reentrant=False, **context)
-    with torch.autograd.graph.save_on_cpu(pin_memory=inputs[0].is_cuda):
-        return checkpoint(function, *inputs, use_reentrant=False, **context)
+    x, *rest = inputs
+    with torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda):
+        return checkpoint(lambda x: function(x, *rest), x, use_reentrant=False, **context)
 
 
 def selective_contexts():

@@ -144,8 +144,8 @@ def count_parameters(config: ModelConfig):
 
 def attention_flops_per_token(config: ModelConfig):
     """FLOPs of attention's two products in a forward pass, per token: 4 for each channel of a query and each token that
-    it is compared with, with the masked half included. A sliding window shortens
-    that, although the products that it masks are computed."""
+    it is compared with, with the masked half included. A sliding window shortens that, although the products that it
+    masks are computed."""
     tokens = sum(min(config.window(layer) or config.block_size, config.block_size) for layer in range(config.n_layer))
     return 4 * config.n_head * config.head_size * tokens
 

@@ -25,6 +25,8 @@ from tests.helpers.processes import ROOT, deepspeed_command, environment, run, w
 
 # large enough that a save takes some hundredths of a second
 MODEL = {"n_layer": 2, "n_head": 4, "n_embd": 192, "block_size": 32, "vocab_size": 64, "init_std": 0.05, "dropout": 0.1}
+QWEN3 = {"norm": "rmsnorm", "position": "rotary", "mlp": "swiglu", "bias": "false", "n_kv_head": 2}
+MODEL |= QWEN3 | {"head_dim": 64, "qk_norm": "head"}
 
 
 def command_of(data, out, steps, background=False):

@@ -4,6 +4,7 @@ It follows model.py call by call; the engine's replay (replay.py, stage3.py) wal
 bytes, sizes of weights in elements.
 """
 
+import itertools
 from dataclasses import dataclass, field
 
 from minzero.sizes import loss_chunk_tokens, padded_vocab_size
@@ -16,6 +17,7 @@ class Weight:
     size: int
     decayed: bool = True  # its group of the optimizer: with weight decay or without
     uses: int = 1  # how many modules share it
+    number: int = field(default_factory=itertools.count().__next__)  # in the order in which the weights are made
 
 
 @dataclass(eq=False)
@@ -47,7 +49,15 @@ def calls_of(module):
 
 def weights_of(module):
     """The weights of a module and all inside it, each once, in the order in which they are made."""
-    return list(dict.fromkeys(weight for call in calls_of(module) for weight in call.weights))
+    weights = {weight for call in calls_of(module) for weight in call.weights}
+    return sorted(weights, key=lambda weight: weight.number)
+
+
+def without_output(module, size):
+    """A call whose output, of this many bytes, nothing reads in the backward pass: it is temporary."""
+    module.kept -= size
+    module.forward += size
+    return module
 
 
 def trace(settings):
@@ -60,7 +70,11 @@ class Trace:
 
     def __init__(self, settings):
         self.settings = settings
-        self.width = settings.model.n_embd
+        model = settings.model
+        self.width = model.n_embd
+        # channels of all queries, and of all keys, which are as many as those of all values
+        self.query_width = model.n_head * model.head_size
+        self.kv_width = model.kv_heads * model.head_size
         # a (tokens, n_embd) tensor: of the residual stream, and as matrix products read and write it
         self.stream = settings.tokens * self.width * settings.bytes
         self.narrow = settings.tokens * self.width * settings.product_bytes
@@ -68,23 +82,21 @@ class Trace:
     def model(self):
         s, model = self.settings, self.settings.model
         embedding = Weight(model.vocab_size * self.width, uses=2 if model.tie_embeddings else 1)
-        head_weight = embedding if model.tie_embeddings else Weight(model.vocab_size * self.width)
         modules = [Module("token_embedding", [embedding], forward=self.stream)]
         if model.position == "learned":
             positions = Weight(model.block_size * self.width)
             modules.append(Module("position_embedding", [positions], forward=s.length * self.width * s.bytes))
         modules.append(Module("sum", kept=self.stream + self.dropout_mask(), hooked=False))
         modules += [self.block(number) for number in range(model.n_layer)]
-        modules += self.norm_and_loss(head_weight)
+        norm = self.norm("final_norm")  # made before the head's weight
+        head_weight = embedding if model.tie_embeddings else Weight(model.vocab_size * self.width)
+        modules += self.norm_and_loss(norm, head_weight)
         return Module("model", inside=modules)
 
-    def norm_and_loss(self, weight):
+    def norm_and_loss(self, norm, weight):
         """The modules after the last block. The head keeps gradients and not its input, so the norm's output is
         temporary."""
-        norm = self.norm("final_norm")
-        norm.kept -= self.stream
-        norm.forward = self.stream
-        return [norm, self.chunked_head(weight)]
+        return [without_output(norm, self.stream), self.chunked_head(weight)]
 
     def dropout_mask(self):
         """Bytes of a dropout's mask over the stream: one for each element."""
@@ -94,25 +106,35 @@ class Trace:
         """Bytes of the gradient of what is added to the stream: none beside the stream's own without dropout."""
         return self.narrow if self.settings.model.dropout else 0
 
-    def linear(self, name, fan_in, fan_out, **sizes):
+    def linear(self, name, fan_in, fan_out, biased=None, **sizes):
+        """biased: whether it has a bias; None: as model.bias says."""
         weights = [Weight(fan_in * fan_out)]
-        if self.settings.model.bias:
+        if self.settings.model.bias if biased is None else biased:
             weights.append(Weight(fan_out, decayed=False))
         return Module(name, weights, **sizes)
 
-    def norm(self, name):
-        # a layernorm keeps mean and 1 / deviation of each token in float32, an rmsnorm one number
+    def norm(self, name, width=None, rows=None):
+        """A norm over `width` channels, n_embd if it is not given, of as many rows, one a token if not given. It reads
+        what another call kept, and keeps its output, which the next call reads."""
+        width, rows = width or self.width, rows or self.settings.tokens
+        # a layernorm keeps mean and 1 / deviation of each row in float32, an rmsnorm one number
         layernorm = self.settings.model.norm == "layernorm"
-        weights = [Weight(self.width, decayed=False)]
+        weights = [Weight(width, decayed=False)]
         if layernorm and self.settings.model.bias:
-            weights.append(Weight(self.width, decayed=False))
-        statistics = self.settings.tokens * 4 * (2 if layernorm else 1)
-        return Module(name, weights, kept=self.stream + statistics, backward=2 * self.stream)
+            weights.append(Weight(width, decayed=False))
+        statistics = rows * 4 * (2 if layernorm else 1)
+        output = rows * width * self.settings.bytes
+        return Module(name, weights, kept=output + statistics, backward=2 * output)
 
     def block(self, number):
-        s, inside = self.settings, []
-        for part in (self.attention(), self.mlp()):
-            inside += [self.norm("norm"), part, Module("sum", kept=self.stream, hooked=False)]
+        s = self.settings
+        parts = [[self.norm("norm"), self.attention(number)], [self.norm("norm"), self.mlp()]]
+        if s.model.norm_position == "after":
+            parts = [self.norm_after(*part) for part in parts]
+        sums = [Module("sum", kept=self.stream, hooked=False) for _ in parts]
+        if s.model.parallel_residual:  # the MLP does not read the stream that attention was added to
+            sums[0] = without_output(sums[0], self.stream)
+        inside = [call for part, added in zip(parts, sums, strict=True) for call in (*part, added)]
         block = Module(f"block {number}", inside=inside, output=self.stream)
         every, selective, budget = s.recomputation
         by_budget = budget < 1 and s.compiled  # only the compiler obeys it
@@ -127,38 +149,70 @@ class Trace:
                 call.cached = int(budget * call.kept) if by_budget else 0
         return block
 
+    def norm_after(self, norm, part):
+        """A sub-layer and the norm of its output, in the order in which they are called. The norm reads what the
+        sub-layer's last product gives, and its own output is added to the stream."""
+        part.inside[-1].kept += self.narrow
+        return part, without_output(norm, self.stream)
+
     def whole_blocks(self):
         """Whether a block is one module for ZeRO-3's hooks, as engine.py makes it."""
         return True
 
-    def attention(self):
-        s = self.settings
-        kv_width = s.model.kv_heads * (self.width // s.model.n_head)  # of all keys, and of all values
-        inside = self.projections(kv_width)
-        if s.model.position == "rotary":
-            rotated = s.tokens * (self.width + kv_width) * s.product_bytes
-            float_queries = 2 * s.tokens * self.width * 4  # in float32, before and after the rotation
-            inside.append(Module("rotate", kept=rotated, forward=float_queries, backward=rotated, hooked=False))
-        inside += self.scores(kv_width)
-        sizes = {"kept": self.dropout_mask(), "forward": self.narrow, "backward": self.narrow + self.own_gradient()}
-        inside.append(self.linear("proj", self.width, self.width, **sizes))
+    def attention(self, number):
+        s, wide = self.settings, self.query_width * self.settings.product_bytes * self.settings.tokens
+        turns = s.model.turns(number)
+        inside = self.projections() + self.query_key_norms(turns)
+        if turns:
+            inside.append(self.rotation())
+        inside.append(self.scores(number))
+        sizes = {"kept": self.dropout_mask(), "forward": self.narrow, "backward": wide + self.own_gradient()}
+        inside.append(self.linear("proj", self.query_width, self.width, **sizes))
         return Module("attention", inside=inside)
 
-    def projections(self, kv_width):
+    def projections(self):
         """Queries, keys and values by one product."""
-        fan_out = self.width + 2 * kv_width
+        fan_out = self.query_width + 2 * self.kv_width
         qkv = self.settings.tokens * fan_out * self.settings.product_bytes
-        return [self.linear("qkv", self.width, fan_out, kept=qkv, cached=qkv, backward=qkv + self.narrow)]
+        sizes = {"kept": qkv, "cached": qkv, "backward": qkv + self.narrow}
+        return [self.linear("qkv", self.width, fan_out, self.settings.model.biased_qkv, **sizes)]
 
-    def scores(self, kv_width):
-        """Flash attention: no (T, T) matrix is kept."""
+    def query_key_norms(self, turns):
+        """The norms of queries and keys, if any. turns: whether their outputs are temporary, for a rotation reads
+        them, which keeps its own."""
+        s, norms = self.settings, []
+        if s.model.qk_norm == "none":
+            return norms
+        for name, width in (("q_norm", self.query_width), ("k_norm", self.kv_width)):
+            normed = s.model.head_size if s.model.qk_norm == "head" else width
+            norm = self.norm(name, normed, s.tokens * width // normed)
+            norms.append(without_output(norm, s.tokens * width * s.bytes) if turns else norm)
+        return norms
+
+    def rotation(self):
+        """Rotary positions of queries and keys."""
         s = self.settings
-        inputs = s.tokens * (self.width + 2 * kv_width) * s.product_bytes
+        rotated = s.tokens * (self.query_width + self.kv_width) * s.product_bytes
+        turned = s.tokens * s.model.n_head * s.model.rotary_channels  # of the queries
+        temporary = 2 * turned * 4  # in float32, before and after the rotation
+        if s.model.rotary_channels < s.model.head_size:  # before the other channels are put beside them
+            temporary = max(temporary, turned * (4 + s.product_bytes))
+        return Module("rotate", kept=rotated, forward=temporary, backward=rotated, hooked=False)
+
+    def scores(self, number):
+        """Flash attention: no (T, T) matrix of a head is kept. In a layer with a sliding window one matrix is, for all
+        heads: torch makes of the mask what is added to the scores."""
+        s = self.settings
+        output = s.tokens * self.query_width * s.product_bytes
+        inputs = s.tokens * (self.query_width + 2 * self.kv_width) * s.product_bytes
         log_sums = s.tokens * s.model.n_head * 4
         # its output has the layout of its input; after rotary positions that is not proj's, and is copied once more
-        outputs = 2 if s.model.position == "rotary" else 1
-        sizes = {"kept": self.narrow * outputs + log_sums, "cached": self.narrow + log_sums}
-        return [Module("attend", **sizes, backward=self.narrow + inputs, own=True, hooked=False)]
+        outputs = 2 if s.model.turns(number) else 1
+        kept = output * outputs + log_sums
+        if s.has_mask(number):
+            kept += s.length**2 * s.product_bytes
+        sizes = {"kept": kept, "cached": output + log_sums}
+        return Module("attend", **sizes, backward=output + inputs, own=True, hooked=False)
 
     def mlp(self):
         s, narrow = self.settings, self.narrow

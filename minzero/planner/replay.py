@@ -74,7 +74,7 @@ class Engine:
     def run(self):
         """One optimizer step in its steady state; returns the memory with its peaks."""
         s, memory = self.settings, self.memory
-        memory.allocate("overhead", 2 * s.tokens * 8)  # inputs and targets, int64
+        memory.allocate("overhead", 2 * s.tokens * 8 + s.mask_bytes)  # inputs and targets, int64
         self.resident()
         for self.micro_step in range(2 if s.gradient_accumulation_steps > 1 else 1):  # later ones are as the second
             self.last = self.micro_step or s.gradient_accumulation_steps == 1

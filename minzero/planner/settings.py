@@ -83,6 +83,15 @@ class Settings:
         """Width of the weights and of the residual stream."""
         return {"bf16": 2, "fp16": 2, "fp32": 4}[self.precision]
 
+    def has_mask(self, layer):
+        """Whether a sliding window hides tokens of a sequence from others in this layer."""
+        return (self.model.window(layer) or self.length) < self.length
+
+    @property
+    def mask_bytes(self):
+        """Bytes of the mask that all layers with a sliding window share: one for each pair of tokens."""
+        return self.length**2 if any(map(self.has_mask, range(self.model.n_layer))) else 0
+
     @property
     def product_bytes(self):
         """Width of the inputs and outputs of matrix products: the weights' own, as nothing here casts

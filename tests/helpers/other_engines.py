@@ -56,10 +56,10 @@ class OtherSettings(Settings):
 class OtherTrace(Trace):
     """Models that are not model.py's."""
 
-    def norm_and_loss(self, weight):
+    def norm_and_loss(self, norm, weight):
         if self.settings.loss == "chunked":
-            return super().norm_and_loss(weight)
-        return [self.norm("final_norm"), *self.head_and_loss(weight)]
+            return super().norm_and_loss(norm, weight)
+        return [norm, *self.head_and_loss(weight)]
 
     def head_and_loss(self, weight):
         """All logits at once, and a loss of its own."""
@@ -86,21 +86,23 @@ class OtherTrace(Trace):
     def own_gradient(self):
         return self.narrow if self.settings.amp else super().own_gradient()
 
-    def norm(self, name):
-        module = super().norm(name)
+    def norm(self, name, *sizes):
+        module = super().norm(name, *sizes)
         module.forward = self.narrow if self.settings.amp else 0
         return module
 
-    def projections(self, kv_width):
+    def projections(self):
         if not self.settings.separate_qkv:
-            return super().projections(kv_width)
+            return super().projections()
         # under autocast each makes a fp16 copy of the norm's fp32 output
         kept = self.narrow * (2 if self.settings.amp else 1)
         names = ("key", "query", "value")
         return [self.linear(name, self.width, self.width, kept=kept, backward=2 * self.narrow) for name in names]
 
-    def scores(self, kv_width):
-        return super().scores(kv_width) if self.settings.attention == "flash" else self.plain_scores()
+    def scores(self, number):
+        if self.settings.attention == "flash":
+            return super().scores(number)
+        return Module("attend", inside=self.plain_scores(), hooked=False)
 
     def plain_scores(self):
         """Attention that keeps a (T, T) matrix for each head."""

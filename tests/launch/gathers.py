@@ -28,6 +28,7 @@ from minzero.sizes import parameter_sizes
 GATHER = "_PartitionedParameterCoordinator__all_gather_params"
 WIDTH = 64  # of the scaled models
 LENGTH = 8
+SAME = ("bias", "qkv_bias", "norm", "qk_norm", "norm_position", "position", "mlp", "tie_embeddings")
 MEMORY = 80 * 2**30  # of the GPU that the model would have
 
 
@@ -41,10 +42,11 @@ def scaled(config):
         n_head=heads,
         n_kv_head=max(1, round(heads * model.kv_heads / model.n_head)),
         n_embd=WIDTH,
+        head_dim=round(model.n_head * model.head_size * factor / heads),
         block_size=LENGTH,
         vocab_size=max(heads, round(model.vocab_size * factor)),
         mlp_hidden=round(model.mlp_width * factor),
-        **{name: getattr(model, name) for name in ("bias", "norm", "position", "mlp", "tie_embeddings")},
+        **{name: getattr(model, name) for name in SAME},
     )
 
 

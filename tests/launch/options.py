@@ -27,17 +27,20 @@ from tests.helpers.variants import all_changed
 FOLDER, STEPS, IDS, BLOCK = Path(sys.argv[-1]), 50, 64, 32
 SHAPE = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": BLOCK, "vocab_size": IDS, "init_std": 0.05}
 LLAMA = {"norm": "rmsnorm", "position": "rotary", "mlp": "swiglu", "bias": False, "n_kv_head": 2}
+QWEN3 = LLAMA | {"head_dim": 24, "qk_norm": "head"}
+# every key changed, but for dropout: two ways of computing drop other activations
+CHANGED = dataclasses.asdict(all_changed(**SHAPE, dropout=0.0, n_kv_head=2, head_dim=24))
 
 
 class PlainNorm(nn.Module):
     """Layer norm or RMSNorm by their formulas."""
 
-    def __init__(self, config, kernels=None):
+    def __init__(self, config, kernels=None, width=None):
         super().__init__()
         self.centred, self.eps = config.norm == "layernorm", config.norm_eps
-        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.weight = nn.Parameter(torch.ones(width or config.n_embd))
         if self.centred and config.bias:
-            self.bias = nn.Parameter(torch.zeros(config.n_embd))
+            self.bias = nn.Parameter(torch.zeros(width or config.n_embd))
 
     def forward(self, x):
         x = x - x.mean(-1, keepdim=True) if self.centred else x
@@ -45,11 +48,11 @@ class PlainNorm(nn.Module):
         return x + self.bias if hasattr(self, "bias") else x
 
 
-def plain_attention(q, k, v, is_causal, dropout_p, enable_gqa):
+def plain_attention(q, k, v, attn_mask, is_causal, dropout_p, enable_gqa):
     """softmax(q k' / sqrt(D)) v with a mask, each product by itself. No dropout."""
     k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
-    future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
-    return ((q @ k.mT) / math.sqrt(q.shape[3])).masked_fill(future, -torch.inf).softmax(-1) @ v
+    hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1) if is_causal else ~attn_mask
+    return ((q @ k.mT) / math.sqrt(q.shape[3])).masked_fill(hidden, -torch.inf).softmax(-1) @ v
 
 
 def plain_head(self, x, targets=None):
@@ -106,9 +109,7 @@ def main():
     few_logits = [(sizes, "LOGITS_AT_A_TIME", 4 * 32 * IDS)]
     unfused = {"fused": False, "foreach": False}
     found = {}
-    # with every key changed, but for dropout: two ways of computing drop other activations
-    changed = dataclasses.asdict(all_changed(**SHAPE, dropout=0.0, n_kv_head=2))
-    for name, architecture in (("gpt2", {}), ("llama", LLAMA), ("changed", changed)):
+    for name, architecture in (("gpt2", {}), ("llama", LLAMA), ("qwen3", QWEN3), ("changed", CHANGED)):
         found[f"{name} plain"] = losses(3, architecture, {}, unfused, PLAIN)
         found[f"{name} default"] = losses(3, architecture, {})
     found["llama chunked loss"] = losses(3, LLAMA, {}, None, few_logits)
@@ -118,6 +119,12 @@ def main():
     on_cpu = {"activation_checkpointing": 2, "activation_offload": True}
     found["llama every second recomputed, inputs on CPU"] = losses(3, LLAMA, on_cpu)
     compiled = {"compile": True}
+    found["qwen3 recomputed"] = losses(3, QWEN3, {"activation_checkpointing": True})
+    for stage in range(3):
+        found[f"changed stage {stage}"] = losses(stage, CHANGED, {})
+    found["changed every second recomputed, inputs on CPU"] = losses(3, CHANGED, on_cpu)
+    found["changed selective"] = losses(3, CHANGED, {"activation_checkpointing": "selective"})
+    found["changed compiled, recomputed"] = losses(3, CHANGED, {"compile": True, "activation_checkpointing": 2})
     found["llama compiled, recomputed"] = losses(3, LLAMA, compiled | {"activation_checkpointing": True})
     found["llama compiled, stage 2"] = losses(2, LLAMA, compiled)
     dropped = LLAMA | {"dropout": 0.2}

@@ -1,5 +1,7 @@
 """torch.compile: not tried where it is of no use, not taken where it computes something else."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch._inductor import compile_fx
@@ -8,6 +10,7 @@ import model
 from minzero import compiled
 from minzero.config.sections import ModelConfig
 from minzero.loss import cross_entropy
+from tests.helpers.variants import all_changed
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -67,6 +70,25 @@ def test_a_width_that_leaves_weights_at_odd_addresses_is_not_compiled():
     keys = ModelConfig(n_layer=1, n_head=16, n_kv_head=1, n_embd=64, block_size=32, vocab_size=64)
     assert compiled.odd_width(keys) == "the width of keys and values, 4"
     assert compiled.odd_width(ModelConfig(n_head=12, n_embd=768)) is None
+    of_heads = ModelConfig(n_layer=1, n_head=4, n_embd=64, head_dim=10, block_size=32, vocab_size=64)
+    assert compiled.odd_width(of_heads) is None
+    assert compiled.odd_width(dataclasses.replace(of_heads, qk_norm="head")) == "the width of a head, 10"
+
+
+def test_the_small_model_has_every_kind_of_layer():
+    """And what the options need: a window within its sequence, and channels that turn."""
+    config = all_changed(
+        n_layer=9, n_head=2, n_embd=160, head_dim=80, block_size=512, vocab_size=64, rotary_fraction=0.05
+    )
+    config = dataclasses.replace(config, no_rotary_layers=[7], sliding_window=100, full_attention_layers=4)
+    small = compiled.small_config(config)
+    small.check()
+    kinds = [(small.turns(layer), small.window(layer)) for layer in range(small.n_layer)]
+    assert kinds == [(True, 8), (False, None)] and small.block_size > 8
+    assert compiled.small_config(ModelConfig()).n_layer == 1
+    torch.compiler.reset()
+    assert compiled.fault_of_small_model(config, torch.float32, "torch", 0, False) is None
+    torch.compiler.reset()
 
 
 def test_parts_that_fail_with_their_true_sizes_are_told(monkeypatch, capfd):

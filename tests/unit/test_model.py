@@ -51,7 +51,7 @@ def test_the_parameter_count_from_the_config_is_the_models(config):
 
 def counted_flops(config, activation_checkpointing=0):
     """FLOPs of one forward and backward pass a token, as torch counts them on the meta device: the products
-    alone, and causal attention in full."""
+    alone, and causal attention in full. torch counts also what a sliding window hides, which is subtracted here."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("cpu" if config.n_expert else "meta"):  # how many tokens an expert gets is not known on meta
@@ -62,7 +62,19 @@ def counted_flops(config, activation_checkpointing=0):
     counter = FlopCounterMode(display=False)
     with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(tokens, tokens).backward()
-    return counter.get_total_flops() / config.block_size
+    return counter.get_total_flops() / config.block_size - hidden_flops(config)
+
+
+def hidden_flops(config):
+    """FLOPs per token of attention's products with tokens that a sliding window leaves out: 12 for each channel of a
+    query, 4 in the forward and 8 in the backward pass, counted layer by layer."""
+    tokens = 0
+    for layer in range(config.n_layer):
+        every = config.full_attention_layers
+        is_full = every and (layer in every if isinstance(every, list) else layer % every == every - 1)
+        if config.sliding_window and not is_full:
+            tokens += max(0, config.block_size - config.sliding_window)
+    return 12 * config.n_head * config.head_size * tokens
 
 
 @pytest.mark.parametrize("config", VARIANTS)
@@ -71,10 +83,13 @@ def test_flops_per_token_are_those_that_torch_counts(config):
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_recomputed_flops_are_those_that_torch_counts(every):
-    config = dataclasses.replace(LLAMA, n_layer=5)
-    # non-reentrant checkpointing stops early: it does not repeat a block's last product, whose output nobody needs
-    last = -(-5 // every) * 2 * config.mlp_width * config.n_embd
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 16, "qk_norm": "head"}, {"norm_position": "after"}])
+def test_recomputed_flops_are_those_that_torch_counts(changes, every):
+    config = dataclasses.replace(LLAMA, n_layer=5, **changes)
+    # non-reentrant checkpointing stops early: it does not repeat a block's last product, whose output nobody needs but
+    # a norm after it
+    stopped = config.norm_position == "before"
+    last = -(-5 // every) * 2 * config.mlp_width * config.n_embd if stopped else 0
     counted = counted_flops(config, every) - counted_flops(config) + last
     assert recomputed_flops_per_token(config, every) == pytest.approx(counted, rel=1e-9)
     assert recomputed_flops_per_token(config, 0) == 0
@@ -87,6 +102,7 @@ def test_every_config_counts_as_its_model_on_the_meta_device(path):
         model = GPT(config)
     assert count_parameters(config)[0] == sum(parameter.numel() for parameter in model.parameters())
     # every block costs the same, so counting one and two of them is enough, and quick for 96 of width 12288
+    assert config.sliding_window is None, "then some cost less"
     one, two = (counted_flops(dataclasses.replace(config, n_layer=n)) for n in (1, 2))
     assert flops_per_token(config) == pytest.approx(one + (config.n_layer - 1) * (two - one), rel=1e-9)
 
