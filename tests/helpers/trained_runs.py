@@ -32,6 +32,7 @@ FAMILIES = {
     "olmo2": OLMO2,
     "smollm3": ModelConfig(**vars(LLAMA) | {"no_rotary_layers": 2}),
 }
+PYTHIA = ModelConfig(**vars(NEOX) | {"mlp": "gelu_exact", "parallel_residual": True, "rotary_fraction": 0.25})
 OF_NO_FAMILY = ModelConfig(**vars(LLAMA) | {"position": "learned", "mlp": "gelu"})
 
 
