@@ -46,13 +46,13 @@ def starting_weights(family, stage, precision):
         return {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
 
 
-def continue_published(family, block_size):
-    """One step, without a change of the weights, of a run whose config says nothing of the model but its context."""
+def continue_published(family, block_size, source=None, steps=1):
+    """Steps that do not change the weights, of a run whose config says nothing of the model but its context."""
     path = FOLDER / f"continue_{family}.json"
     sections = {"model": {"block_size": block_size}, "data": {"path": DATA}}
-    path.write_text(json.dumps(sections | {"train": {"init_from": str(FOLDER / family)}}))
-    flags = {"out_dir": FOLDER / f"{family}_3", "micro_batch_size": 2, "global_batch_tokens": 128, "max_tokens": 128}
-    flags |= {"lr": 0, "log_every": 1, "eval_tokens": 5 * 16}
+    path.write_text(json.dumps(sections | {"train": {"init_from": str(FOLDER / (source or family))}}))
+    flags = {"out_dir": FOLDER / f"{family}_3", "micro_batch_size": 2, "global_batch_tokens": 128}
+    flags |= {"max_tokens": steps * 128, "lr": 0, "log_every": 1, "eval_tokens": 5 * 16}
     words = [word for name, value in flags.items() for word in (f"--train.{name}", str(value))]
     words += ["--deepspeed.zero_optimization.stage", "3"]
     train.main(load_config([str(path), *words, *SHARDED], model_left_out))
@@ -77,6 +77,7 @@ def main():
     train.main(config_of("llama", "from_a_run", 0, 1, FOLDER / "llama_3"))
     for family, block_size in CONTINUED.items():
         continue_published(family, block_size)
+    continue_published("qwen3", CONTINUED["qwen3"], source="gone", steps=2)  # resumed, as above
     dist.stop_process_group()
 
 

@@ -101,6 +101,8 @@ def test_the_first_loss_is_that_of_transformers(launched):
 def test_a_run_that_continues_and_one_that_starts_from_a_run(launched):
     lines = [line for line in read_metrics(launched / "llama_3") if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2]
+    without_a_model = [line for line in read_metrics(launched / "qwen3_3") if "loss" in line]
+    assert [line["step"] for line in without_a_model] == [1, 2], "its model is its checkpoint's"
     model = load_model(open_trained(launched / "llama_3"))
     inputs, targets = first_batch(launched)
     expected = model(inputs, targets).item()
