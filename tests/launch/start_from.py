@@ -22,7 +22,7 @@ from minzero.init_from import model_left_out
 from minzero.trained import open_weights
 
 DATA, FOLDER = sys.argv[-2], Path(sys.argv[-1])
-CONTINUED = {"mistral": 16, "qwen2": 16, "qwen3": 16, "olmo2": 16, "smollm3": 16, "pythia": 8}  # and block_size
+CONTINUED = ("mistral", "qwen2", "qwen3", "olmo2", "smollm3", "pythia")
 SHARDED = ["--deepspeed.zero_optimization.stage3_param_persistence_threshold", "100"]
 
 
@@ -46,16 +46,14 @@ def starting_weights(family, stage, precision):
         return {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
 
 
-def continue_published(family, block_size, source=None, steps=1):
+def continue_published(family, *overrides, steps=1):
     """Steps that do not change the weights, of a run whose config says nothing of the model but its context."""
-    path = FOLDER / f"continue_{family}.json"
-    sections = {"model": {"block_size": block_size}, "data": {"path": DATA}}
-    path.write_text(json.dumps(sections | {"train": {"init_from": str(FOLDER / (source or family))}}))
     flags = {"out_dir": FOLDER / f"{family}_3", "micro_batch_size": 2, "global_batch_tokens": 128}
     flags |= {"max_tokens": steps * 128, "lr": 0, "log_every": 1, "eval_tokens": 5 * 16}
     words = [word for name, value in flags.items() for word in (f"--train.{name}", str(value))]
     words += ["--deepspeed.zero_optimization.stage", "3"]
-    train.main(load_config([str(path), *words, *SHARDED], model_left_out))
+    path = FOLDER / f"continue_{family}.json"
+    train.main(load_config([str(path), *words, *SHARDED, *overrides], model_left_out))
 
 
 def main():
@@ -75,9 +73,9 @@ def main():
     # resumed: the model it started from is not there any more
     train.main(config_of("llama", "llama_3", 3, 2, FOLDER / "gone"))
     train.main(config_of("llama", "from_a_run", 0, 1, FOLDER / "llama_3"))
-    for family, block_size in CONTINUED.items():
-        continue_published(family, block_size)
-    continue_published("qwen3", CONTINUED["qwen3"], source="gone", steps=2)  # resumed, as above
+    for family in CONTINUED:
+        continue_published(family)
+    continue_published("qwen3", "--train.init_from", str(FOLDER / "gone"), steps=2)  # resumed, as above
     dist.stop_process_group()
 
 

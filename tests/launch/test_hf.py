@@ -39,6 +39,15 @@ from tests.helpers.trained_runs import (
 )
 from tests.helpers.trained_runs import GPT2 as SMALL
 
+CONTINUED = {  # of start_from.py, with the block_size of the run
+    "mistral": 16,
+    "qwen2": 16,
+    "qwen3": 16,
+    "olmo2": 16,
+    "smollm3": 16,
+    "pythia": 8,
+}
+
 # -- from there: the start of a run --------------------------------------------------------------
 
 
@@ -52,6 +61,10 @@ def launched(tmp_path_factory):
         make_folder(folder / name, config, shards="40KB")
         assert len(list((folder / name).glob("*.safetensors"))) > 1, "not sharded"
         (folder / f"{name}.json").write_text(json.dumps(dataclasses.asdict(config)))
+    for name, block_size in CONTINUED.items():
+        sections = {"model": {"block_size": block_size}, "data": {"path": str(folder / "data")}}
+        sections |= {"train": {"init_from": str(folder / name)}}  # a whole config, of three keys
+        (folder / f"continue_{name}.json").write_text(json.dumps(sections))
     script = Path(__file__).with_name("start_from.py")
     done = run(deepspeed_command(script, folder / "data", folder))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -59,10 +72,6 @@ def launched(tmp_path_factory):
     assert f"weights from {folder}/llama (LlamaForCausalLM)" in done.stdout
     assert f"weights from {folder}/gpt_neox (GPTNeoXForCausalLM)" in done.stdout
     return folder
-
-
-# names: the block_size of the run; as in start_from.py
-CONTINUED = {"mistral": 16, "qwen2": 16, "qwen3": 16, "olmo2": 16, "smollm3": 16, "pythia": 8}
 
 
 def first_batch(folder, block_size=16):
