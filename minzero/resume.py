@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minzero.checkpoint import as_rank_0, fault_of
 from minzero.checkpoint_folder import Saved, find, folders_of_run, is_complete, restore_replaced
-from minzero.checkpoint_state import SHAPES_THE_RATE, as_saved, read_state
+from minzero.checkpoint_state import SHAPES_THE_RATE, as_saved, read_state, state_if_whole
 from minzero.config.nested import flat
 from minzero.config.sections import Config, ModelConfig, TrainConfig
 from minzero.data.mixture import check_same_data
@@ -35,6 +35,19 @@ def where_to_start(config, data, known_faults=None):
     if "data.path" not in config.train.allow_changed:
         check_same_data(state["data"], data, found)
     return found, state
+
+
+def saved_model(train):
+    """(checkpoint, its model section as a dictionary) of the run that would be continued with this train section, or
+    None. All checkpoints of a run have the same. Changes nothing and looks at state.json alone."""
+    folders = []
+    if train.resume != "never":
+        entries = folders_of_run(Path(train.out_dir) / "checkpoints")
+        folders = [path for path, _, suffix in reversed(entries) if suffix in ("", ".old.tmp")]  # see restore_replaced
+    if train.resume not in ("auto", "never") and (found := find(train.resume)):
+        folders.append(found)
+    states = ((path, state_if_whole(path)) for path in folders)
+    return next(((path, state["config"]["model"]) for path, state in states if state), None)
 
 
 def choose_start(train, known_faults=()):

@@ -26,7 +26,14 @@ from minzero.data.tokenizer import HuggingFaceTokenizer
 from minzero.data.tokenizer_files import open_huggingface
 from minzero.errors import UserError, describe
 from minzero.hf.families import own_shapes
-from minzero.hf.read import is_published, local_folder, open_published, refuse_differences
+from minzero.hf.read import (
+    is_published,
+    local_folder,
+    open_published,
+    read_model_config,
+    refuse_differences,
+    refuse_other_model,
+)
 from minzero.nearest import suggesting
 from minzero.zero import copy_into
 from model import GPT
@@ -150,17 +157,36 @@ def open_trained(path, which="best"):
     return with_checkpoint(path, which, open_checkpoint)
 
 
-def open_weights(source, model: ModelConfig):
-    """The weights that `train.init_from` names, for a model of these settings -> (a description, a function load()
-    that gives read(name of a parameter)). Reads none yet, but has checked everything that could be wrong: raises
-    UserError."""
+def folder_to_start_from(source, weights=True):
+    """The folder that train.init_from names, which holds a model: see `local_folder`. Raises UserError."""
     with suggesting(source, holds_model):
-        folder = local_folder(source)
+        folder = local_folder(source, weights)
         if not is_published(folder) and checkpoint_folder.find(folder, "best") is None:
             raise UserError(
                 f"train.init_from: {source}: found neither a config.json of transformers' nor a checkpoint; expected "
                 "one"
             )
+    return folder
+
+
+def model_to_start_from(source, like):
+    """The ModelConfig of the model that train.init_from names. Reads no weights. like(ModelConfig): the one that is to
+    have its weights. Raises UserError if there is no such model, or that one differs from it."""
+    folder = folder_to_start_from(source, weights=False)
+    if is_published(folder):
+        published = read_model_config(folder)
+        refuse_other_model(folder, like(published), published)
+        return published
+    found, saved = checkpoint_folder.reading(folder, "best", lambda found: (found, model_of(found)))
+    refuse_differences(found, like(saved), saved)
+    return saved
+
+
+def open_weights(source, model: ModelConfig):
+    """The weights that `train.init_from` names, for a model of these settings -> (a description, a function load()
+    that gives read(name of a parameter)). Reads none yet, but has checked everything that could be wrong: raises
+    UserError."""
+    folder = folder_to_start_from(source)
     if is_published(folder):
         description, _, load = open_published(folder, model)
         return description.replace(str(folder), source, 1), load

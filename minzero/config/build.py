@@ -1,19 +1,23 @@
 """Nested dictionaries, as JSON files hold them -> a checked Config."""
 
+import copy
+
 from minzero.config.deepspeed import check_together, checked_section
 from minzero.config.hints import suggest_key
-from minzero.config.sections import SECTIONS, Config, Recomputation
+from minzero.config.sections import SECTIONS, Config, ModelConfig, Recomputation
 from minzero.config.values import convert, in_short, printable
 from minzero.errors import UserError
 
 
-def build(values, source):
+def build(values, source, model=None, together=True):
     """Nested dictionaries -> Config, every key and type checked.
 
-    source: the file or the command line, for error messages. Raises UserError with all faults in one line."""
+    source: the file or the command line, for error messages. model: the ModelConfig whose keys count where the model
+    section leaves them out; None: the defaults. together: also check that the keys go together. Raises UserError with
+    all faults in one line."""
     if not isinstance(values, dict):
         raise UserError(f"{source}: expected a JSON object with the sections model, data, train, deepspeed")
-    config = Config()
+    config = Config(model=copy.deepcopy(model) if model else ModelConfig())
     faults = []
     for section, content in values.items():
         if section not in (*SECTIONS, "deepspeed"):
@@ -24,7 +28,7 @@ def build(values, source):
             faults += set_keys(getattr(config, section), section, content)
     if isinstance(values.get("deepspeed"), dict):
         config.deepspeed = checked_section(values["deepspeed"], faults)
-    if not faults:  # these checks rely on keys that are right one by one
+    if together and not faults:  # these checks rely on keys that are right one by one
         faults += faults_between_keys(config)
     if faults:
         raise UserError(f"{source}: {'; '.join(faults)}")

@@ -22,8 +22,11 @@ from minzero.files import ROOT, read_json
 KEYS_ARE_WRITTEN = "keys are written --section.key value, as in --train.lr 1e-4"
 
 
-def load_config(arguments, default="configs/1p5b.json"):
-    """Command-line arguments -> Config: the config file (or `default`) with the overrides over it. Raises UserError."""
+def load_config(arguments, model_left_out=None, default="configs/1p5b.json"):
+    """Command-line arguments -> Config: the config file (or `default`) with the overrides over it. Raises UserError.
+
+    model_left_out: where train.init_from is set, gives the keys of the model section that are left out:
+    `init_from.model_left_out`. None: they have their defaults."""
     help_if_asked(arguments)
     overrides, rest = command_line_values(arguments)
     if len(rest) > 1:
@@ -39,9 +42,17 @@ def load_config(arguments, default="configs/1p5b.json"):
     content = read_json(path, regular=False)  # a shell's <(...) is a pipe
     if isinstance(content, dict):
         content = merge(values, rename_and_report(content, path))
-    build(content, path)
-    config = build(merge(content, overrides), "command line")
-    config.train.out_dir = config.train.out_dir or f"out/{path.stem}"
+    # with another model the section's keys do not go together by themselves
+    build(content, path, together=False)
+    merged = merge(content, overrides)
+    config = build(merged, "command line", together=False)
+    config.train.out_dir = out_dir = config.train.out_dir or f"out/{path.stem}"
+    model = None
+    if model_left_out and config.train.init_from:
+        model = model_left_out(config, merged.get("model", {}))
+    build(content, path, model)
+    config = build(merged, "command line", model)
+    config.train.out_dir = out_dir
     return config
 
 

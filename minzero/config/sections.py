@@ -340,7 +340,8 @@ class TrainConfig:
     init_from: str | None = key(
         None,
         "start from these weights: a folder in transformers' format, a name on the Hugging Face hub, or a run or "
-        "checkpoint of minZeRO; null: random. Prepare the data with that model's tokenizer",
+        "checkpoint of minZeRO; null: random. Keys of the model section that are left out are then that model's. "
+        "Prepare the data with its tokenizer",
     )
     bad_step: str = key(
         "skip",

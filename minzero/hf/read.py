@@ -167,6 +167,13 @@ def refuse_differences(source, model: ModelConfig, saved: ModelConfig):
     raise UserError(f"{source}: {'; '.join(keys)}; set {' '.join(flags)}")
 
 
+def refuse_other_model(folder, model: ModelConfig, published: ModelConfig):
+    """`refuse_differences` from the model of a folder in transformers' format."""
+    if FAMILIES[family_of(published)].always_biased:  # no biases are biases of zero, which check_tensors looks for
+        published = dataclasses.replace(published, bias=model.bias)
+    refuse_differences(folder, model, published)
+
+
 # -- weights -------------------------------------------------------------------------------------
 
 
@@ -256,9 +263,7 @@ def open_published(folder, model: ModelConfig | None = None):
     family = FAMILIES[family_of(published)]
     check_expressible(published)
     if model:
-        # no biases are biases of zero, which check_tensors looks for
-        like = dataclasses.replace(published, bias=model.bias) if family.always_biased else published
-        refuse_differences(folder, model, like)
+        refuse_other_model(folder, model, published)
     target = model or published
     tensors = open_tensors(folder, family)
     check_tensors(folder, target, published, tensors)
@@ -270,9 +275,12 @@ def open_published(folder, model: ModelConfig | None = None):
     return f"{folder} ({family.architecture})", published, lambda: from_transformers(target, read)
 
 
-def local_folder(source):
-    """The folder that `source` names; a name of the Hugging Face hub is downloaded. Raises UserError."""
+def local_folder(source, weights=True):
+    """The folder that `source` names; a name of the Hugging Face hub is downloaded, without weights its config.json
+    alone. Raises UserError."""
     if Path(source).is_dir():
         return Path(source)
-    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+    patterns = ["config.json"]
+    if weights:
+        patterns += ["model*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
     return from_hub("train.init_from", source, patterns)

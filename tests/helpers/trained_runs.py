@@ -39,6 +39,7 @@ FAMILIES = {
         **vars(LLAMA) | {"n_expert": 6, "mlp_hidden": 24, "qk_norm": "all", "normalize_experts": False}
     ),
 }
+PYTHIA = ModelConfig(**vars(NEOX) | {"mlp": "gelu_exact", "parallel_residual": True, "rotary_fraction": 0.25})
 OF_NO_FAMILY = ModelConfig(**vars(LLAMA) | {"position": "learned", "mlp": "gelu"})
 
 

@@ -1,7 +1,7 @@
 """Started by test_hf.py under the launcher on two ranks: runs that start from weights of transformers' or
 of another run's, at several ZeRO stages and precisions in one process group.
 
-    start_from.py DATA FOLDER      FOLDER holds gpt2/ and llama/ in transformers' format
+    start_from.py DATA FOLDER      FOLDER holds gpt2/, llama/ and others in transformers' format
 """
 
 import json
@@ -16,10 +16,14 @@ from minzero import dist
 from minzero.commands import run_command
 from minzero.config.build import build
 from minzero.config.deepspeed import deepspeed_config
+from minzero.config.load import load_config
 from minzero.engine import build_engine
+from minzero.init_from import model_left_out
 from minzero.trained import open_weights
 
 DATA, FOLDER = sys.argv[-2], Path(sys.argv[-1])
+CONTINUED = ("mistral", "qwen2", "qwen3", "olmo2", "smollm3", "pythia")
+SHARDED = ["--deepspeed.zero_optimization.stage3_param_persistence_threshold", "100"]
 
 
 def config_of(family, name, stage, steps, source, **more):
@@ -42,6 +46,16 @@ def starting_weights(family, stage, precision):
         return {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
 
 
+def continue_published(family, *overrides, steps=1):
+    """Steps that do not change the weights, of a run whose config says nothing of the model but its context."""
+    flags = {"out_dir": FOLDER / f"{family}_3", "micro_batch_size": 2, "global_batch_tokens": 128}
+    flags |= {"max_tokens": steps * 128, "lr": 0, "log_every": 1, "eval_tokens": 5 * 16}
+    words = [word for name, value in flags.items() for word in (f"--train.{name}", str(value))]
+    words += ["--deepspeed.zero_optimization.stage", "3"]
+    path = FOLDER / f"continue_{family}.json"
+    train.main(load_config([str(path), *words, *SHARDED, *overrides], model_left_out))
+
+
 def main():
     _, rank, _ = dist.start_process_group()
     weights = {
@@ -59,6 +73,9 @@ def main():
     # resumed: the model it started from is not there any more
     train.main(config_of("llama", "llama_3", 3, 2, FOLDER / "gone"))
     train.main(config_of("llama", "from_a_run", 0, 1, FOLDER / "llama_3"))
+    for family in CONTINUED:
+        continue_published(family)
+    continue_published("qwen3", "--train.init_from", str(FOLDER / "gone"), steps=2)  # resumed, as above
     dist.stop_process_group()
 
 

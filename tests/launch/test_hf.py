@@ -32,11 +32,21 @@ from tests.helpers.trained_runs import (
     FAMILIES,
     LLAMA,
     NEOX,
+    PYTHIA,
     make_folder,
     write_data,
     write_run,
 )
 from tests.helpers.trained_runs import GPT2 as SMALL
+
+CONTINUED = {  # of start_from.py, with the block_size of the run
+    "mistral": 16,
+    "qwen2": 16,
+    "qwen3": 16,
+    "olmo2": 16,
+    "smollm3": 16,
+    "pythia": 8,
+}
 
 # -- from there: the start of a run --------------------------------------------------------------
 
@@ -46,10 +56,15 @@ def launched(tmp_path_factory):
     """The folder in which start_from.py left its runs, beside gpt2/, llama/ and gpt_neox/ of transformers'."""
     folder = tmp_path_factory.mktemp("start_from")
     write_data(folder / "data")
-    for name, config in (FAMILIES | {"llama": dataclasses.replace(LLAMA, tie_embeddings=False)}).items():
+    others = {"llama": dataclasses.replace(LLAMA, tie_embeddings=False), "pythia": PYTHIA}
+    for name, config in (FAMILIES | others).items():
         make_folder(folder / name, config, shards="40KB")
         assert len(list((folder / name).glob("*.safetensors"))) > 1, "not sharded"
         (folder / f"{name}.json").write_text(json.dumps(dataclasses.asdict(config)))
+    for name, block_size in CONTINUED.items():
+        sections = {"model": {"block_size": block_size}, "data": {"path": str(folder / "data")}}
+        sections |= {"train": {"init_from": str(folder / name)}}  # a whole config, of three keys
+        (folder / f"continue_{name}.json").write_text(json.dumps(sections))
     script = Path(__file__).with_name("start_from.py")
     done = run(deepspeed_command(script, folder / "data", folder))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -95,11 +110,37 @@ def test_the_first_loss_is_that_of_transformers(launched):
 def test_a_run_that_continues_and_one_that_starts_from_a_run(launched):
     lines = [line for line in read_metrics(launched / "llama_3") if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2]
+    without_a_model = [line for line in read_metrics(launched / "qwen3_3") if "loss" in line]
+    assert [line["step"] for line in without_a_model] == [1, 2], "its model is its checkpoint's"
     model = load_model(open_trained(launched / "llama_3"))
     inputs, targets = first_batch(launched)
     expected = model(inputs, targets).item()
     assert read_metrics(launched / "from_a_run")[0]["loss"] == pytest.approx(expected, rel=2e-6)
     assert expected != pytest.approx(lines[0]["loss"], rel=1e-3), "the second run must start where the first ended"
+
+
+@pytest.mark.parametrize("family", CONTINUED)
+def test_a_run_whose_config_names_no_model_continues_the_published_one(launched, tmp_path, family):
+    """Its first loss and gradient norm are those of transformers' own model on the same batch; exported after a step at
+    a learning rate of zero, the architecture is the same and the weights are bit for bit."""
+    model = AutoModelForCausalLM.from_pretrained(launched / family).eval()
+    inputs, targets = first_batch(launched, CONTINUED[family])
+    loss = F.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten())
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()]).item()
+    line = read_metrics(launched / f"{family}_3")[0]
+    assert abs(loss.item() - math.log(270)) > 0.02, "random weights would look the same"
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert line["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    export.main([str(launched / f"{family}_3"), str(tmp_path / "hf"), "--checkpoint", "latest"])
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert type(exported) is type(model)
+    expected, found = model.state_dict(), exported.state_dict()
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    with torch.no_grad():  # the comparison notices a single weight
+        model.get_parameter(next(reversed(dict(model.named_parameters())))).view(-1)[0] += 0.5
+    worse = F.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten()).item()
+    assert line["loss"] != pytest.approx(worse, rel=1e-5)
 
 
 # -- refusals ------------------------------------------------------------------------------------

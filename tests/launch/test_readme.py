@@ -21,6 +21,9 @@ from urllib.parse import unquote
 
 import pytest
 
+from minzero.config.load import load_config
+from minzero.init_from import model_left_out
+from minzero.sizes import count_parameters
 from tests.helpers.data_sets import write_parquet
 from tests.helpers.processes import ROOT, environment
 from tests.helpers.token_files import write_ids, write_megatron
@@ -66,12 +69,60 @@ ELSEWHERE |= dict.fromkeys(
 ELSEWHERE["deepspeed --num_gpus 8 train.py configs/mine.json --train.init_from hf/llama --data.path data/mine"] = (
     "test_foreign_start, with a small Llama"
 )
+CONTINUE = "deepspeed --num_gpus 1 train.py smollm2.json"  # of docs/continue.md
+ELSEWHERE |= {
+    CONTINUE: "needs a network; test_hf continues small models",
+    "python data/fineweb_edu/prepare.py --tokenizer HuggingFaceTB/SmolLM2-135M --out data/old": "needs a network",
+    f"{CONTINUE} --train.lr 0 --train.warmup_tokens 0 --train.max_tokens 262144 --train.out_dir out/before": "the same "
+    "as the run: test_hf has a rate of zero",
+}
 SHORT = {  # flags added to a command of train.py
     "train": {"max_tokens": 16 * 128, "global_batch_tokens": 128, "micro_batch_size": 2, "warmup_tokens": 0},
     "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_kv_head": "null", "block_size": 16, "vocab_size": 270},
     "data": {"path": "data/books"},
 }
 SHORT["train"] |= {"eval_tokens": 64, "eval_every": 0, "precision": "fp32"}
+PUBLISHED = {  # config.json of the models that docs/continue.md continues, without what is not of the model
+    "HuggingFaceTB/SmolLM2-135M": {
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "hidden_size": 576,
+        "initializer_range": 0.041666666666666664,
+        "intermediate_size": 1536,
+        "is_llama_config": True,
+        "max_position_embeddings": 8192,
+        "model_type": "llama",
+        "num_attention_heads": 9,
+        "num_hidden_layers": 30,
+        "num_key_value_heads": 3,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_interleaved": False,
+        "rope_scaling": None,
+        "rope_theta": 100000,
+        "tie_word_embeddings": True,
+        "vocab_size": 49152,
+    },
+    "Qwen/Qwen2.5-0.5B": {
+        "hidden_act": "silu",
+        "hidden_size": 896,
+        "initializer_range": 0.02,
+        "intermediate_size": 4864,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 24,
+        "model_type": "qwen2",
+        "num_attention_heads": 14,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": True,
+        "use_mrope": False,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+}
 FILES_OF_OTHERS = {"data/pretraining/process.py"}  # named in docs/coming-from.md
 LOCAL = "--input books.jsonl --workers 1 --limit 100"  # flags added to a command of data/
 
@@ -151,6 +202,22 @@ def defined_in(file):
     return names
 
 
+def configs_of_continue():
+    """{file: content} of the configs in docs/continue.md."""
+    text = (ROOT / "docs" / "continue.md").read_text()
+    contents = ["\n".join(lines) for kind, lines in blocks(text) if kind == "json"]
+    return dict(zip(("smollm2.json", "qwen2.5.json"), contents, strict=True))
+
+
+def write_published(folder):
+    """The configs of docs/continue.md, and the models that they name, of which nothing but config.json is there."""
+    for name, content in configs_of_continue().items():
+        (folder / name).write_text(content)
+    for name, config in PUBLISHED.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(config))
+
+
 # ---- the commands
 
 
@@ -159,7 +226,12 @@ def place(tmp_path_factory):
     """A folder as a reader has it: runs, data, books, prompts."""
     folder = tmp_path_factory.mktemp("readme")
     data = write_data(folder / "data/books")
+    for name in ("new", "old"):
+        shutil.copytree(data, folder / "data" / name)
+    write_published(folder)
     for name, config in {
+        "before": LLAMA,
+        "smollm2": LLAMA,
         "tiny": GPT2,
         "other": LLAMA,
         "mine": GPT2,
@@ -304,6 +376,35 @@ def test_the_config_of_readme_is_a_config(tmp_path, capsys):
     path.write_text(config)
     runpy.run_path(str(ROOT / "plan.py"))["main"]([str(path), "--gpus", "1", "--gpu_memory", "80"])
     assert "fits" in capsys.readouterr().out
+
+
+def planned(arguments, capsys):
+    """What plan.py --json says."""
+    runpy.run_path(str(ROOT / "plan.py"))["main"]([*arguments, "--gpus", "1", "--json"])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_the_page_on_continuing_says_what_the_planner_says(tmp_path, monkeypatch, capsys):
+    """Its configs, with no weights of the models that they name; and the numbers of these models."""
+    write_published(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "continue.md").read_text()
+    rows = [
+        [cell.strip(" `") for cell in line.strip("|").split("|")] for line in text.splitlines() if ".json` |" in line
+    ]
+    assert [row[:2] for row in rows] == [[file, f"{size} GiB"] for file in configs_of_continue() for size in (24, 80)]
+    for file, memory, allocated, fits, micro_batch in rows:
+        arguments = [file, "--gpu_memory", memory.split()[0]]
+        found = planned(arguments, capsys)
+        assert f"{found['gpu_bytes'] / 2**30:.2f} GiB" == allocated and ("yes" if found["fits"] else "no") == fits
+        assert str(planned([*arguments, "--fit"], capsys)["micro_batch_size"]) == micro_batch
+    for file, parameters, block_size in (("smollm2", 134_515_008, 8192), ("qwen2.5", 494_032_768, 32768)):
+        model = load_config([f"{file}.json"], model_left_out).model
+        assert count_parameters(model)[0] == parameters and model.block_size == 2048
+        whole = json.loads(configs_of_continue()[f"{file}.json"]) | {"model": {}}
+        (tmp_path / "whole.json").write_text(json.dumps(whole))
+        assert load_config(["whole.json"], model_left_out).model.block_size == block_size
+        assert f"{block_size:,}" in text
 
 
 def test_the_map_of_the_files_is_complete():

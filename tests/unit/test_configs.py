@@ -1,16 +1,28 @@
 """configs/README.md states what the configs compute to, and each recipe divides where it is meant to run."""
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from minzero.config.deepspeed import gradient_accumulation
 from minzero.config.load import load_config
 from minzero.errors import UserError
 from minzero.files import ROOT
+from minzero.hf.families import transformers_config
 from minzero.planner.gpus import GiB, Hardware
 from minzero.planner.plan import plan_run
 from minzero.sizes import count_parameters, flops_per_token, peak_flops
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
+
+
+PUBLISHED = {  # parameters of the published models with these configs' shapes
+    "llama-1b": 1_100_048_384,
+    "llama-8b": 8_030_261_248,
+    "olmo2-1b": 1_484_916_736,
+    "qwen3-0.6b": 596_049_920,
+    "smollm2-135m": 134_515_008,
+}
 
 
 def rows():
@@ -46,6 +58,15 @@ def test_a_row_states_what_its_config_computes_to(name):
     found = plan_run(config, Hardware(gpus, -(-gpus // 8), 80 * GiB, peak_flops("H100")))
     assert found["fits"] and hours == rounded_hours(found["gpu_hours"])
     assert source
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_parameters_are_those_of_the_published_model(name):
+    model = load_config([str(ROOT / "configs" / f"{name}.json")]).model
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(transformers_config(model)).num_parameters()
+    assert count_parameters(model)[0] == parameters == PUBLISHED[name]
+    assert f"published {parameters:,}" in " ".join((ROOT / "configs" / "README.md").read_text().split())
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"tiny"}))
