@@ -205,7 +205,7 @@ class GPT(nn.Module):
         for block in self.recomputation.of_blocks(self.blocks):
             block.recomputation = {"selective": self.recomputation.selective, "offload": activation_offload}
         self.final_norm = make_norm(config, kernels)
-        self.routing = []  # of experts, in training: one entry a forward pass, until the metrics take it
+        self.routing = []  # of experts: the sum over the forward passes of training, and their number
         self.head = Head(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
@@ -272,8 +272,15 @@ class GPT(nn.Module):
 
     def with_router_losses(self, loss, routing):
         """The same value with the gradient of the router's losses added to it: what is reported stays the loss of
-        prediction. Notes the routing, for metrics."""
-        self.routing.append(routing.detach())
+        prediction. Notes the routing, for `take_routing`."""
+        total, passes = self.routing or (0, 0)
+        self.routing = [total + routing.detach(), passes + 1]
         balance, square = router_losses(routing)
         extra = self.config.balance_loss * balance + self.config.router_z_loss * square
         return loss + extra - extra.detach()
+
+    def take_routing(self):
+        """The mean routing, (L, 3, E), of the forward passes in training since the last call; None without any."""
+        total, passes = self.routing or (None, 0)
+        self.routing = []
+        return total / passes if passes else None

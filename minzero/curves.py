@@ -17,7 +17,12 @@ from minzero.sizes import flops_per_token
 LARGEST = 1e100  # a larger number is not drawn, like an infinity
 MOST_POINTS = 2000  # of a raw curve: about as many as a panel has pixels
 SMOOTHED_POINTS = 500  # of a smoothed curve
-PANELS = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second"}
+PANELS = {
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens per second",
+    "expert_load_max": "busiest expert / equal share",  # where there are experts
+}
 
 
 # -- reading runs --------------------------------------------------------------------------------

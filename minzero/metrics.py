@@ -34,6 +34,10 @@ NUMBERS = {
     "eval_seconds",
     "save_seconds",
     "stall_seconds",
+    "balance_loss",
+    "router_z_loss",
+    "expert_load_max",
+    "expert_load_min",
 }
 
 
@@ -96,6 +100,31 @@ def peak_memory():
     if not on_gpu:
         return {"peak_memory_bytes": resident, "peak_reserved_bytes": None, "peak_cpu_bytes": resident}
     return {"peak_memory_bytes": peaks[1], "peak_reserved_bytes": peaks[2], "peak_cpu_bytes": resident}
+
+
+def expert_loads(routing):
+    """How the experts of a model are used, as metrics.jsonl has it, over all ranks. routing: of `GPT.take_routing`; {}
+    for None. A collective: every rank must call it.
+
+    balance_loss, router_z_loss: of `experts.router_losses`; expert_load_max, expert_load_min: the tokens of the busiest
+    and of the idlest expert of any layer, over an equal share."""
+    if routing is None:
+        return {}
+    from torch import distributed
+
+    from minzero.experts import router_losses
+
+    distributed.all_reduce(routing)
+    routing /= distributed.get_world_size()
+    balance, square = router_losses(routing)
+    parts = routing[:, 0]
+    loads = parts / parts.mean(dim=-1, keepdim=True)
+    return {
+        "balance_loss": balance.item(),
+        "router_z_loss": square.item(),
+        "expert_load_max": loads.max().item(),
+        "expert_load_min": loads.min().item(),
+    }
 
 
 class Stopwatch:
@@ -197,6 +226,8 @@ def console_line(line, total_steps):
         f"grad norm {line['grad_norm']:.2f}",
         f"{line['tokens_per_second']:,.0f} tokens/s",
     ]
+    if "expert_load_max" in line:
+        parts.append(f"experts {line['expert_load_min']:.2f} to {line['expert_load_max']:.2f}")
     if line["mfu"] is not None:
         parts.append(f"mfu {line['mfu']:.1%}")
     parts.append(f"memory {line['peak_memory_bytes'] / 2**30:.2f} GiB")

@@ -12,7 +12,7 @@ from minzero.files import write_atomically
 
 X_LABELS = {"tokens": "tokens", "flops": "model FLOPs", "time": "training time"}
 LOSS_LABEL = "loss (nats per token)"
-NOISY = ("grad_norm", "tokens_per_second")  # drawn smoothed over the raw curve, as the loss is
+NOISY = ("grad_norm", "tokens_per_second", "expert_load_max")  # drawn smoothed over the raw curve, as the loss is
 
 # Runs are told apart by colour and dashes. The numbers of colours and dashes have no common divisor, so each of the
 # first 36 runs has a pair of its own.
@@ -248,7 +248,7 @@ def explain_kinds(axes, kinds):
 
 
 def draw_panel(axes, runs, x, key):
-    """Learning rate, gradient norm or throughput of runs. key: of PANELS."""
+    """A curve of each run. key: of PANELS."""
     xlabel, unit = x_axis(runs, x)
     shown = []  # of each run, the values that are finite
     for run, style in zip(runs, styles_of(len(runs)), strict=True):
@@ -345,17 +345,19 @@ def draw_detail(axes, runs, x, begin):
 
 
 def draw_panels(runs, x):
-    """A figure with the loss, the learning rate, the gradient norm and the throughput of runs."""
+    """A figure with the loss, the learning rate, the gradient norm and the throughput of runs, and where there are
+    experts the busiest one's part."""
     begin = detail_begin(runs)
-    left = ["loss", "loss", "loss"] if begin is None else ["loss", "detail", "detail"]
-    rows = [list(row) for row in zip(left, PANELS, strict=True)]
+    keys = [key for key in PANELS if key != "expert_load_max" or any(key in run.curves for run in runs)]
+    left = ["loss"] + ["loss" if begin is None else "detail"] * (len(keys) - 1)
+    rows = [list(row) for row in zip(left, keys, strict=True)]
     figure, panels = pyplot().subplot_mosaic(rows, figsize=(13, 7.5), width_ratios=[3, 2], layout="constrained")
     explain_kinds(panels["loss"], draw_loss(panels["loss"], runs, x))
     if begin is not None:
         draw_detail(panels["detail"], runs, x, begin)
-    for key in PANELS:
+    for key in keys:
         draw_panel(panels[key], runs, x, key)
-    for key in list(PANELS)[:-1]:
+    for key in keys[:-1]:
         panels[key].set_xlabel("")  # that of the lowest panel is enough
     add_legend(figure, panels["loss"])
     return figure
