@@ -16,6 +16,7 @@ from minzero.config.sections import ModelConfig, key
 from minzero.data.tokenizer import load_tokenizer
 from minzero.data.tokenizer_files import END_OF_TEXT, save_for_transformers
 from minzero.errors import UserError
+from minzero.experts import router_losses
 from minzero.files import ROOT, write_json
 from minzero.hf import families
 from minzero.hf import read as hf_read
@@ -108,6 +109,10 @@ def test_logits_loss_and_gradients_are_those_of_transformers(config, seed):
     assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-6)
     our_loss.backward()
     their_loss.backward()
+    compare_gradients(config, ours, theirs)
+
+
+def compare_gradients(config, ours, theirs):
     gradients = families.as_in_files(theirs, {name: p.grad for name, p in theirs.named_parameters()})
     read = families.from_transformers(config, gradients.get)
     for name, parameter in ours.named_parameters():
@@ -179,6 +184,49 @@ def test_a_key_that_nobody_takes_into_account_must_be_off(base, default, value, 
     if value != default:
         with pytest.raises(UserError, match=r"set --model\.new "):
             hf_read.refuse_differences("there", config, off)
+
+
+@pytest.mark.parametrize("config", [config for config in MODELS if config.n_expert])
+def test_the_routers_losses_are_those_of_transformers(config):
+    """Their value, and the gradient that they add in training."""
+    config = dataclasses.replace(config, balance_loss=0.7, router_z_loss=0.0)
+    ours = randomised(GPT(config)).train()
+    theirs = filled(config, ours)
+    tokens = torch.randint(config.vocab_size, (3, config.block_size), generator=torch.Generator().manual_seed(0))
+    loss = ours(tokens[:, :-1], tokens[:, 1:])
+    # their loss is of all tokens but the last, and their routers see that one too
+    found = theirs(tokens[:, :-1], output_router_logits=True)
+    expected = F.cross_entropy(found.logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6), "what is reported is the loss of prediction"
+    balance, square = router_losses(ours.take_routing())
+    assert balance.item() == pytest.approx(found.aux_loss.item(), rel=1e-6)
+    logits = torch.stack(found.router_logits)
+    assert square.item() == pytest.approx(logits.logsumexp(dim=-1).square().mean().item(), rel=1e-5)
+    loss.backward()
+    (expected + 0.7 * found.aux_loss).backward()
+    compare_gradients(config, ours, theirs)
+    before = {name: parameter.grad.clone() for name, parameter in ours.named_parameters()}
+    without = randomised(GPT(dataclasses.replace(config, balance_loss=0.0))).train()
+    without(tokens[:, :-1], tokens[:, 1:]).backward()
+    differing = [name for name, one in without.named_parameters() if not torch.allclose(one.grad, before[name])]
+    assert any("router" in name for name in differing)
+
+
+def test_the_z_loss_pulls_the_routers_logits_to_zero():
+    config = dataclasses.replace(FAMILIES["olmoe"], balance_loss=0.0, router_z_loss=0.3)
+    ours = randomised(GPT(config)).train()
+    tokens = torch.randint(config.vocab_size, (3, config.block_size), generator=torch.Generator().manual_seed(0))
+    ours(tokens, tokens).backward()
+    found = {name: parameter.grad.clone() for name, parameter in ours.named_parameters()}
+    ours.zero_grad()
+    logits = []
+    for block in ours.blocks:
+        block.mlp.router.register_forward_hook(lambda module, inputs, output: logits.append(output))
+    ours.config = dataclasses.replace(config, router_z_loss=0.0)
+    loss = ours(tokens, tokens)
+    (loss + 0.3 * torch.stack(logits).logsumexp(dim=-1).square().mean()).backward()
+    for name, parameter in ours.named_parameters():
+        assert torch.allclose(parameter.grad, found[name], atol=1e-6), name
 
 
 class MoreParameters(GPT):

@@ -12,7 +12,7 @@ from tests.helpers.processes import ROOT
 ORDER = """
     errors files launchers commands flags deepspeed_keys config.values config.sections config.nested
     sizes config.auto config.deepspeed config.hints config.build config.help config.load dist run_folder loss
-    recompute zero tensor_files
+    recompute rotary experts zero tensor_files
     data.order data.meta data.shards data.mixture data.text data.tokenizer_files data.tokenizer data.fast_encoding
     data.documents data.local_files data.sources data.conversations data.output data.clean
     data.encode data.pipeline data.learn_tokenizer data.scripts data.verify data.foreign data.convert
@@ -61,7 +61,7 @@ def test_a_file_imports_only_files_above_it(name):
 
 
 def test_the_model_knows_no_engine_and_no_files():
-    assert imported(ROOT / "model.py") <= {"config.sections", "sizes", "loss", "recompute"}
+    assert imported(ROOT / "model.py") <= {"config.sections", "sizes", "loss", "recompute", "rotary", "experts"}
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.relative_to(ROOT).as_posix())
