@@ -68,10 +68,11 @@ def scaled_down(config):
 
 
 def write_published(folder, config):
-    """A random model of transformers' with these settings, config.json as given. Returns the model."""
+    """A random model of transformers' with these settings, in float32, and config.json as given. Returns the model."""
     write_json(folder / "config.json", config)
     torch.manual_seed(1)
-    theirs = randomised(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)))
+    settings = AutoConfig.from_pretrained(folder)
+    theirs = randomised(AutoModelForCausalLM.from_config(settings, dtype=torch.float32))
     theirs.save_pretrained(folder)
     write_json(folder / "config.json", config)
     return theirs
@@ -149,11 +150,11 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("block_size", [64, 48])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_published_model_comes_back_as_it_went_in(name, block_size, data, tmp_path):
-    """Through a checkpoint of ours: weights bit for bit, the same architecture and settings, also where the run has a
-    shorter context; and both write the same greedy text, as model.py does."""
+def test_a_published_model_comes_back_as_it_went_in(name, data, tmp_path):
+    """Through a checkpoint of ours with a shorter context: weights bit for bit, the same architecture and settings;
+    and both write the same greedy text, as model.py does."""
+    block_size = 48
     published, exported = tmp_path / "published", tmp_path / "exported"
     published.mkdir()
     theirs = write_published(published, scaled_down(CONFIGS[name]))
@@ -175,7 +176,7 @@ def test_a_published_model_comes_back_as_it_went_in(name, block_size, data, tmp_
     card = (exported / "README.md").read_text()
     assert f"| block_size | {block_size} |" in card and "AutoModelForCausalLM" in card
 
-    prompt, count = list(b"abc x"), 20
+    prompt, count = list(b"abc x"), 12
     ours, again = load_model(open_trained(tmp_path / "run")), AutoModelForCausalLM.from_pretrained(exported).eval()
     written = generate(Writer(open_trained(tmp_path / "run")).model, prompt, count, block_size, None, do_sample=False)
     for model in (theirs, again):
