@@ -1,5 +1,5 @@
-"""Settings as models are published on the hub: each is read, computes what transformers computes, and is exported as the
-same architecture; others are refused with the key that stands for another function.
+"""Settings as models are published on the hub: each is read, computes what transformers computes, and is exported as
+the same architecture; others are refused with the key that stands for another function.
 
 The settings are in tests/helpers/published_configs.json, a model a line, in the form in which the hub has them."""
 
@@ -124,7 +124,8 @@ def test_a_published_model_scaled_down_gives_transformers_logits(name, tmp_path)
 # -- and out -------------------------------------------------------------------------------------
 
 SAID_OTHERWISE = {  # settings of training, names of ids and of programs, old names beside new ones
-    *("architectures", "dtype", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "_name_or_path"),
+    *("architectures", "dtype", "transformers_version", "_name_or_path"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
     *("initializer_range", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout"),
     *("n_inner", "n_ctx", "hidden_act", "max_window_layers", "task_specific_params", "use_cache", "pretraining_tp"),
     *("torch_dtype", "is_llama_config", "rope_interleaved", "rope_theta", "rope_scaling", "rotary_pct", "use_mrope"),
