@@ -32,6 +32,7 @@ VERSIONS = {  # transformers: the packages whose versions it pins
     "installed": [],
 }
 UNTIED = {"tie_embeddings": False}  # a random model whose output layer is its embedding mostly repeats a token
+YARN = YARN_SCALING | {"original_max_position_embeddings": 256}
 OTHER = {"mlp_hidden": 37, "norm_eps": 1e-2}
 MODELS = {
     "gpt2": dataclasses.replace(GPT2, **UNTIED),
@@ -43,13 +44,13 @@ MODELS = {
     "pythia": dataclasses.replace(NEOX, parallel_residual=True, rotary_fraction=0.25, mlp="gelu_exact"),
     "llama31": dataclasses.replace(LLAMA, **UNTIED, head_dim=16, rotary_scaling=LLAMA3_SCALING),
     "llama_linear": dataclasses.replace(LLAMA, **UNTIED, rotary_scaling={"rope_type": "linear", "factor": 4.0}),
-    # a context shorter than YaRN's original one, of which versions could take another factor
-    "llama_yarn": dataclasses.replace(LLAMA, **UNTIED, rotary_scaling=YARN_SCALING),
+    # a context shorter than YaRN's original one, from which some versions take the ramp
+    "llama_yarn": dataclasses.replace(LLAMA, **UNTIED, rotary_scaling=YARN),
     "mistral": dataclasses.replace(FAMILIES["mistral"], **UNTIED),
     "mistral_full": dataclasses.replace(FAMILIES["mistral"], **UNTIED, sliding_window=None, family="mistral"),
     "qwen2": dataclasses.replace(FAMILIES["qwen2"], **UNTIED),
     "qwen2_windows": dataclasses.replace(FAMILIES["qwen2"], n_layer=3, sliding_window=5, full_attention_layers=[0]),
-    "qwen2_yarn": dataclasses.replace(FAMILIES["qwen2"], **UNTIED, rotary_scaling=YARN_SCALING),
+    "qwen2_yarn": dataclasses.replace(FAMILIES["qwen2"], **UNTIED, rotary_scaling=YARN),
     "qwen3": dataclasses.replace(FAMILIES["qwen3"], **UNTIED),
     "qwen3_windows": dataclasses.replace(FAMILIES["qwen3"], n_layer=3, sliding_window=5, full_attention_layers=[0]),
     "olmo2": dataclasses.replace(FAMILIES["olmo2"], **UNTIED),
@@ -57,7 +58,8 @@ MODELS = {
 }
 NOT_IN = {  # in transformers 4.46.3: families that came later, and what its code computes in another way
     "4.46.3": {name for name in MODELS if name.startswith(("qwen3", "olmo2", "smollm3"))}
-    | {"qwen3_bfloat16", "olmo2_bfloat16", "smollm3_bfloat16"},
+    | {"qwen3_bfloat16", "olmo2_bfloat16", "smollm3_bfloat16"}
+    | {"llama_yarn", "qwen2_yarn", "qwen2_windows"},
 }
 EXPORTS = [*MODELS, *(f"{family}_bfloat16" for family in FAMILIES)]
 TALKS = [
