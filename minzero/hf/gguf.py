@@ -115,8 +115,8 @@ def refuse_what_llama_cpp_computes_otherwise(folder, model: ModelConfig):
         is_known = kind is None
     if not is_known or {"truncate", "mscale", "mscale_all_dim"} & scaling.keys():
         raise UserError(
-            f"{path}: model.rotary_scaling: found {in_short(scaling)}, which llama.cpp's converter does not pass on in this "
-            "family; use the folder with transformers or vLLM"
+            f"{path}: model.rotary_scaling: found {in_short(scaling)}, which llama.cpp's converter does not pass on "
+            "in this family; use the folder with transformers or vLLM"
         )
 
 

@@ -4,6 +4,7 @@ the same architecture; others are refused with the key that stands for another f
 The settings are in tests/helpers/published_configs.json, a model a line, in the form in which the hub has them."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 
@@ -286,3 +287,43 @@ def test_model_family_that_computes_something_else_is_refused(family, wanted):
         return
     same_function = {("llama", "mistral"), ("llama", "smollm3")}
     assert family == wanted or (family, wanted) in same_function
+
+
+# -- the tables in docs --------------------------------------------------------------------------
+
+
+def rows_of(heading):
+    """The rows of the table in docs/transformers.md whose first column has this heading."""
+    lines = (ROOT / "docs" / "transformers.md").read_text().splitlines()
+    (start,) = (number for number, line in enumerate(lines) if line.startswith(f"| {heading} |"))
+    table = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+
+
+def test_the_table_of_families_has_those_that_are_tested():
+    from tests.slow import test_transformers_versions as versions
+    from tests.slow import test_vllm as vllm
+    from tests.unit.test_to_gguf import VARIANTS
+
+    rows = {row[0].strip("`"): row[1:] for row in rows_of("`model_type`")}
+    assert rows.keys() == families.FAMILIES.keys() == FAMILIES.keys()
+    in_old = [name for name in versions.EXPORTS if name not in versions.NOT_IN["4.46.3"]]
+    tested = {
+        "old": {families.family_of(versions.MODELS[name]) for name in in_old if name in versions.MODELS},
+        "new": {families.family_of(model) for model in versions.MODELS.values()},
+        "vllm": {families.family_of(model) for model in vllm.MODELS.values()},
+        "llama_cpp": {families.family_of(model) for model in VARIANTS.values()},
+    }
+    for name, (_, _, ours, *programs) in rows.items():
+        assert ours == "yes"
+        for (program, known), cell in zip(tested.items(), programs, strict=True):
+            assert (name in known) == cell.startswith("yes"), f"{name}, {program}"
+
+
+def test_the_table_of_refused_settings_has_those_that_are_tested():
+    said = "\n".join(row[0] for row in rows_of("setting"))
+    for _, change, _ in REFUSED:
+        for key, value in change.items():
+            assert f"`{key}`" in said or key == "qkv_bias", key
+            if key == "model_type":
+                assert f"`{value}`" in said
