@@ -22,7 +22,7 @@ from minzero.config.sections import Config, ModelConfig, data_weights
 from minzero.data.conversations import chat_template
 from minzero.data.meta import holds_conversations, read_meta
 from minzero.data.pipeline import tokenizer_of
-from minzero.data.tokenizer import HuggingFaceTokenizer
+from minzero.data.tokenizer import HuggingFaceTokenizer, from_folder
 from minzero.data.tokenizer_files import open_huggingface
 from minzero.errors import UserError, describe
 from minzero.hf.families import own_shapes
@@ -270,11 +270,9 @@ def open_tokenizer(source: ModelSource, data=None):
         # a model that learned conversations learned them in this project's form, whatever the tokenizer came with
         tokenizer = of_data.as_transformers(chat_template(of_data), replace=holds_conversations(folders))
     else:
-        from transformers import AutoTokenizer
-
         where = source.path / "tokenizer.json"
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+            tokenizer = from_folder(source.path)
         except Exception as error:  # of many classes, some of them libraries' own
             reason = describe(error)
             raise UserError(f"{where}: {reason}; expected a tokenizer; or name data made with it: --data") from None

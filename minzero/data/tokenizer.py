@@ -55,6 +55,8 @@ FINGERPRINTED = (
 # what transformers may need of a folder to build the tokenizer
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 FILES += ("chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
+# names in transformers 5 and 4 of the class that takes tokenizer.json as it is
+PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")  # of a byte, in a BPE with byte fallback
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Tokens that end a turn of a conversation, and the token that ended a document when the same models were pre-trained.
@@ -342,12 +344,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def as_transformers(self, chat_template=None, replace=False):
         """AutoTokenizer's. chat_template: for a tokenizer that comes with none; replace: for any."""
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+        from transformers import PreTrainedTokenizerFast
 
         path = self.folder / "tokenizer.json"
         try:
             if any((self.folder / name).exists() for name in ("tokenizer_config.json", "config.json")):
-                found = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+                found = from_folder(self.folder)
             else:
                 found = PreTrainedTokenizerFast(tokenizer_file=str(path))
         except Exception as error:  # of many classes, some of them libraries' own
@@ -373,14 +375,25 @@ class HuggingFaceTokenizer(Tokenizer):
         self.copy_files(folder, [name for name in FILES if name not in replaced])
         path = folder / "tokenizer_config.json"
         found = read_json(path) if path.exists() else {}
-        # the one class that transformers 4 and 5 know under different names
-        is_plain = self.their_class in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        is_plain = self.their_class in PLAIN_CLASSES
         found["tokenizer_class"] = "PreTrainedTokenizerFast" if is_plain else self.their_class
         if self.eos is None:
             found["eos_token"] = self.backend.id_to_token(self.end_of_text)
             if len(self.begin) == 1:
                 found.setdefault("bos_token", self.text_of(self.begin))
         write_json(path, {"padding_side": "left"} | found | settings)  # as `generate` needs it
+
+
+def from_folder(folder):
+    """transformers' tokenizer of a folder: of the class that tokenizer_config.json names, where that says that
+    tokenizer.json is to be taken as it is, for which AutoTokenizer has another class in some families (Qwen2's)."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = Path(folder) / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    is_plain = isinstance(settings, dict) and settings.get("tokenizer_class") in PLAIN_CLASSES
+    loader = PreTrainedTokenizerFast if is_plain else AutoTokenizer
+    return loader.from_pretrained(folder, **({} if is_plain else {"trust_remote_code": False}))
 
 
 def end_of_text_token(theirs, file):

@@ -68,8 +68,9 @@ def training_facts(state, config: Config, loss):
     ]
 
 
-def loading_code(folder, block_size):
-    """Python that loads the model, and writes a text where the exported `folder` has a tokenizer."""
+def loading_code(folder, block_size, tokenizer_class):
+    """Python that loads the model, and writes a text where the exported `folder` has a tokenizer, which this class of
+    transformers loads."""
     lines = [
         "from transformers import AutoModelForCausalLM",
         "",
@@ -80,9 +81,9 @@ def loading_code(folder, block_size):
 
         prompt = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("Once").ids
         room = max(1, min(50, block_size - len(prompt)))
-        lines[0] += ", AutoTokenizer"
+        lines[0] += f", {tokenizer_class}"
         lines += [
-            'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+            f'tokenizer = {tokenizer_class}.from_pretrained("PATH")',
             'inputs = tokenizer("Once", return_tensors="pt")',
             f"print(tokenizer.decode(model.generate(**inputs, max_new_tokens={room}, do_sample=True)[0]))",
         ]
@@ -95,10 +96,10 @@ def has_chat_template(folder):
     return (folder / "chat_template.jinja").exists() or (path.exists() and "chat_template" in read_json(path))
 
 
-def write_model_card(folder, source, dtype, is_chat):
+def write_model_card(folder, source, dtype, is_chat, tokenizer_class="AutoTokenizer"):
     """Write README.md, with the front matter that the Hugging Face hub reads, and loss.png into `folder`. source: of
-    `trained.open_checkpoint`. is_chat: whether it was trained on conversations. The tokenizer's files are expected to
-    be in `folder` already, if there are any."""
+    `trained.open_checkpoint`. is_chat: whether it was trained on conversations. tokenizer_class: transformers', which
+    loads the tokenizer. The tokenizer's files are expected to be in `folder` already, if there are any."""
     from huggingface_hub import ModelCardData
 
     state, config = source.state, source.config
@@ -124,7 +125,7 @@ def write_model_card(folder, source, dtype, is_chat):
         "![training and validation loss](loss.png)" if draw_loss(run, folder / "loss.png") else "",
         "## How to load it",
         "With PATH the folder of this file or its name on the hub:",
-        f"```python\n{loading_code(folder, config.model.block_size)}\n```",
+        f"```python\n{loading_code(folder, config.model.block_size, tokenizer_class)}\n```",
         f"Its context is {config.model.block_size:,} tokens.",
         "## Training",
         report.table(("", ""), training_facts(state, config, loss)),

@@ -177,7 +177,7 @@ class Family:
 
 
 FIELDS = {field.name for field in dataclasses.fields(ModelConfig)}
-ALIASES = {"gelu_pytorch_tanh": "gelu_new", "swish": "silu"}  # names of the same function
+ALIASES = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}  # names of the same function
 
 GPT2 = Family(
     architecture="GPT2LMHeadModel",

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from minzero.config.sections import ModelConfig
+from minzero.config.values import in_short
 from minzero.data.tokenizer_files import GPT2_PATTERNS, PATTERN, open_huggingface
 from minzero.errors import UserError, describe
 from minzero.files import check_can_write, read_json
@@ -23,6 +24,7 @@ from minzero.nearest import suggesting
 
 # {pattern: (llama.cpp's name (`tokenizer.ggml.pre`), whether it takes a piece that is a token without merging)}
 PRE_TOKENIZERS = {PATTERN: ("llama-bpe", True)} | dict.fromkeys(GPT2_PATTERNS, ("gpt-2", False))
+TIED_TWICE = {("gpt_neox", "gpt_neox.embed_in.weight"), ("olmo2", "model.embed_tokens.weight")}
 OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # these change no weight
 
 
@@ -91,6 +93,33 @@ def pieces_that_differ(content, whole):
     return [text for text, one, two in pairs if one.ids != two.ids]
 
 
+# -- the model -----------------------------------------------------------------------------------
+
+
+def refuse_what_llama_cpp_computes_otherwise(folder, model: ModelConfig):
+    """Raises UserError for settings that the converter passes over, or that llama.cpp has fixed for a family."""
+    family, scaling = family_of(model), model.rotary_scaling or {}
+    path, kind = folder / "config.json", scaling.get("rope_type")
+    if model.sliding_window and model.sliding_window < model.block_size:
+        raise UserError(
+            f"{path}: model.sliding_window: found {model.sliding_window}, expected null or at least model.block_size "
+            f"{model.block_size}: llama.cpp attends to all tokens in this family"
+        )
+    if family == "smollm3" and model.no_rotary_layers not in (None, 4):
+        raise UserError(
+            f"{path}: model.no_rotary_layers: found {model.no_rotary_layers}, expected 4: llama.cpp leaves rotary "
+            "positions out of every fourth layer of this family"
+        )
+    is_known = kind in (None, "linear", "yarn") or (kind == "llama3" and family in ("llama", "mistral", "smollm3"))
+    if family == "gpt_neox":
+        is_known = kind is None
+    if not is_known or {"truncate", "mscale", "mscale_all_dim"} & scaling.keys():
+        raise UserError(
+            f"{path}: model.rotary_scaling: found {in_short(scaling)}, which llama.cpp's converter does not pass on "
+            "in this family; use the folder with transformers or vLLM"
+        )
+
+
 # -- the converter -------------------------------------------------------------------------------
 
 
@@ -120,8 +149,8 @@ def complete_converter(model_class, model: ModelConfig, pre_tokenizer):
       default for Llama 3's; and no vocabulary but tokenizer.json's is looked for;
     - GPT-2's and GPT-NeoX's settings under the names that old versions of transformers wrote;
     - a width of GPT-2's MLP other than 4 times the model's;
-    - GPT-NeoX's rotary base, without which llama.cpp takes 10,000, and its tied output layer, which llama.cpp wants
-      to find as a tensor of its own."""
+    - GPT-NeoX's rotary base, without which llama.cpp takes 10,000;
+    - a tied output layer of GPT-NeoX and OLMo 2, which llama.cpp wants to find as a tensor of its own."""
     family = family_of(model)
     set_parameters, modify = model_class.set_gguf_parameters, model_class.modify_tensors
 
@@ -132,7 +161,7 @@ def complete_converter(model_class, model: ModelConfig, pre_tokenizer):
 
     def set_gguf_parameters(self):
         old_names = {"n_ctx": model.block_size} if family == "gpt2" else {"rope_theta": model.rotary_theta}
-        old_names |= {"rotary_pct": 1.0} if family == "gpt_neox" else {}
+        old_names |= {"rotary_pct": model.rotary_fraction} if family == "gpt_neox" else {}
         self.hparams = old_names | self.hparams
         set_parameters(self)
         if family == "gpt2" and model.mlp_width != 4 * model.n_embd:
@@ -142,8 +171,8 @@ def complete_converter(model_class, model: ModelConfig, pre_tokenizer):
 
     def modify_tensors(self, tensor, name, layer):
         yield from modify(self, tensor, name, layer)
-        if name == "gpt_neox.embed_in.weight" and model.tie_embeddings:
-            yield from modify(self, tensor, "embed_out.weight", layer)
+        if model.tie_embeddings and (family, name) in TIED_TWICE:
+            yield from modify(self, tensor, FAMILIES[family].head_in_files, layer)
 
     model_class.get_vocab_base_pre = lambda *_: pre_tokenizer
     model_class.set_vocab = set_vocab
@@ -166,6 +195,7 @@ def convert(folder, out, llama_cpp, outtype=None):
                 f"{folder}: found no config.json of transformers' in it; expected a folder that export.py wrote"
             )
     _, model, _ = open_published(folder)
+    refuse_what_llama_cpp_computes_otherwise(folder, model)
     architecture = FAMILIES[family_of(model)].architecture
     config = read_json(folder / "config.json")
     outtype = outtype or OUTTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), "f32")
@@ -188,4 +218,7 @@ def convert(folder, out, llama_cpp, outtype=None):
         raise UserError(f"{converter.__file__}: ended with {reason}; try another version of llama.cpp") from None
     finally:
         sys.argv = own_arguments
-    return f"{architecture}, {outtype}, pre-tokenizer {pre_tokenizer}"
+    description = f"{architecture}, {outtype}, pre-tokenizer {pre_tokenizer}"
+    if model.mlp == "gelu_exact":
+        description += "\nwarning: llama.cpp computes the tanh form of GELU, this model was made with the exact one"
+    return description

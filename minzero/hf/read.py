@@ -86,6 +86,8 @@ def read_model_config(folder):
             found = ALIASES.get(found, found)
         if setting == "rope_parameters":
             found = {part: found[part] for part in found if part != "type"}
+        if setting == "n_inner" and found is None:  # as GPT-2 itself is published
+            found = 4 * theirs.n_embd
         if found != value:
             raise UserError(f"{path}: {setting}: found {found!r}, expected {value!r}; model.py computes nothing else")
     refuse_unknown_settings(path, raw, theirs, HARMLESS | expected.keys() | set(family.unused))
@@ -103,15 +105,17 @@ def build_model(path, keys):
 
 
 def refuse_unknown_settings(path, raw, theirs, known):
-    """Raises UserError for a setting of a config.json that no one here knows, unless it reads as off or has the value
-    that its architecture has without it."""
+    """Raises UserError for a setting of a config.json that is neither known here nor to its architecture, unless it
+    reads as off, and for one that its architecture knows with another value than the architecture's own."""
     default = type(theirs)()
     for name, other in theirs.attribute_map.items():  # two names of one setting
         known |= {name, other} if {name, other} & known else set()
     for name, value in raw.items():
-        if name in known or name.startswith(("_", "summary_")) or value in (None, False, [], {}):
+        if name in known or name.startswith(("_", "summary_")) or value is None:
             continue
         if not hasattr(default, name):
+            if value in (False, [], {}):
+                continue
             raise UserError(
                 f"{path}: {name}: found {in_short(value)}, a setting that is not known; remove it if it changes nothing"
             )

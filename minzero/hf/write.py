@@ -11,7 +11,9 @@ from minzero.config.sections import ModelConfig
 from minzero.data.conversations import chat_template
 from minzero.data.meta import holds_conversations, read_meta
 from minzero.data.pipeline import tokenizer_of
-from minzero.errors import UserError
+from minzero.data.tokenizer import FINGERPRINTED, SAMPLE
+from minzero.data.tokenizer_files import END_OF_TEXT
+from minzero.errors import UserError, describe
 from minzero.files import write_json
 from minzero.hf.families import (
     FAMILIES,
@@ -110,6 +112,40 @@ def check_new_folder(folder, temporary):
         raise UserError(f"{temporary}: left by an export that was killed, or one is under way; remove it")
 
 
+def texts_to_try(tokenizer):
+    """Texts in which classes of tokenizers differ, of characters that this one has."""
+    texts = [
+        SAMPLE,
+        *FINGERPRINTED.split(END_OF_TEXT),
+        "don't",
+        "WE'LL ",
+        "cafe\u0301",
+        "12345",
+        "a\n\n  b",
+        "x\r\n\t y",
+    ]
+    missing = {character for text in texts for character in tokenizer.missing_characters(text)}
+    return ["".join(character for character in text if character not in missing) for text in texts]
+
+
+def fault_of_auto_tokenizer(folder, tokenizer):
+    """A line on AutoTokenizer where it gives other ids than the tokenizer that was written into `folder`, else None.
+    transformers 5 has a class of its own for some families, which it takes whatever tokenizer_config.json says."""
+    from transformers import AutoTokenizer
+
+    remedy = "load it by PreTrainedTokenizerFast.from_pretrained, as README.md there does"
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        for text in texts_to_try(tokenizer):
+            found = theirs(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+            if found != list(tokenizer.encode_ordinary(text)):
+                name = type(theirs).__name__
+                return f"warning: AutoTokenizer takes {name}, which gives other ids for {text[:40]!r}; {remedy}"
+    except Exception as error:  # of many classes, some of them libraries' own
+        return f"warning: AutoTokenizer does not load the tokenizer ({describe(error)}); {remedy}"
+    return None
+
+
 def write_model(source, folder, dtype="float32"):
     """Write a checkpoint as a folder in transformers' format, which must not be there yet, or be empty. source: of
     `trained.open_checkpoint`. Returns a description. Raises UserError."""
@@ -127,6 +163,7 @@ def write_model(source, folder, dtype="float32"):
         ids = tokenizer.end_of_text, tokenizer.start_of_document, tokenizer.pad
     is_chat = holds_conversations(source.data)
     theirs = transformers_config(source.model, dtype, *ids)
+    fault = None
     with written_whole(folder, temporary):
         write_json(temporary / "config.json", config_json(theirs))
         write_json(temporary / "generation_config.json", generation_config_json(tokenizer))
@@ -135,9 +172,10 @@ def write_model(source, folder, dtype="float32"):
             if is_chat:  # in place of a template that the tokenizer came with: the model learned this form
                 settings["chat_template"] = chat_template(tokenizer)
             tokenizer.save(temporary, **settings)
+            fault = fault_of_auto_tokenizer(temporary, tokenizer)
         write_weights(temporary, source.model, source.load(), getattr(torch, dtype))
-        write_model_card(temporary, source, dtype, is_chat)
+        write_model_card(temporary, source, dtype, is_chat, "PreTrainedTokenizerFast" if fault else "AutoTokenizer")
     description = f"{theirs.architectures[0]}, {dtype}"
     if tokenizer is None:
         description += f"\nwithout tokenizer files: {data} has no meta.json, so the tokenizer is not known"
-    return description
+    return f"{description}\n{fault}" if fault else description

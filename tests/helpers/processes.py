@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -74,16 +75,21 @@ def write_small_data(folder):
     return folder
 
 
-def beside(name, *packages):
-    """A folder with these packages, to come before the installed ones. Skips where there is no package index."""
+def beside(name, *packages, whole=False, without=()):
+    """A folder with these packages, to come before the installed ones. Skips where there is no package index.
+
+    whole: with the packages that they need; without: the names of modules to leave out of those."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minzero-tests"
     folder = cache / f"{name}-python{sys.version_info.major}.{sys.version_info.minor}"
     if not folder.exists():
         temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", temporary, *packages]
+        alone = [] if whole else ["--no-deps"]
+        command = [sys.executable, "-m", "pip", "install", "--quiet", *alone, "--target", temporary, *packages]
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
         if "No matching distribution" in done.stderr:
             pytest.skip("no package index")
         assert done.returncode == 0, done.stderr
+        for module in without:
+            shutil.rmtree(temporary / module, ignore_errors=True)
         temporary.rename(folder)
     return folder

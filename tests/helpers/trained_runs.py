@@ -69,9 +69,13 @@ def write_file(path, tensors):
     return write_tensors(path, sizes, tensors.values())
 
 
-def write_run(run, config, data, step=5):
-    """Write a run's folder with one checkpoint of `random_model`, each parameter cut in two. Returns the model."""
+def write_run(run, config, data, step=5, read=None):
+    """Write a run's folder with one checkpoint, each parameter cut in two: of `random_model`, or of the weights that
+    read(name) gives. Returns the model."""
     model = random_model(config)
+    if read:
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(read(name)[: len(parameter)])
     parameters = dict(model.named_parameters())
     folder, name = run / "checkpoints", checkpoint_folder.name_of(step)
     (folder / f"{name}.tmp").mkdir(parents=True)

@@ -1,7 +1,7 @@
 """Started by test_hf.py under the launcher on two ranks: runs that start from weights of transformers' or
 of another run's, at several ZeRO stages and precisions in one process group.
 
-    start_from.py DATA FOLDER      FOLDER holds gpt2/, llama/ and others in transformers' format
+    start_from.py DATA FOLDER      FOLDER holds a folder of each family in transformers' format
 """
 
 import json
@@ -18,6 +18,7 @@ from minzero.config.build import build
 from minzero.config.deepspeed import deepspeed_config
 from minzero.config.load import load_config
 from minzero.engine import build_engine
+from minzero.hf.families import FAMILIES
 from minzero.init_from import model_left_out
 from minzero.trained import open_weights
 
@@ -63,12 +64,14 @@ def main():
         for family in ("gpt2", "llama")
         for stage, precision in ((0, "fp32"), (1, "bf16"), (3, "fp32"), (3, "bf16"))
     }
-    weights["gpt_neox 3 bf16"] = starting_weights("gpt_neox", 3, "bf16")
+    others = [family for family in FAMILIES if family not in ("gpt2", "llama")]
+    weights |= {f"{family} 3 bf16": starting_weights(family, 3, "bf16") for family in others}
     torch.save(weights, FOLDER / f"weights_{rank}.pt")
     for family in ("gpt2", "llama"):
         for stage in (0, 3):
             train.main(config_of(family, f"{family}_{stage}", stage, 1, FOLDER / family))
-    train.main(config_of("gpt_neox", "gpt_neox_3", 3, 1, FOLDER / "gpt_neox"))
+    for family in others:
+        train.main(config_of(family, f"{family}_3", 3, 1, FOLDER / family))
     train.main(config_of("gpt2", "short", 3, 1, FOLDER / "gpt2", block_size=8))
     # resumed: the model it started from is not there any more
     train.main(config_of("llama", "llama_3", 3, 2, FOLDER / "gone"))

@@ -53,7 +53,7 @@ CONTINUED = {  # of start_from.py, with the block_size of the run
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """The folder in which start_from.py left its runs, beside gpt2/, llama/ and gpt_neox/ of transformers'."""
+    """The folder in which start_from.py left its runs, beside a folder of transformers' for each family."""
     folder = tmp_path_factory.mktemp("start_from")
     write_data(folder / "data")
     others = {"llama": dataclasses.replace(LLAMA, tie_embeddings=False), "pythia": PYTHIA}
@@ -68,9 +68,8 @@ def launched(tmp_path_factory):
     script = Path(__file__).with_name("start_from.py")
     done = run(deepspeed_command(script, folder / "data", folder))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert f"weights from {folder}/gpt2 (GPT2LMHeadModel)" in done.stdout
-    assert f"weights from {folder}/llama (LlamaForCausalLM)" in done.stdout
-    assert f"weights from {folder}/gpt_neox (GPTNeoXForCausalLM)" in done.stdout
+    for name, family in families.FAMILIES.items():
+        assert f"weights from {folder}/{name} ({family.architecture})" in done.stdout
     return folder
 
 
@@ -97,7 +96,7 @@ def test_every_stage_rank_and_precision_starts_from_the_published_weights(launch
 
 def test_the_first_loss_is_that_of_transformers(launched):
     """Also with a context shorter than the published one, which takes its first positions."""
-    for name in ("gpt2_0", "gpt2_3", "llama_0", "llama_3", "gpt_neox_3", "short"):
+    for name in ("gpt2_0", "llama_0", *(f"{family}_3" for family in FAMILIES), "short"):
         family, block_size = ("gpt2", 8) if name == "short" else (name[:-2], 16)
         model = AutoModelForCausalLM.from_pretrained(launched / family).eval()
         inputs, targets = first_batch(launched, block_size)
@@ -180,15 +179,15 @@ def test_each_difference_from_the_published_model_is_named_with_the_flags_that_f
 @pytest.mark.parametrize(
     ("family", "change", "expected"),
     [
-        ("gpt2", {"model_type": "mistral"}, "model_type: found 'mistral', expected gpt2 or llama or gpt_neox"),
+        ("gpt2", {"model_type": "gptj"}, "config.json: model_type: found 'gptj', expected one of gpt2, llama, "),
         ("gpt2", {"activation_function": "relu"}, "activation_function: found 'relu', expected 'gelu_new'"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights: found False, expected True"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: found True"),
         ("gpt2", {"n_embd": "wide"}, "config.json: not a configuration of gpt2"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act: found 'gelu', expected 'silu'"),
-        ("llama", {"head_dim": 16}, "head_dim: found 16, expected 8"),
+        ("llama", {"head_dim": 16}, "model.head_dim: null, expected 16; set --model.head_dim 16"),
         ("llama", {"attention_bias": True}, "mlp_bias: found False, expected True"),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters: found {'type': 'linear'"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "model.rotary_scaling: null, expected {"),
         ("llama", {"rope_scaling": None, "rope_theta": "x"}, "config.json: not a configuration of llama"),
         ("llama", {"rope_theta": 5e5}, "rope_theta: found 500000.0, expected 10000.0 as in rope_parameters"),
         (
@@ -196,22 +195,26 @@ def test_each_difference_from_the_published_model_is_named_with_the_flags_that_f
             {"rotary_emb_base": 5e5},
             "rotary_emb_base: found 500000.0, expected 10000.0 as in rope_parameters",
         ),
-        ("llama", {"model_type": ["llama"]}, "model_type: found ['llama'], expected gpt2 or llama"),
-        ("gpt_neox", {"hidden_act": "gelu"}, "hidden_act: found 'gelu', expected 'gelu_new'"),
-        ("gpt_neox", {"use_parallel_residual": True}, "use_parallel_residual: found True, expected False"),
+        ("llama", {"model_type": ["llama"]}, "config.json: model_type: found ['llama'], expected one of gpt2, llama"),
+        ("gpt_neox", {"hidden_act": "gelu"}, "model.mlp: gelu, expected gelu_exact; set --model.mlp gelu_exact"),
+        ("gpt_neox", {"use_parallel_residual": True}, "model.parallel_residual: false, expected true"),
         ("gpt_neox", {"attention_bias": False}, "attention_bias: found False, expected True"),
-        ("gpt_neox", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}, "rope_parameters: found"),
+        (
+            "gpt_neox",
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+            "model.rotary_fraction: 1.0, expected 0.25; set --model.rotary_fraction 0.25",
+        ),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config: found"),
     ],
 )
-def test_models_that_compute_something_else_are_refused(published, tmp_path, family, change, expected):
+def test_models_that_compute_something_else_than_the_run_are_refused(published, tmp_path, family, change, expected):
     folder = shutil.copytree(published / family, tmp_path / "copy")
     content = json.loads((folder / "config.json").read_text())
     if "rope_scaling" in change:
         content.pop("rope_parameters")
     (folder / "config.json").write_text(json.dumps(content | change))
     message = refused(folder, FAMILIES[family])
-    assert f"{folder}/config.json" in message and expected in message
+    assert message.startswith(f"{folder}") and expected in message
 
 
 def spoil(folder, how):
@@ -323,7 +326,11 @@ def test_a_start_from_nowhere_ends_with_code_2_and_one_line(launched, tmp_path, 
 def test_the_exported_folder_loads_generates_and_comes_back(launched, tmp_path, family, monkeypatch, capsys):
     monkeypatch.setattr(hf_write, "MAX_SHARD", 40_000)
     export.main([str(launched / f"{family}_3"), str(tmp_path / "hf"), "--checkpoint", "latest"])
-    assert capsys.readouterr().out.count("\n") == 1
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 + (family == "qwen2")
+    if family == "qwen2":  # for which transformers 5 has a class that cuts text by a pattern of its own
+        assert "warning: AutoTokenizer takes Qwen2Tokenizer, which gives other ids for " in said
+        assert "tokenizer = PreTrainedTokenizerFast.from" in (tmp_path / "hf" / "README.md").read_text()
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists() and not list(tmp_path.glob("*.tmp"))
     source = open_trained(launched / f"{family}_3", "latest")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()

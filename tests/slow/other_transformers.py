@@ -1,7 +1,7 @@
 """Started by test_transformers_versions.py with another version of transformers before the installed one: reads
 exports as somebody with that version does, and leaves the results in OUT, a file of torch's.
 
-    other_transformers.py FOLDER OUT      FOLDER holds exports, and asked.json
+    other_transformers.py FOLDER OUT LEFT_OUT     FOLDER holds exports, and asked.json; LEFT_OUT: a JSON list of exports
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-FOLDER, OUT = Path(sys.argv[1]), Path(sys.argv[2])
+FOLDER, OUT, LEFT_OUT = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def masked(tokenizer, conversation):
 def main():
     asked = json.loads((FOLDER / "asked.json").read_text())
     tokens, found = torch.tensor(asked["tokens"]), {"version": transformers.__version__}
-    for name in asked["exports"]:
+    for name in set(asked["exports"]).difference(LEFT_OUT):
         found[name] = read_export(FOLDER / name, tokens, asked["prompts"])
     for name in asked["tokenizers"]:
         tokenizer = AutoTokenizer.from_pretrained(FOLDER / name)

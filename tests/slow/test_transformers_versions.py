@@ -23,15 +23,16 @@ from minzero.hf.write import config_json
 from minzero.trained import load_model, open_trained
 from tests.helpers.processes import beside, environment
 from tests.helpers.trained_runs import FAMILIES, GPT2, LLAMA, NEOX, write_data, write_run
-from tests.unit.test_export import NASTY, of_pattern
+from tests.unit.test_export import LLAMA3_SCALING, NASTY, YARN_SCALING, of_pattern
 
 pytestmark = pytest.mark.slow
 VERSIONS = {  # transformers: the packages whose versions it pins
-    "4.46.3": ["tokenizers==0.20.3", "huggingface_hub==0.36.0"],
+    "4.46.3": ["tokenizers==0.20.3", "huggingface_hub==0.36.0"],  # has some of the families
     "4.57.6": ["tokenizers==0.22.1", "huggingface_hub==0.36.0"],
     "installed": [],
 }
 UNTIED = {"tie_embeddings": False}  # a random model whose output layer is its embedding mostly repeats a token
+YARN = YARN_SCALING | {"original_max_position_embeddings": 256}
 OTHER = {"mlp_hidden": 37, "norm_eps": 1e-2}
 MODELS = {
     "gpt2": dataclasses.replace(GPT2, **UNTIED),
@@ -40,6 +41,25 @@ MODELS = {
     "llama_other": dataclasses.replace(LLAMA, **OTHER, bias=True, n_kv_head=None, rotary_theta=123.5),
     "gpt_neox": dataclasses.replace(NEOX, rotary_theta=500000.0),
     "gpt_neox_other": dataclasses.replace(NEOX, **OTHER, bias=False, tie_embeddings=True, rotary_theta=123.5),
+    "pythia": dataclasses.replace(NEOX, parallel_residual=True, rotary_fraction=0.25, mlp="gelu_exact"),
+    "llama31": dataclasses.replace(LLAMA, **UNTIED, head_dim=16, rotary_scaling=LLAMA3_SCALING),
+    "llama_linear": dataclasses.replace(LLAMA, **UNTIED, rotary_scaling={"rope_type": "linear", "factor": 4.0}),
+    # a context shorter than YaRN's original one, from which some versions take the ramp
+    "llama_yarn": dataclasses.replace(LLAMA, **UNTIED, rotary_scaling=YARN),
+    "mistral": dataclasses.replace(FAMILIES["mistral"], **UNTIED),
+    "mistral_full": dataclasses.replace(FAMILIES["mistral"], **UNTIED, sliding_window=None, family="mistral"),
+    "qwen2": dataclasses.replace(FAMILIES["qwen2"], **UNTIED),
+    "qwen2_windows": dataclasses.replace(FAMILIES["qwen2"], n_layer=3, sliding_window=5, full_attention_layers=[0]),
+    "qwen2_yarn": dataclasses.replace(FAMILIES["qwen2"], **UNTIED, rotary_scaling=YARN),
+    "qwen3": dataclasses.replace(FAMILIES["qwen3"], **UNTIED),
+    "qwen3_windows": dataclasses.replace(FAMILIES["qwen3"], n_layer=3, sliding_window=5, full_attention_layers=[0]),
+    "olmo2": dataclasses.replace(FAMILIES["olmo2"], **UNTIED),
+    "smollm3": dataclasses.replace(FAMILIES["smollm3"], **UNTIED),
+}
+NOT_IN = {  # in transformers 4.46.3: families that came later, and what its code computes in another way
+    "4.46.3": {name for name in MODELS if name.startswith(("qwen3", "olmo2", "smollm3"))}
+    | {"qwen3_bfloat16", "olmo2_bfloat16", "smollm3_bfloat16"}
+    | {"llama_yarn", "qwen2_yarn", "qwen2_windows"},
 }
 EXPORTS = [*MODELS, *(f"{family}_bfloat16" for family in FAMILIES)]
 TALKS = [
@@ -119,10 +139,17 @@ def read_by(request, exports):
         if version == "installed"
         else [beside(f"transformers-{version}", f"transformers=={version}", *VERSIONS[version])]
     )
-    run_with(folders, Path(__file__).with_name("other_transformers.py"), exports, out)
+    left_out = json.dumps(sorted(NOT_IN.get(version, ())))
+    run_with(folders, Path(__file__).with_name("other_transformers.py"), exports, out, left_out)
     found = torch.load(out)
     assert version in ("installed", found["version"])
     return found
+
+
+def of_version(read_by, name):
+    if name in NOT_IN.get(read_by["version"], ()):
+        pytest.skip(f"transformers {read_by['version']} computes no such model")
+    return read_by[name]
 
 
 def greedy(model, prompt, count):
@@ -137,7 +164,7 @@ def greedy(model, prompt, count):
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_every_version_computes_what_our_model_does(exports, read_by, name):
-    found, tokens = read_by[name], torch.tensor([list(range(3, 19))] * 2)
+    found, tokens = of_version(read_by, name), torch.tensor([list(range(3, 19))] * 2)
     rounded = name.endswith("bfloat16")
     model = load_model(open_trained(exports / name if rounded else exports / "runs" / name))
     with torch.no_grad():
@@ -153,7 +180,7 @@ def test_every_version_computes_what_our_model_does(exports, read_by, name):
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_every_version_reads_the_special_tokens_and_runs_the_code_of_the_model_card(exports, read_by, name):
-    found = read_by[name]
+    found = of_version(read_by, name)
     assert set(found["ends"]) == set(found["special"]) == {256} and found["longest"] == 16
     assert found["inputs"] == ["attention_mask", "input_ids"]
     assert found["card"].startswith("Once")

@@ -38,8 +38,10 @@ from minzero.files import write_json
 from minzero.hf import families, gguf
 from minzero.trained import load_model, open_trained
 from tests.helpers.processes import ROOT, run
-from tests.helpers.trained_runs import FAMILIES, GPT2, LLAMA, NEOX, write_data, write_run
+from tests.helpers.trained_runs import FAMILIES, GPT2, LLAMA, NEOX, make_folder, write_data, write_run
+from tests.unit.test_export import LLAMA3_SCALING, YARN_SCALING
 
+YARN = YARN_SCALING | {"original_max_position_embeddings": 256}
 CONVERTER, LIBRARY, GIGATOKEN = "llama-cpp-python==0.3.36", "xllamacpp==2026.10.11549", "gigatoken==0.10.0"
 TEXTS = [
     *(path.read_text(encoding="utf-8") for path in sorted(Path(json.__file__).parents[1].glob("[a-d]*.py"))[:40]),
@@ -182,6 +184,24 @@ def test_the_commands_faults(tmp_path, ranks, monkeypatch):
         gguf.convert(tmp_path / "hf", tmp_path / "new.gguf", torn)
 
 
+@pytest.mark.parametrize(
+    ("family", "more", "expected"),
+    [
+        ("mistral", {}, "model.sliding_window: found 5, expected null or at least model.block_size 16"),
+        ("qwen3", {"sliding_window": 5}, "model.sliding_window: found 5"),
+        ("smollm3", {"no_rotary_layers": 2}, "model.no_rotary_layers: found 2, expected 4"),
+        ("gpt_neox", {"rotary_scaling": YARN}, "model.rotary_scaling: found {"),
+        ("qwen2", {"rotary_scaling": LLAMA3_SCALING}, "model.rotary_scaling: found {"),
+        ("llama", {"rotary_scaling": YARN | {"truncate": False}}, "model.rotary_scaling: found"),
+    ],
+)
+def test_what_llama_cpp_would_compute_in_another_way_is_refused(family, more, expected, tmp_path):
+    make_folder(tmp_path / "hf", dataclasses.replace(FAMILIES[family], **more))
+    with pytest.raises(UserError, match=r"^[^\n]+$") as error:
+        gguf.convert(tmp_path / "hf", tmp_path / "new.gguf", tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}/hf/config.json: {expected}")
+
+
 # -- llama.cpp's losses and ids of the others -----------------------------------------------------
 
 VARIANTS = {
@@ -191,6 +211,16 @@ VARIANTS = {
     "llama_biased": dataclasses.replace(LLAMA, bias=True, tie_embeddings=False, n_kv_head=None, mlp_hidden=96),
     "gpt_neox": dataclasses.replace(NEOX, rotary_theta=500000.0),
     "gpt_neox_tied": dataclasses.replace(NEOX, tie_embeddings=True),
+    "pythia": dataclasses.replace(NEOX, parallel_residual=True, rotary_fraction=0.25),
+    "llama31": dataclasses.replace(LLAMA, head_dim=16, rotary_scaling=LLAMA3_SCALING),
+    "llama_linear": dataclasses.replace(LLAMA, rotary_scaling={"rope_type": "linear", "factor": 4.0}),
+    "llama_yarn": dataclasses.replace(LLAMA, tie_embeddings=False, rotary_scaling=YARN),
+    "mistral": dataclasses.replace(FAMILIES["mistral"], sliding_window=None, family="mistral"),
+    "qwen2": FAMILIES["qwen2"],
+    "qwen2_yarn": dataclasses.replace(FAMILIES["qwen2"], tie_embeddings=False, rotary_scaling=YARN),
+    "qwen3": FAMILIES["qwen3"],
+    "olmo2": FAMILIES["olmo2"],
+    "smollm3": dataclasses.replace(FAMILIES["smollm3"], n_layer=5, no_rotary_layers=4),
 }
 ODD = [
     *[
@@ -427,6 +457,9 @@ def test_loss_and_ids_are_llama_cpps(name, trained_data, llama_cpp, tmp_path, ca
     model = load_model(open_trained(tmp_path / "run"), torch.device("cpu"))
     one_by_one, _ = window_losses(model, stream, device=torch.device("cpu"))
     assert (losses - one_by_one).abs().median().item() / block < 1e-5
+    model.blocks[0].attention.qkv.weight.data[-1, 0] += 0.2
+    another, _ = window_losses(model, stream, device=torch.device("cpu"))
+    assert (losses - another).abs().median().item() / block > 1e-5, "one number would not be noticed"
 
 
 @pytest.mark.slow
