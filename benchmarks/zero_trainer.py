@@ -84,7 +84,8 @@ def make_trainer(setting, row, steps, turns):
     import transformers
     from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback
 
-    from minzero.hf.families import to_transformers, transformers_config
+    from minzero.hf.families import transformers_config
+    from minzero.hf.weights import to_transformers
 
     transformers.utils.logging.set_verbosity_error()
     shape = setting.config.model

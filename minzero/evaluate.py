@@ -18,7 +18,7 @@ from minzero.data.pipeline import tokenizer_of
 from minzero.data.shards import TokenStream
 from minzero.errors import UserError, describe
 from minzero.evaluate_loss import count_passes, window_losses
-from minzero.hf.families import own_shapes
+from minzero.hf.weights import own_shapes
 from minzero.hf.write import write_model
 from minzero.nearest import suggesting
 from minzero.trained import ModelSource, best_device, holds_data, load_model, load_sharded, open_trained

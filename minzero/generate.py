@@ -11,7 +11,7 @@ from minzero.data.conversations import CHAT_TEMPLATE
 from minzero.data.tokenizer import tokens_around
 from minzero.errors import UserError, describe
 from minzero.files import read_json
-from minzero.hf.families import build_transformers, check_expressible
+from minzero.hf.comparison import build_transformers, check_expressible
 from minzero.trained import ModelSource, best_device, load_model, open_tokenizer
 
 # -- the model -----------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from minzero.data.pipeline import tokenizer_of
 from minzero.data.tokenizer import HuggingFaceTokenizer, from_folder
 from minzero.data.tokenizer_files import open_huggingface
 from minzero.errors import UserError, describe
-from minzero.hf.families import own_shapes
 from minzero.hf.read import (
     is_published,
     local_folder,
@@ -34,6 +33,7 @@ from minzero.hf.read import (
     refuse_differences,
     refuse_other_model,
 )
+from minzero.hf.weights import own_shapes
 from minzero.nearest import suggesting
 from minzero.zero import copy_into
 from model import GPT

@@ -1,126 +1,28 @@
-"""The architectures of transformers that a model of ours can be: one row a family, and conversions made of them.
+"""The architectures of transformers that a model of ours can be, one row a family.
 
 A row says which values of our model section a family computes, how it names its weights and settings, and which
-settings have one value here. A new family is an entry of FAMILIES; `check_expressible` then tries it on a small model.
+settings have one value here. A new family is an entry of FAMILIES; comparison.py then tries it on a small model.
 """
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import torch
-
-from minzero import checkpoint
-from minzero.config.sections import ModelConfig, is_chosen, switched_on
+from minzero.config.sections import ModelConfig, switched_on
 from minzero.errors import UserError
-from model import GPT
+from minzero.hf.settings import (
+    HEAD_DIM,
+    LAYER_WINDOWS,
+    LINEAR_BIASES,
+    PARTIAL_ROTARY,
+    ROTARY,
+    ROTARY_LAYERS,
+    explicit,
+    old_rotary,
+    old_with_experts,
+)
 
 HEAD = "lm_head.weight"
-
-
-# -- settings that are not one key of ours for one of theirs -----------------------------------------
-
-
-class Translation(NamedTuple):
-    """Keys of our model section and the settings that say the same."""
-
-    keys: tuple  # of ours
-    write: Callable  # (ModelConfig) -> {their setting: value}
-    read: Callable  # (their configuration) -> {key: value}
-
-
-def write_rotary(model: ModelConfig):
-    scaling = model.rotary_scaling or {"rope_type": "default"}
-    return {"rope_parameters": scaling | {"rope_theta": model.rotary_theta}}
-
-
-def read_rotary(theirs):
-    rope = dict(theirs.rope_parameters)
-    keys = {"rotary_theta": float(rope.pop("rope_theta"))}
-    rope.pop("partial_rotary_factor", None)
-    rope.pop("type", None)  # an older name of rope_type
-    keys["rotary_scaling"] = None if rope == {"rope_type": "default"} else rope
-    return keys
-
-
-def write_partial_rotary(model: ModelConfig):
-    rope = write_rotary(model)["rope_parameters"]
-    return {"rope_parameters": rope | {"partial_rotary_factor": model.rotary_fraction}}
-
-
-def read_partial_rotary(theirs):
-    return read_rotary(theirs) | {"rotary_fraction": theirs.rope_parameters.get("partial_rotary_factor", 1.0)}
-
-
-def write_head_dim(model: ModelConfig):
-    return {"head_dim": model.head_size}
-
-
-def read_head_dim(theirs):
-    """null where it says nothing, so that another n_head or n_embd changes it."""
-    implied = theirs.hidden_size / theirs.num_attention_heads
-    size = getattr(theirs, "head_dim", None)
-    return {"head_dim": None if size in (None, implied) else size}
-
-
-def chosen(layers, n_layer):
-    """A list of layers as our keys have it: k for every k-th, a list for others, None for none of them."""
-    every = layers[0] + 1 if layers else None
-    if layers and layers == list(range(every - 1, n_layer, every)):
-        return every
-    return layers or None
-
-
-def write_layer_windows(model: ModelConfig):
-    windows = [model.window(layer) for layer in range(model.n_layer)]
-    kinds = ["sliding_attention" if window else "full_attention" for window in windows]
-    sliding = any(windows)
-    return {"layer_types": kinds, "use_sliding_window": sliding, "sliding_window": model.sliding_window or None}
-
-
-def read_layer_windows(theirs):
-    window = theirs.sliding_window if theirs.use_sliding_window else None
-    full = [layer for layer, kind in enumerate(theirs.layer_types) if kind == "full_attention"]
-    if window is None or len(full) == theirs.num_hidden_layers:
-        return {"sliding_window": None, "full_attention_layers": None}
-    return {"sliding_window": window, "full_attention_layers": chosen(full, theirs.num_hidden_layers)}
-
-
-def write_rotary_layers(model: ModelConfig):
-    turns = [int(model.turns(layer)) for layer in range(model.n_layer)]
-    return {"no_rope_layers": turns, "layer_types": ["full_attention"] * model.n_layer}
-
-
-def read_rotary_layers(theirs):
-    without = [layer for layer, turns in enumerate(theirs.no_rope_layers[: theirs.num_hidden_layers]) if not turns]
-    return {"no_rotary_layers": chosen(without, theirs.num_hidden_layers)}
-
-
-ROTARY = Translation(("rotary_theta", "rotary_scaling"), write_rotary, read_rotary)
-PARTIAL_ROTARY = Translation((*ROTARY.keys, "rotary_fraction"), write_partial_rotary, read_partial_rotary)
-HEAD_DIM = Translation(("head_dim",), write_head_dim, read_head_dim)
-LAYER_WINDOWS = Translation(("sliding_window", "full_attention_layers"), write_layer_windows, read_layer_windows)
-ROTARY_LAYERS = Translation(("no_rotary_layers",), write_rotary_layers, read_rotary_layers)
-# biases of attention's and of the MLP's products are one key of ours
-LINEAR_BIASES = Translation(("bias",), lambda model: {"mlp_bias": model.bias}, lambda theirs: {})
-
-
-def old_rotary(theirs):
-    """The rotary settings under the names of transformers 4."""
-    rope = dict(theirs.rope_parameters)
-    theta, part = rope.pop("rope_theta"), rope.pop("partial_rotary_factor", None)
-    found = {"rope_theta": theta, "rope_scaling": None if rope == {"rope_type": "default"} else rope}
-    if part is not None:
-        found |= {"rotary_pct": part, "partial_rotary_factor": part, "rotary_emb_base": theta}
-    return found
-
-
-def old_with_experts(theirs):
-    return old_rotary(theirs) | {"num_experts": theirs.num_experts}
-
-
-# -- the families ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -439,123 +341,6 @@ def family_of(model: ModelConfig):
     return nearest
 
 
-# -- weights -------------------------------------------------------------------------------------
-
-
-def their_names(model: ModelConfig):
-    """{name of our weight: transformers' names of the parts that its rows are cut into}, with the biases that
-    some families have even where the model has none. A tied output layer is not listed."""
-    family = FAMILIES[family_of(model)]
-    names = {}
-    for module, theirs in family.modules.items():
-        in_block = module.startswith("blocks")
-        is_norm = module.endswith("norm")
-        has_bias = model.biased_qkv if module.endswith(".qkv") else model.bias
-        has_bias = has_bias and in_block and not is_norm
-        if family.always_biased:
-            has_bias = in_block or is_norm
-        for layer in range(model.n_layer if in_block else 1):
-            experts = range(model.n_expert) if theirs[0].count("{}") == 2 else [None]
-            parts = [family.prefix + name.format(layer, expert) for expert in experts for name in theirs]
-            for kind in ("weight", "bias") if has_bias else ("weight",):
-                names[f"{module.format(layer)}.{kind}"] = [f"{name}.{kind}" for name in parts]
-    if not model.tie_embeddings:
-        names["head.weight"] = [HEAD]
-    return names
-
-
-def has_in_ours(name, model: ModelConfig):
-    """Whether our model has a weight of `their_names`: it has no biases where only the family has them."""
-    biased = model.biased_qkv if ".qkv." in name else model.bias
-    return biased or not name.endswith(".bias")
-
-
-def is_of_experts(name, model: ModelConfig):
-    """Whether a weight of ours holds the matrices of all experts."""
-    return model.n_expert is not None and name.endswith((".mlp.up.weight", ".mlp.down.weight"))
-
-
-def identity(weight):
-    return weight
-
-
-def rearrangements(ours, model: ModelConfig):
-    """Two functions: from a weight or bias of ours to theirs, and back. Nothing is permuted for rotary positions:
-    in all families channel i is paired with i + D/2."""
-    family = FAMILIES[family_of(model)]
-    is_linear = ours.startswith("blocks") and "norm" not in ours
-    if family.linear_is_transposed and is_linear and ours.endswith("weight"):
-        return torch.t, torch.t
-    if is_of_experts(ours, model):  # (experts, outputs, inputs), and in theirs a matrix for each
-
-        def stacked(weight):
-            return weight.view(model.n_expert, -1, weight.shape[-1])
-
-        return (lambda weight: weight.flatten(0, 1)), stacked
-    if family.qkv_is_by_head and ".qkv." in ours:
-
-        def swap(weight, first, second):
-            parts = weight.view(first, second, model.head_size, *weight.shape[1:])
-            return parts.transpose(0, 1).reshape(weight.shape)
-
-        return (lambda weight: swap(weight, 3, model.n_head)), (lambda weight: swap(weight, model.n_head, 3))
-    return identity, identity
-
-
-def to_transformers(model: ModelConfig, read):
-    """Yields pairs of transformers' name and tensor, made of what read(our name) gives, and zeros where a family
-    has biases and the model has none. Keeps nothing: of our weights one at a time is in memory."""
-    key_width = model.kv_heads * model.head_size
-    for ours, theirs in their_names(model).items():
-        if not has_in_ours(ours, model):
-            weight = read(ours.removesuffix("bias") + "weight")
-            weight = weight.new_zeros(len(weight))
-        else:
-            weight = read(ours)
-        there, _ = rearrangements(ours, model)
-        weight = there(weight)
-        if len(theirs) == 1:
-            yield theirs[0], weight
-            continue
-        attention = [model.n_head * model.head_size, key_width, key_width]
-        rows = attention if ".qkv." in ours else len(weight) // len(theirs)
-        yield from zip(theirs, weight.split(rows), strict=True)
-
-
-def from_transformers(model: ModelConfig, read):
-    """A function from the name of a weight of ours to the weight, made of what read(transformers' name) gives."""
-    names = their_names(model)
-
-    def make(ours):
-        parts = [read(name) for name in names[ours]]
-        _, back = rearrangements(ours, model)
-        return back(torch.cat(parts) if len(parts) > 1 else parts[0])
-
-    return make
-
-
-# -- settings ------------------------------------------------------------------------------------
-
-
-def explicit(model: ModelConfig):
-    """The same model with its widths in place of null, and null for what changes nothing: models that compute the same
-    by other words of these keys compare as equal."""
-    layers = range(model.n_layer)
-    full = [layer for layer in layers if not model.window(layer)]
-    without = [layer for layer in layers if not model.turns(layer)] if model.no_rotary_layers else []
-    is_full = len(full) == model.n_layer
-    return dataclasses.replace(
-        model,
-        n_kv_head=model.kv_heads,
-        mlp_hidden=model.mlp_width,
-        head_dim=None if model.head_size * model.n_head == model.n_embd else model.head_size,
-        qkv_bias=None if model.biased_qkv == model.bias else model.biased_qkv,
-        no_rotary_layers=chosen(without, model.n_layer),
-        sliding_window=None if is_full else model.sliding_window,
-        full_attention_layers=None if is_full else chosen(full, model.n_layer),
-    )
-
-
 def transformers_config(model: ModelConfig, dtype="float32", end_of_text=None, start=None, pad=None):
     """transformers' configuration of the same model. end_of_text, start, pad: ids that end and begin a document, and
     for padding; the last two are by default end_of_text. Raises UserError if transformers has no such model."""
@@ -569,127 +354,3 @@ def transformers_config(model: ModelConfig, dtype="float32", end_of_text=None, s
     padding = end_of_text if pad is None else pad
     settings["pad_token_id"] = padding if family.has_pad_token else None
     return AutoConfig.for_model(name, **settings, architectures=[family.architecture], dtype=dtype)
-
-
-# -- is it the same function? --------------------------------------------------------------------
-
-
-def weightless(model: ModelConfig):
-    """model.py's model with shapes, but no memory for its weights."""
-    with torch.device("meta"):
-        return GPT(model)
-
-
-def own_shapes(model: ModelConfig):
-    """{name of a parameter: its shape as a list} of model.py's model."""
-    return checkpoint.shapes_of(dict(weightless(model).named_parameters()))
-
-
-@torch.no_grad()
-def build_transformers(model: ModelConfig, read):
-    """The model as transformers', in float32 in memory, of what read(our name) gives, one weight at a time unless there
-    are experts, whose matrices transformers joins in a way of its own."""
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    if model.n_expert is not None:
-        return load_into_transformers(model, dict(to_transformers(model, read)))
-    with no_init_weights():
-        theirs = AutoModelForCausalLM.from_config(transformers_config(model))
-    theirs.tie_weights()
-    parameters = dict(theirs.named_parameters())
-    for name, tensor in to_transformers(model, read):
-        parameters.pop(name).copy_(tensor)
-    assert not parameters, f"without a value: {parameters.keys()}"
-    return theirs
-
-
-def load_into_transformers(model: ModelConfig, tensors):
-    """transformers' model of tensors under the names of its files."""
-    import transformers
-
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        architecture = getattr(transformers, FAMILIES[family_of(model)].architecture)
-        theirs = architecture.from_pretrained(None, config=transformers_config(model), state_dict=tensors)
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-    return theirs
-
-
-def as_in_files(theirs, tensors):
-    """{name of a parameter of transformers' model: tensor}, in which each matrix of an expert is by itself, as in the
-    files of such models."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    if not FAMILIES[theirs.config.model_type].has_experts:
-        return tensors
-    return revert_weight_conversion(theirs, tensors)
-
-
-def check_parameters(model: ModelConfig):
-    """Raises UserError, which names the parameters, unless the model's family has a place for each parameter of
-    model.py's model and needs no other."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        theirs = AutoModelForCausalLM.from_config(transformers_config(model))
-    make = from_transformers(model, as_in_files(theirs, dict(theirs.named_parameters())).get)
-    expected = {}
-    for name in their_names(model):
-        if has_in_ours(name, model):  # else it is made of zeros
-            expected[name] = list(make(name).shape)
-    if wrong := checkpoint.differences(own_shapes(model), expected):
-        raise UserError(
-            f"model.py: its parameters are not those of transformers' {FAMILIES[family_of(model)].architecture}: "
-            f"{wrong}; add them to the tables of minzero/hf/families.py if that has them"
-        )
-
-
-def smaller(model: ModelConfig):
-    """The same settings with small sizes: at most two layers, but one of each kind, and heads in as many groups as fit,
-    of 8 channels, or more where only a part of them turns."""
-    kinds = {}
-    for layer in range(model.n_layer):
-        kinds.setdefault((model.turns(layer), bool(model.window(layer))), layer)
-    layers = sorted({*kinds.values(), *range(min(2, model.n_layer))})
-    groups = min(2, model.kv_heads)
-    heads = groups * model.n_head // model.kv_heads
-    size = 8 if model.rotary_fraction == 1 else model.head_size
-    sizes = {"n_layer": len(layers), "n_head": heads, "n_kv_head": groups, "n_embd": size * heads}
-    sizes |= {"block_size": 64, "vocab_size": 64, "mlp_hidden": 40 if model.mlp_hidden else None}
-    if model.n_expert is not None:
-        chosen_experts = min(2, model.n_expert_per_token)
-        sizes |= {"n_expert": min(5, model.n_expert), "n_expert_per_token": chosen_experts}
-    sizes |= {"head_dim": 2 * size if model.head_dim else None, "sliding_window": model.sliding_window and 8}
-    for key in ("no_rotary_layers", "full_attention_layers"):
-        number = [place for place, layer in enumerate(layers) if is_chosen(getattr(model, key), layer)]
-        sizes[key] = number or None
-    return dataclasses.replace(model, **sizes, init_std=0.2)
-
-
-@torch.no_grad()
-def check_expressible(model: ModelConfig):
-    """Raises UserError unless transformers' model can be the same as model.py's with these settings: every key of the
-    model section and every parameter is taken into account, and a small model of these settings with random weights
-    gives the same logits. The last finds what has neither a key nor a parameter, such as another activation."""
-    check_parameters(model)
-    small = smaller(model)
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        ours = GPT(small, seed=1).eval()
-        for parameter in ours.parameters():
-            if parameter.dim() == 1:  # norms of ones and biases of zeros would hide a difference
-                parameter.add_(0.3 * torch.randn(parameter.shape))
-        tokens = torch.randint(small.vocab_size, (2, small.block_size))
-    expected = ours(tokens)
-    found = build_transformers(small, ours.state_dict().__getitem__).eval()(tokens).logits
-    worst = (found - expected).abs().max().item()
-    scale = expected.abs().max().item()
-    if not worst <= 1e-4 * scale:
-        raise UserError(
-            f"model.py: with random weights in a small model of these settings its logits differ by {worst:.2g} of "
-            f"{scale:.2g} from those of transformers' {FAMILIES[family_of(model)].architecture}; model.py was changed "
-            "in a way that minzero/hf/families.py does not know"
-        )

@@ -12,17 +12,10 @@ from minzero.config.sections import ModelConfig
 from minzero.config.values import in_short
 from minzero.errors import UserError, describe
 from minzero.files import from_hub, read_json, refuse_pipes
-from minzero.hf.families import (
-    ALIASES,
-    FAMILIES,
-    HEAD,
-    check_expressible,
-    explicit,
-    family_of,
-    from_transformers,
-    to_transformers,
-    weightless,
-)
+from minzero.hf.comparison import check_expressible
+from minzero.hf.families import ALIASES, FAMILIES, HEAD, family_of
+from minzero.hf.settings import explicit
+from minzero.hf.weights import from_transformers, to_transformers, weightless
 
 # keys of training, and of export: the trained model computes the same with any value
 NOT_THE_FUNCTION = {"dropout", "init_std", "family", "balance_loss", "router_z_loss"}

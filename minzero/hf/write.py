@@ -15,15 +15,9 @@ from minzero.data.tokenizer import FINGERPRINTED, SAMPLE
 from minzero.data.tokenizer_files import END_OF_TEXT
 from minzero.errors import UserError, describe
 from minzero.files import write_json
-from minzero.hf.families import (
-    FAMILIES,
-    HEAD,
-    check_expressible,
-    family_of,
-    to_transformers,
-    transformers_config,
-    weightless,
-)
+from minzero.hf.comparison import check_expressible
+from minzero.hf.families import FAMILIES, HEAD, family_of, transformers_config
+from minzero.hf.weights import to_transformers, weightless
 
 MAX_SHARD = "5GB"  # of one file of weights
 

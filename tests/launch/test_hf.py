@@ -22,7 +22,7 @@ from minzero.data.mixture import Mixture
 from minzero.data.tokenizer import load_tokenizer
 from minzero.errors import UserError
 from minzero.files import write_json
-from minzero.hf import families
+from minzero.hf import families, weights
 from minzero.hf import write as hf_write
 from minzero.metrics import read_metrics
 from minzero.trained import load_model, open_trained, open_weights
@@ -83,14 +83,14 @@ def first_batch(folder, block_size=16):
 def test_every_stage_rank_and_precision_starts_from_the_published_weights(launched):
     for family in FAMILIES:
         config = ModelConfig(**json.loads((launched / f"{family}.json").read_text()))
-        read = families.from_transformers(
+        read = weights.from_transformers(
             config, AutoModelForCausalLM.from_pretrained(launched / family).state_dict().get
         )
         for rank in (0, 1):
-            for setting, weights in torch.load(launched / f"weights_{rank}.pt").items():
+            for setting, found in torch.load(launched / f"weights_{rank}.pt").items():
                 if setting.split()[0] == family:
-                    assert len(weights) > 10
-                    for name, weight in weights.items():
+                    assert len(found) > 10
+                    for name, weight in found.items():
                         assert torch.equal(weight, read(name).to(weight.dtype)), f"{name}, {setting}, rank {rank}"
 
 

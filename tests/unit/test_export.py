@@ -18,7 +18,7 @@ from minzero.data.tokenizer_files import END_OF_TEXT, save_for_transformers
 from minzero.errors import UserError
 from minzero.experts import router_losses
 from minzero.files import ROOT, write_json
-from minzero.hf import families
+from minzero.hf import comparison, families, settings, weights
 from minzero.hf import read as hf_read
 from minzero.hf import write as hf_write
 from minzero.sizes import count_parameters
@@ -76,14 +76,14 @@ MODELS = [
 
 
 def to_transformers(config, model):
-    return dict(families.to_transformers(config, model.state_dict().__getitem__))
+    return dict(weights.to_transformers(config, model.state_dict().__getitem__))
 
 
 def filled(config, model):
     """transformers' model with the weights of ours. Asserts that each has its place."""
     theirs, tensors = their_model(config), to_transformers(config, model)
     if config.n_expert:  # whose matrices transformers joins when it loads them
-        theirs = families.load_into_transformers(config, tensors).eval()
+        theirs = comparison.load_into_transformers(config, tensors).eval()
         theirs.set_experts_implementation("eager")  # the others take widths that are multiples of 8
         return theirs
     loaded = theirs.load_state_dict(tensors, strict=False)
@@ -113,8 +113,8 @@ def test_logits_loss_and_gradients_are_those_of_transformers(config, seed):
 
 
 def compare_gradients(config, ours, theirs):
-    gradients = families.as_in_files(theirs, {name: p.grad for name, p in theirs.named_parameters()})
-    read = families.from_transformers(config, gradients.get)
+    gradients = comparison.as_in_files(theirs, {name: p.grad for name, p in theirs.named_parameters()})
+    read = weights.from_transformers(config, gradients.get)
     for name, parameter in ours.named_parameters():
         scale = parameter.grad.abs().max().item()
         difference = (parameter.grad - read(name)).abs().max().item()
@@ -128,7 +128,7 @@ VARIANTS = {f"{family} {name}": config for family, base in FAMILIES.items() for 
 def test_every_value_of_every_key_is_exported_right_or_refused(config, tmp_path):
     """The variants come from ModelConfig's own fields, so that a new key cannot be passed over."""
     try:
-        families.check_expressible(config)
+        comparison.check_expressible(config)
     except UserError as error:
         assert "is the nearest to this model" in str(error) or "is what model.family asks for" in str(error)
         with pytest.raises(UserError):
@@ -144,7 +144,7 @@ def test_every_value_of_every_key_is_exported_right_or_refused(config, tmp_path)
     if config.n_expert is None:
         of_training |= {"balance_loss": published.balance_loss}
     of_training |= {"rotary_theta": 10000.0} if config.position == "learned" else {}
-    assert published == families.explicit(dataclasses.replace(config, **of_training))
+    assert published == settings.explicit(dataclasses.replace(config, **of_training))
     assert families.family_of(published) == families.family_of(config)
 
 
@@ -174,7 +174,7 @@ def with_key(base, default, value, **settings):
 )
 def test_a_key_that_nobody_takes_into_account_must_be_off(base, default, value, settings, known):
     config = with_key(base, default, value, **settings)
-    for refuse in (families.family_of, families.transformers_config, families.check_expressible, count_parameters):
+    for refuse in (families.family_of, families.transformers_config, comparison.check_expressible, count_parameters):
         if known:
             refuse(config)
         else:
@@ -269,10 +269,10 @@ def capped(self, x, targets=None):
 def test_a_model_py_that_was_changed_without_a_key_is_refused(base, where, name, value, expected, monkeypatch):
     if value is exact_gelu and base.mlp == "swiglu":
         pytest.skip("has no gelu")
-    families.check_expressible(base)
+    comparison.check_expressible(base)
     monkeypatch.setattr(where, name, value)
     with pytest.raises(UserError, match=r"^model\.py: [^\n]+$") as error:
-        families.check_expressible(base)
+        comparison.check_expressible(base)
     assert expected in str(error.value)
 
 
@@ -326,22 +326,22 @@ def test_config_json_speaks_the_words_of_transformers_4_and_5(tmp_path):
 def test_weights_and_settings_come_back_bit_for_bit(config, tmp_path):
     ours = randomised(GPT(config))
     tensors = to_transformers(config, ours)
-    read = families.from_transformers(config, tensors.get)
+    read = weights.from_transformers(config, tensors.get)
     for name, parameter in ours.named_parameters():
         assert torch.equal(read(name), parameter), name
     their = randomised(their_model(config))
-    theirs = families.as_in_files(their, their.state_dict())
+    theirs = comparison.as_in_files(their, their.state_dict())
     if zero_biases(config):
         theirs = {name: tensor * (not name.endswith("bias")) for name, tensor in theirs.items()}
-    read = families.from_transformers(config, theirs.get)
-    back = dict(families.to_transformers(config, read))
+    read = weights.from_transformers(config, theirs.get)
+    back = dict(weights.to_transformers(config, read))
     assert back.keys() | {"lm_head.weight"} == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in back.items())
     families.transformers_config(config).save_pretrained(tmp_path)
     published = hf_read.read_model_config(tmp_path)
     if zero_biases(config):
         published = dataclasses.replace(published, bias=False)
-    assert published == families.explicit(dataclasses.replace(config, init_std=0.02))
+    assert published == settings.explicit(dataclasses.replace(config, init_std=0.02))
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ def test_weights_and_settings_come_back_bit_for_bit(config, tmp_path):
 )
 def test_a_model_of_no_family_is_refused(more, expected):
     config = dataclasses.replace(SMALL, **more)
-    for refuse in (families.transformers_config, families.their_names):
+    for refuse in (families.transformers_config, weights.their_names):
         with pytest.raises(UserError, match=r"^[^\n]+$") as error:
             refuse(config)
         assert expected in str(error.value)

@@ -13,7 +13,8 @@ from minzero.benchmark import benchmark_config
 from minzero.config.load import load_config
 from minzero.config.sections import ModelConfig
 from minzero.errors import UserError
-from minzero.hf.families import explicit, family_of
+from minzero.hf.families import family_of
+from minzero.hf.settings import explicit
 from minzero.init_from import model_left_out
 from tests.helpers.processes import deepspeed_command, run
 from tests.helpers.trained_runs import FAMILIES, LLAMA, PYTHIA, make_folder, write_data, write_run

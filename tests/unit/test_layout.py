@@ -16,7 +16,8 @@ ORDER = """
     data.order data.meta data.shards data.mixture data.text data.tokenizer_files data.tokenizer data.fast_encoding
     data.documents data.local_files data.sources data.conversations data.output data.clean
     data.encode data.pipeline data.learn_tokenizer data.scripts data.verify data.foreign data.convert
-    checkpoint_state checkpoint_folder nearest checkpoint resume model hf.families hf.read trained init_from compiled
+    checkpoint_state checkpoint_folder nearest checkpoint resume model hf.settings hf.families hf.weights
+    hf.comparison hf.read trained init_from compiled
     engine schedule watchdog bad_steps metrics loggers profiler curves plot report hf.card hf.write hf.gguf summary run
     evaluate_loss sampling evaluate generate planner.gpus planner.settings planner.activations planner.replay
     planner.stage3 planner.memory planner.speed planner.search planner.plan planner.stage planner.report benchmark

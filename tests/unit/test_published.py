@@ -17,7 +17,7 @@ import export
 from minzero.errors import UserError
 from minzero.files import ROOT, write_json
 from minzero.generate import Writer, generate
-from minzero.hf import families
+from minzero.hf import comparison, families
 from minzero.hf import read as hf_read
 from minzero.sizes import count_parameters
 from minzero.trained import load_model, open_trained, open_weights
@@ -280,7 +280,7 @@ def test_a_weight_too_many_too_few_or_of_another_shape_is_named(family, how, tmp
 def test_model_family_that_computes_something_else_is_refused(family, wanted):
     config = dataclasses.replace(FAMILIES[family], family=wanted)
     try:
-        families.check_expressible(config)
+        comparison.check_expressible(config)
     except UserError as error:
         assert family != wanted and "\n" not in str(error)
         assert str(error).startswith("model.") and "is what model.family asks for" in str(error)
