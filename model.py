@@ -275,7 +275,7 @@ class GPT(nn.Module):
         prediction. Notes the routing, for `take_routing`."""
         total, passes = self.routing or (0, 0)
         self.routing = [total + routing.detach(), passes + 1]
-        balance, square = router_losses(routing)
+        balance, square = router_losses(routing, self.config.balance_over == "layer")
         extra = self.config.balance_loss * balance + self.config.router_z_loss * square
         return loss + extra - extra.detach()
 

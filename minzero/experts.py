@@ -92,11 +92,16 @@ def routing_of(logits, probabilities, counts):
     return torch.stack([part, probabilities.mean(dim=0), square.expand(len(part))])
 
 
-def router_losses(routing):
-    """The load-balancing loss and the z loss of all layers. routing: (L, 3, E) of `routing_of`.
+def router_losses(routing, by_layer=True):
+    """The load-balancing loss and the z loss. routing: (L, 3, E) of `routing_of`. by_layer: the mean of the layers'
+    load-balancing losses; else that of all layers' tokens together, as transformers has it, in which an expert that is
+    busy in one layer and idle in another counts as balanced.
 
-    Load balancing: E times the sum over experts of the part of the tokens times the mean probability, both over all
-    layers' tokens; n_expert_per_token is a perfect balance (Fedus et al. 2021, arXiv 2101.03961, equations 4 to 6; all
-    layers together, as transformers has it). z: Zoph et al. 2022, arXiv 2202.08906, equation 5."""
-    part, probability, square = routing.mean(dim=0)
-    return len(part) * (part * probability).sum(), square.mean()
+    Load balancing: E times the sum over experts of the part of the tokens times the mean probability;
+    n_expert_per_token is a perfect balance (Fedus et al. 2021, arXiv 2101.03961, equations 4 to 6). z: Zoph et al.
+    2022, arXiv 2202.08906, equation 5."""
+    if not by_layer:
+        routing = routing.mean(dim=0, keepdim=True)
+    part, probability, square = routing.unbind(dim=1)  # (L, E)
+    balance = part.shape[-1] * (part * probability).sum(dim=-1)
+    return balance.mean(), square.mean()

@@ -102,9 +102,9 @@ def peak_memory():
     return {"peak_memory_bytes": peaks[1], "peak_reserved_bytes": peaks[2], "peak_cpu_bytes": resident}
 
 
-def expert_loads(routing):
+def expert_loads(routing, by_layer):
     """How the experts of a model are used, as metrics.jsonl has it, over all ranks. routing: of `GPT.take_routing`; {}
-    for None. A collective: every rank must call it.
+    for None. by_layer: as of `experts.router_losses`. A collective: every rank must call it.
 
     balance_loss, router_z_loss: of `experts.router_losses`; expert_load_max, expert_load_min: the tokens of the busiest
     and of the idlest expert of any layer, over an equal share."""
@@ -116,7 +116,7 @@ def expert_loads(routing):
 
     distributed.all_reduce(routing)
     routing /= distributed.get_world_size()
-    balance, square = router_losses(routing)
+    balance, square = router_losses(routing, by_layer)
     parts = routing[:, 0]
     loads = parts / parts.mean(dim=-1, keepdim=True)
     return {

@@ -156,7 +156,7 @@ class Run:
         line |= seconds
         line |= metrics.throughput(self.config, seconds["step_seconds"], self.group.world_size, device, self.parameters)
         line |= metrics.peak_memory()
-        line |= metrics.expert_loads(self.engine.module.take_routing())
+        line |= metrics.expert_loads(self.engine.module.take_routing(), self.config.model.balance_over == "layer")
         self.folder.report("running", step)
         self.write(step, line)
         dist.print0(metrics.console_line(line | {"step": step}, self.total_steps))

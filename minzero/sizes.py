@@ -36,7 +36,7 @@ COUNTED = set(
     "n_layer n_head n_kv_head n_embd head_dim block_size vocab_size mlp_hidden dropout bias qkv_bias norm "
     "norm_position norm_eps position rotary_theta rotary_fraction rotary_scaling no_rotary_layers qk_norm "
     "sliding_window full_attention_layers parallel_residual mlp n_expert n_expert_per_token "
-    "n_shared_expert normalize_experts balance_loss router_z_loss tie_embeddings init_std family".split()
+    "n_shared_expert normalize_experts balance_loss balance_over router_z_loss tie_embeddings init_std family".split()
 )
 
 

@@ -130,6 +130,12 @@ class ModelConfig:
     balance_loss: float = key(
         0.01, "weight of the loss that sends all experts as many tokens", minimum=0, maximum=1e3, off=0.01
     )
+    balance_over: str = key(
+        "layer",
+        "whether balance_loss is for each layer or, as in transformers, over all",
+        ["layer", "model"],
+        off="layer",
+    )
     router_z_loss: float = key(
         0.001, "weight of the loss that keeps the router's logits small", minimum=0, maximum=1e3, off=0.001
     )

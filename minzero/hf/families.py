@@ -304,7 +304,7 @@ FAMILIES |= {
 # The other keys of our model section that every family takes into account, in its row or in the functions below. A key
 # that a family does not take into account must be switched off, or the model is none of that family.
 IN_EVERY_FAMILY = {"n_kv_head", "bias", "qkv_bias", "dropout", "rotary_theta", "mlp", "init_std", "family"}
-IN_EVERY_FAMILY |= {"balance_loss", "router_z_loss"}  # of training
+IN_EVERY_FAMILY |= {"balance_loss", "balance_over", "router_z_loss"}  # of training
 
 
 def faults_of(family: Family, model: ModelConfig):

@@ -18,7 +18,7 @@ from minzero.hf.settings import explicit
 from minzero.hf.weights import from_transformers, to_transformers, weightless
 
 # keys of training, and of export: the trained model computes the same with any value
-NOT_THE_FUNCTION = {"dropout", "init_std", "family", "balance_loss", "router_z_loss"}
+NOT_THE_FUNCTION = {"dropout", "init_std", "family", "balance_loss", "balance_over", "router_z_loss"}
 # in old files; computed, not learned
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 

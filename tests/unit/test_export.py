@@ -140,7 +140,13 @@ def test_every_value_of_every_key_is_exported_right_or_refused(config, tmp_path)
     assert (ours(tokens) - theirs(tokens).logits).abs().max().item() < 1e-5
     write_json(tmp_path / "config.json", hf_write.config_json(families.transformers_config(config)))
     published = dataclasses.replace(hf_read.read_model_config(tmp_path), bias=config.bias)
-    of_training = {"dropout": 0.0, "init_std": 0.02, "family": published.family, "router_z_loss": 0.001}
+    of_training = {
+        "dropout": 0.0,
+        "init_std": 0.02,
+        "family": published.family,
+        "router_z_loss": 0.001,
+        "balance_over": "layer",
+    }
     if config.n_expert is None:
         of_training |= {"balance_loss": published.balance_loss}
     of_training |= {"rotary_theta": 10000.0} if config.position == "learned" else {}
@@ -189,7 +195,7 @@ def test_a_key_that_nobody_takes_into_account_must_be_off(base, default, value, 
 @pytest.mark.parametrize("config", [config for config in MODELS if config.n_expert])
 def test_the_routers_losses_are_those_of_transformers(config):
     """Their value, and the gradient that they add in training."""
-    config = dataclasses.replace(config, balance_loss=0.7, router_z_loss=0.0)
+    config = dataclasses.replace(config, balance_loss=0.7, balance_over="model", router_z_loss=0.0)
     ours = randomised(GPT(config)).train()
     theirs = filled(config, ours)
     tokens = torch.randint(config.vocab_size, (3, config.block_size), generator=torch.Generator().manual_seed(0))
@@ -198,7 +204,10 @@ def test_the_routers_losses_are_those_of_transformers(config):
     found = theirs(tokens[:, :-1], output_router_logits=True)
     expected = F.cross_entropy(found.logits.flatten(0, 1), tokens[:, 1:].flatten())
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6), "what is reported is the loss of prediction"
-    balance, square = router_losses(ours.take_routing())
+    routing = ours.take_routing()
+    balance, square = router_losses(routing, by_layer=False)
+    by_layer = torch.stack([router_losses(one[None], by_layer=False)[0] for one in routing])
+    assert router_losses(routing)[0].item() == pytest.approx(by_layer.mean().item(), rel=1e-6)
     assert balance.item() == pytest.approx(found.aux_loss.item(), rel=1e-6)
     logits = torch.stack(found.router_logits)
     assert square.item() == pytest.approx(logits.logsumexp(dim=-1).square().mean().item(), rel=1e-5)
@@ -259,9 +268,9 @@ def capped(self, x, targets=None):
 @pytest.mark.parametrize(
     ("where", "name", "value", "expected"),
     [
-        (families, "GPT", MoreParameters, "blocks.0.attention.extra.weight: found [8], expected none"),
-        (families, "GPT", OtherShapes, "final_norm.weight: found [1], expected [32]"),
-        (families, "GPT", FewerParameters, "blocks.1.mlp.down.weight: found none, expected ["),
+        ("", "GPT", MoreParameters, "blocks.0.attention.extra.weight: found [8], expected none"),
+        ("", "GPT", OtherShapes, "final_norm.weight: found [1], expected [32]"),
+        ("", "GPT", FewerParameters, "blocks.1.mlp.down.weight: found none, expected ["),
         (model.Head, "forward", capped, "its logits differ by"),
         (model.MLP, "forward", exact_gelu, "its logits differ by"),
     ],
@@ -270,7 +279,8 @@ def test_a_model_py_that_was_changed_without_a_key_is_refused(base, where, name,
     if value is exact_gelu and base.mlp == "swiglu":
         pytest.skip("has no gelu")
     comparison.check_expressible(base)
-    monkeypatch.setattr(where, name, value)
+    for place in [where] if where else (weights, comparison):
+        monkeypatch.setattr(place, name, value)
     with pytest.raises(UserError, match=r"^model\.py: [^\n]+$") as error:
         comparison.check_expressible(base)
     assert expected in str(error.value)
@@ -281,7 +291,7 @@ def test_a_checkpoint_of_another_model_py_is_refused(tmp_path, monkeypatch):
     write_run(tmp_path / "run", LLAMA, write_data(tmp_path / "data"))
     for changed, expected in ((MoreParameters, "expected [8]"), (OtherShapes, "found [32], expected [1]")):
         with monkeypatch.context() as patch:
-            patch.setattr(families, "GPT", changed)
+            patch.setattr(weights, "GPT", changed)
             for refuse in (open_trained, lambda path: open_weights(str(path), LLAMA)):
                 with pytest.raises(UserError, match=r"^[^\n]*use the model.py that it was trained with") as error:
                     refuse(tmp_path / "run")
