@@ -33,7 +33,7 @@ def has_grouped_product(x, weight):
     NVIDIA's Ampere."""
     if x.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
         return False
-    if any(width % GROUPED_MULTIPLE for width in weight.shape[1:]):
+    if any(width % GROUPED_MULTIPLE for width in weight.shape[1:]) or weight.data_ptr() % 16:
         return False
     return x.device.type == "cpu" or (x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 8)
 
