@@ -91,6 +91,8 @@ def small_config(config):
     two: one with rotary positions and a sliding window, and one without."""
     small = {"n_layer": 1, "n_embd": 16 * config.n_head, "mlp_hidden": None, "block_size": 32, "vocab_size": 64}
     small["sliding_window"] = config.sliding_window and 8
+    if config.n_expert:  # all experts of each token: which ones it goes to would depend on a rounding error
+        small["n_expert"] = small["n_expert_per_token"] = min(config.n_expert, 4)
     if config.rotary_fraction < 1:
         small["head_dim"] = config.head_size  # or too few channels would be left to turn
     for name in ("no_rotary_layers", "full_attention_layers"):

@@ -22,11 +22,10 @@ class ExpertLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_expert, outputs, inputs))
 
-    def forward(self, x, counts):
-        """x: rows (N k, inputs), sorted by expert; counts: (E,), how many belong to each. Returns (N k, outputs)."""
-        if has_grouped_product(x, self.weight):
-            return F.grouped_mm(x, self.weight.mT, offs=counts.cumsum(0, dtype=torch.int32))
-        return one_by_one(x, self.weight, counts)
+    def forward(self, x, ends):
+        """x: rows (N k, inputs), sorted by expert; ends: (E,) int32, the number of the row after each expert's last
+        one. Returns (N k, outputs)."""
+        return expert_product(x, self.weight, ends)
 
 
 def has_grouped_product(x, weight):
@@ -34,16 +33,65 @@ def has_grouped_product(x, weight):
     NVIDIA's Ampere."""
     if x.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
         return False
-    if any(width % GROUPED_MULTIPLE for width in weight.shape[1:]):
+    if any(width % GROUPED_MULTIPLE for width in weight.shape[1:]) or weight.data_ptr() % 16:
         return False
     return x.device.type == "cpu" or (x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 8)
 
 
-@torch.compiler.disable  # how many rows an expert has is not known when it is compiled
-def one_by_one(x, weight, counts):
-    """The products of the experts, one after the other. An expert without rows has a gradient of zeros."""
-    parts = x.split(counts.tolist())
-    return torch.cat([F.linear(part, matrix) for part, matrix in zip(parts, weight.unbind(), strict=True)])
+def ranges(ends):
+    """The slice of the rows of each expert."""
+    ends = ends.tolist()
+    return [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+# An operator of its own: the compiler does not look into it (how many rows an expert has is not known then), selective
+# recomputation sees one product whatever the loop does, and for the backward pass the parameter is kept, not a view of
+# it, which would keep ZeRO-3's gathered weights alive.
+@torch.library.custom_op("minzero::expert_product", mutates_args=())
+def expert_product(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Each row times its expert's matrix, see ExpertLinear."""
+    if has_grouped_product(x, weight):
+        return F.grouped_mm(x, weight.mT, offs=ends)
+    y = x.new_empty(len(x), weight.shape[1])
+    for rows, matrix in zip(ranges(ends), weight, strict=True):
+        torch.mm(x[rows], matrix.T, out=y[rows])
+    return y
+
+
+@expert_product.register_fake
+def _(x, weight, ends):
+    return x.new_empty(len(x), weight.shape[1])
+
+
+@torch.library.custom_op("minzero::expert_product_backward", mutates_args=())
+def expert_product_backward(
+    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of rows and matrices. An expert without rows has a gradient of zeros."""
+    gradient = gradient.contiguous()
+    if has_grouped_product(x, weight):
+        return F.grouped_mm(gradient, weight, offs=ends), F.grouped_mm(gradient.mT, x, offs=ends)
+    of_rows, of_weight = torch.empty_like(x), torch.empty_like(weight)
+    for expert, rows in enumerate(ranges(ends)):
+        torch.mm(gradient[rows], weight[expert], out=of_rows[rows])
+        torch.mm(gradient[rows].T, x[rows], out=of_weight[expert])
+    return of_rows, of_weight
+
+
+@expert_product_backward.register_fake
+def _(gradient, x, weight, ends):
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def backward_of_product(ctx, gradient):
+    return *expert_product_backward(gradient, *ctx.saved_tensors), None
+
+
+def keep_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+expert_product.register_autograd(backward_of_product, setup_context=keep_inputs)
 
 
 class Experts(nn.Module):
@@ -65,6 +113,8 @@ class Experts(nn.Module):
 
     def forward(self, x):
         """(B, T, C) -> (B, T, C), and the router's choices as `routing_of` has them."""
+        # before the router: minzero.recompute keeps every other product
+        shared = self.shared(x) if self.shared is not None else None
         tokens = x.flatten(0, 1)
         k = self.n_expert_per_token
         logits = self.router(tokens).float()
@@ -72,16 +122,18 @@ class Experts(nn.Module):
         weights, chosen = probabilities.topk(k)  # (N, k)
         if self.normalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        counts = F.one_hot(chosen.flatten(), probabilities.shape[-1]).sum(0)  # (E,)
-        order = chosen.flatten().argsort(stable=True)  # of all N k pairs of a token and an expert, by expert
-        rows = self.activate(self.up(tokens[order // k], counts))
+        # all N k pairs of a token and an expert, by expert, and where the pairs of each expert end
+        experts, order = chosen.flatten().sort(stable=True)
+        every_expert = torch.arange(logits.shape[-1], device=x.device)
+        ends = torch.searchsorted(experts, every_expert, right=True, out_int32=True)
+        rows = self.activate(self.up(tokens[order // k], ends))
         # back in the tokens' order, and summed: the same sum each time, as adding to an index would not be
-        outputs = self.down(rows, counts)[order.argsort()].view(*weights.shape, -1)
+        outputs = self.down(rows, ends)[order.argsort()].view(*weights.shape, -1)
         y = (outputs * weights[..., None].type_as(outputs)).sum(dim=1).view_as(x)
         y = F.dropout(y, self.dropout, self.training)
-        if self.shared is not None:
-            y = y + self.shared(x)
-        return y, routing_of(logits, probabilities, counts)
+        if shared is not None:
+            y = y + shared
+        return y, routing_of(logits, probabilities, ends.diff(prepend=ends.new_zeros(1)))
 
 
 def routing_of(logits, probabilities, counts):

@@ -1,9 +1,14 @@
 """Recomputation in the backward pass, to keep less in the forward pass (activation checkpointing: Chen et al. 2016,
 arXiv 1604.06174)."""
 
+from collections import Counter
+
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from minzero import experts  # noqa: F401, the next line's operator of its own
+
+EXPERTS = torch.ops.minzero.expert_product.default  # all experts' products with one matrix each
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 # every implementation of scaled_dot_product_attention that is one operator
 ATTENTION = tuple(
@@ -33,15 +38,17 @@ def recompute(function, *inputs, selective=False, offload=False):
 
 def selective_contexts():
     """The contexts in which torch runs the forward pass and the recomputation: they keep attention's output and the
-    first, third, ... matrix product, and find them again (torchtitan's policy: arXiv 2410.06511, section 2.1.2)."""
-    products = {False: 0, True: 0}  # seen so far: in the forward pass, and in the recomputation
+    first, third, ... matrix product, and find them again (torchtitan's policy: arXiv 2410.06511, section 2.1.2). The
+    products of experts are counted by themselves: of each expert's two the first is kept."""
+    products = Counter()  # seen so far: in the forward pass, and in the recomputation
 
     def policy(context, operator, *_, **__):
         if operator in ATTENTION:
             return CheckpointPolicy.MUST_SAVE
-        if operator in PRODUCTS:
-            products[context.is_recompute] += 1
-            if products[context.is_recompute] % 2:
+        if operator in PRODUCTS or operator == EXPERTS:
+            kind = context.is_recompute, operator == EXPERTS
+            products[kind] += 1
+            if products[kind] % 2:
                 return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -106,9 +106,9 @@ class Trace:
         """Bytes of the gradient of what is added to the stream: none beside the stream's own without dropout."""
         return self.narrow if self.settings.model.dropout else 0
 
-    def linear(self, name, fan_in, fan_out, biased=None, **sizes):
-        """biased: whether it has a bias; None: as model.bias says."""
-        weights = [Weight(fan_in * fan_out)]
+    def linear(self, name, fan_in, fan_out, biased=None, matrices=1, **sizes):
+        """biased: whether it has a bias; None: as model.bias says. matrices: how many lie in one weight."""
+        weights = [Weight(fan_in * fan_out * matrices)]
         if self.settings.model.bias if biased is None else biased:
             weights.append(Weight(fan_out, decayed=False))
         return Module(name, weights, **sizes)
@@ -215,25 +215,61 @@ class Trace:
         return Module("attend", **sizes, backward=output + inputs, own=True, hooked=False)
 
     def mlp(self):
-        s, narrow = self.settings, self.narrow
+        """One for all tokens, or experts."""
+        model = self.settings.model
+        return self.experts() if model.n_expert else self.dense_mlp(model.mlp_width)
+
+    def dense_mlp(self, inner):
+        inside = self.products(inner, self.settings.tokens)
+        inside[-1].kept += self.dropout_mask()
+        inside[-1].backward += self.own_gradient()
+        return Module("mlp", inside=inside)
+
+    def products(self, inner, rows, biased=None, matrices=1):
+        """Up, the activation and down, of so many rows, with a hidden width `inner`. matrices: of as many experts."""
+        s = self.settings
         # kept: up's output, which the activation reads, the activation's, which down reads, and silu(gate) of swiglu,
         # which the compiler computes again
-        inner = s.model.mlp_width
-        gated = s.model.mlp == "swiglu"
+        gated = s.model.gated
         fan_out = inner * (2 if gated else 1)
-        up = s.tokens * fan_out * s.product_bytes
-        hidden = s.tokens * inner * s.product_bytes
+        narrow = rows * self.width * s.product_bytes
+        up = rows * fan_out * s.product_bytes
+        hidden = rows * inner * s.product_bytes
         activation = {"kept": up, "backward": hidden + up}
         if gated and s.compiled:
             activation["kept"] = hidden
         elif gated:
             activation["backward"] = 2 * up  # of gate and value, and both once more in one tensor
-        down = {"forward": narrow, "kept": self.dropout_mask(), "backward": hidden + self.own_gradient()}
-        inside = [
-            self.linear("up", self.width, fan_out, kept=up, cached=up, backward=up + narrow),
+        of_up = {"kept": up, "cached": up, "backward": up + narrow}
+        return [
+            self.linear("up", self.width, fan_out, biased, matrices, **of_up),
             Module("activate", **activation, hooked=False),
-            self.linear("down", inner, self.width, **down),
+            self.linear("down", inner, self.width, biased, matrices, forward=narrow, backward=hidden),
         ]
+
+    def experts(self):
+        """minzero/experts.py: a row for each pair of a token and one of its experts, n_expert_per_token times as many
+        as tokens however they are sent."""
+        s, model = self.settings, self.settings.model
+        rows = s.tokens * model.n_expert_per_token
+        routed = rows * self.width * s.product_bytes
+        logits = s.tokens * model.n_expert  # their number
+        # in float32 whatever the weights are
+        sizes = {"kept": 4 * logits, "forward": s.product_bytes * logits, "backward": 8 * logits + self.narrow}
+        inside = [self.linear("router", self.width, model.n_expert, False, **sizes, cached=s.product_bytes * logits)]
+        # probabilities, their log-sum-exp, which experts a token goes to, in int64, and their weights
+        choice = 4 * logits + 4 * s.tokens + (8 + s.product_bytes) * rows
+        if model.normalize_experts:
+            choice += 4 * rows + 4 * s.tokens
+        inside.append(Module("choose", kept=choice, forward=4 * 8 * rows, hooked=False))
+        # the rows by expert, and the tokens that they come from
+        inside.append(Module("send", kept=routed + 8 * rows, backward=routed + self.narrow, hooked=False))
+        inside += self.products(model.mlp_width, rows, False, model.n_expert)
+        # the outputs in the tokens' order, which the gradients of their weights read
+        together = {"kept": routed + 8 * rows + self.dropout_mask(), "forward": routed + self.narrow}
+        inside.append(Module("sum up", **together, backward=2 * routed, own=True, hooked=False))
+        if model.n_shared_expert:  # is called first, although its weights come last
+            inside.insert(0, self.dense_mlp(model.n_shared_expert * model.mlp_width))
         return Module("mlp", inside=inside)
 
     def chunked_head(self, weight, on_gpu=True):

@@ -22,12 +22,14 @@ from minzero.compiled import why_not_compiled
 from minzero.config.build import build
 from minzero.config.deepspeed import deepspeed_config
 from minzero.engine import build_engine
+from minzero.experts import Experts, routing_of
 from tests.helpers.variants import all_changed
 
 FOLDER, STEPS, IDS, BLOCK = Path(sys.argv[-1]), 50, 64, 32
 SHAPE = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": BLOCK, "vocab_size": IDS, "init_std": 0.05}
 LLAMA = {"norm": "rmsnorm", "position": "rotary", "mlp": "swiglu", "bias": False, "n_kv_head": 2}
 QWEN3 = LLAMA | {"head_dim": 24, "qk_norm": "head"}
+OLMOE = LLAMA | {"qk_norm": "all", "n_expert": 6, "n_expert_per_token": 2, "mlp_hidden": 40, "normalize_experts": False}
 # every key changed, but for dropout: two ways of computing drop other activations
 CHANGED = dataclasses.asdict(all_changed(**SHAPE, dropout=0.0, n_kv_head=2, head_dim=24))
 
@@ -61,8 +63,23 @@ def plain_head(self, x, targets=None):
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
+def plain_experts(self, x):
+    """All tokens through all experts, one after the other, with weights of zero where they are not chosen."""
+    logits = self.router(x)
+    probabilities = logits.softmax(-1)
+    lowest = probabilities.topk(self.n_expert_per_token).values[..., -1:]
+    chosen = probabilities >= lowest
+    weights = probabilities * chosen
+    if self.normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    y = 0 if self.shared is None else self.shared(x)
+    for number, (up, down) in enumerate(zip(self.up.weight, self.down.weight, strict=True)):
+        y = y + weights[..., number, None] * (self.activate(x @ up.T) @ down.T)
+    return y, routing_of(logits.flatten(0, 1), probabilities.flatten(0, 1), chosen.flatten(0, 1).sum(0))
+
+
 PLAIN = [(model, "make_norm", PlainNorm), (F, "scaled_dot_product_attention", plain_attention)]
-PLAIN += [(model.Head, "forward", plain_head)]
+PLAIN += [(model.Head, "forward", plain_head), (Experts, "forward", plain_experts)]
 
 
 def losses(stage, architecture, settings, adam=None, replaced=()):
@@ -109,7 +126,13 @@ def main():
     few_logits = [(sizes, "LOGITS_AT_A_TIME", 4 * 32 * IDS)]
     unfused = {"fused": False, "foreach": False}
     found = {}
-    for name, architecture in (("gpt2", {}), ("llama", LLAMA), ("qwen3", QWEN3), ("changed", CHANGED)):
+    for name, architecture in (
+        ("gpt2", {}),
+        ("llama", LLAMA),
+        ("qwen3", QWEN3),
+        ("olmoe", OLMOE),
+        ("changed", CHANGED),
+    ):
         found[f"{name} plain"] = losses(3, architecture, {}, unfused, PLAIN)
         found[f"{name} default"] = losses(3, architecture, {})
     found["llama chunked loss"] = losses(3, LLAMA, {}, None, few_logits)
@@ -121,7 +144,12 @@ def main():
     compiled = {"compile": True}
     found["qwen3 recomputed"] = losses(3, QWEN3, {"activation_checkpointing": True})
     for stage in range(3):
+        found[f"olmoe stage {stage}"] = losses(stage, OLMOE, {})
         found[f"changed stage {stage}"] = losses(stage, CHANGED, {})
+    found["olmoe recomputed"] = losses(3, OLMOE, {"activation_checkpointing": True})
+    found["olmoe every second recomputed, inputs on CPU"] = losses(3, OLMOE, on_cpu)
+    found["olmoe selective"] = losses(3, OLMOE, {"activation_checkpointing": "selective"})
+    found["olmoe compiled, selective"] = losses(3, OLMOE, compiled | {"activation_checkpointing": "selective"})
     found["changed every second recomputed, inputs on CPU"] = losses(3, CHANGED, on_cpu)
     found["changed selective"] = losses(3, CHANGED, {"activation_checkpointing": "selective"})
     found["changed compiled, recomputed"] = losses(3, CHANGED, {"compile": True, "activation_checkpointing": 2})

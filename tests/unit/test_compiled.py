@@ -86,6 +86,8 @@ def test_the_small_model_has_every_kind_of_layer():
     kinds = [(small.turns(layer), small.window(layer)) for layer in range(small.n_layer)]
     assert kinds == [(True, 8), (False, None)] and small.block_size > 8
     assert compiled.small_config(ModelConfig()).n_layer == 1
+    experts = compiled.small_config(dataclasses.replace(config, n_expert=128, n_expert_per_token=8))
+    assert experts.n_expert == experts.n_expert_per_token == 4
     torch.compiler.reset()
     assert compiled.fault_of_small_model(config, torch.float32, "torch", 0, False) is None
     torch.compiler.reset()

@@ -19,6 +19,7 @@ from tests.helpers.variants import all_changed
 SHAPE = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 64, "vocab_size": 96, "init_std": 0.1}
 GPT2 = ModelConfig(**SHAPE)
 CHANGED = all_changed(**SHAPE)
+OLMOE = ModelConfig(**SHAPE | {"bias": False, "n_expert": 6, "mlp": "swiglu", "mlp_hidden": 24, "n_shared_expert": 1})
 TOKENS = torch.arange(2 * 64).view(2, 64) * 7 % 96
 
 
@@ -50,7 +51,7 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("config", [GPT2, CHANGED], ids=["GPT-2", "everything changed"])
+@pytest.mark.parametrize("config", [GPT2, CHANGED, OLMOE], ids=["GPT-2", "everything changed", "experts"])
 @pytest.mark.parametrize("wanted", [True, 2, "selective"])
 def test_nothing_but_memory_changes(config, dropout, wanted):
     plain = step(config, dropout=dropout)
@@ -74,13 +75,14 @@ def test_what_is_computed_again():
     assert recomputed_flops_per_token(GPT2, "selective") * tokens == selective - plain
 
 
-def test_compiled_in_one_graph_for_all_blocks():
+@pytest.mark.parametrize("config", [GPT2, OLMOE], ids=["GPT-2", "experts"])
+def test_compiled_in_one_graph_for_all_blocks(config):
     """And each keeps less than the one before."""
-    plain = step(GPT2, compiled=True)
+    plain = step(config, compiled=True)
     kept = [plain[2]]
     for wanted in (0.5, "selective", 0.1, True):
         counters.clear()
-        found = step(GPT2, compiled=True, activation_checkpointing=wanted)
+        found = step(config, compiled=True, activation_checkpointing=wanted)
         assert found[0] == pytest.approx(plain[0], rel=1e-6)
         for name, gradient in found[1].items():
             torch.testing.assert_close(gradient, plain[1][name], rtol=1e-4, atol=1e-6)
