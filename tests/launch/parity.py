@@ -5,6 +5,7 @@ every ZeRO stage in one process group, continues from checkpoints, and moves run
 """
 
 import dataclasses
+import itertools
 import json
 import shutil
 import sys
@@ -25,7 +26,7 @@ from minzero.data import mixture
 from minzero.engine import count_real_parameters
 from minzero.files import ROOT, read_json
 from tests.helpers.variants import all_changed
-from tests.launch.parity_settings import MOVES, QWEN3, SETTINGS, SETTINGS_OF_QWEN3
+from tests.launch.parity_settings import MOVES, OTHERS, SETTINGS, SETTINGS_OF_OTHERS, model_of
 
 DATA, FOLDER, PART = sys.argv[-3], Path(sys.argv[-2]), sys.argv[-1]
 MODEL = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "vocab_size": 64, "init_std": 0.05}
@@ -47,7 +48,7 @@ def config_of(name, stage, offload="none", steps=20, **more):
 def config_of_moved(name, stage, offload="none"):
     """150 steps with a checkpoint every 50."""
     settings = {"lr": 3e-3, "save_every": 50, "save_best": False, "micro_batch_size": 4}
-    return config_of(name, stage, offload, steps=150, train=settings, model=QWEN3 if "qwen3" in name else {})
+    return config_of(name, stage, offload, steps=150, train=settings, model=model_of(name))
 
 
 def engine_of(stage, precision="fp32", offload="none", **more):
@@ -122,10 +123,10 @@ def parity_of_stages(world_size, rank):
             train.main(config_of(path, stage, offload, train={"precision": precision}))
             if path == name:
                 copy_until(name, 10, f"resumed_{name}")
-    for stage, precision in SETTINGS_OF_QWEN3:
-        name = f"qwen3_{precision}_stage{stage}_ranks{world_size}"
+    for model, (stage, precision) in itertools.product(OTHERS, SETTINGS_OF_OTHERS):
+        name = f"{model}_{precision}_stage{stage}_ranks{world_size}"
         for path in (name, f"resumed_{name}") if stage == 3 else (name,):
-            train.main(config_of(path, stage, model=QWEN3, train={"precision": precision}))
+            train.main(config_of(path, stage, model=model_of(name), train={"precision": precision}))
             if path == name and stage == 3:
                 copy_until(name, 10, f"resumed_{name}")
     train.main(config_of(f"selective_ranks{world_size}", 3, train={"activation_checkpointing": "selective"}))
@@ -145,7 +146,8 @@ def main():
     _, rank, world_size = dist.start_process_group()
     if PART == "first":
         train.main(config_of_moved("moved", 3))
-        train.main(config_of_moved("qwen3_moved", 3))
+        for model in OTHERS:
+            train.main(config_of_moved(f"{model}_moved", 3))
     if PART != "third":
         parity_of_stages(world_size, rank)
         settings = {f"stage{s}_{o}": loaded_and_saved_again(s, o) for s, p, o in SETTINGS if p == "fp32"}

@@ -19,11 +19,14 @@ from minzero.tensor_files import SavedPieces
 from minzero.trained import load_model, open_trained
 from minzero.zero import KINDS
 from tests.helpers.processes import deepspeed_command, run
-from tests.launch.parity_settings import MOVES, SETTINGS, SETTINGS_OF_QWEN3
+from tests.launch.parity_settings import MOVES, OTHERS, SETTINGS, SETTINGS_OF_OTHERS, model_of
 
 SCRIPT = Path(__file__).with_name("parity.py")
 RUNS = [f"{precision}_stage{stage}_{offload}" for stage, precision, offload in SETTINGS]
-OF_QWEN3 = [f"qwen3_{precision}_stage{stage}" for stage, precision in SETTINGS_OF_QWEN3]
+OF_OTHERS = {
+    model: [f"{model}_{precision}_stage{stage}" for stage, precision in SETTINGS_OF_OTHERS] for model in OTHERS
+}
+RESUMED = [name for names in OF_OTHERS.values() for name in names[3:]]  # at stage 3
 LENGTHS = [1, 40, 3, 90, 2, 7, 1, 1, 60, 5] * 8  # of the answers: micro-batches differ in how many tokens count
 MOVED = {name: origin for moves in MOVES.values() for name, origin in moves.items()}
 
@@ -68,7 +71,9 @@ def test_initial_weights_are_the_same_bit_for_bit(folder):
 
 
 @pytest.mark.parametrize(
-    "names, first", [(RUNS, "fp32_stage0_none"), (OF_QWEN3, "qwen3_fp32_stage0")], ids=["GPT-2", "Qwen3"]
+    "names, first",
+    [(RUNS, "fp32_stage0_none"), *((names, names[0]) for names in OF_OTHERS.values())],
+    ids=["GPT-2", *OF_OTHERS],
 )
 def test_first_20_losses_agree_between_stages_ranks_and_offload(folder, names, first):
     reference = losses(folder / f"{first}_ranks1")
@@ -110,7 +115,7 @@ def test_selective_recomputation_has_the_same_losses(folder, ranks):
     assert found == pytest.approx(losses(folder / f"fp32_stage3_none_ranks{ranks}"), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [*RUNS, *OF_QWEN3[3:], "dropout", "background"])
+@pytest.mark.parametrize("name", [*RUNS, *RESUMED, "dropout", "background"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_resumed_run_continues_bit_for_bit(folder, name, ranks):
     whole, resumed = (folder / f"{kind}{name}_ranks{ranks}" for kind in ("", "resumed_"))
@@ -142,7 +147,8 @@ def content_of(path):
 def test_a_run_moved_to_other_ranks_or_another_stage_continues_the_same(folder, name):
     """A table of docs/resume.md: 50 steps and more after each change, in fp32."""
     _, step, *_ = MOVED[name]
-    reference = losses(folder / ("qwen3_moved" if "qwen3" in name else "moved"))
+    model = name.split("_")[0]
+    reference = losses(folder / (f"{model}_moved" if model in OTHERS else "moved"))
     found = losses(folder / name)
     assert len(reference) == 150 and len(found) == 150 and reference[-1] < 0.5 * reference[0]
     difference = max(abs(a / b - 1) for a, b in zip(found[step:], reference[step:], strict=True))
@@ -152,7 +158,7 @@ def test_a_run_moved_to_other_ranks_or_another_stage_continues_the_same(folder, 
     assert samples == [[number // 8, number] for number in range(step * 8, 150 * 8)], "no sample twice, none left out"
     state = checkpoint_state.read_state(folder / name / "checkpoints" / "step_00000150")
     assert state["optimizer_steps"] == 150 and state["tokens"] == 150 * 8 * 32
-    assert state["config"]["model"]["qk_norm"] == ("head" if "qwen3" in name else "none")
+    assert state["config"]["model"]["qk_norm"] == model_of(name).get("qk_norm", "none")
 
 
 def whole_tensors(path):
@@ -182,7 +188,9 @@ def test_loading_and_saving_again_keeps_every_bit_and_the_settings_of_the_config
         assert all(torch.equal(found[key], expected[key]) for key in expected), name
 
 
-@pytest.mark.parametrize("name", ["moved", "stage_3_2", "all_at_once_and_back", "qwen3_ranks_2_1_2"])
+@pytest.mark.parametrize(
+    "name", ["moved", "stage_3_2", "all_at_once_and_back", "qwen3_ranks_2_1_2", "olmoe_ranks_2_1_2"]
+)
 def test_weights_put_together_in_one_process_are_those_that_were_trained(folder, small_data, name):
     path = folder / name / "checkpoints" / "step_00000150"
     trained, wanted = open_trained(path), checkpoint_state.read_state(path)["config"]["train"]["eval_tokens"]
