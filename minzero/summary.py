@@ -5,7 +5,7 @@ import json
 from minzero import checkpoint_state, metrics, resume
 from minzero.config.deepspeed import with_auto_values
 from minzero.schedule import learning_rate
-from minzero.sizes import wide_heads
+from minzero.sizes import count_parameters, wide_heads
 
 SHAPES_THE_RATE = [f"train.{name}" for name in checkpoint_state.SHAPES_THE_RATE]
 
@@ -22,8 +22,9 @@ def start_lines(run, data, not_compiled=None):
         lines += [f"{section}: {json.dumps(content)}" for section, content in config.to_dict().items()]
         chosen = ", ".join(f"{key} {json.dumps(value)}" for key, value in setup.auto.items())
         lines.append(f'"auto" of deepspeed: {chosen or "nothing"}')
+    active = f" ({count_parameters(model)[1]:,} active for a token)" if model.n_expert else ""
     lines.append(
-        f"{run.parameters:,} parameters, {model.n_layer} layers of width {model.n_embd}, {model.n_head} heads, "
+        f"{run.parameters:,} parameters{active}, {model.n_layer} layers of width {model.n_embd}, {model.n_head} heads, "
         f"vocabulary {model.vocab_size:,}, context {model.block_size:,} tokens"
     )
     compiled = f"no ({not_compiled})" if not_compiled else "yes"
