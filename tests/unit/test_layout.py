@@ -12,7 +12,7 @@ from tests.helpers.processes import ROOT
 ORDER = """
     errors files launchers commands flags deepspeed_keys config.values config.sections config.nested
     sizes config.auto config.deepspeed config.hints config.build config.help config.load dist run_folder loss
-    recompute rotary experts zero tensor_files
+    experts recompute rotary zero tensor_files
     data.order data.meta data.shards data.mixture data.text data.tokenizer_files data.tokenizer data.fast_encoding
     data.documents data.local_files data.sources data.conversations data.output data.clean
     data.encode data.pipeline data.learn_tokenizer data.scripts data.verify data.foreign data.convert

@@ -108,7 +108,7 @@ CONFIGS = [  # section, key, value or NO_VALUE, what the line names
     ("model", "bias", 1, "model.bias"),
     ("model", "norm", "batchnorm", "layernorm, rmsnorm"),
     ("model", "position", "alibi", "learned, rotary"),
-    ("model", "mlp", "relu", "gelu, swiglu"),
+    ("model", "mlp", "relu", "gelu, gelu_exact, swiglu"),
     ("model", "mlp_hidden", 0, "model.mlp_hidden"),
     ("model", "rotary_theta", 0, "model.rotary_theta"),
     ("model", "init_std", -1, "model.init_std"),
