@@ -159,12 +159,16 @@ def flops_per_token(config: ModelConfig):
 
 def recomputed_flops_per_token(config: ModelConfig, activation_checkpointing):
     """FLOPs per training token that train.activation_checkpointing adds. A block that is recomputed: its forward pass
-    once more. Selective: only the product after attention. A part b of the activations kept: 1 - b of the forward
+    once more. Selective: only the product after attention, and experts' second, which the gradients of their weights
+    in the sum need. A part b of the activations kept: 1 - b of the forward
     pass, though the compiler drops first what costs least. Hardware FLOPs are model FLOPs plus these (Korthikanti et
     al. 2022, arXiv 2205.05198, section 6.3)."""
     recomputation = Recomputation.of(activation_checkpointing)
     if recomputation.selective:
-        return config.n_layer * 2 * config.n_embd * config.n_head * config.head_size
+        product = config.n_embd * config.n_head * config.head_size
+        if config.n_expert:
+            product += config.n_expert_per_token * expert_sizes(config)[-1]
+        return config.n_layer * 2 * product
     blocks = -(-config.n_layer // recomputation.every) if recomputation.every else 0
     share = blocks / config.n_layer + 1 - recomputation.budget
     matrices = count_parameters(config)[1] - config.vocab_size * config.n_embd

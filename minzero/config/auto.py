@@ -75,8 +75,10 @@ def live(facts):
 
 
 def prefetch(facts):
-    # DeepSpeed fetches weights until this many are reached: the next block to its end, and no part of another
-    return int(0.98 * sum(size for size in parameter_sizes(facts.model).block if size > persistence(facts)))
+    # DeepSpeed fetches weights until this many are reached: the next block to its end, and no part of another. Beside
+    # experts, the block's last weight may be less than a fiftieth of it
+    sizes = [size for size in parameter_sizes(facts.model).block if size > persistence(facts)]
+    return max(int(0.98 * sum(sizes)), sum(sizes) - min(sizes, default=0) // 2)
 
 
 def reuse_distance(facts):
@@ -89,7 +91,8 @@ def persistence(facts):
     if facts.keeps_whole:
         sizes = parameter_sizes(facts.model)
         return max(sizes.block + sizes.outside)
-    return max(100_000, 10 * facts.model.n_embd)  # biases and weights of norms
+    # biases and weights of norms, and routers: one more gather for little
+    return max(100_000, 10 * facts.model.n_embd, (facts.model.n_expert or 0) * facts.model.n_embd)
 
 
 def bucket(facts):

@@ -7,6 +7,7 @@ from minzero.planner.memory import background_copy, checkpoint_bytes, cpu_memory
 from minzero.planner.replay import PARTS
 from minzero.planner.settings import settings_of
 from minzero.planner.speed import Assumptions, speed_and_cost
+from minzero.sizes import count_parameters
 
 
 def plan_run(config, hardware, assumptions=None):
@@ -22,6 +23,7 @@ def plan_run(config, hardware, assumptions=None):
     cpu_bytes_range = cpu_memory(settings, parameters, ranks)
     return {
         "parameters": parameters,
+        "active_parameters": count_parameters(config.model)[1] if config.model.n_expert else parameters,
         "gpu_bytes": gpu_bytes,
         "gpu_parts": {part: held_at_peak.get(part, 0) for part in PARTS},
         "peak_phase": peak_phase,

@@ -12,7 +12,7 @@ from minzero.planner.replay import PARTS
 from minzero.planner.search import CHOICES, RECOMPUTED, cheapest_change, enough_gpus, fastest, with_choice
 from minzero.planner.settings import OTHER_ZERO_KEYS, WITHOUT_EFFECT, ZERO_KEYS
 from minzero.plot import pyplot
-from minzero.sizes import wide_heads
+from minzero.sizes import expert_sizes, wide_heads
 
 
 def plan_text(plan, config, hardware, notes):
@@ -20,6 +20,8 @@ def plan_text(plan, config, hardware, notes):
     lines = [headline(plan, config, hardware), "", *memory_lines(plan, hardware)]
     if plan["tokens_per_second"]:
         lines += speed_lines(plan, config, hardware)
+    if of_experts := note_on_experts(plan, config):
+        notes = [of_experts, *notes]
     lines += [f"note: {note}" for note in notes]
     return "\n".join(lines)
 
@@ -32,9 +34,10 @@ def headline(plan, config, hardware):
         stage += ", optimizer on CPU"
     if plan["offload_param"]:
         stage += ", parameters on CPU"
+    active = f" ({plan['active_parameters']:,} active for a token)" if config.model.n_expert else ""
     return (
-        f"{plan['parameters']:,} parameters on {hardware.gpus} x {hardware.gpu} of {hardware.gibibytes} GiB, {nodes}; "
-        f"{stage}; micro-batch {plan['micro_batch_size']} x {config.model.block_size} tokens x "
+        f"{plan['parameters']:,} parameters{active} on {hardware.gpus} x {hardware.gpu} of {hardware.gibibytes} GiB, "
+        f"{nodes}; {stage}; micro-batch {plan['micro_batch_size']} x {config.model.block_size} tokens x "
         f"{plan['gradient_accumulation_steps']} accumulated; {recomputed_in_words(plan['activation_checkpointing'])}"
     )
 
@@ -103,6 +106,20 @@ def notes_on(config, gpus):
     except UserError as error:
         notes.append(f"train.py will refuse this batch: {error}")
     return notes
+
+
+def note_on_experts(plan, config):
+    """A sentence where gathered experts are what takes most of the memory at the peak, or None."""
+    parts = plan["gpu_parts"]
+    if not config.model.n_expert or max(parts, key=parts.get) != "gathered":
+        return None
+    _, *matrices = expert_sizes(config.model)
+    weights = config.model.n_expert * sum(matrices)
+    return (
+        f"stage 3 gathers all {config.model.n_expert} experts of a block, {weights:,} weights, although a token goes "
+        f"through {config.model.n_expert_per_token}; stages 0 to 2 gather nothing, and a tool with expert parallelism "
+        "sends tokens in place of weights"
+    )
 
 
 def suggest_fix(config, gpus, planned):

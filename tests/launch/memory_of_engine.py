@@ -144,6 +144,11 @@ def main(folder, which):
     batch = {"micro_batch_size": 2, "global_batch_tokens": 512, "activation_checkpointing": "selective"}
     zero = {key.removeprefix("zero_optimization."): "auto" for key in VALUES if key.startswith("zero_optimization.")}
     found.append(measured_and_predicted(zero | {"stage": 3}, batch, "bf16", {}, accumulated="auto"))
+    experts = {"n_expert": 4, "mlp": "swiglu", "mlp_hidden": 48, "bias": False, "n_shared_expert": 1}
+    for stage, precision, recompute in [(2, "bf16", True), (3, "fp32", "selective"), (3, "bf16", False)]:
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 300, "reduce_bucket_size": 30_000}
+        batch = {"micro_batch_size": 2, "activation_checkpointing": recompute}
+        found.append(measured_and_predicted(zero, batch, precision, experts))
     draw = random.Random(0)
     for _ in range(20 if which == "all" else 2):
         zero = {

@@ -377,6 +377,28 @@ def test_heads_that_the_fast_kernels_do_not_take_are_noted(name, wide):
     assert ("heads of 512 channels" in notes) == wide
 
 
+def test_of_experts_all_are_in_memory_and_some_are_active(capsys):
+    """OLMoE-1B-7B's shape, of which its authors count 6.9 billion parameters (Muennighoff et al. 2024, 2409.02060)."""
+    shape = (
+        "n_layer 16,n_head 16,n_embd 2048,mlp_hidden 1024,n_expert 64,n_expert_per_token 8,vocab_size 50304,bias false"
+    )
+    shape += ",norm rmsnorm,position rotary,mlp swiglu,qk_norm all,normalize_experts false,tie_embeddings false"
+    flags = " ".join(f"--model.{setting}" for setting in shape.split(","))
+    olmoe = f"configs/gpt2-124m.json {flags} --model.block_size 4096 --train.micro_batch_size 1 --gpu_memory 80 --gpus"
+    found = answer_of(capsys, f"{olmoe} 8 --deepspeed.zero_optimization.stage 3")
+    assert found["parameters"] == pytest.approx(6.92e9, rel=1e-3)
+    assert found["active_parameters"] == pytest.approx(1.18e9, rel=2e-2)
+    one_block = 2 * 64 * 3 * 2048 * 1024
+    assert found["gpu_parts"]["gathered"] > one_block and found["fits"]
+    dense = answer_of(capsys, f"{olmoe} 8 --model.n_expert null --model.mlp_hidden 8192")
+    assert dense["active_parameters"] == dense["parameters"] == pytest.approx(found["active_parameters"], rel=0.1)
+    assert answer_of(capsys, f"{olmoe} 8 --fit")["fits"]
+    assert answer_of(capsys, f"{olmoe} 8 --max")["n_layer"] > 16
+    plan.main(f"{olmoe} 64 --deepspeed.zero_optimization.stage 3 --train.activation_checkpointing true".split())
+    said = capsys.readouterr().out
+    assert "active for a token) on 64" in said and "gathers all 64 experts of a block, 402,653,184 weights" in said
+
+
 def test_halving_finds_what_trying_each_would():
     for length in range(10):
         for first in range(length + 1):
