@@ -81,6 +81,8 @@ def read_model_config(folder):
             found = {part: found[part] for part in found if part != "type"}
         if setting == "n_inner" and found is None:  # as GPT-2 itself is published
             found = 4 * theirs.n_embd
+        if setting == "head_dim" and found is None:  # as Mixtral is published
+            found = theirs.hidden_size // theirs.num_attention_heads
         if found != value:
             raise UserError(f"{path}: {setting}: found {found!r}, expected {value!r}; model.py computes nothing else")
     refuse_unknown_settings(path, raw, theirs, HARMLESS | expected.keys() | set(family.unused))
@@ -103,6 +105,11 @@ def refuse_unknown_settings(path, raw, theirs, known):
     default = type(theirs)()
     for name, other in theirs.attribute_map.items():  # two names of one setting
         known |= {name, other} if {name, other} & known else set()
+        if name in raw and other in raw and raw[name] != raw[other]:
+            raise UserError(
+                f"{path}: {name}: found {in_short(raw[name])}, expected {in_short(raw[other])} as in {other}; they are "
+                "two names of one setting, so make them equal"
+            )
     for name, value in raw.items():
         if name in known or name.startswith(("_", "summary_")) or value is None:
             continue

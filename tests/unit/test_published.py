@@ -41,6 +41,7 @@ SMALL = {
     **dict.fromkeys(("n_positions", "n_ctx", "max_position_embeddings"), 64),
     "vocab_size": 280,
     "intermediate_size": 48,
+    "moe_intermediate_size": 24,
     "max_window_layers": 2,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -59,6 +60,9 @@ def scaled_down(config):
         small["head_dim"] = 8 if implied else 16
     if config.get("sliding_window"):
         small["sliding_window"] = 8
+    for key in ("num_experts", "num_local_experts"):
+        if key in config:
+            small |= {key: 5, "num_experts_per_tok": 2}
     for key in ("layer_types", "no_rope_layers"):
         if key in config:
             small[key] = config[key][:LAYERS]
@@ -117,9 +121,15 @@ def test_a_published_model_scaled_down_gives_transformers_logits(name, tmp_path)
         ours.config.rotary_scaling = ours.config.sliding_window = ours.config.no_rotary_layers = None
         assert worst_difference(ours, theirs) > 1e-3, "the option would not be noticed"
         return
-    weight = ours.blocks[1].attention.qkv.weight
-    weight.data[-1, 0] += 0.1
-    assert worst_difference(ours, theirs) > 1e-4, "one number of one weight would not be noticed"
+    block = ours.blocks[1]
+    weights = [block.attention.qkv.weight]
+    if ours.config.n_expert:
+        weights += [block.mlp.router.weight, block.mlp.up.weight[-1], block.mlp.down.weight[-1]]
+    for weight in weights:
+        kept = weight.data[-1, 0].clone()
+        weight.data[-1, 0] += 0.1
+        assert worst_difference(ours, theirs) > 1e-4, "one number of one weight would not be noticed"
+        weight.data[-1, 0] = kept
 
 
 # -- and out -------------------------------------------------------------------------------------
@@ -140,7 +150,10 @@ def settings_of(folder):
     rope = found.get("rope_parameters")
     if rope:
         found["rope_parameters"] = {key: value for key, value in rope.items() if key != "type"}
-    return {key: value for key, value in found.items() if key not in SAID_OTHERWISE and not key.startswith("summary_")}
+    if "head_dim" in found and found["head_dim"] is None:  # as Mixtral has it
+        found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
+    ignored = SAID_OTHERWISE.union(families.FAMILIES[found["model_type"]].unused)
+    return {key: value for key, value in found.items() if key not in ignored and not key.startswith("summary_")}
 
 
 def stored(folder):
@@ -199,6 +212,7 @@ def test_a_published_model_comes_back_as_it_went_in(name, data, tmp_path):
 # -- refused -------------------------------------------------------------------------------------
 
 LLAMA, QWEN2 = "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "Qwen/Qwen2.5-0.5B"
+MIXTRAL, QWEN3_MOE, OLMOE = "mistralai/Mixtral-8x7B-v0.1", "Qwen/Qwen3-30B-A3B", "allenai/OLMoE-1B-7B-0924"
 LONG = {"rope_type": "longrope", "long_factor": [1.0] * 32, "short_factor": [1.0] * 32, "factor": 4.0}
 REFUSED = [
     (LLAMA, {"model_type": "gemma2"}, "model_type: found 'gemma2', expected one of"),
@@ -240,6 +254,20 @@ REFUSED = [
         "scale_attn_by_inverse_layer_idx: found True, expected False",
     ),
     ("openai-community/gpt2", {"activation_function": "relu"}, "activation_function: found 'relu', expected"),
+    (QWEN3_MOE, {"model_type": "qwen2_moe"}, "model_type: found 'qwen2_moe', expected one of"),
+    (QWEN3_MOE, {"model_type": "qwen3_next"}, "model_type: found 'qwen3_next', expected one of"),
+    (QWEN3_MOE, {"model_type": "deepseek_v2"}, "model_type: found 'deepseek_v2', expected one of"),
+    (QWEN3_MOE, {"model_type": "deepseek_v3"}, "model_type: found 'deepseek_v3', expected one of"),
+    (QWEN3_MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step: found 2, expected 1"),
+    (QWEN3_MOE, {"mlp_only_layers": [0]}, "mlp_only_layers: found [0], expected []"),
+    (QWEN3_MOE, {"num_local_experts": 64}, "num_experts: found 128, expected 64 as in num_local_experts"),
+    (QWEN3_MOE, {"use_sliding_window": True}, "use_sliding_window: found True, expected False"),
+    (QWEN3_MOE, {"shared_expert_intermediate_size": 768}, "shared_expert_intermediate_size: found 768, a setting that"),
+    (OLMOE, {"clip_qkv": 8.0}, "clip_qkv: found 8.0, expected None"),
+    (OLMOE, {"num_local_experts": 32}, "num_local_experts: found 32, expected 64 as in num_experts"),
+    (OLMOE, {"num_experts_per_tok": 65}, "model.n_expert_per_token: found 65"),
+    (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise: found 0.1, expected 0.0"),
+    (MIXTRAL, {"num_experts": 16}, "num_experts: found 16, expected 8 as in num_local_experts"),
 ]
 
 
@@ -266,7 +294,9 @@ def spoilt(tensors, how, name):
 def test_a_weight_too_many_too_few_or_of_another_shape_is_named(family, how, tmp_path):
     make_folder(tmp_path / "whole", FAMILIES[family])
     tensors = load_file(tmp_path / "whole" / "model.safetensors")
-    for name in (key for key in tensors if ".1." in key):
+    # of experts, those of one
+    names = [key for key in tensors if ".1." in key and (".experts." not in key or ".experts.1." in key)]
+    for name in names:
         folder = shutil.copytree(tmp_path / "whole", tmp_path / name)
         save_file(spoilt(tensors, how, name), folder / "model.safetensors")
         with pytest.raises(UserError, match=r"^[^\n]+$") as error:
