@@ -23,7 +23,7 @@ from minzero.init_from import model_left_out
 from minzero.trained import open_weights
 
 DATA, FOLDER = sys.argv[-2], Path(sys.argv[-1])
-CONTINUED = ("mistral", "qwen2", "qwen3", "olmo2", "smollm3", "pythia")
+CONTINUED = ("mistral", "qwen2", "qwen3", "olmo2", "smollm3", "pythia", "mixtral", "qwen3_moe", "olmoe")
 SHARDED = ["--deepspeed.zero_optimization.stage3_param_persistence_threshold", "100"]
 
 
@@ -70,7 +70,7 @@ def main():
     for family in ("gpt2", "llama"):
         for stage in (0, 3):
             train.main(config_of(family, f"{family}_{stage}", stage, 1, FOLDER / family))
-    for family in others:
+    for family in [family for family in others if family not in CONTINUED]:
         train.main(config_of(family, f"{family}_3", 3, 1, FOLDER / family))
     train.main(config_of("gpt2", "short", 3, 1, FOLDER / "gpt2", block_size=8))
     # resumed: the model it started from is not there any more

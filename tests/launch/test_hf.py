@@ -24,6 +24,7 @@ from minzero.errors import UserError
 from minzero.files import write_json
 from minzero.hf import families, weights
 from minzero.hf import write as hf_write
+from minzero.hf.comparison import as_in_files
 from minzero.metrics import read_metrics
 from minzero.trained import load_model, open_trained, open_weights
 from model import GPT
@@ -46,6 +47,9 @@ CONTINUED = {  # of start_from.py, with the block_size of the run
     "olmo2": 16,
     "smollm3": 16,
     "pythia": 8,
+    "mixtral": 16,
+    "qwen3_moe": 16,
+    "olmoe": 16,
 }
 
 # -- from there: the start of a run --------------------------------------------------------------
@@ -63,6 +67,8 @@ def launched(tmp_path_factory):
         (folder / f"{name}.json").write_text(json.dumps(dataclasses.asdict(config)))
     for name, block_size in CONTINUED.items():
         sections = {"model": {"block_size": block_size}, "data": {"path": str(folder / "data")}}
+        if FAMILIES.get(name, LLAMA).n_expert:  # the comparison is with the loss of prediction alone
+            sections["model"] |= {"balance_loss": 0.0, "router_z_loss": 0.0}
         sections |= {"train": {"init_from": str(folder / name)}}  # a whole config, of three keys
         (folder / f"continue_{name}.json").write_text(json.dumps(sections))
     script = Path(__file__).with_name("start_from.py")
@@ -83,9 +89,8 @@ def first_batch(folder, block_size=16):
 def test_every_stage_rank_and_precision_starts_from_the_published_weights(launched):
     for family in FAMILIES:
         config = ModelConfig(**json.loads((launched / f"{family}.json").read_text()))
-        read = weights.from_transformers(
-            config, AutoModelForCausalLM.from_pretrained(launched / family).state_dict().get
-        )
+        model = AutoModelForCausalLM.from_pretrained(launched / family)
+        read = weights.from_transformers(config, as_in_files(model, model.state_dict()).get)
         for rank in (0, 1):
             for setting, found in torch.load(launched / f"weights_{rank}.pt").items():
                 if setting.split()[0] == family:
