@@ -21,7 +21,7 @@ PANELS = {
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second",
-    "expert_load_max": "busiest expert / equal share",  # where there are experts
+    "expert_load_max": "busiest expert's load",  # over an equal share, where there are experts
 }
 
 
