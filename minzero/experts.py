@@ -70,7 +70,10 @@ def expert_product_backward(
     """The gradients of rows and matrices. An expert without rows has a gradient of zeros."""
     gradient = gradient.contiguous()
     if has_grouped_product(x, weight):
-        return F.grouped_mm(gradient, weight, offs=ends), F.grouped_mm(gradient.mT, x, offs=ends)
+        of_weight = F.grouped_mm(gradient.mT, x, offs=ends)
+        # torch leaves what is not zero there on Blackwell GPUs (pytorch's issue 172439)
+        without_rows = ends.diff(prepend=ends.new_zeros(1)) == 0
+        return F.grouped_mm(gradient, weight, offs=ends), of_weight.masked_fill_(without_rows[:, None, None], 0)
     of_rows, of_weight = torch.empty_like(x), torch.empty_like(weight)
     for expert, rows in enumerate(ranges(ends)):
         torch.mm(gradient[rows], weight[expert], out=of_rows[rows])
