@@ -24,7 +24,9 @@ from minzero.nearest import suggesting
 
 # {pattern: (llama.cpp's name (`tokenizer.ggml.pre`), whether it takes a piece that is a token without merging)}
 PRE_TOKENIZERS = {PATTERN: ("llama-bpe", True)} | dict.fromkeys(GPT2_PATTERNS, ("gpt-2", False))
-TIED_TWICE = {("gpt_neox", "gpt_neox.embed_in.weight"), ("olmo2", "model.embed_tokens.weight")}
+TIED_TWICE = {("gpt_neox", "gpt_neox.embed_in.weight")}
+TIED_TWICE |= {(family, "model.embed_tokens.weight") for family in ("olmo2", "olmoe")}
+NORMALIZES = {"qwen3_moe": True, "olmoe": False}  # model.normalize_experts as llama.cpp has it
 OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # these change no weight
 
 
@@ -110,7 +112,18 @@ def refuse_what_llama_cpp_computes_otherwise(folder, model: ModelConfig):
             f"{path}: model.no_rotary_layers: found {model.no_rotary_layers}, expected 4: llama.cpp leaves rotary "
             "positions out of every fourth layer of this family"
         )
-    is_known = kind in (None, "linear", "yarn") or (kind == "llama3" and family in ("llama", "mistral", "smollm3"))
+    if family in NORMALIZES and model.normalize_experts != NORMALIZES[family]:
+        raise UserError(
+            f"{path}: model.normalize_experts: found {model.normalize_experts}, expected {NORMALIZES[family]}: "
+            "llama.cpp knows no other in this family"
+        )
+    if family == "olmoe" and model.kv_heads != model.n_head:
+        raise UserError(
+            f"{path}: model.n_kv_head: found {model.kv_heads}, expected {model.n_head}: llama.cpp has no grouped "
+            "queries in this family"
+        )
+    of_llama = ("llama", "mistral", "smollm3", "mixtral")
+    is_known = kind in (None, "linear", "yarn") or (kind == "llama3" and family in of_llama)
     if family == "gpt_neox":
         is_known = kind is None
     if not is_known or {"truncate", "mscale", "mscale_all_dim"} & scaling.keys():
@@ -150,7 +163,8 @@ def complete_converter(model_class, model: ModelConfig, pre_tokenizer):
     - GPT-2's and GPT-NeoX's settings under the names that old versions of transformers wrote;
     - a width of GPT-2's MLP other than 4 times the model's;
     - GPT-NeoX's rotary base, without which llama.cpp takes 10,000;
-    - a tied output layer of GPT-NeoX and OLMo 2, which llama.cpp wants to find as a tensor of its own."""
+    - OLMoE's epsilon, for which it writes 1e-5;
+    - a tied output layer of GPT-NeoX, OLMo 2 and OLMoE, which llama.cpp wants to find as a tensor of its own."""
     family = family_of(model)
     set_parameters, modify = model_class.set_gguf_parameters, model_class.modify_tensors
 
@@ -168,6 +182,8 @@ def complete_converter(model_class, model: ModelConfig, pre_tokenizer):
             self.gguf_writer.add_feed_forward_length(model.mlp_width)
         if family == "gpt_neox":
             self.gguf_writer.add_rope_freq_base(model.rotary_theta)
+        if family == "olmoe":
+            self.gguf_writer.add_layer_norm_rms_eps(model.norm_eps)
 
     def modify_tensors(self, tensor, name, layer):
         yield from modify(self, tensor, name, layer)

@@ -75,12 +75,17 @@ def write_small_data(folder):
     return folder
 
 
+def folder_beside(name):
+    """Where `beside` has the packages of this name."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minzero-tests"
+    return cache / f"{name}-python{sys.version_info.major}.{sys.version_info.minor}"
+
+
 def beside(name, *packages, whole=False, without=()):
     """A folder with these packages, to come before the installed ones. Skips where there is no package index.
 
     whole: with the packages that they need; without: the names of modules to leave out of those."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minzero-tests"
-    folder = cache / f"{name}-python{sys.version_info.major}.{sys.version_info.minor}"
+    folder = folder_beside(name)
     if not folder.exists():
         temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
         alone = [] if whole else ["--no-deps"]

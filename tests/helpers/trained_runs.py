@@ -63,6 +63,21 @@ def random_model(config, seed=1):
     return model
 
 
+def one_number_changed(model, by):
+    """Yields the name of one weight of model.py's first block after the other, attention's and of a mixture also the
+    router's and an expert's, while one number of it is changed: a comparison that does not notice it shows nothing."""
+    names = ["attention.qkv"]
+    if model.config.n_expert is not None:
+        names += ["mlp.router", "mlp.up", "mlp.down"]
+    for name in names:
+        weight = model.blocks[0].get_submodule(name).weight.data
+        row = weight[-1] if weight.dim() == 2 else weight[-1, -1]
+        kept = row[0].item()
+        row[0] += by
+        yield name
+        row[0] = kept
+
+
 def write_file(path, tensors):
     """A checkpoint's file of flat tensors, {name: tensor}. Returns its entry in state.json."""
     sizes = {name: (tensor.dtype, len(tensor)) for name, tensor in tensors.items()}

@@ -22,7 +22,7 @@ from minzero.hf.families import transformers_config
 from minzero.hf.write import config_json
 from minzero.trained import load_model, open_trained
 from tests.helpers.processes import beside, environment
-from tests.helpers.trained_runs import FAMILIES, GPT2, LLAMA, NEOX, write_data, write_run
+from tests.helpers.trained_runs import FAMILIES, GPT2, LLAMA, NEOX, one_number_changed, write_data, write_run
 from tests.unit.test_export import LLAMA3_SCALING, NASTY, YARN_SCALING, of_pattern
 
 pytestmark = pytest.mark.slow
@@ -55,10 +55,15 @@ MODELS = {
     "qwen3_windows": dataclasses.replace(FAMILIES["qwen3"], n_layer=3, sliding_window=5, full_attention_layers=[0]),
     "olmo2": dataclasses.replace(FAMILIES["olmo2"], **UNTIED),
     "smollm3": dataclasses.replace(FAMILIES["smollm3"], **UNTIED),
+    "mixtral": dataclasses.replace(FAMILIES["mixtral"], **UNTIED),
+    "mixtral_windows": dataclasses.replace(FAMILIES["mixtral"], **UNTIED, sliding_window=5),
+    "qwen3_moe": dataclasses.replace(FAMILIES["qwen3_moe"], **UNTIED),
+    "olmoe": dataclasses.replace(FAMILIES["olmoe"], **UNTIED),
+    "olmoe_normalized": dataclasses.replace(FAMILIES["olmoe"], **OTHER, normalize_experts=True),
 }
 NOT_IN = {  # in transformers 4.46.3: families that came later, and what its code computes in another way
     "4.46.3": {name for name in MODELS if name.startswith(("qwen3", "olmo2", "smollm3"))}
-    | {"qwen3_bfloat16", "olmo2_bfloat16", "smollm3_bfloat16"}
+    | {"qwen3_bfloat16", "qwen3_moe_bfloat16", "olmo2_bfloat16", "smollm3_bfloat16"}
     | {"llama_yarn", "qwen2_yarn", "qwen2_windows"},
 }
 EXPORTS = [*MODELS, *(f"{family}_bfloat16" for family in FAMILIES)]
@@ -167,10 +172,16 @@ def test_every_version_computes_what_our_model_does(exports, read_by, name):
     found, tokens = of_version(read_by, name), torch.tensor([list(range(3, 19))] * 2)
     rounded = name.endswith("bfloat16")
     model = load_model(open_trained(exports / name if rounded else exports / "runs" / name))
-    with torch.no_grad():
-        worst = (model(tokens) - found["logits"]).abs().max().item()
+
+    @torch.no_grad()
+    def difference():
+        return (model(tokens) - found["logits"]).abs().max().item()
+
+    worst, allowed = difference(), 1e-5 * max(1, found["logits"].abs().max().item())
     print(f"{name} in transformers {read_by['version']}: {worst:.1e}")
-    assert worst < 1e-5 * max(1, found["logits"].abs().max().item())
+    assert worst < allowed
+    for weight in one_number_changed(model, by=0.1):
+        assert difference() > 2 * allowed, f"one number of {weight} would not be noticed"
     assert found["dtype"] == ("torch.bfloat16" if rounded else "torch.float32")
     # a padded batch is continued as each text is by itself
     expected = [greedy(model, prompt.encode(), 6) for prompt in ("abc xyz", "z")]

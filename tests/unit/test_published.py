@@ -21,7 +21,7 @@ from minzero.hf import comparison, families
 from minzero.hf import read as hf_read
 from minzero.sizes import count_parameters
 from minzero.trained import load_model, open_trained, open_weights
-from tests.helpers.trained_runs import FAMILIES, make_folder, randomised, write_data, write_run
+from tests.helpers.trained_runs import FAMILIES, make_folder, one_number_changed, randomised, write_data, write_run
 
 PUBLISHED = json.loads((ROOT / "tests" / "helpers" / "published_configs.json").read_text())
 YARN = {"rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}}
@@ -121,15 +121,8 @@ def test_a_published_model_scaled_down_gives_transformers_logits(name, tmp_path)
         ours.config.rotary_scaling = ours.config.sliding_window = ours.config.no_rotary_layers = None
         assert worst_difference(ours, theirs) > 1e-3, "the option would not be noticed"
         return
-    block = ours.blocks[1]
-    weights = [block.attention.qkv.weight]
-    if ours.config.n_expert:
-        weights += [block.mlp.router.weight, block.mlp.up.weight[-1], block.mlp.down.weight[-1]]
-    for weight in weights:
-        kept = weight.data[-1, 0].clone()
-        weight.data[-1, 0] += 0.1
-        assert worst_difference(ours, theirs) > 1e-4, "one number of one weight would not be noticed"
-        weight.data[-1, 0] = kept
+    for weight in one_number_changed(ours, by=0.1):
+        assert worst_difference(ours, theirs) > 1e-4, f"one number of {weight} would not be noticed"
 
 
 # -- and out -------------------------------------------------------------------------------------

@@ -38,7 +38,16 @@ from minzero.files import write_json
 from minzero.hf import families, gguf
 from minzero.trained import load_model, open_trained
 from tests.helpers.processes import ROOT, run
-from tests.helpers.trained_runs import FAMILIES, GPT2, LLAMA, NEOX, make_folder, write_data, write_run
+from tests.helpers.trained_runs import (
+    FAMILIES,
+    GPT2,
+    LLAMA,
+    NEOX,
+    make_folder,
+    one_number_changed,
+    write_data,
+    write_run,
+)
 from tests.unit.test_export import LLAMA3_SCALING, YARN_SCALING
 
 YARN = YARN_SCALING | {"original_max_position_embeddings": 256}
@@ -193,6 +202,11 @@ def test_the_commands_faults(tmp_path, ranks, monkeypatch):
         ("gpt_neox", {"rotary_scaling": YARN}, "model.rotary_scaling: found {"),
         ("qwen2", {"rotary_scaling": LLAMA3_SCALING}, "model.rotary_scaling: found {"),
         ("llama", {"rotary_scaling": YARN | {"truncate": False}}, "model.rotary_scaling: found"),
+        ("mixtral", {"sliding_window": 5}, "model.sliding_window: found 5"),
+        ("qwen3_moe", {"normalize_experts": False}, "model.normalize_experts: found False, expected True"),
+        ("qwen3_moe", {"rotary_scaling": LLAMA3_SCALING}, "model.rotary_scaling: found {"),
+        ("olmoe", {"n_kv_head": None, "normalize_experts": True}, "model.normalize_experts: found True, expected Fal"),
+        ("olmoe", {}, "model.n_kv_head: found 2, expected 4"),
     ],
 )
 def test_what_llama_cpp_would_compute_in_another_way_is_refused(family, more, expected, tmp_path):
@@ -221,6 +235,11 @@ VARIANTS = {
     "qwen3": FAMILIES["qwen3"],
     "olmo2": FAMILIES["olmo2"],
     "smollm3": dataclasses.replace(FAMILIES["smollm3"], n_layer=5, no_rotary_layers=4),
+    "mixtral": dataclasses.replace(FAMILIES["mixtral"], rotary_scaling=LLAMA3_SCALING),
+    "qwen3_moe": FAMILIES["qwen3_moe"],
+    # its converter writes an epsilon of 1e-5 whatever the model has
+    "olmoe": dataclasses.replace(FAMILIES["olmoe"], n_kv_head=None, norm_eps=1e-2),
+    "olmoe_untied": dataclasses.replace(FAMILIES["olmoe"], n_kv_head=None, tie_embeddings=False, rotary_scaling=YARN),
 }
 ODD = [
     *[
@@ -457,9 +476,10 @@ def test_loss_and_ids_are_llama_cpps(name, trained_data, llama_cpp, tmp_path, ca
     model = load_model(open_trained(tmp_path / "run"), torch.device("cpu"))
     one_by_one, _ = window_losses(model, stream, device=torch.device("cpu"))
     assert (losses - one_by_one).abs().median().item() / block < 1e-5
-    model.blocks[0].attention.qkv.weight.data[-1, 0] += 0.2
-    another, _ = window_losses(model, stream, device=torch.device("cpu"))
-    assert (losses - another).abs().median().item() / block > 1e-5, "one number would not be noticed"
+    for weight in one_number_changed(model, by=0.2):
+        another, _ = window_losses(model, stream, device=torch.device("cpu"))
+        worst = (losses - another).abs().median().item() / block
+        assert worst > 1e-5, f"one number of {weight} would not be noticed"
 
 
 @pytest.mark.slow
