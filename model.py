@@ -277,7 +277,7 @@ class GPT(nn.Module):
         self.routing = [total + routing.detach(), passes + 1]
         balance, square = router_losses(routing, self.config.balance_over == "layer")
         extra = self.config.balance_loss * balance + self.config.router_z_loss * square
-        return loss + extra - extra.detach()
+        return loss + (extra - extra.detach())
 
     def take_routing(self):
         """The mean routing, (L, 3, E), of the forward passes in training since the last call; None without any."""
