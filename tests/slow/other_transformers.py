@@ -21,8 +21,9 @@ FOLDER, OUT, LEFT_OUT = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.arg
 @torch.no_grad()
 def read_export(folder, tokens, prompts):
     """The results of one export: logits, greedy text of a padded batch, ids, the model card's own code."""
-    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto").eval()
-    dtype, model = str(model.dtype), model.float()
+    dtype = str(AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto").dtype)
+    # not that model's float(): 4.46.3's Mixtral has rounded its table of cosines by then
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
     tokenizer, generation = AutoTokenizer.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
     batch = tokenizer(prompts, padding=True, return_tensors="pt")
     written = model.generate(**batch, max_new_tokens=6)

@@ -59,7 +59,8 @@ MODELS = {
     "mixtral_windows": dataclasses.replace(FAMILIES["mixtral"], **UNTIED, sliding_window=5),
     "qwen3_moe": dataclasses.replace(FAMILIES["qwen3_moe"], **UNTIED),
     "olmoe": dataclasses.replace(FAMILIES["olmoe"], **UNTIED),
-    "olmoe_normalized": dataclasses.replace(FAMILIES["olmoe"], **OTHER, normalize_experts=True),
+    # of a width that the grouped product of transformers 5 takes
+    "olmoe_other": dataclasses.replace(FAMILIES["olmoe"], **OTHER | {"mlp_hidden": 36}, normalize_experts=True),
 }
 NOT_IN = {  # in transformers 4.46.3: families that came later, and what its code computes in another way
     "4.46.3": {name for name in MODELS if name.startswith(("qwen3", "olmo2", "smollm3"))}

@@ -31,6 +31,7 @@ SIZES = {"n_embd": 256, "block_size": 64, "tie_embeddings": False}
 MODELS = {name: dataclasses.replace(config, **SIZES) for name, config in FAMILIES.items()}
 MODELS |= {
     "qwen3": dataclasses.replace(MODELS["qwen3"], head_dim=128),
+    "qwen3_moe": dataclasses.replace(MODELS["qwen3_moe"], head_dim=128),
     "pythia": dataclasses.replace(
         MODELS["gpt_neox"], parallel_residual=True, rotary_fraction=0.25, mlp="gelu_exact", head_dim=None
     ),
