@@ -4,6 +4,7 @@ the same architecture; others are refused with the key that stands for another f
 The settings are in tests/helpers/published_configs.json, a model a line, in the form in which the hub has them."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import shutil
@@ -83,6 +84,27 @@ def write_published(folder, config):
     return theirs
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """More of them only wait for each other at models of this size."""
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(number)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A function from a name in CONFIGS to (the folder of that model scaled down, transformers' model of it)."""
+
+    @functools.cache
+    def write(name):
+        folder = tmp_path_factory.mktemp("published")
+        return folder, write_published(folder, scaled_down(CONFIGS[name]))
+
+    return write
+
+
 TOKENS = torch.randint(280, (2, 64), generator=torch.Generator().manual_seed(2))
 
 
@@ -110,9 +132,9 @@ def test_every_family_has_a_published_model():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_published_model_scaled_down_gives_transformers_logits(name, tmp_path):
-    theirs = write_published(tmp_path, scaled_down(CONFIGS[name]))
-    ours = load_model(open_trained(tmp_path))
+def test_a_published_model_scaled_down_gives_transformers_logits(name, published):
+    folder, theirs = published(name)
+    ours = load_model(open_trained(folder))
     with torch.no_grad():
         scale = theirs(TOKENS).logits.abs().max().item()
     assert scale > 0.3, "a model that says nothing would show nothing"
@@ -159,24 +181,23 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_published_model_comes_back_as_it_went_in(name, data, tmp_path):
+def test_a_published_model_comes_back_as_it_went_in(name, published, data, tmp_path):
     """Through a checkpoint of ours with a shorter context: weights bit for bit, the same architecture and settings;
     and both write the same greedy text, as model.py does."""
     block_size = 48
-    published, exported = tmp_path / "published", tmp_path / "exported"
-    published.mkdir()
-    theirs = write_published(published, scaled_down(CONFIGS[name]))
-    config = dataclasses.replace(hf_read.read_model_config(published), block_size=block_size)
-    _, load = open_weights(str(published), config)
+    exported = tmp_path / "exported"
+    folder, theirs = published(name)
+    config = dataclasses.replace(hf_read.read_model_config(folder), block_size=block_size)
+    _, load = open_weights(str(folder), config)
     write_run(tmp_path / "run", config, data, read=load())
     export.main([str(tmp_path / "run"), str(exported)])
-    before, after = stored(published), stored(exported)
+    before, after = stored(folder), stored(exported)
     if config.position == "learned":
         key = "transformer.wpe.weight"
         before[key] = before[key][:block_size]
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, before[stored_name]) for stored_name, tensor in after.items())
-    first, second = settings_of(published), settings_of(exported)
+    first, second = settings_of(folder), settings_of(exported)
     for key in ("max_position_embeddings", "n_positions"):
         assert second.pop(key, block_size) == block_size and first.pop(key, 64) == 64
     assert first == second
