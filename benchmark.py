@@ -29,7 +29,7 @@ from minzero.config.load import load_config
 from minzero.errors import UserError
 from minzero.files import make_folder
 from minzero.flags import FlagParser, a_path, at_least
-from minzero.init_from import model_left_out
+from minzero.init_from import model_defaults
 from minzero.sizes import check_counted
 
 
@@ -56,7 +56,7 @@ def read_options(arguments):
 
 def main(arguments):
     options, rest = read_options(arguments)
-    config = load_config(rest, model_left_out)
+    config = load_config(rest, model_defaults)
     check_counted(config.model)
     device, gpus_found = this_device()
     gpus = options.gpus or gpus_found or 2

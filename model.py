@@ -127,13 +127,12 @@ class MLP(nn.Module):
         self.down.writes_to_residual = True
 
     def forward(self, x):
-        return F.dropout(self.down(activate(self.up(x), self.kind)), self.dropout, self.training)
+        """(B, T, C) -> (B, T, C), and None, where experts say how they were chosen."""
+        return F.dropout(self.down(activate(self.up(x), self.kind)), self.dropout, self.training), None
 
 
-def make_mlp(config: ModelConfig):
-    """A block's MLP or its experts."""
-    if config.n_expert is None:
-        return MLP(config, config.mlp_width)
+def make_experts(config: ModelConfig):
+    """Experts in place of an MLP, and where some are shared, one MLP that is as wide as all of these."""
     shared = MLP(config, config.n_shared_expert * config.mlp_width) if config.n_shared_expert else None
     return Experts(config, functools.partial(activate, kind=config.mlp), shared)
 
@@ -149,8 +148,7 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config, kernels)
         self.attention = Attention(config, kernels)
         self.mlp_norm = make_norm(config, kernels)
-        self.mlp = make_mlp(config)
-        self.has_experts = config.n_expert is not None
+        self.mlp = MLP(config, config.mlp_width) if config.n_expert is None else make_experts(config)
         self.recomputation = None  # or a dictionary: how minzero.recompute is to keep less of this block
 
     def forward(self, x, angles=None, mask=None):
@@ -159,17 +157,15 @@ class Block(nn.Module):
         return self.compute(x, angles, mask)
 
     def compute(self, x, angles, mask):
-        """(B, T, C) -> (B, T, C), and the router's choices where there are experts (see minzero/experts.py)."""
-        if self.norms_follow:
-            attended = x + self.attention_norm(self.attention(x, angles, mask))
-            y, routing = self.feed_forward(x if self.parallel else attended)
-            return attended + self.mlp_norm(y), routing
-        attended = x + self.attention(self.attention_norm(x), angles, mask)
-        y, routing = self.feed_forward(self.mlp_norm(x if self.parallel else attended))
-        return attended + y, routing
+        """(B, T, C) -> (B, T, C), and how the experts were chosen, or None (see minzero/experts.py)."""
+        normed = x if self.norms_follow else self.attention_norm(x)
+        y = self.attention(normed, angles, mask)
+        attended = x + (self.attention_norm(y) if self.norms_follow else y)
 
-    def feed_forward(self, x):
-        return self.mlp(x) if self.has_experts else (self.mlp(x), None)
+        x = x if self.parallel else attended
+        normed = x if self.norms_follow else self.mlp_norm(x)
+        y, routing = self.mlp(normed)
+        return attended + (self.mlp_norm(y) if self.norms_follow else y), routing
 
 
 class Head(nn.Linear):
@@ -205,7 +201,8 @@ class GPT(nn.Module):
         for block in self.recomputation.of_blocks(self.blocks):
             block.recomputation = {"selective": self.recomputation.selective, "offload": activation_offload}
         self.final_norm = make_norm(config, kernels)
-        self.routing = []  # of experts: the sum over the forward passes of training, and their number
+        self.routing_sum = None  # of experts, over the forward passes of training
+        self.routing_passes = 0
         self.head = Head(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
@@ -258,29 +255,32 @@ class GPT(nn.Module):
         if config.sliding_window and config.sliding_window < T:
             mask = window_mask(T, config.sliding_window, tokens.device)
         x = F.dropout(x, config.dropout, self.training)
-        routing = []
+        routings = []  # of each block
         for layer, block in enumerate(self.blocks):
-            x, chosen = block(x, angles if config.turns(layer) else None, mask if config.window(layer) else None)
-            routing.append(chosen)
+            layer_angles = angles if config.has_rotary(layer) else None
+            layer_mask = mask if config.window_of(layer) else None
+            x, routing = block(x, layer_angles, layer_mask)
+            routings.append(routing)
         x = self.final_norm(x)
         if targets is None:
             return self.head(x)
         loss = self.head(x, targets) / (targets != IGNORE_INDEX).sum().clamp(min=1)
         if config.n_expert and self.training:
-            loss = self.with_router_losses(loss, torch.stack(routing))
+            loss = self.with_router_losses(loss, torch.stack(routings))
         return loss
 
     def with_router_losses(self, loss, routing):
         """The same value with the gradient of the router's losses added to it: what is reported stays the loss of
         prediction. Notes the routing, for `take_routing`."""
-        total, passes = self.routing or (0, 0)
-        self.routing = [total + routing.detach(), passes + 1]
+        self.routing_sum = routing.detach() + (0 if self.routing_sum is None else self.routing_sum)
+        self.routing_passes += 1
         balance, square = router_losses(routing, self.config.balance_over == "layer")
         extra = self.config.balance_loss * balance + self.config.router_z_loss * square
         return loss + (extra - extra.detach())
 
     def take_routing(self):
         """The mean routing, (L, 3, E), of the forward passes in training since the last call; None without any."""
-        total, passes = self.routing or (None, 0)
-        self.routing = []
-        return total / passes if passes else None
+        mean = self.routing_sum / self.routing_passes if self.routing_passes else None
+        self.routing_sum = None
+        self.routing_passes = 0
+        return mean

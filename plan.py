@@ -21,7 +21,7 @@ from minzero.config.load import load_config
 from minzero.errors import UserError
 from minzero.files import check_can_write
 from minzero.flags import FlagParser, a_number, a_path, at_least
-from minzero.init_from import model_left_out
+from minzero.init_from import model_defaults
 from minzero.planner.gpus import MOST_GPUS, GiB, Hardware, peak_of
 from minzero.planner.plan import plan_run
 from minzero.planner.report import draw, notes_on, plan_text, suggest_fix, train_command
@@ -57,7 +57,7 @@ def read_options(arguments):
 
 def main(arguments):
     options, rest = read_options(arguments)
-    config = load_config(rest, model_left_out)
+    config = load_config(rest, model_defaults)
     hardware = options.hardware
 
     def planned(config, gpus=hardware.gpus):

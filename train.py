@@ -45,7 +45,7 @@ from minzero.engine import (
 )
 from minzero.errors import UserError
 from minzero.evaluate_loss import validation_loss
-from minzero.init_from import model_left_out
+from minzero.init_from import model_defaults
 from minzero.loss import equal_weights
 from minzero.planner.gpus import Hardware
 from minzero.planner.stage import advice, with_chosen_stage
@@ -390,7 +390,7 @@ def command(arguments):
     dist.init_process()
     config, fault = None, None
     try:
-        config = load_config(arguments, model_left_out)
+        config = load_config(arguments, model_defaults)
     except UserError as error:
         fault = error  # perhaps of this node's file alone: the other ranks are told
     train = config.train if config else TrainConfig(out_dir=".")

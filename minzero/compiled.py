@@ -144,6 +144,9 @@ logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 def compile_model(model):
     """Compile a GPT in place. What cannot be compiled runs eagerly, and `failure_in_words` tells."""
     torch._dynamo.config.suppress_errors = True
+    # a block has a graph for each kind of layer (rotary or not, window or not), recomputed or not, training or not, and
+    # with several lengths some more; above the limit, 8 by default, it would run uncompiled
+    torch._dynamo.config.recompile_limit = 64
     failures.reasons.clear()
     failures.collects = True
     model.compile()

@@ -9,6 +9,7 @@ C = n_embd, I = mlp_hidden.
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from minzero.config.sections import ModelConfig
 
@@ -97,6 +98,42 @@ def keep_inputs(ctx, inputs, output):
 expert_product.register_autograd(backward_of_product, setup_context=keep_inputs)
 
 
+@register_flop_formula(torch.ops.minzero.expert_product)
+def flops_of_product(x, weight, ends, *_, **__):
+    """For torch's counter: each argument is a shape."""
+    return 2 * x[0] * weight[1] * weight[2]
+
+
+@register_flop_formula(torch.ops.minzero.expert_product_backward)
+def flops_of_backward(gradient, x, weight, ends, *_, **__):
+    return 4 * x[0] * weight[1] * weight[2]
+
+
+# An operator of its own, for its gradient: that of an index adds to rows in any order, and rounds otherwise each time.
+@torch.library.custom_op("minzero::take_rows", mutates_args=())
+def take_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:
+    """Rows order // copies of x (N, C), as (N copies, C). order: (N copies,), each number once; inverse: its inverse."""
+    return x[order // copies]
+
+
+@take_rows.register_fake
+def _(x, order, inverse, copies):
+    return x.new_empty(len(order), x.shape[1])
+
+
+def keep_inverse(ctx, inputs, output):
+    _, _, inverse, ctx.copies = inputs
+    ctx.save_for_backward(inverse)
+
+
+def backward_of_rows(ctx, gradient):
+    (inverse,) = ctx.saved_tensors
+    return gradient[inverse].unflatten(0, (-1, ctx.copies)).sum(dim=1), None, None, None
+
+
+take_rows.register_autograd(backward_of_rows, setup_context=keep_inverse)
+
+
 class Experts(nn.Module):
     """Router, experts, and MLPs that every token goes through (shared experts: Dai et al. 2024, arXiv 2401.06066)."""
 
@@ -117,7 +154,9 @@ class Experts(nn.Module):
     def forward(self, x):
         """(B, T, C) -> (B, T, C), and the router's choices as `routing_of` has them."""
         # before the router: minzero.recompute keeps every other product
-        shared = self.shared(x) if self.shared is not None else None
+        shared = None
+        if self.shared is not None:
+            shared, _ = self.shared(x)
         tokens = x.flatten(0, 1)
         k = self.n_expert_per_token
         logits = self.router(tokens).float()
@@ -129,9 +168,10 @@ class Experts(nn.Module):
         experts, order = chosen.flatten().sort(stable=True)
         every_expert = torch.arange(logits.shape[-1], device=x.device)
         ends = torch.searchsorted(experts, every_expert, right=True, out_int32=True)
-        rows = self.activate(self.up(tokens[order // k], ends))
-        # back in the tokens' order, and summed: the same sum each time, as adding to an index would not be
-        outputs = self.down(rows, ends)[order.argsort()].view(*weights.shape, -1)
+        inverse = order.argsort()
+        rows = self.activate(self.up(take_rows(tokens, order, inverse, k), ends))
+        # back in the tokens' order, and summed
+        outputs = take_rows(self.down(rows, ends), inverse, order, 1).view(*weights.shape, -1)
         y = (outputs * weights[..., None].type_as(outputs)).sum(dim=1).view_as(x)
         y = F.dropout(y, self.dropout, self.training)
         if shared is not None:

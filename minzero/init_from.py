@@ -15,7 +15,7 @@ NOT_OF_THE_WEIGHTS = ("dropout", "init_std")  # settings of training: left out, 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 
-def model_left_out(config: Config, given):
+def model_defaults(config: Config, given):
     """The ModelConfig whose keys count where the model section leaves them out: that of the run that is continued, or
     else of the model that train.init_from names. A run that is continued needs that model no more.
 
@@ -25,17 +25,28 @@ def model_left_out(config: Config, given):
 
     train = config.train
     if saved := resume.saved_model(train):
-        source, section = saved
-        model = build({"model": section}, source / "state.json").model
+        source, saved_config = saved
+        model = build({"model": saved_config["model"]}, source / "state.json").model
+        before = saved_config["train"].get("init_from")
+        if before != train.init_from and is_first_rank():
+            began = f"weights of {before}" if before else "random weights"
+            commands.say(
+                f"warning: train.init_from {train.init_from} is not read: {train.out_dir} holds a run that began with "
+                f"{began}, and that is continued; for another one give another --train.out_dir"
+            )
     else:
         keys = {name: getattr(config.model, name) for name in given}
         source = train.init_from
         model = trained.model_to_start_from(source, lambda saved: dataclasses.replace(saved, **keys))
         defaults = ModelConfig()
         model = dataclasses.replace(model, **{name: getattr(defaults, name) for name in NOT_OF_THE_WEIGHTS})
-    if os.environ.get("RANK", "0") == "0" and (keys := in_words(model, given)):
+    if is_first_rank() and (keys := in_words(model, given)):
         commands.say(f"model: the keys that the config leaves out are those of {source}: {keys}")
     return model
+
+
+def is_first_rank():
+    return os.environ.get("RANK", "0") == "0"
 
 
 def in_words(model: ModelConfig, given):

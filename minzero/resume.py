@@ -38,8 +38,8 @@ def where_to_start(config, data, known_faults=None):
 
 
 def saved_model(train):
-    """(checkpoint, its model section as a dictionary) of the run that would be continued with this train section, or
-    None. All checkpoints of a run have the same. Changes nothing and looks at state.json alone."""
+    """(checkpoint, its config as a dictionary) of the run that would be continued with this train section, or None. All
+    checkpoints of a run have the same model. Changes nothing and looks at state.json alone."""
     folders = []
     if train.resume != "never":
         entries = folders_of_run(Path(train.out_dir) / "checkpoints")
@@ -47,7 +47,7 @@ def saved_model(train):
     if train.resume not in ("auto", "never") and (found := find(train.resume)):
         folders.append(found)
     states = ((path, state_if_whole(path)) for path in folders)
-    return next(((path, state["config"]["model"]) for path, state in states if state), None)
+    return next(((path, state["config"]) for path, state in states if state), None)
 
 
 def choose_start(train, known_faults=()):

@@ -53,11 +53,11 @@ def yarn_frequencies(wavelengths, theta, scaling):
     size = 2 * len(wavelengths)
     context = scaling["original_max_position_embeddings"]
 
-    def pair_that_turns(times):
+    def pair_that_rotates(times):
         return size * math.log(context / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-    first = pair_that_turns(scaling.get("beta_fast") or 32)
-    last = pair_that_turns(scaling.get("beta_slow") or 1)
+    first = pair_that_rotates(scaling.get("beta_fast") or 32)
+    last = pair_that_rotates(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
         first = math.floor(first)
         last = math.ceil(last)

@@ -139,6 +139,7 @@ class Run:
 
     def handle_bad_step(self, step, result):
         """Log a step that was not taken, and do what train.bad_step says. Raises SharedError if that ends the run."""
+        self.engine.module.take_routing()  # numbers that are not finite would be in the next line
         samples = self.samples_of(step)
         self.write(step, {"bad_step": result.fault, "samples": samples})
         done = self.bad_steps.handle(step, self.config.train, self.watchdog.heartbeat)

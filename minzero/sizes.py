@@ -100,10 +100,11 @@ def parameter_sizes(config: ModelConfig):
         (width, attention + 2 * key_width, config.biased_qkv),
         (attention, width, config.bias),
     ]
-    mlp_width = config.mlp_width * (config.n_shared_expert if config.n_expert else 1)  # of all tokens
-    if mlp_width:
-        hidden = mlp_width * (2 if config.gated else 1)  # SwiGLU has a gate and a value
-        matrices += [(width, hidden, config.bias), (mlp_width, width, config.bias)]
+    # of the MLP that every token goes through; 0: none
+    dense_width = config.mlp_width if config.n_expert is None else config.n_shared_expert * config.mlp_width
+    if dense_width:
+        hidden = dense_width * (2 if config.gated else 1)  # SwiGLU has a gate and a value
+        matrices += [(width, hidden, config.bias), (dense_width, width, config.bias)]
     block = [inputs * outputs for inputs, outputs, _ in matrices]
     block += [outputs for _, outputs, biased in matrices if biased]
     if config.n_expert:
@@ -146,7 +147,9 @@ def attention_flops_per_token(config: ModelConfig):
     """FLOPs of attention's two products in a forward pass, per token: 4 for each channel of a query and each token that
     it is compared with, with the masked half included. A sliding window shortens that, although the products that it
     masks are computed."""
-    tokens = sum(min(config.window(layer) or config.block_size, config.block_size) for layer in range(config.n_layer))
+    tokens = sum(
+        min(config.window_of(layer) or config.block_size, config.block_size) for layer in range(config.n_layer)
+    )
     return 4 * config.n_head * config.head_size * tokens
 
 

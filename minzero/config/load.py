@@ -18,15 +18,16 @@ from minzero.config.sections import SECTIONS
 from minzero.config.values import fault_of_text
 from minzero.errors import UserError
 from minzero.files import ROOT, read_json
+from minzero.hf.families import family_of
 
 KEYS_ARE_WRITTEN = "keys are written --section.key value, as in --train.lr 1e-4"
 
 
-def load_config(arguments, model_left_out=None, default="configs/1p5b.json"):
+def load_config(arguments, model_defaults=None, default="configs/1p5b.json"):
     """Command-line arguments -> Config: the config file (or `default`) with the overrides over it. Raises UserError.
 
-    model_left_out: where train.init_from is set, gives the keys of the model section that are left out:
-    `init_from.model_left_out`. None: they have their defaults."""
+    model_defaults: where train.init_from is set, gives the keys of the model section that are left out:
+    `init_from.model_defaults`. None: they have their defaults."""
     help_if_asked(arguments)
     overrides, rest = command_line_values(arguments)
     if len(rest) > 1:
@@ -48,11 +49,13 @@ def load_config(arguments, model_left_out=None, default="configs/1p5b.json"):
     config = build(merged, "command line", together=False)
     config.train.out_dir = out_dir = config.train.out_dir or f"out/{path.stem}"
     model = None
-    if model_left_out and config.train.init_from:
-        model = model_left_out(config, merged.get("model", {}))
+    if model_defaults and config.train.init_from:
+        model = model_defaults(config, merged.get("model", {}))
     build(content, path, model)
     config = build(merged, "command line", model)
     config.train.out_dir = out_dir
+    if config.model.family:
+        family_of(config.model)  # raises UserError unless that computes this model
     return config
 
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from minzero.config.values import fault_of_text, in_short, nearest_divisors
+from minzero.config.values import fault_of_text, in_short, nearest_divisors, printable
 from minzero.errors import UserError
 
 
@@ -158,12 +158,32 @@ class ModelConfig:
             )
         if self.position == "rotary":
             self.check_rotary()
+        else:
+            self.refuse_rotary_keys()
         for name in ("no_rotary_layers", "full_attention_layers"):
             self.check_layers(name)
-        if self.n_expert and self.n_expert_per_token > self.n_expert:
+        self.check_experts()
+
+    def check_experts(self):
+        """Raises UserError for keys that would have no effect or none that is meant."""
+        if self.sliding_window is None and self.full_attention_layers is not None:
+            raise UserError(
+                f"model.full_attention_layers: found {in_short(self.full_attention_layers)} with model.sliding_window "
+                "null, where every layer has full attention; set model.sliding_window, or this to null"
+            )
+        if self.n_expert is None:
+            for name in ("n_expert_per_token", "n_shared_expert", "normalize_experts"):
+                value, default = getattr(self, name), self.__dataclass_fields__[name].default
+                if value != default:
+                    raise UserError(
+                        f"model.{name}: found {in_short(value)} with model.n_expert null, which is one MLP for all "
+                        f"tokens; set model.n_expert, or this to {in_short(default)}"
+                    )
+            return
+        if self.n_expert_per_token > self.n_expert:
             raise UserError(
                 f"model.n_expert_per_token: found {self.n_expert_per_token}, expected at most model.n_expert "
-                f"{self.n_expert}"
+                f"{self.n_expert}; set --model.n_expert_per_token {self.n_expert}"
             )
 
     def check_rotary(self):
@@ -182,7 +202,7 @@ class ModelConfig:
         given = self.rotary_scaling.keys() - {"rope_type"}
         if unknown := sorted(given - needed - optional):
             raise UserError(
-                f"{found}, in which {kind} has no {', '.join(unknown)}; expected {', '.join(sorted(needed))}"
+                f"{found}, in which {kind} has no {printable(', '.join(unknown))}; expected {', '.join(sorted(needed))}"
             )
         if missing := sorted(needed - given):
             raise UserError(f"{found}, expected also {', '.join(missing)}")
@@ -192,15 +212,29 @@ class ModelConfig:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if name != "rope_type" and not (is_number and 0 < value < 1e12):
                 raise UserError(f"{found}, in which {name} is {in_short(value)}, expected a number above 0")
+        if kind == "yarn" and (self.rotary_theta <= 1 or self.rotary_scaling["original_max_position_embeddings"] < 1):
+            raise UserError(
+                f"{found}, expected original_max_position_embeddings of at least 1 and a model.rotary_theta above 1"
+            )
         if self.rotary_scaling["factor"] < 1:
             raise UserError(f"{found}, in which factor is {self.rotary_scaling['factor']}, expected at least 1")
         if kind == "llama3" and self.rotary_scaling["high_freq_factor"] <= self.rotary_scaling["low_freq_factor"]:
             raise UserError(f"{found}, expected a high_freq_factor above low_freq_factor")
 
+    def refuse_rotary_keys(self):
+        """Raises UserError for a key of rotary positions, of which learned ones have none."""
+        for name in ("rotary_fraction", "rotary_scaling", "no_rotary_layers"):
+            value, default = getattr(self, name), self.__dataclass_fields__[name].default
+            if value != default:
+                raise UserError(
+                    f"model.{name}: found {in_short(value)} with model.position learned; set model.position rotary, or "
+                    f"this to {in_short(default)}"
+                )
+
     def check_layers(self, name):
         """Raises UserError if a key that chooses layers chooses none that is there."""
         value = getattr(self, name)
-        numbers = value if isinstance(value, list) else []
+        numbers = value if isinstance(value, list) else [(value or 1) - 1]  # the first of every k-th
         wrong = next((number for number in numbers if not 0 <= number < self.n_layer), None)
         if wrong is not None:
             raise UserError(
@@ -231,11 +265,11 @@ class ModelConfig:
         """Whether the MLP multiplies two products."""
         return self.mlp == "swiglu"
 
-    def turns(self, layer):
+    def has_rotary(self, layer):
         """Whether a layer has rotary positions."""
         return self.position == "rotary" and not is_chosen(self.no_rotary_layers, layer)
 
-    def window(self, layer):
+    def window_of(self, layer):
         """Tokens that a token of this layer attends to, itself included; None: all before it."""
         return None if is_chosen(self.full_attention_layers, layer) else self.sliding_window
 
@@ -385,6 +419,8 @@ class TrainConfig:
             raise UserError(f"train.grad_clip: found {self.grad_clip}, expected at least 1e-06, or 0 for no clipping")
         if 0 < self.spike_zscore < 1:
             raise UserError(f"train.spike_zscore: found {self.spike_zscore}, expected at least 1, or 0 for no spikes")
+        if self.init_from == "":
+            raise UserError("train.init_from: found an empty name, expected a folder, a name on the hub, or null")
         if self.lr * self.weight_decay >= 1:  # AdamW multiplies weights by 1 - lr x weight_decay
             raise UserError(
                 f"train.weight_decay: found {self.weight_decay} with train.lr {self.lr}, which takes away all of the "

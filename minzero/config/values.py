@@ -87,6 +87,8 @@ def in_short(value):
     """A JSON value for an error message, cut where it is long."""
     try:
         text = json.dumps(value)
+    except TypeError:  # no JSON value, as a library's default
+        return type(value).__name__
     except (RecursionError, ValueError):  # nested a thousand times; a number of thousands of digits
         return f"a {type(value).__name__} too long to show"
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"

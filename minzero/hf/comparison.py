@@ -80,7 +80,7 @@ def smaller(model: ModelConfig):
     of 8 channels, or more where only a part of them turns."""
     kinds = {}
     for layer in range(model.n_layer):
-        kinds.setdefault((model.turns(layer), bool(model.window(layer))), layer)
+        kinds.setdefault((model.has_rotary(layer), bool(model.window_of(layer))), layer)
     layers = sorted({*kinds.values(), *range(min(2, model.n_layer))})
     groups = min(2, model.kv_heads)
     heads = groups * model.n_head // model.kv_heads

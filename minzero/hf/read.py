@@ -18,7 +18,7 @@ from minzero.hf.settings import explicit
 from minzero.hf.weights import from_transformers, to_transformers, weightless
 
 # keys of training, and of export: the trained model computes the same with any value
-NOT_THE_FUNCTION = {"dropout", "init_std", "family", "balance_loss", "balance_over", "router_z_loss"}
+KEYS_OF_TRAINING = {"dropout", "init_std", "family", "balance_loss", "balance_over", "router_z_loss"}
 # in old files; computed, not learned
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 
@@ -102,6 +102,10 @@ def build_model(path, keys):
 def refuse_unknown_settings(path, raw, theirs, known):
     """Raises UserError for a setting of a config.json that is neither known here nor to its architecture, unless it
     reads as off, and for one that its architecture knows with another value than the architecture's own."""
+    if raw.get("is_causal") not in (None, True):  # read wherever it stands, and true where it does not
+        raise UserError(
+            f"{path}: is_causal: found {in_short(raw['is_causal'])}, expected true; model.py sees no future"
+        )
     default = type(theirs)()
     for name, other in theirs.attribute_map.items():  # two names of one setting
         known |= {name, other} if {name, other} & known else set()
@@ -153,7 +157,7 @@ def names_of(model):
 def refuse_differences(source, model: ModelConfig, saved: ModelConfig):
     """Raises UserError with every key in which `model` is not the saved one, and the flags that set it right.
     Keys of training do not count, nor does the base of rotary positions where there are none."""
-    ignored = NOT_THE_FUNCTION | {"block_size"}
+    ignored = KEYS_OF_TRAINING | {"block_size"}
     if saved.position != "rotary":
         ignored |= {name for name in names_of(model) if name.startswith("rotary_")} | {"no_rotary_layers"}
     names = [name for name in names_of(model) if name not in ignored]

@@ -49,7 +49,7 @@ def read_head_dim(theirs):
     return {"head_dim": None if size in (None, implied) else size}
 
 
-def chosen(layers, n_layer):
+def as_layer_key(layers, n_layer):
     """A list of layers as our keys have it: k for every k-th, a list for others, None for none of them."""
     every = layers[0] + 1 if layers else None
     if layers and layers == list(range(every - 1, n_layer, every)):
@@ -58,7 +58,7 @@ def chosen(layers, n_layer):
 
 
 def write_layer_windows(model: ModelConfig):
-    windows = [model.window(layer) for layer in range(model.n_layer)]
+    windows = [model.window_of(layer) for layer in range(model.n_layer)]
     kinds = ["sliding_attention" if window else "full_attention" for window in windows]
     sliding = any(windows)
     return {"layer_types": kinds, "use_sliding_window": sliding, "sliding_window": model.sliding_window or None}
@@ -69,17 +69,17 @@ def read_layer_windows(theirs):
     full = [layer for layer, kind in enumerate(theirs.layer_types) if kind == "full_attention"]
     if window is None or len(full) == theirs.num_hidden_layers:
         return {"sliding_window": None, "full_attention_layers": None}
-    return {"sliding_window": window, "full_attention_layers": chosen(full, theirs.num_hidden_layers)}
+    return {"sliding_window": window, "full_attention_layers": as_layer_key(full, theirs.num_hidden_layers)}
 
 
 def write_rotary_layers(model: ModelConfig):
-    turns = [int(model.turns(layer)) for layer in range(model.n_layer)]
+    turns = [int(model.has_rotary(layer)) for layer in range(model.n_layer)]
     return {"no_rope_layers": turns, "layer_types": ["full_attention"] * model.n_layer}
 
 
 def read_rotary_layers(theirs):
     without = [layer for layer, turns in enumerate(theirs.no_rope_layers[: theirs.num_hidden_layers]) if not turns]
-    return {"no_rotary_layers": chosen(without, theirs.num_hidden_layers)}
+    return {"no_rotary_layers": as_layer_key(without, theirs.num_hidden_layers)}
 
 
 ROTARY = Translation(("rotary_theta", "rotary_scaling"), write_rotary, read_rotary)
@@ -109,8 +109,8 @@ def explicit(model: ModelConfig):
     """The same model with its widths in place of null, and null for what changes nothing: models that compute the same
     by other words of these keys compare as equal."""
     layers = range(model.n_layer)
-    full = [layer for layer in layers if not model.window(layer)]
-    without = [layer for layer in layers if not model.turns(layer)] if model.no_rotary_layers else []
+    full = [layer for layer in layers if not model.window_of(layer)]
+    without = [layer for layer in layers if not model.has_rotary(layer)] if model.no_rotary_layers else []
     is_full = len(full) == model.n_layer
     return dataclasses.replace(
         model,
@@ -118,7 +118,7 @@ def explicit(model: ModelConfig):
         mlp_hidden=model.mlp_width,
         head_dim=None if model.head_size * model.n_head == model.n_embd else model.head_size,
         qkv_bias=None if model.biased_qkv == model.bias else model.biased_qkv,
-        no_rotary_layers=chosen(without, model.n_layer),
+        no_rotary_layers=as_layer_key(without, model.n_layer),
         sliding_window=None if is_full else model.sliding_window,
-        full_attention_layers=None if is_full else chosen(full, model.n_layer),
+        full_attention_layers=None if is_full else as_layer_key(full, model.n_layer),
     )

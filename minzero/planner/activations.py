@@ -161,7 +161,7 @@ class Trace:
 
     def attention(self, number):
         s, wide = self.settings, self.query_width * self.settings.product_bytes * self.settings.tokens
-        turns = s.model.turns(number)
+        turns = s.model.has_rotary(number)
         inside = self.projections() + self.query_key_norms(turns)
         if turns:
             inside.append(self.rotation())
@@ -207,7 +207,7 @@ class Trace:
         inputs = s.tokens * (self.query_width + 2 * self.kv_width) * s.product_bytes
         log_sums = s.tokens * s.model.n_head * 4
         # its output has the layout of its input; after rotary positions that is not proj's, and is copied once more
-        outputs = 2 if s.model.turns(number) else 1
+        outputs = 2 if s.model.has_rotary(number) else 1
         kept = output * outputs + log_sums
         if s.has_mask(number):
             kept += s.length**2 * s.product_bytes

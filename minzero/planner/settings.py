@@ -85,7 +85,7 @@ class Settings:
 
     def has_mask(self, layer):
         """Whether a sliding window hides tokens of a sequence from others in this layer."""
-        return (self.model.window(layer) or self.length) < self.length
+        return (self.model.window_of(layer) or self.length) < self.length
 
     @property
     def mask_bytes(self):

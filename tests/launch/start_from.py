@@ -19,7 +19,7 @@ from minzero.config.deepspeed import deepspeed_config
 from minzero.config.load import load_config
 from minzero.engine import build_engine
 from minzero.hf.families import FAMILIES
-from minzero.init_from import model_left_out
+from minzero.init_from import model_defaults
 from minzero.trained import open_weights
 
 DATA, FOLDER = sys.argv[-2], Path(sys.argv[-1])
@@ -54,7 +54,7 @@ def continue_published(family, *overrides, steps=1):
     words = [word for name, value in flags.items() for word in (f"--train.{name}", str(value))]
     words += ["--deepspeed.zero_optimization.stage", "3"]
     path = FOLDER / f"continue_{family}.json"
-    train.main(load_config([str(path), *words, *SHARDED, *overrides], model_left_out))
+    train.main(load_config([str(path), *words, *SHARDED, *overrides], model_defaults))
 
 
 def main():

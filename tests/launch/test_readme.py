@@ -22,7 +22,7 @@ from urllib.parse import unquote
 import pytest
 
 from minzero.config.load import load_config
-from minzero.init_from import model_left_out
+from minzero.init_from import model_defaults
 from minzero.sizes import count_parameters
 from tests.helpers.data_sets import write_parquet
 from tests.helpers.processes import ROOT, environment
@@ -399,11 +399,11 @@ def test_the_page_on_continuing_says_what_the_planner_says(tmp_path, monkeypatch
         assert f"{found['gpu_bytes'] / 2**30:.2f} GiB" == allocated and ("yes" if found["fits"] else "no") == fits
         assert str(planned([*arguments, "--fit"], capsys)["micro_batch_size"]) == micro_batch
     for file, parameters, block_size in (("smollm2", 134_515_008, 8192), ("qwen2.5", 494_032_768, 32768)):
-        model = load_config([f"{file}.json"], model_left_out).model
+        model = load_config([f"{file}.json"], model_defaults).model
         assert count_parameters(model)[0] == parameters and model.block_size == 2048
         whole = json.loads(configs_of_continue()[f"{file}.json"]) | {"model": {}}
         (tmp_path / "whole.json").write_text(json.dumps(whole))
-        assert load_config(["whole.json"], model_left_out).model.block_size == block_size
+        assert load_config(["whole.json"], model_defaults).model.block_size == block_size
         assert f"{block_size:,}" in text
 
 

@@ -83,7 +83,7 @@ def test_the_small_model_has_every_kind_of_layer():
     config = dataclasses.replace(config, no_rotary_layers=[7], sliding_window=100, full_attention_layers=4)
     small = compiled.small_config(config)
     small.check()
-    kinds = [(small.turns(layer), small.window(layer)) for layer in range(small.n_layer)]
+    kinds = [(small.has_rotary(layer), small.window_of(layer)) for layer in range(small.n_layer)]
     assert kinds == [(True, 8), (False, None)] and small.block_size > 8
     assert compiled.small_config(ModelConfig()).n_layer == 1
     experts = compiled.small_config(dataclasses.replace(config, n_expert=128, n_expert_per_token=8))

@@ -15,7 +15,7 @@ from minzero.config.sections import ModelConfig
 from minzero.errors import UserError
 from minzero.hf.families import family_of
 from minzero.hf.settings import explicit
-from minzero.init_from import model_left_out
+from minzero.init_from import model_defaults
 from tests.helpers.processes import deepspeed_command, run
 from tests.helpers.trained_runs import FAMILIES, LLAMA, PYTHIA, make_folder, write_data, write_run
 
@@ -51,7 +51,7 @@ def config_file(folder, source, model=None, **train):
 @pytest.mark.parametrize("name", ALL)
 def test_a_config_without_a_model_has_the_published_one(place, tmp_path, name):
     for model in (None, {}, {"block_size": 8}):
-        found = load_config([config_file(tmp_path, place / name, model)], model_left_out).model
+        found = load_config([config_file(tmp_path, place / name, model)], model_defaults).model
         expected = dataclasses.replace(ALL[name], block_size=8 if model else 16, init_std=0.02)
         assert explicit(found) == dataclasses.replace(explicit(expected), family=found.family)
         assert family_of(found) == ("gpt_neox" if name == "pythia" else name), "the export's architecture"
@@ -59,7 +59,7 @@ def test_a_config_without_a_model_has_the_published_one(place, tmp_path, name):
 
 def test_the_keys_are_said_in_one_line_by_rank_0(place, tmp_path, capsys, monkeypatch):
     path = config_file(tmp_path, place / "qwen2", {"block_size": 8, "n_layer": 2})
-    load_config([path], model_left_out)
+    load_config([path], model_defaults)
     line = capsys.readouterr().err
     source = place / "qwen2"
     assert line.endswith(
@@ -67,19 +67,19 @@ def test_the_keys_are_said_in_one_line_by_rank_0(place, tmp_path, capsys, monkey
         "vocab_size 270, mlp_hidden 128, bias false, qkv_bias true, norm rmsnorm, position rotary, mlp swiglu\n"
     )
     monkeypatch.setenv("RANK", "1")
-    load_config([path], model_left_out)
+    load_config([path], model_defaults)
     assert capsys.readouterr().err == ""
 
 
 def test_keys_that_fit_only_the_published_model_may_be_given(place, tmp_path):
     """Also where the command line alone names that model."""
     path = config_file(tmp_path, place / "fives", {"n_head": 5, "bias": False})
-    assert load_config([path], model_left_out).model.n_embd == 40
+    assert load_config([path], model_defaults).model.n_embd == 40
     path = config_file(tmp_path, "", {"n_head": 5})
-    model = load_config([path, "--train.init_from", str(place / "fives"), "--model.n_embd", "40"], model_left_out).model
+    model = load_config([path, "--train.init_from", str(place / "fives"), "--model.n_embd", "40"], model_defaults).model
     assert (model.n_head, model.n_embd, model.n_layer) == (5, 40, 2)
     with pytest.raises(UserError, match=r"n_head: 5 does not divide model\.n_embd 768"):
-        load_config([config_file(tmp_path, "", {"n_head": 5}), "--train.init_from", "null"], model_left_out)
+        load_config([config_file(tmp_path, "", {"n_head": 5}), "--train.init_from", "null"], model_defaults)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_keys_that_fit_only_the_published_model_may_be_given(place, tmp_path):
 def test_keys_that_are_given_must_agree(place, tmp_path, source, model, expected):
     path = config_file(tmp_path, place / source, model)
     with pytest.raises(UserError, match=r"^[^\n]+$") as error:
-        load_config([path], model_left_out)
+        load_config([path], model_defaults)
     assert expected in str(error.value) and str(place / source) in str(error.value)
     flags = [word for name, value in model.items() for word in (f"--model.{name}", json.dumps(value))]
     with pytest.raises(UserError, match=r"^[^\n]+$") as error:
@@ -106,13 +106,13 @@ def test_keys_that_are_given_must_agree(place, tmp_path, source, model, expected
 
 def test_a_model_without_biases_may_start_from_a_gpt2(place, tmp_path):
     """Whose biases may all be zero: the weights tell."""
-    assert load_config([config_file(tmp_path, place / "gpt2", {"bias": False})], model_left_out).model.bias is False
+    assert load_config([config_file(tmp_path, place / "gpt2", {"bias": False})], model_defaults).model.bias is False
 
 
 def test_settings_of_training_are_not_those_of_the_first_run(place, tmp_path):
-    model = load_config([config_file(tmp_path, place / "run")], model_left_out).model
+    model = load_config([config_file(tmp_path, place / "run")], model_defaults).model
     assert model == dataclasses.replace(LLAMA, dropout=0.0, init_std=0.02)
-    model = load_config([config_file(tmp_path, place / "run", {"dropout": 0.2, "init_std": 0.1})], model_left_out).model
+    model = load_config([config_file(tmp_path, place / "run", {"dropout": 0.2, "init_std": 0.1})], model_defaults).model
     assert model == dataclasses.replace(LLAMA, dropout=0.2)
 
 
@@ -123,16 +123,16 @@ def test_a_continued_run_has_its_own_model_and_needs_the_first_no_more(place, tm
     shutil.copytree(place / "run", tmp_path / "out")
     path = config_file(tmp_path, tmp_path / "gone")
     expected = dataclasses.replace(LLAMA, dropout=0.1)
-    assert load_config([path], model_left_out).model == expected
+    assert load_config([path], model_defaults).model == expected
     step = tmp_path / "out" / "checkpoints" / "step_00000005"
     assert f"are those of {step}: n_layer 2" in capsys.readouterr().err
     step.rename(step.with_suffix(".old.tmp"))  # a save that was killed as it replaced this checkpoint
-    assert load_config([path], model_left_out).model == expected
+    assert load_config([path], model_defaults).model == expected
     arguments = [path, "--train.out_dir", str(tmp_path / "new")]
-    assert load_config([*arguments, "--train.resume", str(place / "run")], model_left_out).model == expected
+    assert load_config([*arguments, "--train.resume", str(place / "run")], model_defaults).model == expected
     for refused in (arguments, [path, "--train.resume", "never"]):
         with pytest.raises(UserError, match=rf"^train.init_from: {tmp_path}/gone: no such folder here"):
-            load_config(refused, model_left_out)
+            load_config(refused, model_defaults)
 
 
 # -- the commands --------------------------------------------------------------------------------
@@ -211,14 +211,14 @@ def test_a_folder_that_gives_no_model_is_one_line(place, tmp_path, change, expec
         text = change if isinstance(change, str) else json.dumps(content | change)
         (folder / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"^[^\n]+$") as error:
-        load_config([config_file(tmp_path, folder)], model_left_out)
+        load_config([config_file(tmp_path, folder)], model_defaults)
     assert expected in str(error.value) and str(folder) in str(error.value)
 
 
 def test_faults_of_keys_are_named_together_before_a_model_is_looked_for(place, tmp_path):
     path = config_file(tmp_path, place / "nowhere", {"n_layers": 2, "n_embd": 0}, lr=-1)
     with pytest.raises(UserError) as error:
-        load_config([path], model_left_out)
+        load_config([path], model_defaults)
     for part in ("did you mean n_layer?", "model.n_embd: found 0", "train.lr: found -1"):
         assert part in str(error.value)
 
@@ -238,5 +238,5 @@ def test_all_ranks_end_with_one_line(place, tmp_path, fault):
 
 
 def test_defaults_are_unchanged_by_a_run_that_starts_elsewhere(place, tmp_path):
-    load_config([config_file(tmp_path, place / "qwen3")], model_left_out)
-    assert load_config([config_file(tmp_path, "", init_from=None)], model_left_out).model == ModelConfig()
+    load_config([config_file(tmp_path, place / "qwen3")], model_defaults)
+    assert load_config([config_file(tmp_path, "", init_from=None)], model_defaults).model == ModelConfig()

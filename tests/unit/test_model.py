@@ -54,7 +54,7 @@ def counted_flops(config, activation_checkpointing=0):
     alone, and causal attention in full. torch counts also what a sliding window hides, which is subtracted here."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.device("cpu" if config.n_expert else "meta"):  # how many tokens an expert gets is not known on meta
+    with torch.device("meta"):
         model, tokens = (
             GPT(config, activation_checkpointing=activation_checkpointing),
             torch.zeros(1, config.block_size).long(),
