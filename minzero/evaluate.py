@@ -15,13 +15,12 @@ from tqdm import tqdm
 from minzero.config.values import did_you_mean
 from minzero.data.mixture import content_digest
 from minzero.data.pipeline import tokenizer_of
-from minzero.data.shards import TokenStream
+from minzero.data.shards import open_stream
 from minzero.errors import UserError, describe
 from minzero.evaluate_loss import count_passes, window_losses
 from minzero.hf.weights import own_shapes
 from minzero.hf.write import write_model
-from minzero.nearest import suggesting
-from minzero.trained import ModelSource, best_device, holds_data, load_model, load_sharded, open_trained
+from minzero.trained import ModelSource, best_device, load_model, load_sharded, open_trained
 
 SHOW_AFTER = 1.0  # seconds that work must take before its progress is shown
 
@@ -62,10 +61,7 @@ def evaluate(model, streams, batch_size=16, device=None, rank=0, world_size=1, p
 
 def open_streams(source: ModelSource, folders):
     """The validation splits of these folders. Raises UserError if this model cannot be evaluated on one."""
-    streams = []
-    for folder in folders:
-        with suggesting(folder, holds_data):
-            streams.append(TokenStream(folder, "val", source.model.block_size))
+    streams = [open_stream(folder, "val", source.model.block_size) for folder in folders]
     for stream in streams:
         stream.check_vocabulary(source.model.vocab_size)
         source.check_tokenizer(stream.folder)

@@ -194,11 +194,26 @@ def refuse_pipes(folder):
             refuse_pipe(path)
 
 
+def is_hub_name(name):
+    """Whether a name can be a repository's on the Hugging Face hub: owner/name, or an old one's name."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def from_hub(key, name, patterns):
     """The folder to which files of a repository on the Hugging Face hub were downloaded, now or earlier. key: the flag
     or config key that names it; patterns: of the files. Raises UserError."""
     from huggingface_hub import snapshot_download
 
+    if not is_hub_name(name):
+        raise UserError(
+            f"{key}: {name}: no such folder here; expected a folder, or a name on the Hugging Face hub (owner/name)"
+        )
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # of many classes: no such name, no network, no permission, no space

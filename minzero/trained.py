@@ -22,6 +22,7 @@ from minzero.config.sections import Config, ModelConfig, data_weights
 from minzero.data.conversations import chat_template
 from minzero.data.meta import holds_conversations, read_meta
 from minzero.data.pipeline import tokenizer_of
+from minzero.data.shards import holds_data
 from minzero.data.tokenizer import HuggingFaceTokenizer, from_folder
 from minzero.data.tokenizer_files import open_huggingface
 from minzero.errors import UserError, describe
@@ -96,12 +97,6 @@ def holds_model(path):
         checkpoint_folder.complete_checkpoints(path / "checkpoints")
     )
     return has_checkpoints or is_published(path)
-
-
-def holds_data(path):
-    """Whether a path is a folder of token shards."""
-    path = Path(path)
-    return path.is_dir() and any((path / name).exists() for name in ("meta.json", "val_000000.bin", "val.bin"))
 
 
 def model_of(found):

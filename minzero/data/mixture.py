@@ -12,7 +12,7 @@ import numpy as np
 
 from minzero.config.sections import data_weights
 from minzero.data.order import Schedule, sample_numbers, windows_of
-from minzero.data.shards import TokenStream
+from minzero.data.shards import open_stream
 from minzero.errors import UserError
 
 DIGEST_TOKENS = 1 << 20  # read for a digest of the content
@@ -32,7 +32,7 @@ class Mixture:
         self.folders = sorted(weights)
         self.block_size = block_size
         self.seed = seed
-        self.streams = [TokenStream(folder, split, block_size) for folder in self.folders]
+        self.streams = [open_stream(folder, split, block_size) for folder in self.folders]
         self.schedule = Schedule([weights[folder] for folder in self.folders])
         self.first_windows = np.cumsum([0] + [stream.windows for stream in self.streams])
         self.windows = int(self.first_windows[-1])

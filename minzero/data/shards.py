@@ -24,6 +24,7 @@ from minzero.data.meta import read_meta
 from minzero.data.order import validation_windows
 from minzero.errors import UserError
 from minzero.files import checksum, open_regular, write_atomically
+from minzero.nearest import suggesting
 from minzero.sizes import IGNORE_INDEX
 
 HEADER_BYTES = 256 * 4
@@ -155,6 +156,19 @@ SHARED_FILES = OpenFiles(OPEN_FILES)
 STREAMS = itertools.count()
 
 
+def holds_data(path):
+    """Whether a path is a folder of token shards."""
+    path = Path(path)
+    return path.is_dir() and any((path / name).exists() for name in ("meta.json", "val_000000.bin", "val.bin"))
+
+
+def open_stream(folder, split, block_size):
+    """The TokenStream of a folder that a person named. Its errors name the nearest folder of token shards where
+    `folder` is none."""
+    with suggesting(folder, holds_data):
+        return TokenStream(folder, split, block_size)
+
+
 class TokenStream:
     """The shards of one split, in the order of their names, read as one long array of tokens.
 
@@ -175,8 +189,10 @@ class TokenStream:
         self.split = split
         self.block_size = block_size
         if not os.path.isdir(folder):
-            script = self.folder / "prepare.py"
-            raise UserError(f"data.path: no folder {folder}; expected token shards: make them with python {script}")
+            raise UserError(
+                f"data.path: no folder {folder}; expected token shards: make them with a prepare script, as "
+                f"python data/text/prepare.py --input TEXT --out {folder}"
+            )
         self.meta = read_meta(self.folder)
         self.loss_mask = bool(self.meta and self.meta.get("loss_mask"))
         self.vocab_size = self.meta["vocab_size"] if self.meta else None

@@ -1,14 +1,22 @@
 """The README.md of an exported model: its size, its training, its loss, and the code that loads it."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 
 from minzero import report
-from minzero.config.sections import Config
-from minzero.files import read_json
+from minzero.config.sections import Config, ModelConfig, switched_on
+from minzero.data.meta import read_meta
+from minzero.data.order import validation_windows
+from minzero.files import ROOT, is_hub_name, read_json
 from minzero.metrics import formula_fault, read_metrics
 from minzero.sizes import flops_per_token
+
+OF_EXPERTS = {
+    *("n_expert", "n_expert_per_token", "n_shared_expert", "normalize_experts"),
+    *("balance_loss", "balance_over", "router_z_loss"),
+}  # keys that count in a mixture of experts, whatever their values
 
 
 def run_of(checkpoint):
@@ -37,6 +45,33 @@ def shown(value, form):
     return format(value, form) if type(value) in (int, float) else json.dumps(value)
 
 
+def evaluated_tokens(config: Config):
+    """The tokens of one evaluation in words, as `validation_windows` of the data chooses them. Raises UserError for a
+    damaged meta.json."""
+    wanted, size = config.train.eval_tokens, config.model.block_size
+    metas = [read_meta(folder) for folder in config.data.weights]
+    splits = [meta["splits"].get("val") if meta else None for meta in metas]
+    if type(wanted) is not int or len(splits) > 1 or not splits[0]:  # a mixture, or shards that were moved away
+        return f"at most {shown(wanted, ',')}"
+    return f"{len(validation_windows((splits[0]['tokens'] - 1) // size, wanted // size)) * size:,}"
+
+
+def base_model(source):
+    """(the model that train.init_from names in words, its name on the Hugging Face hub or None)."""
+    if is_hub_name(source) and not any((folder / source).exists() for folder in (Path(), ROOT)):
+        return f"[{source}](https://huggingface.co/{source})", source
+    run = run_of(source)
+    return (run or Path(source).resolve()).name, None  # without the folders of this machine
+
+
+def model_settings(model: ModelConfig):
+    """Rows of (key, value) of the settings that count: keys that are switched off are left out."""
+    keys = {name for name, _, _ in switched_on(model, ())}
+    if model.n_expert is not None:
+        keys |= OF_EXPERTS
+    return [(key, json.dumps(value)) for key, value in dataclasses.asdict(model).items() if key in keys]
+
+
 def training_facts(state, config: Config, loss):
     """Rows of (name, value) about the run up to the checkpoint. config: of `checkpoint.open_weights`, whose train
     section may hold values that this code does not accept."""
@@ -48,13 +83,14 @@ def training_facts(state, config: Config, loss):
         rate += f", {train.warmup_tokens:,} tokens of warm-up"
     decay = shown(train.weight_decay, "g")
     clipping = shown(train.grad_clip, "g")
-    eval_tokens = shown(train.eval_tokens, ",")
-    loss = "not measured at this step" if loss is None else f"{loss:.4f} nats per token, over {eval_tokens} tokens"
+    measured = "not measured at this step"
+    if loss is not None:
+        measured = f"{loss:.4f} nats per token, over {evaluated_tokens(config)} tokens"
     software = [f"{name} {versions[name]}" for name in ("python", "torch", "deepspeed") if name in versions]
     return [
         ("data", ", ".join(Path(folder).name for folder in sorted(config.data.weights))),
         ("tokens seen", f"{state['tokens']:,} in {state['step']:,} steps"),
-        ("validation loss", loss),
+        ("validation loss", measured),
         ("batch", batch),
         ("learning rate", rate),
         ("optimizer", f"AdamW, betas {train.betas}, weight decay {decay}, clipping {clipping}"),
@@ -108,15 +144,15 @@ def write_model_card(folder, source, dtype, is_chat, tokenizer_class="AutoTokeni
     cost = ""
     if not formula_fault(config.model, parameters):  # else its FLOPs are not known
         cost = f" ({flops_per_token(config.model):,} FLOPs per training token)"
-    start = "other weights" if config.train.init_from else "scratch"
-    front = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["minzero", "deepspeed"])
+    start, base = base_model(config.train.init_from) if config.train.init_from else ("scratch", None)
+    tags = ["minzero", "deepspeed"]
+    front = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, base_model=base)
     purpose = "It continues text; it was not taught to answer or to refuse."
     if is_chat:
         purpose = "It was trained on conversations: ask it in the form of the tokenizer's chat template."
     elif has_chat_template(folder):
         purpose = "It was trained on plain text; the chat template came with the tokenizer."
     loss = validation_loss(run, state["step"])
-    settings = [(key, json.dumps(value)) for key, value in config.to_dict()["model"].items()]
     parts = [
         f"---\n{front.to_yaml()}\n---",
         f"# {run.name if run else source.path.name}",
@@ -130,6 +166,6 @@ def write_model_card(folder, source, dtype, is_chat, tokenizer_class="AutoTokeni
         "## Training",
         report.table(("", ""), training_facts(state, config, loss)),
         "## Model settings",
-        report.table(("key", "value"), settings),
+        report.table(("key", "value"), model_settings(config.model)),
     ]
     (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")

@@ -107,13 +107,30 @@ def test_refusals_name_file_found_and_expected(tmp_path):
 
 
 def test_other_refusals(tmp_path):
-    refused(tmp_path / "none", "no folder", "prepare.py")
+    none = tmp_path / "none"
+    refused(none, "no folder", f"with a prepare script, as python data/text/prepare.py --input TEXT --out {none}")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "holds no train shards")
     half = make(tmp_path / "half", [[1] * 20], meta=False)
     (half / "progress.json").write_text("{}")
     refused(half, "half prepared")
     refused(make(tmp_path / "short", [[1] * 4]), "4 tokens", "block_size + 1 = 5")
+
+
+def test_a_folder_that_is_not_there_names_a_script_that_is_and_the_nearest_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    make(tmp_path / "data" / "stdlib", [[1] * 20])
+    make(tmp_path / "data" / "stdlib", [[1] * 20], split="val")
+    with pytest.raises(UserError, match=r"^[^\n]+data/text/prepare.py [^\n]+; did you mean data/stdlib\?$"):
+        Mixture("data/stdlb", "train", 4, 1000, 0)
+    with pytest.raises(UserError, match=r"--out data/old$"):
+        Mixture("data/old", "train", 4, 1000, 0)
+
+
+def test_an_unprepared_folder_names_its_own_script(tmp_path):
+    (tmp_path / "prepare.py").touch()
+    refused(tmp_path, "holds no train shards", f"run python {tmp_path / 'prepare.py'}")
 
 
 def test_shard_cut_while_reading(tmp_path):

@@ -1,29 +1,36 @@
 """To and from transformers: the same function, the same weights, the same tokens, and refusals."""
 
 import dataclasses
+import json
 import random
+import re
+import shutil
 
 import pytest
 import tiktoken
 import torch
+from huggingface_hub import ModelCard
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import export
 import model
 from minzero.config.load import load_config
 from minzero.config.sections import ModelConfig, key
+from minzero.data.meta import read_meta
 from minzero.data.tokenizer import load_tokenizer
 from minzero.data.tokenizer_files import END_OF_TEXT, save_for_transformers
 from minzero.errors import UserError
 from minzero.experts import router_losses
-from minzero.files import ROOT, write_json
+from minzero.files import ROOT, read_json, write_json
 from minzero.hf import comparison, families, settings, weights
 from minzero.hf import read as hf_read
 from minzero.hf import write as hf_write
 from minzero.sizes import count_parameters
 from minzero.trained import open_trained, open_weights
 from model import GPT
+from tests.helpers.saved_checkpoints import write_state
 from tests.helpers.trained_runs import (
     FAMILIES,
     LLAMA,
@@ -297,6 +304,59 @@ def test_a_checkpoint_of_another_model_py_is_refused(tmp_path, monkeypatch):
                     refuse(tmp_path / "run")
                 assert expected in str(error.value)
     open_trained(tmp_path / "run")
+
+
+def card_of(folder, config, data, **train):
+    """(the front matter, the text) of the model card of a run with these settings of its train section."""
+    run = folder / "run"
+    write_run(run, config, data)
+    (path,) = run.glob("checkpoints/*/state.json")
+    state = read_json(path)
+    state["config"]["train"] |= train
+    del state["crc32"]
+    write_state(path.parent, state)
+    export.main([str(run), str(folder / "hf")])
+    card = ModelCard.load(folder / "hf" / "README.md")
+    shutil.rmtree(run)
+    shutil.rmtree(folder / "hf")
+    return card.data, card.text
+
+
+def test_the_model_card_names_the_model_that_was_continued(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = write_data(tmp_path / "data")
+    for name in ("openai-community/gpt2", "gpt2"):
+        front, text = card_of(tmp_path, SMALL, data, init_from=name)
+        assert front.base_model == name and f"trained from [{name}](https://huggingface.co/{name}) with" in text
+    (tmp_path / "out" / "base" / "checkpoints" / "step_00000005").mkdir(parents=True)
+    for name in ("out/base", f"{tmp_path}/out/base", "out/base/checkpoints/step_00000005"):
+        front, text = card_of(tmp_path, SMALL, data, init_from=name)
+        assert front.base_model is None and "trained from base with" in text and str(tmp_path) not in text
+    front, text = card_of(tmp_path, SMALL, data)
+    assert front.base_model is None and "trained from scratch with" in text
+
+
+def test_the_model_card_says_over_how_many_tokens_the_loss_was_measured(tmp_path):
+    data = write_data(tmp_path / "data")
+    tokens = read_meta(data)["splits"]["val"]["tokens"]
+    whole = (tokens - 1) // SMALL.block_size * SMALL.block_size
+    for wanted, expected in ((1_048_576, whole), (64, 64), (whole + 1, whole)):
+        assert f"nats per token, over {expected:,} tokens |" in card_of(tmp_path, SMALL, data, eval_tokens=wanted)[1]
+    write_run(tmp_path / "run", SMALL, data)
+    shutil.rmtree(data)
+    export.main([str(tmp_path / "run"), str(tmp_path / "hf")])
+    assert "over at most 1,048,576 tokens |" in (tmp_path / "hf" / "README.md").read_text()
+
+
+def test_the_model_card_lists_the_settings_that_count(tmp_path):
+    data = write_data(tmp_path / "data")
+    text = card_of(tmp_path, SMALL, data)[1]
+    found = set(re.findall(r"^\| (\w+) \| .* \|$", text.split("## Model settings")[1], re.MULTILINE))
+    assert {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "mlp", "norm", "position"} <= found
+    assert not found & {"n_expert", "n_expert_per_token", "balance_loss", "sliding_window", "family", "norm_position"}
+    text = card_of(tmp_path, FAMILIES["mixtral"], data)[1]
+    for name in ("n_expert", "n_expert_per_token", "normalize_experts", "balance_loss", "router_z_loss"):
+        assert f"| {name} | {json.dumps(getattr(FAMILIES['mixtral'], name))} |" in text
 
 
 def test_config_json_speaks_the_words_of_transformers_4_and_5(tmp_path):

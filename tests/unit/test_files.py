@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from minzero.files import nearest, open_regular, write_atomically
+from minzero.files import is_hub_name, nearest, open_regular, write_atomically
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "link", "link to nowhere"])
@@ -50,6 +50,18 @@ def test_only_a_regular_file_is_opened(tmp_path):
         open_regular(tmp_path / "link", links=False)
     with pytest.raises(FileNotFoundError):
         open_regular(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *(("gpt2", True), ("openai-community/gpt2", True), ("Qwen/Qwen2.5-0.5B", True), ("out/tiny", True)),
+        *(("/out/tiny", False), ("./out", False), ("../out", False), ("out/", False), ("a/b/c", False), ("", False)),
+        *(("a b", False), ("a..b", False), ("a\0b", False), ("x" * 300, False)),
+    ],
+)
+def test_names_that_can_be_on_the_hub(name, expected):
+    assert is_hub_name(name) == expected
 
 
 def test_the_nearest_existing_folder(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from minzero.data.mixture import Mixture
 from minzero.data.tokenizer import load_tokenizer
 from minzero.errors import UserError
 from minzero.nearest import nearest_path
-from minzero.trained import load_model, open_trained
+from minzero.trained import folder_to_start_from, load_model, open_trained
 from tests.helpers.processes import run
 from tests.helpers.trained_runs import FAMILIES, write_runs
 
@@ -138,6 +138,14 @@ def test_a_path_that_is_not_there_gets_the_nearest(runs, main, arguments, start,
     with pytest.raises(UserError, match=r"^[^\n]+$") as error:
         main([str(runs / part) if part in paths else part for part in arguments])
     assert start.format(runs) in str(error.value) and str(error.value).endswith(end.format(runs)), error.value
+
+
+def test_a_start_from_a_path_that_is_not_there_gets_the_nearest_and_no_words_of_the_hub(runs):
+    """A path of several folders is no name on the hub, which is not asked for it."""
+    expected = "no such folder here; expected a folder, or a name on the Hugging Face hub (owner/name)"
+    with pytest.raises(UserError) as error:
+        folder_to_start_from(str(runs / "lama"))
+    assert str(error.value) == f"train.init_from: {runs}/lama: {expected}; did you mean {runs}/llama?"
 
 
 def test_what_is_there_but_broken_gets_no_suggestion(runs, tmp_path):
