@@ -238,6 +238,9 @@ def place(tmp_path_factory):
         "gpt2-124m": GPT2,
         "70b": GPT2,
         "talks": GPT2,
+        "dense": GPT2,
+        "experts": GPT2,
+        "experts_balanced_over_all": GPT2,
     }.items():
         write_run(folder / "out" / name, config, data, step=10000)
     (folder / "books").mkdir()
