@@ -40,8 +40,8 @@ def model_left_out(config: Config, given):
 
 
 def in_words(model: ModelConfig, given):
-    """The keys of a model that are not given, as "n_layer 24, mlp swiglu": the sizes, a router's losses, and what is not the
-    default."""
+    """The keys of a model that are not given, as "n_layer 24, mlp swiglu": the sizes, a router's losses, and what is
+    not the default."""
     always = SIZES + ROUTER_LOSSES if model.n_expert else SIZES
     words = []
     for field in dataclasses.fields(model):

@@ -351,7 +351,7 @@ class Preparation:
 
 
 def how_to_use(out, tokenizer, has_training_tokens):
-    """The flags of train.py for prepared data, in words. The model of a tokenizer of transformers' may have more ids."""
+    """The flags of train.py for prepared data. The model of a tokenizer of transformers' may have more ids."""
     flags = f"--data.path {out} --model.vocab_size {tokenizer.n_vocab}"
     if not has_training_tokens:
         return f"evaluate on it with {flags}"
