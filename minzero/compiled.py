@@ -94,7 +94,7 @@ def small_config(config):
     if config.n_expert:  # all experts of each token: which ones it goes to would depend on a rounding error
         small["n_expert"] = small["n_expert_per_token"] = min(config.n_expert, 4)
     if config.rotary_fraction < 1:
-        small["head_dim"] = config.head_size  # or too few channels would be left to turn
+        small["head_dim"] = config.head_size  # or too few channels would be rotated
     for name in ("no_rotary_layers", "full_attention_layers"):
         if getattr(config, name):
             small |= {"n_layer": 2, name: [1]}

@@ -112,7 +112,7 @@ def flops_of_backward(gradient, x, weight, ends, *_, **__):
 # An operator of its own, for its gradient: that of an index adds to rows in any order, and rounds otherwise each time.
 @torch.library.custom_op("minzero::take_rows", mutates_args=())
 def take_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:
-    """Rows order // copies of x (N, C), as (N copies, C). order: (N copies,), each number once; inverse: its inverse."""
+    """Rows order // copies of x (N, C), as (N copies, C). order: (N copies,), a permutation; inverse: that back."""
     return x[order // copies]
 
 

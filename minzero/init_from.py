@@ -13,6 +13,7 @@ from minzero.config.sections import Config, ModelConfig
 
 NOT_OF_THE_WEIGHTS = ("dropout", "init_std")  # settings of training: left out, they have their defaults
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+ROUTER_LOSSES = ("balance_loss", "balance_over", "router_z_loss")  # published configs lack the last two
 
 
 def model_defaults(config: Config, given):
@@ -50,10 +51,12 @@ def is_first_rank():
 
 
 def in_words(model: ModelConfig, given):
-    """The keys of a model that are not given, as "n_layer 24, mlp swiglu": the sizes, and what is not the default."""
+    """The keys of a model that are not given, as "n_layer 24, mlp swiglu": the sizes, a router's losses, and what is
+    not the default."""
+    always = SIZES + ROUTER_LOSSES if model.n_expert else SIZES
     words = []
     for field in dataclasses.fields(model):
         value = getattr(model, field.name)
-        if field.name not in given and (field.name in SIZES or value != field.default):
+        if field.name not in given and (field.name in always or value != field.default):
             words.append(f"{field.name} {value if isinstance(value, str) else json.dumps(value)}")
     return ", ".join(words)

@@ -125,6 +125,7 @@ def check_same_run(path, state, config):
     saved, now = state["config"], config.to_dict()
     defaults = vars(ModelConfig())  # of keys that are younger than the checkpoint
     pairs = [(f"model.{name}", saved["model"].get(name, defaults[name]), v) for name, v in now["model"].items()]
+    pairs = [pair for pair in pairs if pair[0] != "model.family"]  # of exports alone
     for key in ("data.path", "train.seed", "train.global_batch_tokens"):
         section, name = key.split(".")
         if key not in config.train.allow_changed:

@@ -11,7 +11,7 @@ from minzero.config.sections import ModelConfig
 
 
 def rotary_angles(config: ModelConfig, length, device):
-    """Cosines and sines by which position t turns channel pair i: the angle t times the i-th frequency.
+    """Cosines and sines by which channel pair i is rotated at position t: the angle is t times the i-th frequency.
 
     Returns two (length, rotary_channels / 2) float32 tensors."""
     frequencies, factor = scaled_frequencies(config, device)
@@ -36,8 +36,9 @@ def scaled_frequencies(config: ModelConfig, device):
 
 
 def llama3_frequencies(frequencies, scaling):
-    """Llama 3.1's: pairs that turn seldom within the original context are slowed down by `factor`, those that turn
-    often are as they were, with a ramp between (meta-llama/llama-models, models/llama3/model.py, apply_scaling)."""
+    """Llama 3.1's: pairs that are rotated by few full turns within the original context have their frequency divided by
+    `factor`, those rotated by many keep it, with a ramp between (meta-llama/llama-models, models/llama3/model.py,
+    apply_scaling)."""
     factor, low, high = (scaling[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
     context = scaling["original_max_position_embeddings"]
     wavelengths = 2 * math.pi / frequencies
@@ -53,11 +54,11 @@ def yarn_frequencies(wavelengths, theta, scaling):
     size = 2 * len(wavelengths)
     context = scaling["original_max_position_embeddings"]
 
-    def pair_that_rotates(times):
+    def pair_rotated(times):
         return size * math.log(context / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-    first = pair_that_rotates(scaling.get("beta_fast") or 32)
-    last = pair_that_rotates(scaling.get("beta_slow") or 1)
+    first = pair_rotated(scaling.get("beta_fast") or 32)
+    last = pair_rotated(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
         first = math.floor(first)
         last = math.ceil(last)

@@ -22,7 +22,7 @@ def start_lines(run, data, not_compiled=None):
         lines += [f"{section}: {json.dumps(content)}" for section, content in config.to_dict().items()]
         chosen = ", ".join(f"{key} {json.dumps(value)}" for key, value in setup.auto.items())
         lines.append(f'"auto" of deepspeed: {chosen or "nothing"}')
-    active = f" ({count_parameters(model)[1]:,} active for a token)" if model.n_expert else ""
+    active = f" ({count_parameters(model)[1]:,} active per token)" if model.n_expert else ""
     lines.append(
         f"{run.parameters:,} parameters{active}, {model.n_layer} layers of width {model.n_embd}, {model.n_head} heads, "
         f"vocabulary {model.vocab_size:,}, context {model.block_size:,} tokens"

@@ -92,9 +92,7 @@ class ModelConfig:
         "learned", "position encoding: learned embeddings, or rotary angles of queries and keys", ["learned", "rotary"]
     )
     rotary_theta: float = key(10000.0, "base of the rotary wavelengths", minimum=1, maximum=1e12)
-    rotary_fraction: float = key(
-        1.0, "part of a head's channels that rotary positions turn", minimum=1e-6, maximum=1, off=1.0
-    )
+    rotary_fraction: float = key(1.0, "part of a head's channels that are rotated", minimum=1e-6, maximum=1, off=1.0)
     rotary_scaling: dict | None = key(
         None, "longer rotary wavelengths, as transformers' rope_scaling: rope_type linear, llama3 or yarn; null: none"
     )
@@ -128,7 +126,11 @@ class ModelConfig:
     n_shared_expert: int = key(0, "further experts that every token goes through", minimum=0, maximum=2**16)
     normalize_experts: bool = key(True, "the weights of a token's experts add up to 1", off=True)
     balance_loss: float = key(
-        0.01, "weight of the loss that sends all experts as many tokens", minimum=0, maximum=1e3, off=0.01
+        0.01,
+        "weight of the load-balancing loss (equal numbers of tokens per expert)",
+        minimum=0,
+        maximum=1e3,
+        off=0.01,
     )
     balance_over: str = key(
         "layer",
@@ -189,8 +191,8 @@ class ModelConfig:
     def check_rotary(self):
         if self.rotary_channels < 2 or self.rotary_channels % 2:
             raise UserError(
-                f"model.position: rotary turns pairs of channels, but {self.rotary_channels} of a head's are to turn; "
-                "choose head_dim (or n_embd / n_head) and rotary_fraction so that their product is even"
+                f"model.position: rotary rotates pairs of channels, but {self.rotary_channels} of a head's are to be "
+                "rotated; choose head_dim (or n_embd / n_head) and rotary_fraction so that their product is even"
             )
         if self.rotary_scaling is None:
             return
@@ -252,7 +254,7 @@ class ModelConfig:
 
     @property
     def rotary_channels(self):
-        """Channels of a head that rotary positions turn."""
+        """Channels of a head that are rotated."""
         return int(self.head_size * self.rotary_fraction)
 
     @property

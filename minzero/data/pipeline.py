@@ -32,7 +32,7 @@ from minzero.data.fast_encoding import BulkEncoder
 from minzero.data.meta import check_progress, read_meta
 from minzero.data.output import SkippedLog, SplitWriter, locked
 from minzero.data.shards import token_dtype
-from minzero.data.tokenizer import load_tokenizer
+from minzero.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from minzero.errors import UserError
 from minzero.files import check_can_write, make_folder, write_json
 from minzero.flags import FlagParser, a_number, a_path, at_least
@@ -347,8 +347,20 @@ class Preparation:
         write_json(self.meta_file, meta)
         self.remove_progress()
         report(splits, self.skipped, args, self.by_default)
-        use = "train on it" if splits["train"].tokens else "evaluate on it"
-        print(f"{use} with --data.path {args.out} --model.vocab_size {self.tokenizer.n_vocab}")
+        print(how_to_use(args.out, self.tokenizer, splits["train"].tokens))
+
+
+def how_to_use(out, tokenizer, has_training_tokens):
+    """The flags of train.py for prepared data. The model of a tokenizer of transformers' may have more ids."""
+    flags = f"--data.path {out} --model.vocab_size {tokenizer.n_vocab}"
+    if not has_training_tokens:
+        return f"evaluate on it with {flags}"
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return f"train on it with {flags}"
+    return (
+        f"train on it with --data.path {out}, and --train.init_from its model, or with --model.vocab_size "
+        f"{tokenizer.n_vocab} or more"
+    )
 
 
 def default_workers(work_is_light):

@@ -34,7 +34,7 @@ def headline(plan, config, hardware):
         stage += ", optimizer on CPU"
     if plan["offload_param"]:
         stage += ", parameters on CPU"
-    active = f" ({plan['active_parameters']:,} active for a token)" if config.model.n_expert else ""
+    active = f" ({plan['active_parameters']:,} active per token)" if config.model.n_expert else ""
     return (
         f"{plan['parameters']:,} parameters{active} on {hardware.gpus} x {hardware.gpu} of {hardware.gibibytes} GiB, "
         f"{nodes}; {stage}; micro-batch {plan['micro_batch_size']} x {config.model.block_size} tokens x "

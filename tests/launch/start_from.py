@@ -48,7 +48,7 @@ def starting_weights(family, stage, precision):
 
 
 def continue_published(family, *overrides, steps=1):
-    """Steps that do not change the weights, of a run whose config says nothing of the model but its context."""
+    """Steps that do not change the weights, of a run whose config sets only the context of the model section."""
     flags = {"out_dir": FOLDER / f"{family}_3", "micro_batch_size": 2, "global_batch_tokens": 128}
     flags |= {"max_tokens": steps * 128, "lr": 0, "log_every": 1, "eval_tokens": 5 * 16}
     words = [word for name, value in flags.items() for word in (f"--train.{name}", str(value))]

@@ -238,6 +238,9 @@ def place(tmp_path_factory):
         "gpt2-124m": GPT2,
         "70b": GPT2,
         "talks": GPT2,
+        "dense": GPT2,
+        "experts": GPT2,
+        "experts_balanced_over_all": GPT2,
     }.items():
         write_run(folder / "out" / name, config, data, step=10000)
     (folder / "books").mkdir()
@@ -397,7 +400,8 @@ def test_the_page_on_continuing_says_what_the_planner_says(tmp_path, monkeypatch
         arguments = [file, "--gpu_memory", memory.split()[0]]
         found = planned(arguments, capsys)
         assert f"{found['gpu_bytes'] / 2**30:.2f} GiB" == allocated and ("yes" if found["fits"] else "no") == fits
-        assert str(planned([*arguments, "--fit"], capsys)["micro_batch_size"]) == micro_batch
+        fitting = planned([*arguments, "--fit"], capsys)
+        assert fitting["stage"] == 0 and str(fitting["micro_batch_size"]) == micro_batch
     for file, parameters, block_size in (("smollm2", 134_515_008, 8192), ("qwen2.5", 494_032_768, 32768)):
         model = load_config([f"{file}.json"], model_defaults).model
         assert count_parameters(model)[0] == parameters and model.block_size == 2048

@@ -76,7 +76,7 @@ def test_a_width_that_leaves_weights_at_odd_addresses_is_not_compiled():
 
 
 def test_the_small_model_has_every_kind_of_layer():
-    """And what the options need: a window within its sequence, and channels that turn."""
+    """And what the options need: a window within its sequence, and channels that are rotated."""
     config = all_changed(
         n_layer=9, n_head=2, n_embd=160, head_dim=80, block_size=512, vocab_size=64, rotary_fraction=0.05
     )

@@ -272,7 +272,7 @@ def test_the_fingerprint_changes_with_the_class_of_transformers(folders, tmp_pat
 # -- of the hub ----------------------------------------------------------------------------------
 
 
-def test_a_tokenizer_of_the_hub_is_kept_with_the_shards(folders, tmp_path, monkeypatch):
+def test_a_tokenizer_of_the_hub_is_kept_with_the_shards(folders, tmp_path, monkeypatch, capsys):
     """Out of the hub's cache, as without a network after a first download."""
     import huggingface_hub.constants
 
@@ -287,6 +287,8 @@ def test_a_tokenizer_of_the_hub_is_kept_with_the_shards(folders, tmp_path, monke
     prepare(documents, tmp_path / "out", tokenizer="someone/some-model", side=lambda key: "train")
     shutil.rmtree(tmp_path / "hub")
     tokenizer = tokenizer_of(tmp_path / "out")
+    flags = f"--train.init_from its model, or with --model.vocab_size {tokenizer.n_vocab} or more\n"
+    assert capsys.readouterr().out.endswith(f"train on it with --data.path {tmp_path / 'out'}, and {flags}")
     assert tokenizer.folder == tmp_path / "out" / "tokenizer_someone--some-model"
     stream = TokenStream(tmp_path / "out", "train", 1)
     expected = [*tokenizer.begin, *tokenizer.encode_ordinary("one text"), *tokenizer.end]

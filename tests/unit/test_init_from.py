@@ -71,6 +71,19 @@ def test_the_keys_are_said_in_one_line_by_rank_0(place, tmp_path, capsys, monkey
     assert capsys.readouterr().err == ""
 
 
+def test_the_line_names_the_losses_of_a_router(place, tmp_path, capsys):
+    """Two of them have our defaults, for no published config names them."""
+    load_config([config_file(tmp_path, place / "mixtral")], model_left_out)
+    balance = f"balance_loss {json.dumps(ALL['mixtral'].balance_loss)}, balance_over layer, router_z_loss 0.001"
+    assert balance in capsys.readouterr().err
+    path = config_file(tmp_path, place / "mixtral", {"balance_over": "model", "router_z_loss": 0.0})
+    load_config([path], model_left_out)
+    line = capsys.readouterr().err
+    assert "balance_loss" in line and "balance_over" not in line and "router_z_loss" not in line
+    load_config([config_file(tmp_path, place / "llama")], model_left_out)
+    assert "_loss" not in capsys.readouterr().err
+
+
 def test_keys_that_fit_only_the_published_model_may_be_given(place, tmp_path):
     """Also where the command line alone names that model."""
     path = config_file(tmp_path, place / "fives", {"n_head": 5, "bias": False})

@@ -396,7 +396,7 @@ def test_of_experts_all_are_in_memory_and_some_are_active(capsys):
     assert answer_of(capsys, f"{olmoe} 8 --max")["n_layer"] > 16
     plan.main(f"{olmoe} 64 --deepspeed.zero_optimization.stage 3 --train.activation_checkpointing true".split())
     said = capsys.readouterr().out
-    assert "active for a token) on 64" in said and "gathers all 64 experts of a block, 402,653,184 weights" in said
+    assert "active per token) on 64" in said and "gathers all 64 experts of a block, 402,653,184 weights" in said
 
 
 def test_halving_finds_what_trying_each_would():
