@@ -55,7 +55,10 @@ def load_config(arguments, model_defaults=None, default="configs/1p5b.json"):
     config = build(merged, "command line", model)
     config.train.out_dir = out_dir
     if config.model.family:
-        family_of(config.model)  # raises UserError unless that computes this model
+        try:
+            family_of(config.model)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
     return config
 
 

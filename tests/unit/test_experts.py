@@ -1,10 +1,14 @@
 """The products of experts: one operator, with the results and gradients of one product after the other."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from minzero import experts
+from model import GPT
+from tests.helpers.trained_runs import FAMILIES
 
 ROWS, INPUTS, OUTPUTS = 24, 16, 40
 
@@ -64,3 +68,37 @@ def test_the_parameter_itself_is_kept_for_the_backward_pass(dtype):
 def test_the_operator_is_as_the_compiler_expects_it():
     x, weight, _, ends = tensors(torch.float32, (9, 0, 4, 11))
     torch.library.opcheck(torch.ops.minzero.expert_product.default, (x, weight, ends))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_gradient_is_the_same_each_time(compiled):
+    """With several threads, and more experts a token than two: an index's own gradient adds in any order."""
+    config = dataclasses.replace(FAMILIES["olmoe"], n_embd=64, n_expert_per_token=3, block_size=256)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model = GPT(config).train()
+        if compiled:
+            model.compile()
+        tokens = torch.randint(config.vocab_size, (8, 256), generator=torch.Generator().manual_seed(0))
+        gradients = []
+        for _ in range(4):
+            model.zero_grad()
+            model(tokens, tokens).backward()
+            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    finally:
+        torch.set_num_threads(threads)
+    for again in gradients[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(gradients[0], again, strict=True))
+
+
+def test_rows_are_copied_and_their_gradients_added_up():
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    order = torch.randperm(15, generator=torch.Generator().manual_seed(1))
+    taken = experts.take_rows(x, order, order.argsort(), 3)
+    assert torch.equal(taken, x[order // 3])
+    upstream = torch.randn(15, 4, dtype=torch.float64)
+    (found,) = torch.autograd.grad(taken, x, upstream)
+    (expected,) = torch.autograd.grad(x[order // 3], x, upstream)
+    assert torch.allclose(found, expected)
+    torch.library.opcheck(experts.take_rows, (x, order, order.argsort(), 3))

@@ -73,14 +73,14 @@ def test_the_keys_are_said_in_one_line_by_rank_0(place, tmp_path, capsys, monkey
 
 def test_the_line_names_the_losses_of_a_router(place, tmp_path, capsys):
     """Two of them have our defaults, for no published config names them."""
-    load_config([config_file(tmp_path, place / "mixtral")], model_left_out)
+    load_config([config_file(tmp_path, place / "mixtral")], model_defaults)
     balance = f"balance_loss {json.dumps(ALL['mixtral'].balance_loss)}, balance_over layer, router_z_loss 0.001"
     assert balance in capsys.readouterr().err
     path = config_file(tmp_path, place / "mixtral", {"balance_over": "model", "router_z_loss": 0.0})
-    load_config([path], model_left_out)
+    load_config([path], model_defaults)
     line = capsys.readouterr().err
     assert "balance_loss" in line and "balance_over" not in line and "router_z_loss" not in line
-    load_config([config_file(tmp_path, place / "llama")], model_left_out)
+    load_config([config_file(tmp_path, place / "llama")], model_defaults)
     assert "_loss" not in capsys.readouterr().err
 
 
