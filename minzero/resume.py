@@ -8,6 +8,7 @@ from minzero.checkpoint_folder import Saved, find, folders_of_run, is_complete, 
 from minzero.checkpoint_state import SHAPES_THE_RATE, as_saved, read_state, state_if_whole
 from minzero.config.nested import flat
 from minzero.config.sections import Config, ModelConfig, TrainConfig
+from minzero.config.values import in_short
 from minzero.data.mixture import check_same_data
 from minzero.dist import print0
 from minzero.errors import UserError
@@ -130,7 +131,7 @@ def check_same_run(path, state, config):
         section, name = key.split(".")
         if key not in config.train.allow_changed:
             pairs.append((key, saved[section].get(name), now[section][name]))
-    different = [f"{name} {was!r} -> {value!r}" for name, was, value in pairs if was != value]
+    different = [f"{name} {in_short(was)} -> {in_short(value)}" for name, was, value in pairs if was != value]
     if different:
         remedy = "set them back, or start another run with --train.out_dir"
         if not any(name.startswith("model.") for name in different):

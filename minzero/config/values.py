@@ -94,6 +94,11 @@ def in_short(value):
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
+def as_flag(value):
+    """A JSON value as a flag takes it: a string without quotes."""
+    return value if isinstance(value, str) else in_short(value)
+
+
 def printable(name):
     """A key of a file for an error message: characters that cannot be printed are escaped."""
     return name if name.isprintable() else json.dumps(name)[1:-1]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from minzero.config.sections import ModelConfig, switched_on
+from minzero.config.values import as_flag, in_short
 from minzero.errors import UserError
 from minzero.hf.settings import (
     HEAD_DIM,
@@ -308,7 +309,7 @@ IN_EVERY_FAMILY |= {"balance_loss", "balance_over", "router_z_loss"}  # of train
 
 
 def faults_of(family: Family, model: ModelConfig):
-    """[(key, found, expected)] of a model that a family does not compute."""
+    """[(key, found, expected)] of a model that a family does not compute. expected: a tuple of values, or words."""
     pairs = [(key, getattr(model, key), value) for key, value in family.required.items()]
     pairs.append(("mlp", model.mlp, tuple(family.activations)))
     if "n_kv_head" not in family.settings:
@@ -316,27 +317,47 @@ def faults_of(family: Family, model: ModelConfig):
     if "qkv_bias" not in family.required:
         pairs.append(("qkv_bias", model.biased_qkv, model.bias))
     if "head_dim" not in family.consumed:
-        pairs.append(("head_dim", model.head_size, model.n_embd / model.n_head))
+        whole = model.n_embd % model.n_head == 0
+        pairs.append(("head_dim", model.head_size, model.n_embd // model.n_head if whole else None))
+    pairs = [(key, found, value if isinstance(value, tuple) else (value,)) for key, found, value in pairs]
+    wrong = [(key, found, values) for key, found, values in pairs if found not in values]
     if family.has_experts and model.n_expert is None:
-        pairs.append(("n_expert", None, "a number of experts"))
-    allowed = {key: value if isinstance(value, tuple) else (value,) for key, _, value in pairs}
-    wrong = [(key, found, " or ".join(map(str, allowed[key]))) for key, found, _ in pairs if found not in allowed[key]]
-    return wrong + switched_on(model, family.consumed | {"head_dim"})
+        wrong.append(("n_expert", None, "a number of experts"))
+    for key, found, off in switched_on(model, family.consumed | {"head_dim"}):
+        has_off = off is not None or getattr(type(model), key, found) is None  # the default, None, is off
+        wrong.append((key, found, (off,) if has_off else "a value that changes nothing"))
+    return wrong
+
+
+def in_words(expected):
+    """What a key of `faults_of` should have been."""
+    return expected if isinstance(expected, str) else " or ".join(map(as_flag, expected))
+
+
+def flags_to_set(faults):
+    """The remedy for `faults_of`: "; set" and the flags of those keys that may have one value alone."""
+    single = [(key, good[0]) for key, _, good in faults if key in FIELDS and isinstance(good, tuple) and len(good) == 1]
+    flags = [f"--model.{key} {as_flag(value)}" for key, value in single]
+    return f"; set {' '.join(flags)}" if flags else ""
 
 
 def family_of(model: ModelConfig):
     """The name of a family in FAMILIES that computes this model: model.family, or the first. Raises UserError, which
     names the keys, if the model is none of them."""
     if model.family is not None and model.family not in FAMILIES:
-        raise UserError(f"model.family: found {model.family!r}, expected null or one of {', '.join(FAMILIES)}")
+        raise UserError(f"model.family: found {in_short(model.family)}, expected null or one of {', '.join(FAMILIES)}")
     names = [model.family] if model.family else list(FAMILIES)
     wrong = {name: faults_of(FAMILIES[name], model) for name in names}
     nearest = min(names, key=lambda name: len(wrong[name]))
     if wrong[nearest]:
-        keys = "; ".join(f"model.{key}: found {found}, expected {value}" for key, found, value in wrong[nearest])
+        faults = wrong[nearest]
+        keys = "; ".join(
+            f"model.{key}: found {as_flag(found)}, expected {in_words(good)}" for key, found, good in faults
+        )
         reason = "is the nearest to this model" if model.family is None else "is what model.family asks for"
         raise UserError(
             f"{keys}: transformers' {FAMILIES[nearest].architecture} {reason}, and it computes nothing else"
+            f"{flags_to_set(faults)}"
         )
     return nearest
 

@@ -112,9 +112,10 @@ def refuse_what_llama_cpp_computes_otherwise(folder, model: ModelConfig):
             f"{path}: model.no_rotary_layers: found {model.no_rotary_layers}, expected 4: llama.cpp leaves rotary "
             "positions out of every fourth layer of this family"
         )
-    if family in NORMALIZES and model.normalize_experts != NORMALIZES[family]:
+    normalizes = NORMALIZES.get(family, model.normalize_experts)
+    if model.normalize_experts != normalizes:
         raise UserError(
-            f"{path}: model.normalize_experts: found {model.normalize_experts}, expected {NORMALIZES[family]}: "
+            f"{path}: model.normalize_experts: found {in_short(model.normalize_experts)}, expected {in_short(normalizes)}: "
             "llama.cpp knows no other in this family"
         )
     if family == "olmoe" and model.kv_heads != model.n_head:

@@ -433,6 +433,33 @@ def test_a_model_of_no_family_is_refused(more, expected):
         assert expected in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("base", "more", "expected"),
+    [
+        (SMALL, {"norm": "rmsnorm"}, "model.norm: found rmsnorm, expected layernorm: {}; set --model.norm layernorm"),
+        (
+            FAMILIES["qwen2"],
+            {"qkv_bias": None, "family": "qwen2"},
+            "model.qkv_bias: found null, expected true: {}; set --model.qkv_bias true",
+        ),
+        (SMALL, {"head_dim": 16}, "model.head_dim: found 16, expected 8: {}; set --model.head_dim 8"),
+        (
+            SMALL,
+            {"sliding_window": 5, "parallel_residual": True},
+            "model.sliding_window: found 5, expected null; model.parallel_residual: found true, expected false: {}; "
+            "set --model.sliding_window null --model.parallel_residual false",
+        ),
+        (LLAMA, {"family": "mixtral"}, "model.n_expert: found null, expected a number of experts: {}"),
+        (SMALL, {"family": "gpt"}, 'model.family: found "gpt", expected null or one of gpt2, '),
+    ],
+)
+def test_the_refusal_of_a_model_has_the_flags_that_make_it_one_of_a_family(base, more, expected):
+    with pytest.raises(UserError, match=r"^[^\n]+$") as error:
+        families.family_of(dataclasses.replace(base, **more))
+    said = re.sub(r": transformers' .* computes nothing else", ": {}", str(error.value))
+    assert said.startswith(expected) if expected.endswith(", ") else said == expected, said
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.stem)
 def test_every_config_can_be_exported(path):
     families.family_of(load_config([str(path)]).model)

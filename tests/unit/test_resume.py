@@ -85,6 +85,10 @@ def test_another_run_is_refused_with_what_differs(tmp_path):
     config.model.n_layer, config.train.seed = 3, 7
     with pytest.raises(UserError, match=r"model.n_layer 12 -> 3; train.seed 1337 -> 7"):
         resume.check_same_run(tmp_path, state, config)
+    config.model.n_expert, config.model.tie_embeddings, config.model.mlp = 8, False, "swiglu"
+    with pytest.raises(UserError, match=r'mlp "gelu" -> "swiglu"; model.n_expert null -> 8; model.t\w+ true -> false;'):
+        resume.check_same_run(tmp_path, state, config)
+    config.model.n_expert, config.model.tie_embeddings, config.model.mlp = None, True, "gelu"
     config.train.allow_changed = ["train.seed"]
     with pytest.raises(UserError, match=r"settings: model.n_layer 12 -> 3; set them back, or start another run with"):
         resume.check_same_run(tmp_path, state, config)

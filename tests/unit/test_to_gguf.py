@@ -203,9 +203,9 @@ def test_the_commands_faults(tmp_path, ranks, monkeypatch):
         ("qwen2", {"rotary_scaling": LLAMA3_SCALING}, "model.rotary_scaling: found {"),
         ("llama", {"rotary_scaling": YARN | {"truncate": False}}, "model.rotary_scaling: found"),
         ("mixtral", {"sliding_window": 5}, "model.sliding_window: found 5"),
-        ("qwen3_moe", {"normalize_experts": False}, "model.normalize_experts: found False, expected True"),
+        ("qwen3_moe", {"normalize_experts": False}, "model.normalize_experts: found false, expected true"),
         ("qwen3_moe", {"rotary_scaling": LLAMA3_SCALING}, "model.rotary_scaling: found {"),
-        ("olmoe", {"n_kv_head": None, "normalize_experts": True}, "model.normalize_experts: found True, expected Fal"),
+        ("olmoe", {"n_kv_head": None, "normalize_experts": True}, "model.normalize_experts: found true, expected fal"),
         ("olmoe", {}, "model.n_kv_head: found 2, expected 4"),
     ],
 )
