@@ -55,7 +55,7 @@ def read_head_dim(theirs):
 
 
 def chosen(layers, n_layer):
-    """A list of layers, numbered from 0, as our keys have it: k for every k-th, a list for others, None for none of them."""
+    """A list of layers, numbered from 0, as our keys have it: k for every k-th, a list for others, None for none."""
     every = layers[0] + 1 if layers else None
     if layers and layers == list(range(every - 1, n_layer, every)):
         return every
