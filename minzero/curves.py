@@ -21,8 +21,15 @@ PANELS = {
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second",
-    "expert_load_max": "busiest expert's load",  # over an equal share, where there are experts
+    "expert_load_max": "busiest expert's load",  # over an equal share
 }
+
+
+def panels_of(runs):
+    """{key of PANELS: its title} of those that these runs have: the experts' only where there are experts."""
+    return {
+        key: title for key, title in PANELS.items() if key != "expert_load_max" or any(key in r.curves for r in runs)
+    }
 
 
 # -- reading runs --------------------------------------------------------------------------------

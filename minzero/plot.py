@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from minzero.curves import PANELS, last_finite, names_of, read_run, smoothed_curve, thin
+from minzero.curves import PANELS, last_finite, names_of, panels_of, read_run, smoothed_curve, thin
 from minzero.errors import UserError, one_line
 from minzero.files import write_atomically
 
@@ -348,7 +348,7 @@ def draw_panels(runs, x):
     """A figure with the loss, the learning rate, the gradient norm and the throughput of runs, and where there are
     experts the busiest one's part."""
     begin = detail_begin(runs)
-    keys = [key for key in PANELS if key != "expert_load_max" or any(key in run.curves for run in runs)]
+    keys = list(panels_of(runs))
     left = ["loss"] + ["loss" if begin is None else "detail"] * (len(keys) - 1)
     rows = [list(row) for row in zip(left, keys, strict=True)]
     figure, panels = pyplot().subplot_mosaic(rows, figsize=(13, 7.5), width_ratios=[3, 2], layout="constrained")

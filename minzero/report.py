@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from minzero import plot
-from minzero.curves import PANELS, number_of, read_config_if_whole
+from minzero.curves import number_of, panels_of, read_config_if_whole
 from minzero.files import cannot_write
 from minzero.metrics import duration
 
@@ -193,7 +193,9 @@ def html_pictures(runs, x):
         plot.draw_detail(axes, runs, x, begin)
 
     begin = plot.detail_begin(runs)
-    drawings = {title: functools.partial(plot.draw_panel, runs=runs, x=x, key=key) for key, title in PANELS.items()}
+    drawings = {
+        title: functools.partial(plot.draw_panel, runs=runs, x=x, key=key) for key, title in panels_of(runs).items()
+    }
     first = [html_picture(draw_loss, "loss")]
     second = ""
     if begin is None:

@@ -162,10 +162,10 @@ def flops_per_token(config: ModelConfig):
 
 def recomputed_flops_per_token(config: ModelConfig, activation_checkpointing):
     """FLOPs per training token that train.activation_checkpointing adds. A block that is recomputed: its forward pass
-    once more. Selective: only the product after attention, and experts' second, which the gradients of their weights
-    in the sum need. A part b of the activations kept: 1 - b of the forward
-    pass, though the compiler drops first what costs least. Hardware FLOPs are model FLOPs plus these (Korthikanti et
-    al. 2022, arXiv 2205.05198, section 6.3)."""
+    once more. Selective: only the product after attention, and the experts' down product, whose output the gradient of
+    the routing weights reads. A part b of the activations kept: 1 - b of the forward pass, though the compiler drops
+    first what costs least. Hardware FLOPs are model FLOPs plus these (Korthikanti et al. 2022, arXiv 2205.05198,
+    section 6.3)."""
     recomputation = Recomputation.of(activation_checkpointing)
     if recomputation.selective:
         product = config.n_embd * config.n_head * config.head_size

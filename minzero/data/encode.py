@@ -81,11 +81,16 @@ def encode_batch(batch):
 
 def encode_batch_to_file(number, batch):
     """As `encode_batch`, in a worker. The result goes into a file, which is returned: of a worker that is killed while
-    it sends megabytes through the pool's pipe, the parent would wait for the rest for ever."""
-    result = folder / str(number)
-    with open(result, "wb") as file:
-        pickle.dump(encode_batch(batch), file, pickle.HIGHEST_PROTOCOL)
-    return result
+    it sends megabytes through the pool's pipe, the parent would wait for the rest for ever. Where there is no room for
+    the file, the result itself is returned."""
+    result = encode_batch(batch)
+    path = folder / str(number)
+    try:
+        path.write_bytes(pickle.dumps(result, pickle.HIGHEST_PROTOCOL))
+    except OSError:
+        path.unlink(missing_ok=True)
+        return result
+    return path
 
 
 def joined(arrays):
@@ -198,10 +203,12 @@ def encode_in_workers(batches, workers, settings):
     pending = deque()
 
     def next_result():
-        file = pending.popleft().result()
-        result = pickle.loads(file.read_bytes())
-        file.unlink()
-        return result
+        result = pending.popleft().result()
+        if not isinstance(result, Path):
+            return result
+        content = result.read_bytes()
+        result.unlink()
+        return pickle.loads(content)
 
     try:
         for number, batch in enumerate(batches):

@@ -16,11 +16,13 @@ class Translation(NamedTuple):
 
 
 def write_rotary(model: ModelConfig):
+    """rope_parameters from rotary_theta and rotary_scaling."""
     scaling = model.rotary_scaling or {"rope_type": "default"}
     return {"rope_parameters": scaling | {"rope_theta": model.rotary_theta}}
 
 
 def read_rotary(theirs):
+    """rotary_theta and rotary_scaling from rope_parameters, without a partial_rotary_factor."""
     rope = dict(theirs.rope_parameters)
     keys = {"rotary_theta": float(rope.pop("rope_theta"))}
     rope.pop("partial_rotary_factor", None)
@@ -30,27 +32,30 @@ def read_rotary(theirs):
 
 
 def write_partial_rotary(model: ModelConfig):
+    """rope_parameters with partial_rotary_factor, from rotary_fraction."""
     rope = write_rotary(model)["rope_parameters"]
     return {"rope_parameters": rope | {"partial_rotary_factor": model.rotary_fraction}}
 
 
 def read_partial_rotary(theirs):
+    """rotary_theta, rotary_scaling and rotary_fraction from rope_parameters."""
     return read_rotary(theirs) | {"rotary_fraction": theirs.rope_parameters.get("partial_rotary_factor", 1.0)}
 
 
 def write_head_dim(model: ModelConfig):
+    """head_dim, as a number."""
     return {"head_dim": model.head_size}
 
 
 def read_head_dim(theirs):
-    """null where it says nothing, so that another n_head or n_embd changes it."""
+    """head_dim; null where it is hidden_size / num_attention_heads, so that another n_head or n_embd changes it."""
     implied = theirs.hidden_size / theirs.num_attention_heads
     size = getattr(theirs, "head_dim", None)
     return {"head_dim": None if size in (None, implied) else size}
 
 
 def as_layer_key(layers, n_layer):
-    """A list of layers as our keys have it: k for every k-th, a list for others, None for none of them."""
+    """A list of layers, numbered from 0, as our keys have it: k for every k-th, a list for others, None for none."""
     every = layers[0] + 1 if layers else None
     if layers and layers == list(range(every - 1, n_layer, every)):
         return every
@@ -58,6 +63,7 @@ def as_layer_key(layers, n_layer):
 
 
 def write_layer_windows(model: ModelConfig):
+    """sliding_window, use_sliding_window, and layer_types, which has an entry for each layer."""
     windows = [model.window_of(layer) for layer in range(model.n_layer)]
     kinds = ["sliding_attention" if window else "full_attention" for window in windows]
     sliding = any(windows)
@@ -65,6 +71,7 @@ def write_layer_windows(model: ModelConfig):
 
 
 def read_layer_windows(theirs):
+    """sliding_window, and full_attention_layers, numbered from 0, from layer_types."""
     window = theirs.sliding_window if theirs.use_sliding_window else None
     full = [layer for layer, kind in enumerate(theirs.layer_types) if kind == "full_attention"]
     if window is None or len(full) == theirs.num_hidden_layers:
@@ -73,11 +80,13 @@ def read_layer_windows(theirs):
 
 
 def write_rotary_layers(model: ModelConfig):
+    """no_rope_layers, which despite its name has 1 for each layer with rotary positions and 0 for others."""
     turns = [int(model.has_rotary(layer)) for layer in range(model.n_layer)]
     return {"no_rope_layers": turns, "layer_types": ["full_attention"] * model.n_layer}
 
 
 def read_rotary_layers(theirs):
+    """no_rotary_layers, numbered from 0, from no_rope_layers."""
     without = [layer for layer, turns in enumerate(theirs.no_rope_layers[: theirs.num_hidden_layers]) if not turns]
     return {"no_rotary_layers": as_layer_key(without, theirs.num_hidden_layers)}
 

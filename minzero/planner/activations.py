@@ -160,7 +160,8 @@ class Trace:
         return True
 
     def attention(self, number):
-        s, wide = self.settings, self.query_width * self.settings.product_bytes * self.settings.tokens
+        s = self.settings
+        wide = s.tokens * self.query_width * s.product_bytes
         turns = s.model.has_rotary(number)
         inside = self.projections() + self.query_key_norms(turns)
         if turns:
@@ -180,7 +181,8 @@ class Trace:
     def query_key_norms(self, turns):
         """The norms of queries and keys, if any. turns: whether their outputs are temporary, for a rotation reads
         them, which keeps its own."""
-        s, norms = self.settings, []
+        s = self.settings
+        norms = []
         if s.model.qk_norm == "none":
             return norms
         for name, width in (("q_norm", self.query_width), ("k_norm", self.kv_width)):

@@ -225,7 +225,8 @@ def test_the_routers_losses_are_those_of_transformers(config):
     without = randomised(GPT(dataclasses.replace(config, balance_loss=0.0))).train()
     without(tokens[:, :-1], tokens[:, 1:]).backward()
     differing = [name for name, one in without.named_parameters() if not torch.allclose(one.grad, before[name])]
-    assert any("router" in name for name in differing)
+    if config.n_expert_per_token < config.n_expert:  # else every token goes to all, and there is nothing to balance
+        assert any("router" in name for name in differing)
 
 
 def test_the_z_loss_pulls_the_routers_logits_to_zero():
