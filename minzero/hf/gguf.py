@@ -116,8 +116,8 @@ def refuse_what_llama_cpp_computes_otherwise(folder, model: ModelConfig):
     if model.normalize_experts != normalizes:
         found = in_short(model.normalize_experts)
         raise UserError(
-            f"{path}: model.normalize_experts: found {found}, expected {in_short(normalizes)}: llama.cpp knows no other "
-            "in this family"
+            f"{path}: model.normalize_experts: found {found}, expected {in_short(normalizes)}: llama.cpp knows no "
+            "other in this family"
         )
     if family == "olmoe" and model.kv_heads != model.n_head:
         raise UserError(

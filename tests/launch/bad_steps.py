@@ -44,7 +44,8 @@ def poison_gradient(bad_steps, accumulation):
             if module.training:
                 calls.append(None)
                 if comm.get_rank() == 1 and len(calls) % accumulation == 0 and len(calls) // accumulation in bad_steps:
-                    output.register_hook(poison)
+                    stream, _ = output
+                    stream.register_hook(poison)
 
         engine.module.blocks[0].register_forward_hook(count)
         return engine
