@@ -39,8 +39,8 @@ def make_norm(config: ModelConfig, kernels="torch", width=None):
 
 
 def rotate(x, angles):
-    """Turn queries or keys, (B, heads, T, D), by their positions. Of the R channels that turn, the first ones, i is
-    paired with i + R/2, as in GPT-NeoX and in transformers' Llama. angles: see minzero/rotary.py."""
+    """Rotate queries or keys, (B, heads, T, D), by their positions: the first R channels, of which i is paired with
+    i + R/2, as in GPT-NeoX and in transformers' Llama. angles: see minzero/rotary.py."""
     cos, sin = angles
     x, rest = x.tensor_split((2 * cos.shape[-1],), dim=-1)
     first, second = x.float().chunk(2, dim=-1)

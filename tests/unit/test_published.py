@@ -207,8 +207,8 @@ def test_a_published_model_comes_back_as_it_went_in(name, published, data, tmp_p
 
     prompt, count = list(b"abc x"), 12
     ours, again = load_model(open_trained(tmp_path / "run")), AutoModelForCausalLM.from_pretrained(exported).eval()
-    model = Writer(open_trained(tmp_path / "run")).model
-    written = generate(model, prompt, count, block_size, None, do_sample=False, eos_token_id=None)
+    greedy = {"do_sample": False, "eos_token_id": None}
+    written = generate(Writer(open_trained(tmp_path / "run")).model, prompt, count, block_size, None, **greedy)
     assert len(written) == count
     for model in (theirs, again):
         inputs = torch.tensor([prompt])
