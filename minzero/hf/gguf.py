@@ -115,8 +115,8 @@ def refuse_what_llama_cpp_computes_otherwise(folder, model: ModelConfig):
     normalizes = NORMALIZES.get(family, model.normalize_experts)
     if model.normalize_experts != normalizes:
         raise UserError(
-            f"{path}: model.normalize_experts: found {in_short(model.normalize_experts)}, expected {in_short(normalizes)}: "
-            "llama.cpp knows no other in this family"
+            f"{path}: model.normalize_experts: found {in_short(model.normalize_experts)}, expected "
+            f"{in_short(normalizes)}: llama.cpp knows no other in this family"
         )
     if family == "olmoe" and model.kv_heads != model.n_head:
         raise UserError(
