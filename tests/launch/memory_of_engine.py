@@ -176,6 +176,8 @@ def main(folder, which):
         shape |= {"norm_position": draw.choice(["before", "after"]), "sliding_window": draw.choice([None, 8])}
         shape |= {"parallel_residual": draw.choice([False, True]), "no_rotary_layers": draw.choice([None, [0]])}
         shape |= {"rotary_fraction": draw.choice([1.0, 0.5]), "qkv_bias": draw.choice([None, True])}
+        if shape["position"] == "learned":
+            shape |= {"no_rotary_layers": None, "rotary_fraction": 1.0}
         precision, loss_tokens = draw.choice(["fp32", "bf16"]), draw.choice([16, 2**20])
         accumulated = draw.choice([None, "fp32"]) if zero["stage"] > 1 else None
         found.append(measured_and_predicted(zero, batch, precision, shape, loss_tokens, accumulated))

@@ -85,7 +85,7 @@ BAD = [
         "a model.rotary_theta above 1",
     ),
     ({"model": {"position": "rotary", "rotary_fraction": 0.01}}, "choose head_dim"),
-    ({"model": {"family": "lama"}}, "model.family: found 'lama', expected null or one of gpt2"),
+    ({"model": {"family": "lama"}}, 'model.family: found "lama", expected null or one of gpt2'),
     ({"model": {"family": "qwen3"}}, "Qwen3ForCausalLM is what model.family asks for"),
     ({"train": {"init_from": ""}}, "train.init_from: found an empty name"),
     ({"model": {"n_embd": 9, "n_head": 3, "position": "rotary"}}, "is even"),

@@ -40,7 +40,11 @@ def config_file(folder, source, model=None, **train):
     """A config that names the model to start from, and of the model the keys in `model`."""
     path = folder / "config.json"
     sections = {"model": model} if model is not None else {}
-    sections["train"] = {"init_from": str(source), "out_dir": str(folder / "out"), "global_batch_tokens": 4096} | train
+    sections["train"] = {
+        "init_from": source and str(source),
+        "out_dir": str(folder / "out"),
+        "global_batch_tokens": 4096,
+    } | train
     path.write_text(json.dumps(sections))
     return str(path)
 
@@ -88,11 +92,11 @@ def test_keys_that_fit_only_the_published_model_may_be_given(place, tmp_path):
     """Also where the command line alone names that model."""
     path = config_file(tmp_path, place / "fives", {"n_head": 5, "bias": False})
     assert load_config([path], model_defaults).model.n_embd == 40
-    path = config_file(tmp_path, "", {"n_head": 5})
+    path = config_file(tmp_path, None, {"n_head": 5})
     model = load_config([path, "--train.init_from", str(place / "fives"), "--model.n_embd", "40"], model_defaults).model
     assert (model.n_head, model.n_embd, model.n_layer) == (5, 40, 2)
     with pytest.raises(UserError, match=r"n_head: 5 does not divide model\.n_embd 768"):
-        load_config([config_file(tmp_path, "", {"n_head": 5}), "--train.init_from", "null"], model_defaults)
+        load_config([config_file(tmp_path, None, {"n_head": 5}), "--train.init_from", "null"], model_defaults)
 
 
 @pytest.mark.parametrize(

@@ -390,7 +390,10 @@ def test_of_experts_all_are_in_memory_and_some_are_active(capsys):
     assert found["active_parameters"] == pytest.approx(1.18e9, rel=2e-2)
     one_block = 2 * 64 * 3 * 2048 * 1024
     assert found["gpu_parts"]["gathered"] > one_block and found["fits"]
-    dense = answer_of(capsys, f"{olmoe} 8 --model.n_expert null --model.mlp_hidden 8192")
+    one_mlp = (
+        "--model.n_expert null --model.n_expert_per_token 2 --model.normalize_experts true --model.mlp_hidden 8192"
+    )
+    dense = answer_of(capsys, f"{olmoe} 8 {one_mlp}")
     assert dense["active_parameters"] == dense["parameters"] == pytest.approx(found["active_parameters"], rel=0.1)
     assert answer_of(capsys, f"{olmoe} 8 --fit")["fits"]
     assert answer_of(capsys, f"{olmoe} 8 --max")["n_layer"] > 16
