@@ -73,7 +73,7 @@ def plain_experts(self, x):
     weights = probabilities * chosen
     if self.normalize:
         weights = weights / weights.sum(-1, keepdim=True)
-    y = 0 if self.shared is None else self.shared(x)
+    y = 0 if self.shared is None else self.shared(x)[0]
     for number, (up, down) in enumerate(zip(self.up.weight, self.down.weight, strict=True)):
         y = y + weights[..., number, None] * (self.activate(x @ up.T) @ down.T)
     return y, routing_of(logits.flatten(0, 1), probabilities.flatten(0, 1), chosen.flatten(0, 1).sum(0))

@@ -29,10 +29,10 @@ CHANGES = {
             "            self.input_norm = make_norm(config, kernels)\n",
         ),
         (
-            "        x = F.dropout(x, config.dropout, self.training)\n        for layer",
+            "        x = F.dropout(x, config.dropout, self.training)\n        routings",
             "        if config.input_norm:\n"
             "            x = self.input_norm(x)\n"
-            "        x = F.dropout(x, config.dropout, self.training)\n        for layer",
+            "        x = F.dropout(x, config.dropout, self.training)\n        routings",
         ),
     ],
 }
