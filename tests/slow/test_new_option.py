@@ -92,7 +92,7 @@ def test_an_option_that_only_the_model_knows(copy):
     run(copy, 0, "export.py", "out/plain", "hf/plain")
     assert run(copy, 0, "sample.py", "out/plain", *asked) == run(copy, 0, "sample.py", "hf/plain", *asked)
     # on, it is refused by what does not know it
-    assert NAMED + "True, expected False" in run(copy, 2, "export.py", "out/new", "hf/new")
+    assert NAMED + "true, expected false" in run(copy, 2, "export.py", "out/new", "hf/new")
     assert not (copy / "hf" / "new").exists()
     assert NAMED + "true" in run(copy, 2, "plan.py", "new.json", "--gpus", "1", "--gpu_memory", "80")
     assert NAMED + "true" in run(copy, 2, "benchmark.py", "new.json", "--gpus", "1")
