@@ -76,6 +76,11 @@ def say(line):
         print(f"{name}: {one_line(line)}", file=sys.stderr, flush=True)
 
 
+def is_first_rank():
+    """Whether this process is rank 0, or the only one: it prints for all, before the process group is there."""
+    return (os.environ.get("RANK") or "0") == "0"
+
+
 # -- Ctrl-C --------------------------------------------------------------------------------------
 
 own_process = None  # id of the process that called `begin`; its forks print nothing about a Ctrl-C
@@ -84,7 +89,7 @@ heard_at = None  # time.monotonic() of the first Ctrl-C
 
 def leave(*_):
     """A handler of SIGINT: print one line and end at once, without Python's own clean-up."""
-    if (os.environ.get("RANK") or "0") == "0" and own_process in (None, os.getpid()):
+    if is_first_rank() and own_process in (None, os.getpid()):
         say("stopped by Ctrl-C")
     os._exit(INTERRUPTED)
 

@@ -5,7 +5,6 @@ torch and transformers, which take seconds, are imported only where train.init_f
 
 import dataclasses
 import json
-import os
 
 from minzero import commands
 from minzero.config.build import build
@@ -29,7 +28,7 @@ def model_defaults(config: Config, given):
         source, saved_config = saved
         model = build({"model": saved_config["model"]}, source / "state.json").model
         before = saved_config["train"].get("init_from")
-        if before != train.init_from and is_first_rank():
+        if before != train.init_from and commands.is_first_rank():
             began = f"weights of {before}" if before else "random weights"
             commands.say(
                 f"warning: train.init_from {train.init_from} is not read: {train.out_dir} holds a run that began with "
@@ -41,13 +40,9 @@ def model_defaults(config: Config, given):
         model = trained.model_to_start_from(source, lambda saved: dataclasses.replace(saved, **keys))
         defaults = ModelConfig()
         model = dataclasses.replace(model, **{name: getattr(defaults, name) for name in NOT_OF_THE_WEIGHTS})
-    if is_first_rank() and (keys := in_words(model, given)):
+    if commands.is_first_rank() and (keys := in_words(model, given)):
         commands.say(f"model: the keys that the config leaves out are those of {source}: {keys}")
     return model
-
-
-def is_first_rank():
-    return os.environ.get("RANK", "0") == "0"
 
 
 def in_words(model: ModelConfig, given):

@@ -65,7 +65,7 @@ def load_config(arguments, model_defaults=None, default="configs/1p5b.json"):
 def help_if_asked(arguments):
     """Print the keys and exit, if --help is among the arguments. Of several ranks the first prints."""
     if "--help" in arguments or "-h" in arguments:
-        if os.environ.get("RANK", "0") == "0":
+        if commands.is_first_rank():
             print(help_text())
         raise SystemExit(0)
 
@@ -73,7 +73,7 @@ def help_if_asked(arguments):
 def rename_and_report(values, source):
     """`rename_old_keys`, with a line on stderr for each key that has another name now."""
     values, old_names = rename_old_keys(values, source)
-    if os.environ.get("RANK", "0") == "0":
+    if commands.is_first_rank():
         for old in old_names:
             commands.say(f"{source}: {old} is now called {RENAMED[old]}; the old name still works")
     return values

@@ -161,26 +161,28 @@ class ModelConfig:
         if self.position == "rotary":
             self.check_rotary()
         else:
-            self.refuse_rotary_keys()
+            names = "rotary_fraction", "rotary_scaling", "no_rotary_layers"
+            self.refuse_unused("model.position learned", "model.position rotary", *names)
+        if self.sliding_window is None:
+            reason = "model.sliding_window null, where every layer has full attention"
+            self.refuse_unused(reason, "model.sliding_window", "full_attention_layers")
         for name in ("no_rotary_layers", "full_attention_layers"):
             self.check_layers(name)
         self.check_experts()
 
+    def refuse_unused(self, reason, remedy, *names):
+        """Raises UserError for one of these keys that is not at its default, where it would have no effect."""
+        for name in names:
+            value, default = getattr(self, name), self.__dataclass_fields__[name].default
+            if value != default:
+                raise UserError(
+                    f"model.{name}: found {in_short(value)} with {reason}; set {remedy}, or this to {in_short(default)}"
+                )
+
     def check_experts(self):
-        """Raises UserError for keys that would have no effect or none that is meant."""
-        if self.sliding_window is None and self.full_attention_layers is not None:
-            raise UserError(
-                f"model.full_attention_layers: found {in_short(self.full_attention_layers)} with model.sliding_window "
-                "null, where every layer has full attention; set model.sliding_window, or this to null"
-            )
         if self.n_expert is None:
-            for name in ("n_expert_per_token", "n_shared_expert", "normalize_experts"):
-                value, default = getattr(self, name), self.__dataclass_fields__[name].default
-                if value != default:
-                    raise UserError(
-                        f"model.{name}: found {in_short(value)} with model.n_expert null, which is one MLP for all "
-                        f"tokens; set model.n_expert, or this to {in_short(default)}"
-                    )
+            names = "n_expert_per_token", "n_shared_expert", "normalize_experts"
+            self.refuse_unused("model.n_expert null, which is one MLP for all tokens", "model.n_expert", *names)
             return
         if self.n_expert_per_token > self.n_expert:
             raise UserError(
@@ -222,16 +224,6 @@ class ModelConfig:
             raise UserError(f"{found}, in which factor is {self.rotary_scaling['factor']}, expected at least 1")
         if kind == "llama3" and self.rotary_scaling["high_freq_factor"] <= self.rotary_scaling["low_freq_factor"]:
             raise UserError(f"{found}, expected a high_freq_factor above low_freq_factor")
-
-    def refuse_rotary_keys(self):
-        """Raises UserError for a key of rotary positions, of which learned ones have none."""
-        for name in ("rotary_fraction", "rotary_scaling", "no_rotary_layers"):
-            value, default = getattr(self, name), self.__dataclass_fields__[name].default
-            if value != default:
-                raise UserError(
-                    f"model.{name}: found {in_short(value)} with model.position learned; set model.position rotary, or "
-                    f"this to {in_short(default)}"
-                )
 
     def check_layers(self, name):
         """Raises UserError if a key that chooses layers chooses none that is there."""

@@ -77,7 +77,7 @@ def check_parameters(model: ModelConfig):
 
 def smaller(model: ModelConfig):
     """The same settings with small sizes: at most two layers, but one of each kind, and heads in as many groups as fit,
-    of 8 channels, or more where only a part of them turns."""
+    of 8 channels, or more where only a part of them is rotated."""
     kinds = {}
     for layer in range(model.n_layer):
         kinds.setdefault((model.has_rotary(layer), bool(model.window_of(layer))), layer)

@@ -61,7 +61,8 @@ class Family:
 
     def written(self, model: ModelConfig):
         """The settings of a model, under this family's names, without ids and rates of training."""
-        settings = {theirs: getattr(explicit(model), ours) for ours, theirs in self.settings.items()}
+        widths = explicit(model)
+        settings = {theirs: getattr(widths, ours) for ours, theirs in self.settings.items()}
         settings |= self.fixed | {self.activation: self.activations[model.mlp]}
         for translation in self.translations:
             settings |= translation.write(model)

@@ -151,6 +151,7 @@ def check_old_rotary_settings(path, raw, theirs):
 
 
 def names_of(model):
+    """The keys of the model section."""
     return [field.name for field in dataclasses.fields(model)]
 
 
@@ -161,7 +162,8 @@ def refuse_differences(source, model: ModelConfig, saved: ModelConfig):
     if saved.position != "rotary":
         ignored |= {name for name in names_of(model) if name.startswith("rotary_")} | {"no_rotary_layers"}
     names = [name for name in names_of(model) if name not in ignored]
-    triples = [(name, getattr(explicit(model), name), getattr(explicit(saved), name)) for name in names]
+    ours, theirs = explicit(model), explicit(saved)
+    triples = [(name, getattr(ours, name), getattr(theirs, name)) for name in names]
     triples = [triple for triple in triples if triple[1] != triple[2]]
     if model.block_size > saved.block_size:  # fewer positions than it learned are the same model
         triples.append(("block_size", model.block_size, saved.block_size))

@@ -507,7 +507,7 @@ def test_auto_tokenizer_gives_our_ids(name, config, tmp_path, monkeypatch, reque
     families.transformers_config(config).save_pretrained(tmp_path)  # by which AutoTokenizer may choose another class
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     fault = hf_write.fault_of_auto_tokenizer(tmp_path, with_missing(encoding))
-    # transformers 5 takes Qwen2's class for its family, which makes the normalizer and the pattern anew
+    # transformers 5 takes Qwen2's class for its family, which makes its own normalizer and pattern
     takes_another_class = families.family_of(config) == "qwen2"
     assert (type(theirs).__name__ == "Qwen2Tokenizer") == takes_another_class == (fault is not None)
     if takes_another_class:
