@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from minzero.errors import UserError
-from minzero.sizes import PEAK_FLOPS, peak_flops
+from minzero.cards import Card
 
 GiB = 2**30
 MOST_GPUS = 2**17  # of which a plan is made
@@ -20,23 +19,24 @@ class Hardware:
     gpus: int
     nodes: int
     memory_bytes: float  # of one GPU
-    peak: float | None = None  # FLOP/s of one GPU in bf16; None: no speed is planned
-    gpu: str = ""  # the name
+    card: Card | None = None  # None: no speed is planned
     price: float | None = None  # dollars for one GPU and hour
+    cpu_bytes: float | None = None  # RAM of one node; None: not known
+
+    @property
+    def peak(self):
+        """FLOP/s of one GPU in bf16, or None."""
+        return self.card and self.card.bf16
+
+    @property
+    def gpu(self):
+        """The card's name."""
+        return self.card.name if self.card else ""
 
     @property
     def gibibytes(self):
         """Memory of one GPU as text: 80."""
         return f"{self.memory_bytes / GiB:g}"
-
-
-def peak_of(name):
-    """Peak bf16 FLOP/s of a GPU as a user names it: h100, a100-40. Raises UserError for an unknown one."""
-    peak = peak_flops(name) or peak_flops(name.upper())
-    if peak is None:
-        names = ", ".join(pattern.replace("\\b", "").strip("$") for pattern in PEAK_FLOPS)
-        raise UserError(f"--gpu: peak of {name} unknown; known names (regular expressions): {names}")
-    return peak
 
 
 def in_units(size):
