@@ -28,6 +28,8 @@ class Card:
     node_memory: float  # bytes of that node's RAM
     source: str  # of the figures
     has_bf16: bool = True
+    products: float = 0.84  # share of its peak that large matrix products reach
+    attention: float = 0.31  # the same of flash attention, of the FLOPs of the half that is not masked
     price: float | None = None  # dollars for one GPU and hour, on demand
     priced: str | None = None  # where and when the price was published
 
@@ -40,7 +42,7 @@ DGX_A100 = {"pcie": PCIE_4, "network": 25e9, "node_gpus": 8, "node_memory": 1 * 
 DGX_H100 = {"pcie": PCIE_5, "network": 50e9, "node_gpus": 8, "node_memory": 2 * TiB}
 
 AMPERE = {"bf16": 312e12, "tf32": 156e12, "fp8": None}
-HOPPER = {"bf16": 989e12, "tf32": 494e12, "fp8": 1979e12}
+HOPPER = {"bf16": 989e12, "tf32": 494e12, "fp8": 1979e12, "products": 0.73, "attention": 0.2}
 
 A100_40 = Card(
     "A100 SXM 40 GB",

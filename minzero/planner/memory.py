@@ -12,12 +12,19 @@ from minzero.sizes import check_counted
 ENGINES = {0: Stage0, 1: Stage12, 2: Stage12, 3: Stage3}
 
 
-def simulate(settings):
-    """Replay one step of these Settings. Returns the Memory, with its peak of each phase, and the number of parameters.
-    Raises UserError for a key of the model section that the replay does not know."""
+def replayed(settings):
+    """The engine that has replayed one step of these Settings: its memory has the peak of each phase, its traffic what
+    was sent. Raises UserError for a key of the model section that the replay does not know."""
     check_counted(settings.model)
     engine = ENGINES[settings.stage](settings)
-    return engine.run(), engine.size
+    engine.run()
+    return engine
+
+
+def simulate(settings):
+    """(the Memory of one replayed step, the number of parameters)."""
+    engine = replayed(settings)
+    return engine.memory, engine.size
 
 
 def peak_bytes(settings):

@@ -3,19 +3,20 @@
 import dataclasses
 
 from minzero.planner.gpus import USABLE
-from minzero.planner.memory import background_copy, checkpoint_bytes, cpu_memory, simulate
+from minzero.planner.memory import background_copy, checkpoint_bytes, cpu_memory, replayed
 from minzero.planner.replay import PARTS
 from minzero.planner.settings import settings_of
 from minzero.planner.speed import Assumptions, speed_and_cost
 from minzero.sizes import count_parameters
 
 
-def plan_run(config, hardware, assumptions=None):
+def plan_run(config, hardware, assumptions=None, pace=None):
     """All there is to say about one setting, as `plan.py --json` prints it. Sizes are in bytes, of one GPU (gpu_) or
     one node (cpu_). Raises UserError for a model that the replay does not know."""
     assumptions = assumptions or Assumptions()
     settings = settings_of(config, hardware.gpus, hardware.memory_bytes)
-    memory, parameters = simulate(settings)
+    engine = replayed(settings)
+    memory, parameters = engine.memory, engine.size
     by_size = sorted(((total, phase) for phase, (total, _) in memory.peaks.items()), reverse=True)
     (gpu_bytes, peak_phase), (second_bytes, second_phase) = by_size[:2]
     held_at_peak = memory.peaks[peak_phase][1]
@@ -41,6 +42,6 @@ def plan_run(config, hardware, assumptions=None):
         "offload_optimizer": settings.offload_optimizer,
         "offload_param": settings.offload_param,
         "activation_checkpointing": config.train.activation_checkpointing,
-        **speed_and_cost(settings, parameters, config.train.max_tokens, hardware, assumptions),
-        "assumptions": dataclasses.asdict(assumptions),
+        **speed_and_cost(config, settings, engine, hardware, assumptions, pace),
+        "assumptions": dataclasses.asdict(assumptions.of(hardware.card)),
     }

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections import Counter
 
-from minzero.planner.activations import trace, weights_of
+from minzero.planner.activations import calls_of, trace, weights_of
 
 PARTS = ("parameters", "gradients", "optimizer", "gathered", "buckets", "activations", "logits", "overhead")
 PHASES = ("forward", "loss", "backward", "reduction", "step")
@@ -62,6 +62,14 @@ class Engine:
         self.cached = {}  # module of such a block -> the part of its tensor that is kept
         self.pending = {}  # shared weight -> the sum of its gradients so far
         self.uses = Counter()  # shared weight -> how many gradients it has so far
+        # of one micro-batch: elements gathered and reduced, and in how many calls
+        self.traffic = Counter()
+
+    @property
+    def kept_bytes(self):
+        """Bytes that all blocks would keep of a micro-batch for the backward pass, if none was recomputed."""
+        blocks = [module for module in self.model.inside if module.name.startswith("block")]
+        return sum(call.kept for block in blocks for call in calls_of(block) if call is not block)
 
     def trace(self):
         return trace(self.settings)
@@ -78,6 +86,7 @@ class Engine:
         self.resident()
         for self.micro_step in range(2 if s.gradient_accumulation_steps > 1 else 1):  # later ones are as the second
             self.last = self.micro_step or s.gradient_accumulation_steps == 1
+            self.traffic.clear()
             memory.phase = "forward"
             self.forward(self.model)
             memory.phase = "backward"

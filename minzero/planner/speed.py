@@ -1,47 +1,202 @@
-"""How fast a setting is and what it costs: arithmetic on stated assumptions; nothing here is measured."""
+"""How long a step takes: what a GPU computes and moves, what its host launches, what ranks send, what the CPU does.
 
-from dataclasses import dataclass
+Each part is a function with its formula. What this code reaches on a card is in the constants below and in cards.py;
+docs/planner.md says how each was found, and how far published speeds are from the result. `Pace` replaces what was
+assumed of the code by what a run was seen to need (measured.py).
+"""
 
-from minzero.planner.memory import offloaded_activations, offloaded_elements
-from minzero.sizes import flops_per_token, parameter_sizes, recomputed_flops_per_token
+import math
+from dataclasses import asdict, dataclass
+
+from minzero.config.sections import Recomputation
+from minzero.planner.memory import checkpoint_bytes, offloaded_activations, offloaded_elements, replayed
+from minzero.sizes import (
+    attention_flops_per_token,
+    count_parameters,
+    flops_per_token,
+    parameter_sizes,
+    recomputed_flops_per_token,
+)
+
+# Bytes of a GPU's memory that a step reads and writes for each byte that a block keeps for its backward pass.
+MOVED_COMPILED, MOVED_EAGER = 8.5, 12.5
+LOGIT_BYTES = 20  # for each logit, of the same
+# For each parameter of a rank in a step: gradients are added up, widened and their norm is taken; Adam reads and writes
+# weights and moments; weights are narrowed again.
+OPTIMIZER_BYTES = 100
+CPU_ADAM_BYTES = 30  # of a node's memory for each parameter: Adam reads 16 and writes 14
+# Seconds that a host needs for the launches of a block, forward and backward; more for ZeRO-3's hooks; for a step.
+HOST_COMPILED, HOST_EAGER, HOST_ZERO3, HOST_STEP = 1.0e-3, 2.1e-3, 3.0e-3, 10e-3
+# NCCL: the share of a link's bytes/s that large messages reach, and the least seconds of a call, for each doubling of
+# the ranks.
+NCCL, LATENCY = 0.8, 30e-6
+# The share of the communication that overlap_comm hides behind products: both read and write the same memory.
+HIDDEN = 0.3
+# A backward pass of flash attention computes the scores again: 2.5 times the FLOPs of the forward pass (Dao 2023,
+# arXiv 2307.08691, section 4.1).
+ATTENTION_PASSES = 3.5
+FORWARD = 1 / 3  # of the FLOPs of a step, and of what it moves: evaluation has no backward pass
 
 
 @dataclass
 class Assumptions:
-    """The rates that the speed rests on. Each can be given on the command line. Bytes/s are of one direction."""
+    """Rates that can be given on the command line; None: the card's. Bytes/s are of one direction."""
 
-    utilisation: float = 0.4  # of the peak, by the FLOPs that the device does (recomputed ones too), within a step
-    link: float = 300e9  # bytes/s between two GPUs of a node (NVLink of A100; H100 has 450e9)
-    network: float = 25e9  # bytes/s of one GPU to other nodes (200 Gbit/s each)
-    pcie: float = 25e9  # bytes/s between a GPU and its node's memory (PCIe 4.0 x16)
-    cpu: float = 150e9  # bytes/s of a node's memory, which bounds Adam on the CPU
+    utilisation: float | None = None  # of the peak, by the FLOPs done, recomputed ones too, in place of the roofline
+    link: float | None = None  # bytes/s between two GPUs of a node
+    network: float | None = None  # bytes/s of one GPU to other nodes
+    pcie: float | None = None  # bytes/s between a GPU and its node's memory
+    cpu: float = 33e9  # bytes/s of a node's memory in DeepSpeed's CPU Adam
+    disk: float = 1e9  # bytes/s of one node to where checkpoints go
 
-
-def seconds_per_step(settings, parameters, tokens, hardware, assumptions):
-    """One optimizer step over `tokens` tokens: products and communication overlap, offload's copies and Adam do not."""
-    s, a = settings, assumptions
-    flops = flops_per_token(s.model) + recomputed_flops_per_token(s.model, s.activation_checkpointing)
-    peak = hardware.peak / 2 if s.bytes == 4 else hardware.peak  # fp32 is computed in TF32
-    compute = flops * tokens / (s.world_size * peak * a.utilisation)
-    bandwidth = a.network if hardware.nodes > 1 else a.link
-    communication = communicated_bytes(s, parameters) / bandwidth
-    return max(compute, communication) + offload_seconds(s, parameters, hardware.nodes, a)
+    def of(self, card):
+        """A copy with this card's rates in place of None. Without a card there is nothing to fill in."""
+        if card is None:
+            return self
+        names = ("link", "network", "pcie")
+        found = {name: getattr(self, name) or getattr(card, name) for name in names}
+        return Assumptions(**asdict(self) | found)
 
 
-def communicated_bytes(settings, parameters):
-    """Bytes that a rank sends in a step. Stages 0 and 1 sum the gradients, or scatter them and gather the weights, once
-    a step. Stage 2 scatters the gradients of each micro-batch; stage 3 also gathers the weights for the forward and for
-    the backward pass, in which blocks are recomputed; those that stay whole once a step, after the update."""
+@dataclass
+class Pace:
+    """How many times as long as the constants above say a measured run took; 1 where nothing was measured."""
+
+    gpu: float = 1.0  # in products, attention and memory traffic
+    host: float = 1.0  # in launches
+    optimizer: float = 1.0  # in the optimizer's step
+    source: str | None = None  # of the measurement
+
+
+@dataclass
+class StepTime:
+    """Seconds of one optimizer step. The step takes compute or launches, whichever is longer, and what is not hidden
+    behind it."""
+
+    products: float  # matrix products, of all micro-batches as all others here
+    attention: float
+    traffic: float  # memory traffic between the products
+    optimizer: float  # of the GPU: Adam and what goes with it
+    host: float  # launches
+    communication: float
+    hidden: float  # of the communication, behind compute or launches
+    offload: float  # copies to and from the CPU, and Adam on it
+
+    @property
+    def compute(self):
+        """Of the GPU, the optimizer's step included."""
+        return self.products + self.attention + self.traffic + self.optimizer
+
+    @property
+    def seconds(self):
+        return max(self.compute, self.host) + self.communication - self.hidden + self.offload
+
+    @property
+    def bound_by(self):
+        """The largest part, in one word."""
+        parts = {
+            "compute": self.compute,
+            "communication": self.communication - self.hidden,
+            "offload": self.offload,
+            "host": self.host,
+        }
+        return max(parts, key=parts.get)
+
+
+# ---- the parts of a micro-batch on one GPU, in seconds
+
+
+def product_seconds(settings, card):
+    """Matrix products of a micro-batch: 6 FLOPs a token for each weight that multiplies it, those recomputed on top, at
+    the share of the peak that large products reach."""
     s = settings
+    flops = 6 * count_parameters(s.model)[1]
+    flops += recomputed_flops_per_token(s.model, s.activation_checkpointing)
+    flops -= recomputed_blocks(s) * attention_flops_per_token(s.model)
+    return flops * s.tokens / (peak_of(s, card) * card.products)
+
+
+def attention_seconds(settings, card):
+    """Attention's own two products of a micro-batch. Flash attention skips the masked half."""
+    s = settings
+    flops = attention_flops_per_token(s.model) / 2 * (ATTENTION_PASSES + recomputed_blocks(s))
+    return flops * s.tokens / (peak_of(s, card) * card.attention)
+
+
+def traffic_seconds(settings, card, kept_bytes):
+    """Reading and writing activations and logits of a micro-batch. kept_bytes: what all blocks would keep for their
+    backward pass if none was recomputed."""
+    s = settings
+    moved = MOVED_COMPILED if s.compiled else MOVED_EAGER
+    blocks = kept_bytes * moved * (1 + FORWARD * recomputed_blocks(s))
+    logits = s.tokens * s.model.vocab_size * LOGIT_BYTES * s.bytes / 2
+    return (blocks + logits) / card.hbm
+
+
+def host_seconds(settings):
+    """The launches of a micro-batch."""
+    s = settings
+    launches = (HOST_COMPILED if s.compiled else HOST_EAGER) * (1 + FORWARD * recomputed_blocks(s))
+    return s.model.n_layer * (launches + (HOST_ZERO3 if s.stage == 3 else 0))
+
+
+def recomputed_blocks(settings):
+    """The share of the blocks whose forward pass is computed twice, or the part of it that a budget leaves out."""
+    every, selective, budget = Recomputation.of(settings.activation_checkpointing)
+    if selective:
+        return 0
+    blocks = -(-settings.model.n_layer // every) / settings.model.n_layer if every else 0
+    return blocks + 1 - budget
+
+
+def peak_of(settings, card):
+    """FLOP/s of the card in this precision; fp32 is computed in TF32 where there is one."""
+    return card.tf32 if settings.bytes == 4 else card.bf16
+
+
+# ---- what is sent
+
+
+def collective_seconds(elements, calls, settings, hardware, rates):
+    """Gathering or scattering so many elements in so many calls. A ring sends all but a rank's own part over each GPU's
+    link; what other nodes need crosses the network once for each node, over the network cards of all its GPUs."""
+    ranks, nodes = settings.world_size, hardware.nodes
+    if ranks == 1 or not elements:
+        return 0
+    size = elements * settings.bytes
+    inside = size * (ranks - 1) / ranks / rates.link
+    outside = size * (nodes - 1) / nodes / (ranks / nodes * rates.network)
+    return max(inside, outside) / NCCL + calls * LATENCY * math.log2(ranks)
+
+
+def communication_seconds(settings, engine, hardware, rates):
+    """(of each micro-batch, once a step). Stage 3 gathers the weights of the blocks that it does not keep, as often as
+    the replay does, and scatters the gradients, of each micro-batch; those that stay whole are gathered once a step,
+    after the update. Stage 2 scatters the gradients of each micro-batch, stages 0 and 1 once a step; then all weights
+    are gathered (stage 0 sums gradients, which sends as much)."""
+    s, size = settings, engine.size
+    buckets = -(-size // s.reduce_bucket_size)
+
+    def seconds(elements, calls):
+        return collective_seconds(elements, calls, s, hardware, rates)
+
     if s.stage == 3:
-        gathered = 1 - persistent_elements(s) / parameters
-        passes = s.gradient_accumulation_steps * (1 + 2 * gathered) + 1 - gathered
-    elif s.stage == 2:
-        passes = s.gradient_accumulation_steps + 1
-    else:
-        passes = 2
-    model = parameters * s.bytes * (s.world_size - 1) / s.world_size  # a ring sends all but a rank's own part
-    return passes * model
+        traffic = engine.traffic
+        each = seconds(traffic["gathered"], traffic["gathers"]) + seconds(size, traffic["reductions"])
+        return each, seconds(persistent_elements(s), 1)
+    if s.stage == 2:
+        return seconds(size, buckets), seconds(size, buckets)
+    return 0, 2 * seconds(size, buckets)
+
+
+def communicated_bytes(settings, engine):
+    """Bytes that a rank sends in a step."""
+    s = settings
+    elements = {
+        3: s.gradient_accumulation_steps * (engine.traffic["gathered"] + engine.size) + persistent_elements(s),
+        2: (s.gradient_accumulation_steps + 1) * engine.size,
+    }.get(s.stage, 2 * engine.size)
+    return elements * s.bytes * (s.world_size - 1) / s.world_size
 
 
 def persistent_elements(settings):
@@ -51,31 +206,87 @@ def persistent_elements(settings):
     return sum(size for size in everything if size <= settings.persistence_threshold)
 
 
-def offload_seconds(settings, parameters, nodes, assumptions):
+def offload_seconds(settings, engine, hardware, rates):
     """Seconds of a step in which data is copied to and from CPU memory, or Adam runs there."""
-    s, a = settings, assumptions
-    shard = parameters / s.world_size
-    seconds = 2 * offloaded_activations(s) * s.gradient_accumulation_steps / a.pcie
+    s = settings
+    seconds = 2 * offloaded_activations(s) * s.gradient_accumulation_steps / rates.pcie
     if s.offload_param:
-        passes = 2 * s.gradient_accumulation_steps
-        seconds += passes * shard * s.bytes / a.pcie
+        copied = s.gradient_accumulation_steps * engine.traffic["gathered"] / s.world_size
+        seconds += copied * s.bytes / rates.pcie
     if s.offload_optimizer:
-        offloaded = offloaded_elements(s, parameters)
-        copies = (4 + s.bytes) * offloaded / a.pcie  # gradients to the CPU, weights to the GPU
-        adam = 30 * offloaded * s.world_size / nodes / a.cpu  # it reads 16 bytes a parameter and writes 14
-        seconds += copies + adam
+        offloaded = offloaded_elements(s, engine.size)
+        ranks = s.world_size / hardware.nodes  # of a node
+        copies = (4 + s.bytes) * offloaded / rates.pcie  # gradients to the CPU, weights to the GPU
+        seconds += copies + CPU_ADAM_BYTES * offloaded * ranks / rates.cpu
     return seconds
 
 
-def speed_and_cost(settings, parameters, max_tokens, hardware, assumptions):
-    """Speed and cost of a run of max_tokens, as a part of the plan; None where no peak (or no price) is given."""
+# ---- the step and the run
+
+
+def step_time(settings, engine, hardware, assumptions, pace=None):
+    """The StepTime of one optimizer step. engine: the replayed one (memory.replayed). Hardware must have a card."""
+    s, card, pace = settings, hardware.card, pace or Pace()
+    rates = assumptions.of(card)
+    accumulation = s.gradient_accumulation_steps
+    products = product_seconds(s, card)
+    attention, traffic = attention_seconds(s, card), traffic_seconds(s, card, engine.kept_bytes)
+    if assumptions.utilisation:
+        flops = flops_per_token(s.model) + recomputed_flops_per_token(s.model, s.activation_checkpointing)
+        products = flops * s.tokens / (peak_of(s, card) * assumptions.utilisation)
+        attention = traffic = 0
+    on_gpu = engine.size / (s.world_size if s.stage else 1)
+    if s.offload_optimizer:
+        on_gpu -= offloaded_elements(s, engine.size)
+    each, once = communication_seconds(s, engine, hardware, rates)
+    gpu = pace.gpu * (products + attention + traffic)
+    busy = max(gpu, pace.host * host_seconds(s))
+    hidden = min(each, busy) * HIDDEN if s.overlap_comm else 0
+    return StepTime(
+        products=accumulation * pace.gpu * products,
+        attention=accumulation * pace.gpu * attention,
+        traffic=accumulation * pace.gpu * traffic,
+        optimizer=pace.optimizer * OPTIMIZER_BYTES * on_gpu / card.hbm,
+        host=pace.host * (accumulation * host_seconds(s) + HOST_STEP),
+        communication=accumulation * each + once,
+        hidden=accumulation * hidden,
+        offload=offload_seconds(s, engine, hardware, rates),
+    )
+
+
+def seconds_between_steps(config, settings, engine, step, hardware, assumptions):
+    """(evaluating, saving) seconds of a whole run beside its steps, as the config asks for them. A checkpoint that is
+    written in the background holds nothing up."""
+    train, steps = config.train, steps_of(config)
+    evaluations = steps // train.eval_every + 1 if train.eval_every else 1
+    sent = (step.communication - step.hidden) * FORWARD
+    forward = (max(step.compute - step.optimizer, step.host) * FORWARD + sent) / train.global_batch_tokens
+    saves = steps // train.save_every + 1 if train.save_every else 1
+    written = checkpoint_bytes(settings, engine.size) / hardware.nodes / assumptions.disk
+    saving = 0 if train.save_in_background else saves * written
+    return evaluations * train.eval_tokens * forward, saving
+
+
+def steps_of(config):
+    """Optimizer steps of a run."""
+    return -(-config.train.max_tokens // config.train.global_batch_tokens)
+
+
+def speed_and_cost(config, settings, engine, hardware, assumptions, pace=None):
+    """Speed and cost of a run, as a part of the plan; None where there is no card (or no price)."""
+    found = dict.fromkeys(("tokens_per_second", "step_seconds", "step_parts", "bound_by", "days", "gpu_hours", "cost"))
+    if not hardware.card:
+        return found
+    step = step_time(settings, engine, hardware, assumptions, pace)
     tokens = settings.gradient_accumulation_steps * settings.tokens * settings.world_size
-    found = {"tokens_per_second": None, "days": None, "gpu_hours": None, "cost": None}
-    if hardware.peak:
-        seconds = seconds_per_step(settings, parameters, tokens, hardware, assumptions)
-        found["tokens_per_second"] = tokens / seconds
-        found["days"] = max_tokens / found["tokens_per_second"] / 86400
-        found["gpu_hours"] = found["days"] * 24 * settings.world_size
-        if hardware.price is not None:
-            found["cost"] = found["gpu_hours"] * hardware.price
+    found["step_seconds"] = step.seconds
+    found["step_parts"] = asdict(step)
+    found["bound_by"] = step.bound_by
+    found["tokens_per_second"] = tokens / step.seconds
+    evaluating, saving = seconds_between_steps(config, settings, engine, step, hardware, assumptions)
+    found["evaluation_days"], found["saving_days"] = evaluating / 86400, saving / 86400
+    found["days"] = (config.train.max_tokens / found["tokens_per_second"] + evaluating + saving) / 86400
+    found["gpu_hours"] = found["days"] * 24 * settings.world_size
+    if hardware.price is not None:
+        found["cost"] = found["gpu_hours"] * hardware.price
     return found

@@ -5,10 +5,10 @@ import copy
 from minzero.config.deepspeed import check_stage, zero_stage
 from minzero.errors import UserError
 from minzero.planner.gpus import GiB
+from minzero.planner.memory import replayed
 from minzero.planner.plan import plan_run
 from minzero.planner.settings import settings_of
 from minzero.planner.speed import communicated_bytes
-from minzero.sizes import count_parameters
 
 WORTH_A_LINE = 1.02  # times as fast
 
@@ -83,4 +83,4 @@ def advice(config, hardware, precision):
 def sent_in_a_step(config, hardware):
     """Bytes that a rank sends in a step."""
     settings = settings_of(config, hardware.gpus, hardware.memory_bytes)
-    return communicated_bytes(settings, count_parameters(config.model)[0])
+    return communicated_bytes(settings, replayed(settings))

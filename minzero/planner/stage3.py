@@ -101,6 +101,8 @@ class Stage3(Engine):
         if not weights:
             return
         self.live += sum(weight.size for weight in weights)
+        self.traffic["gathers"] += 1
+        self.traffic["gathered"] += sum(weight.size for weight in weights)
         sizes = [0 if self.free_gather else self.shard(weight) * s.world_size * s.bytes for weight in weights]
         if len(weights) == 1 or s.world_size == 1 or s.allgather_sequential:
             for weight, size in zip(weights, sizes, strict=True):
@@ -215,6 +217,7 @@ class Stage3(Engine):
     def reduce(self):
         s, memory = self.settings, self.memory
         phase_before, memory.phase = memory.phase, "reduction"
+        self.traffic["reductions"] += 1
         temporary = self.flatten_bucket()
         shards = [self.shard(weight) for weight, _ in self.bucket]
         if s.accumulation_bytes and s.accumulation_bytes != s.bytes:
