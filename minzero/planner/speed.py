@@ -1,6 +1,6 @@
 """How fast a setting is and what it costs: arithmetic on stated assumptions; nothing here is measured."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minzero.planner.memory import offloaded_activations, offloaded_elements
 from minzero.sizes import flops_per_token, parameter_sizes, recomputed_flops_per_token
@@ -8,13 +8,19 @@ from minzero.sizes import flops_per_token, parameter_sizes, recomputed_flops_per
 
 @dataclass
 class Assumptions:
-    """The rates that the speed rests on. Each can be given on the command line. Bytes/s are of one direction."""
+    """The rates that the speed rests on. Each can be given on the command line. Bytes/s are of one direction; None: the
+    card's."""
 
     utilisation: float = 0.4  # of the peak, by the FLOPs that the device does (recomputed ones too), within a step
-    link: float = 300e9  # bytes/s between two GPUs of a node (NVLink of A100; H100 has 450e9)
-    network: float = 25e9  # bytes/s of one GPU to other nodes (200 Gbit/s each)
-    pcie: float = 25e9  # bytes/s between a GPU and its node's memory (PCIe 4.0 x16)
+    link: float | None = None  # bytes/s between two GPUs of a node
+    network: float | None = None  # bytes/s of one GPU to other nodes
+    pcie: float | None = None  # bytes/s between a GPU and its node's memory
     cpu: float = 150e9  # bytes/s of a node's memory, which bounds Adam on the CPU
+
+    def on(self, card):
+        """These, with the card's rates in place of None. card: a Card, or None, of which no rate is known."""
+        rates = ("link", "network", "pcie")
+        return replace(self, **{name: getattr(card, name) for name in rates if card and getattr(self, name) is None})
 
 
 def seconds_per_step(settings, parameters, tokens, hardware, assumptions):
