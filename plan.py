@@ -1,7 +1,10 @@
 """Will it fit, how fast, what does it cost: a plan of a run before anything is rented.
 
-    python plan.py configs/1p5b.json --gpus 8 --gpu_memory 80 [--gpu h100] [--nodes 1] [--price 2.5]
-                   [--section.key value ...] [--fit | --max] [--plot PICTURE.png] [--json]
+    python plan.py configs/1p5b.json --gpus 8 [--gpu h100] [--gpu_memory GB] [--cpu_memory GiB] [--nodes 1]
+                   [--price 2.5] [--section.key value ...] [--fit | --max] [--plot PICTURE.png] [--json]
+
+--gpu names the card (h100, a100-40, 4090, ...; docs/planner.md lists them), and with it memory, speeds, the usual node
+and a price where one is known; --gpu_memory, --cpu_memory (RAM of one node) and --price override those.
 
 --fit finds the fastest setting that fits, --max the deepest model; --plot draws the memory of every candidate. Where
 nothing fits, the cheapest change that would is named. Memory is replayed allocation by allocation (minzero/planner),
@@ -22,7 +25,7 @@ from minzero.errors import UserError
 from minzero.files import check_can_write
 from minzero.flags import FlagParser, a_number, a_path, at_least
 from minzero.init_from import model_defaults
-from minzero.planner.gpus import MOST_GPUS, GiB, Hardware, peak_of
+from minzero.planner.gpus import MOST_GPUS, rented
 from minzero.planner.plan import plan_run
 from minzero.planner.report import draw, notes_on, plan_text, suggest_fix, train_command
 from minzero.planner.search import deepest, fastest, with_choice
@@ -32,10 +35,11 @@ from minzero.planner.stage import with_chosen_stage
 
 def read_options(arguments):
     """plan.py's own flags, and the rest: the config file and its overrides. Raises UserError."""
-    parser = FlagParser(__doc__, "plan.py CONFIG --gpus N --gpu_memory GB [--section.key value ...]")
+    parser = FlagParser(__doc__, "plan.py CONFIG --gpus N [--gpu NAME] [--section.key value ...]")
     parser.add_argument("--gpus", type=at_least(1, MOST_GPUS), required=True)
-    parser.add_argument("--gpu_memory", type=a_number(0, 1e6, above=True), required=True)
-    parser.add_argument("--gpu", default="h100")
+    parser.add_argument("--gpu")
+    parser.add_argument("--gpu_memory", type=a_number(0, 1e6, above=True))
+    parser.add_argument("--cpu_memory", type=a_number(0, 1e9, above=True))
     parser.add_argument("--nodes", type=at_least(1, MOST_GPUS))
     parser.add_argument("--price", type=a_number(0, 1e6))
     parser.add_argument("--plot", type=a_path)
@@ -45,12 +49,7 @@ def read_options(arguments):
         values = a_number(0, 1, above=True) if assumed.name == "utilisation" else a_number(1, 1e15)
         parser.add_argument(f"--{assumed.name}", type=values, default=assumed.default)
     options, rest = parser.parse_known_args(arguments)
-    nodes = options.nodes or -(-options.gpus // 8)
-    if options.gpus % nodes:
-        raise UserError(f"--nodes: {nodes} does not divide --gpus {options.gpus}; give nodes of as many GPUs each")
-    memory_bytes = options.gpu_memory * GiB
-    peak = peak_of(options.gpu)
-    options.hardware = Hardware(options.gpus, nodes, memory_bytes, peak, options.gpu, options.price)
+    options.hardware = rented(options)
     options.assumptions = Assumptions(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Assumptions)})
     return options, rest
 
@@ -78,7 +77,7 @@ def main(arguments):
         if found is None:
             smallest = with_choice(config, 3, "param", True, 1)
             raise UserError(
-                f"--fit: nothing fits in {options.gpu_memory:g} GiB, not even stage 3 with all offload, recomputation "
+                f"--fit: nothing fits in {hardware.gibibytes} GiB, not even stage 3 with all offload, recomputation "
                 f"and a micro-batch of 1; from there, {suggest_fix(smallest, hardware.gpus, planned)[0]}"
             )
         more["command"] = train_command(rest, config, chosen, hardware)
@@ -86,7 +85,7 @@ def main(arguments):
     if options.max:
         depth = deepest(config, planned)
         if not depth:
-            raise UserError(f"--max: not even one block of this width fits in {options.gpu_memory:g} GiB; try --fit")
+            raise UserError(f"--max: not even one block of this width fits in {hardware.gibibytes} GiB; try --fit")
         config.model.n_layer = more["n_layer"] = depth
     config = with_chosen_stage(config, hardware)
     plan = planned(config) | more

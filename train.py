@@ -8,6 +8,7 @@
 above it, in the order in which it calls them. What the run remembers from step to step is in minzero/run.py.
 """
 
+from minzero.cards import card_of_device
 from minzero.commands import begin
 
 if __name__ == "__main__":
@@ -52,7 +53,6 @@ from minzero.planner.stage import advice, with_chosen_stage
 from minzero.run import Run, StepResult
 from minzero.run_folder import RunFolder
 from minzero.schedule import learning_rate
-from minzero.sizes import peak_flops
 from minzero.watchdog import Watchdog
 from minzero.zero import optimizers
 
@@ -75,7 +75,7 @@ def machine_of_all(group):
     nodes = max(1, group.world_size // dist.local_place[1])
     name = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else ""
     memory = memory_per_rank(group.device)
-    found = dist.gather(Hardware(group.world_size, nodes, memory, peak_flops(name), name))
+    found = dist.gather(Hardware(group.world_size, nodes, memory, card_of_device(name)))
     return dataclasses.replace(found[0], memory_bytes=min(one.memory_bytes for one in found))
 
 

@@ -4,9 +4,9 @@ import statistics
 
 from benchmarks.gpu_parts import PARTS
 from minzero import benchmark
+from minzero.cards import peak_flops
 from minzero.files import write_atomically
 from minzero.plot import pyplot
-from minzero.sizes import peak_flops
 
 SPEED = {
     "tokens/s": ("tokens_per_second", "{:,.0f}".format),

@@ -9,9 +9,10 @@ import resource
 import time
 from pathlib import Path
 
+from minzero.cards import peak_flops
 from minzero.errors import UserError
 from minzero.files import is_number, write_atomically
-from minzero.sizes import count_parameters, flops_per_token, peak_flops, recomputed_flops_per_token
+from minzero.sizes import count_parameters, flops_per_token, recomputed_flops_per_token
 
 # The keys of a line of metrics.jsonl that hold a number, besides `step` and `tokens`.
 NUMBERS = {

@@ -1,7 +1,6 @@
-"""Arithmetic on a model's configuration: parameters, FLOPs, sizes of the loss. Peak speeds of GPUs. Needs no torch."""
+"""Arithmetic on a model's configuration: parameters, FLOPs, sizes of the loss. Needs no torch."""
 
 import json
-import re
 from typing import NamedTuple
 
 from minzero.config.sections import ModelConfig, Recomputation, switched_on
@@ -12,22 +11,6 @@ IGNORE_INDEX = -1  # a target that does not count in the loss
 # Logits of one chunk of the loss on a GPU, at most: 512 MiB in 16 bits. Larger chunks make larger matrix products
 # and fewer partial gradients to add up.
 LOGITS_AT_A_TIME = 2**28
-
-# Dense peak of the tensor cores in bf16 with float32 sums, without sparsity, in FLOP/s, from NVIDIA's data sheets.
-# The first pattern that matches the device's name counts. A device that is not here gets no MFU: a wrong peak is worse
-# than none.
-PEAK_FLOPS = {
-    r"H[18]00 PCIe": 756e12,
-    r"H[12]00 NVL": 835e12,
-    r"(GH200|H200|H100|H800)\b": 989e12,
-    r"B200\b": 2250e12,
-    r"A[18]00\b": 312e12,
-    r"L40S\b": 362e12,
-    r"L4\b": 121e12,
-    r"A10$": 125e12,
-    r"GeForce RTX 4090$": 165e12,
-    r"GeForce RTX 3090$": 71e12,
-}
 
 MOST_HEAD_SIZE = 256  # channels of a head that flash attention and cuDNN take
 
@@ -52,17 +35,6 @@ def padded_vocab_size(vocab_size, on_gpu):
     """Columns of logits that the loss computes: on a GPU a multiple of 64, because GPT-2's 50,257 columns multiply more
     slowly than 50,304."""
     return -(-vocab_size // 64) * 64 if on_gpu else vocab_size
-
-
-def peak_flops(device_name):
-    """Peak bf16 FLOP/s of one device, or None for one that is not in the table, or a slice of one (MIG), which has a
-    part of its cores."""
-    if re.search(r"\bMIG\b", device_name):
-        return None
-    for pattern, peak in PEAK_FLOPS.items():
-        if re.search(rf"\b{pattern}", device_name):
-            return peak
-    return None
 
 
 def wide_heads(config: ModelConfig):

@@ -1,10 +1,11 @@
-"""The GPUs of a plan: how many, their memory and peak, and how much of the memory can be allocated."""
+"""The GPUs of a plan: how many, of which card, and how much of their memory can be allocated."""
 
 from dataclasses import dataclass
 
-from minzero.cards import Card
+from minzero.cards import Card, GiB, card_named, names_of
+from minzero.errors import UserError
 
-GiB = 2**30
+DEFAULT_GPU = "h100"
 MOST_GPUS = 2**17  # of which a plan is made
 # How much of a GPU may be allocated: the rest is what the allocator cannot reuse, the CUDA context and NCCL. Of the
 # published largest models and batches that ran, none is predicted above USABLE, and few above COMFORTABLE.
@@ -37,6 +38,33 @@ class Hardware:
     def gibibytes(self):
         """Memory of one GPU as text: 80."""
         return f"{self.memory_bytes / GiB:g}"
+
+
+def chosen_card(name, memory):
+    """(Card, bytes of one) by --gpu and --gpu_memory, each of which may be None. A memory by which a card of this name
+    is sold means that card, with what it really has; another is taken as so many GiB of the card. Raises UserError."""
+    card = card_named(name or DEFAULT_GPU, memory)
+    if memory is None or memory == card.sold_gb:
+        return card, card.memory
+    if name is None:  # which card it is, decides the speed
+        names = names_of(memory)
+        all_names = f"; cards of {memory:g} GB: {', '.join(names)}" if names else ""
+        example = names[-1] if names else DEFAULT_GPU
+        raise UserError(f"--gpu_memory {memory:g} without --gpu: name the card, for example --gpu {example}{all_names}")
+    return card, memory * GiB
+
+
+def rented(options):
+    """The Hardware of a command's flags: gpus, gpu, gpu_memory, cpu_memory, nodes, price; all but gpus may be None.
+    Raises UserError."""
+    card, memory = chosen_card(options.gpu, options.gpu_memory)
+    nodes = options.nodes or -(-options.gpus // card.node_gpus)
+    if options.gpus % nodes:
+        raise UserError(f"--nodes: {nodes} does not divide --gpus {options.gpus}; give nodes of as many GPUs each")
+    share = min(1, options.gpus / nodes / card.node_gpus)  # a part of a node is rented with a part of its RAM
+    cpu_bytes = share * card.node_memory if options.cpu_memory is None else options.cpu_memory * GiB
+    price = card.price if options.price is None else options.price
+    return Hardware(options.gpus, nodes, memory, card, price, cpu_bytes)
 
 
 def in_units(size):

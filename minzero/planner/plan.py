@@ -13,7 +13,7 @@ from minzero.sizes import count_parameters
 def plan_run(config, hardware, assumptions=None, pace=None):
     """All there is to say about one setting, as `plan.py --json` prints it. Sizes are in bytes, of one GPU (gpu_) or
     one node (cpu_). Raises UserError for a model that the replay does not know."""
-    assumptions = assumptions or Assumptions()
+    assumptions = (assumptions or Assumptions()).on(hardware.card)
     settings = settings_of(config, hardware.gpus, hardware.memory_bytes)
     engine = replayed(settings)
     memory, parameters = engine.memory, engine.size

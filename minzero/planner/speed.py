@@ -6,7 +6,7 @@ assumed of the code by what a run was seen to need (measured.py).
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from minzero.config.sections import Recomputation
 from minzero.planner.memory import checkpoint_bytes, offloaded_activations, offloaded_elements, replayed
@@ -23,10 +23,10 @@ MOVED_COMPILED, MOVED_EAGER = 8.5, 12.5
 LOGIT_BYTES = 20  # for each logit, of the same
 # For each parameter of a rank in a step: gradients are added up, widened and their norm is taken; Adam reads and writes
 # weights and moments; weights are narrowed again.
-OPTIMIZER_BYTES = 100
+OPTIMIZER_BYTES = 150
 CPU_ADAM_BYTES = 30  # of a node's memory for each parameter: Adam reads 16 and writes 14
 # Seconds that a host needs for the launches of a block, forward and backward; more for ZeRO-3's hooks; for a step.
-HOST_COMPILED, HOST_EAGER, HOST_ZERO3, HOST_STEP = 1.0e-3, 2.1e-3, 3.0e-3, 10e-3
+HOST_COMPILED, HOST_EAGER, HOST_ZERO3, HOST_STEP = 1.7e-3, 2.1e-3, 2.8e-3, 10e-3
 # NCCL: the share of a link's bytes/s that large messages reach, and the least seconds of a call, for each doubling of
 # the ranks.
 NCCL, LATENCY = 0.8, 30e-6
@@ -49,13 +49,10 @@ class Assumptions:
     cpu: float = 33e9  # bytes/s of a node's memory in DeepSpeed's CPU Adam
     disk: float = 1e9  # bytes/s of one node to where checkpoints go
 
-    def of(self, card):
-        """A copy with this card's rates in place of None. Without a card there is nothing to fill in."""
-        if card is None:
-            return self
-        names = ("link", "network", "pcie")
-        found = {name: getattr(self, name) or getattr(card, name) for name in names}
-        return Assumptions(**asdict(self) | found)
+    def on(self, card):
+        """These, with the card's rates in place of None. card: a Card, or None, of which no rate is known."""
+        rates = ("link", "network", "pcie")
+        return replace(self, **{name: getattr(card, name) for name in rates if card and getattr(self, name) is None})
 
 
 @dataclass
@@ -70,8 +67,8 @@ class Pace:
 
 @dataclass
 class StepTime:
-    """Seconds of one optimizer step. The step takes compute or launches, whichever is longer, and what is not hidden
-    behind it."""
+    """Seconds of one optimizer step. Of the micro-batches compute or launches count, whichever is longer; the optimizer
+    begins when the last has ended, and its gradients' norm is known."""
 
     products: float  # matrix products, of all micro-batches as all others here
     attention: float
@@ -83,19 +80,20 @@ class StepTime:
     offload: float  # copies to and from the CPU, and Adam on it
 
     @property
-    def compute(self):
-        """Of the GPU, the optimizer's step included."""
-        return self.products + self.attention + self.traffic + self.optimizer
+    def forward_backward(self):
+        """Of the GPU."""
+        return self.products + self.attention + self.traffic
 
     @property
     def seconds(self):
-        return max(self.compute, self.host) + self.communication - self.hidden + self.offload
+        exposed = self.communication - self.hidden
+        return max(self.forward_backward, self.host) + self.optimizer + exposed + self.offload
 
     @property
     def bound_by(self):
         """The largest part, in one word."""
         parts = {
-            "compute": self.compute,
+            "compute": self.forward_backward + self.optimizer,
             "communication": self.communication - self.hidden,
             "offload": self.offload,
             "host": self.host,
@@ -227,7 +225,7 @@ def offload_seconds(settings, engine, hardware, rates):
 def step_time(settings, engine, hardware, assumptions, pace=None):
     """The StepTime of one optimizer step. engine: the replayed one (memory.replayed). Hardware must have a card."""
     s, card, pace = settings, hardware.card, pace or Pace()
-    rates = assumptions.of(card)
+    rates = assumptions.on(card)
     accumulation = s.gradient_accumulation_steps
     products = product_seconds(s, card)
     attention, traffic = attention_seconds(s, card), traffic_seconds(s, card, engine.kept_bytes)
@@ -260,7 +258,7 @@ def seconds_between_steps(config, settings, engine, step, hardware, assumptions)
     train, steps = config.train, steps_of(config)
     evaluations = steps // train.eval_every + 1 if train.eval_every else 1
     sent = (step.communication - step.hidden) * FORWARD
-    forward = (max(step.compute - step.optimizer, step.host) * FORWARD + sent) / train.global_batch_tokens
+    forward = (max(step.forward_backward, step.host) * FORWARD + sent) / train.global_batch_tokens
     saves = steps // train.save_every + 1 if train.save_every else 1
     written = checkpoint_bytes(settings, engine.size) / hardware.nodes / assumptions.disk
     saving = 0 if train.save_in_background else saves * written

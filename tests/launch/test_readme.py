@@ -377,7 +377,7 @@ def test_the_config_of_readme_is_a_config(tmp_path, capsys):
     (config,) = ["\n".join(lines) for kind, lines in blocks((ROOT / "README.md").read_text()) if kind == "json"]
     path = tmp_path / "config.json"
     path.write_text(config)
-    runpy.run_path(str(ROOT / "plan.py"))["main"]([str(path), "--gpus", "1", "--gpu_memory", "80"])
+    runpy.run_path(str(ROOT / "plan.py"))["main"]([str(path), "--gpus", "1", "--gpu", "h100"])
     assert "fits" in capsys.readouterr().out
 
 
@@ -395,9 +395,9 @@ def test_the_page_on_continuing_says_what_the_planner_says(tmp_path, monkeypatch
     rows = [
         [cell.strip(" `") for cell in line.strip("|").split("|")] for line in text.splitlines() if ".json` |" in line
     ]
-    assert [row[:2] for row in rows] == [[file, f"{size} GiB"] for file in configs_of_continue() for size in (24, 80)]
-    for file, memory, allocated, fits, micro_batch in rows:
-        arguments = [file, "--gpu_memory", memory.split()[0]]
+    assert [row[:2] for row in rows] == [[file, card] for file in configs_of_continue() for card in ("4090", "h100")]
+    for file, card, allocated, fits, micro_batch in rows:
+        arguments = [file, "--gpu", card]
         found = planned(arguments, capsys)
         assert f"{found['gpu_bytes'] / 2**30:.2f} GiB" == allocated and ("yes" if found["fits"] else "no") == fits
         fitting = planned([*arguments, "--fit"], capsys)

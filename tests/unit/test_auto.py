@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from minzero.cards import card_named
 from minzero.config.auto import AUTO
 from minzero.config.build import build
 from minzero.config.deepspeed import auto_values, deepspeed_config, zero_stage
@@ -15,6 +16,7 @@ from minzero.planner.gpus import GiB, Hardware
 from minzero.planner.stage import advice, with_chosen_stage
 
 ZERO = "zero_optimization."
+H100 = card_named("h100")
 
 
 def values(name, world_size=64, precision="bf16", memory=80 * GiB, accumulation=4, **zero):
@@ -106,9 +108,9 @@ def test_what_is_written_counts():
 # -- the stage -----------------------------------------------------------------------------------
 
 
-def chosen(name, gpus, memory, *flags, peak=989e12):
+def chosen(name, gpus, memory, *flags, card=H100):
     config = load_config([f"configs/{name}.json", "--deepspeed.zero_optimization.stage", '"auto"', *flags])
-    return with_chosen_stage(config, Hardware(gpus, -(-gpus // 8), memory * GiB, peak)).deepspeed["zero_optimization"]
+    return with_chosen_stage(config, Hardware(gpus, -(-gpus // 8), memory * GiB, card)).deepspeed["zero_optimization"]
 
 
 def test_the_fastest_stage_that_fits():
@@ -116,7 +118,7 @@ def test_the_fastest_stage_that_fits():
     assert chosen("175b", 256, 80)["stage"] == 3
     assert chosen("llama-8b", 8, 80)["stage"] == 1
     assert chosen("175b", 8, 80)["stage"] == 3, "nothing fits"
-    assert chosen("gpt2-124m", 2, 12, peak=None)["stage"] == 0, "no speed is known of this device"
+    assert chosen("gpt2-124m", 2, 12, card=None)["stage"] == 0, "no speed is known of this device"
 
 
 def test_only_stages_that_go_with_the_other_keys():
@@ -140,7 +142,7 @@ def test_advice():
         "1000",
     ]
     config = load_config(["configs/1p5b.json", *flags])
-    nodes = Hardware(16, 2, 80 * GiB, 989e12)
+    nodes = Hardware(16, 2, 80 * GiB, H100)
     line = advice(config, nodes, "bf16")
     assert line.startswith("ZeRO-0 would fit too (") and line.endswith("auto takes the fastest stage that fits"), line
     assert "times less, with gradients added up in 16 bits;" in line
@@ -149,10 +151,10 @@ def test_advice():
     assert times == pytest.approx(3 * accumulation / 2, rel=0.01)
     assert "16 bits" not in (advice(config, nodes, "fp32") or "")
     assert advice(config, Hardware(16, 2, 80 * GiB), "bf16") is None, "no speed is known"
-    assert advice(config, Hardware(1, 1, 800 * GiB, 989e12), "bf16") is None, "there is nobody to send to"
+    assert advice(config, Hardware(1, 1, 800 * GiB, H100), "bf16") is None, "there is nobody to send to"
     config.deepspeed["zero_optimization"]["stage"] = 1
     assert advice(config, nodes, "bf16") is None
-    assert advice(load_config(["configs/175b.json"]), Hardware(256, 32, 80 * GiB, 989e12), "bf16") is None
+    assert advice(load_config(["configs/175b.json"]), Hardware(256, 32, 80 * GiB, H100), "bf16") is None
 
 
 def test_the_stage_goes_with_the_precision_of_the_device():

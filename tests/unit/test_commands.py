@@ -367,7 +367,7 @@ def test_a_tokenizer_is_not_learned_for_nothing(tmp_path, monkeypatch, capsys, f
         "--gpus 8 --gpu_memory 80 --model.n_layer 1e18",
         "--gpus 8 --gpu_memory 80 --model.n_embd 1" + 200 * "0",
         "--gpus 8 --gpu_memory 80 --max --model.n_embd 1e18",
-        "--gpus 8 --gpu_memory 1e-300 --fit --train.global_batch_tokens 1e18 --train.max_tokens 1e18",
+        "--gpus 8 --gpu h100 --gpu_memory 1e-300 --fit --train.global_batch_tokens 1e18 --train.max_tokens 1e18",
     ],
 )
 def test_absurd_plans_are_refused_soon(capsys, arguments):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from minzero.cards import card_named
 from minzero.config.deepspeed import gradient_accumulation
 from minzero.config.load import load_config
 from minzero.errors import UserError
@@ -11,7 +12,7 @@ from minzero.files import ROOT
 from minzero.hf.families import transformers_config
 from minzero.planner.gpus import GiB, Hardware
 from minzero.planner.plan import plan_run
-from minzero.sizes import count_parameters, flops_per_token, peak_flops
+from minzero.sizes import count_parameters, flops_per_token
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
 
@@ -55,7 +56,7 @@ def test_a_row_states_what_its_config_computes_to(name):
     assert tokens == short(config.train.max_tokens)
     gpus = int(gpus)
     assert gradient_accumulation(config, gpus) >= 1
-    found = plan_run(config, Hardware(gpus, -(-gpus // 8), 80 * GiB, peak_flops("H100")))
+    found = plan_run(config, Hardware(gpus, -(-gpus // 8), 80 * GiB, card_named("h100")))
     assert found["fits"] and hours == rounded_hours(found["gpu_hours"])
     assert source
 

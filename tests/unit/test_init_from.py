@@ -20,7 +20,7 @@ from tests.helpers.processes import deepspeed_command, run
 from tests.helpers.trained_runs import FAMILIES, LLAMA, PYTHIA, make_folder, write_data, write_run
 
 ALL = FAMILIES | {"pythia": PYTHIA}
-GPU = ["--gpus", "1", "--gpu_memory", "24", "--json"]
+GPU = ["--gpus", "1", "--gpu", "4090", "--json"]
 FIVES = dataclasses.replace(LLAMA, n_head=5, n_kv_head=5, n_embd=40)  # which the default width does not divide by
 
 
@@ -172,13 +172,11 @@ def test_plan_needs_no_weights(place, tmp_path, name, capsys):
 
 
 def test_plan_finds_the_deepest_of_the_published_width(place, tmp_path, capsys):
-    path = config_file(tmp_path, place / "llama", {"block_size": 8})
-    plan.main([path, "--gpus", "1", "--gpu_memory", "0.01", "--max", "--json"])
+    tiny = ["--gpus", "1", "--gpu", "h100", "--gpu_memory", "0.01", "--max", "--json"]
+    plan.main([config_file(tmp_path, place / "llama", {"block_size": 8}), *tiny])
     of_source = json.loads(capsys.readouterr().out.splitlines()[-1])
     own = dataclasses.asdict(dataclasses.replace(LLAMA, block_size=8))
-    plan.main(
-        [config_file(tmp_path, "", own, init_from=None), "--gpus", "1", "--gpu_memory", "0.01", "--max", "--json"]
-    )
+    plan.main([config_file(tmp_path, "", own, init_from=None), *tiny])
     assert of_source["n_layer"] == json.loads(capsys.readouterr().out.splitlines()[-1])["n_layer"] > 2
 
 

@@ -10,8 +10,8 @@ from tests.helpers.processes import ROOT
 
 # A file imports only files above it. `model` is model.py at the root; the other files at the root import any.
 ORDER = """
-    errors files nearest launchers commands flags deepspeed_keys config.values config.sections config.nested
-    sizes cards config.auto config.deepspeed config.hints config.build config.help
+    errors files nearest launchers commands flags deepspeed_keys cards config.values config.sections config.nested
+    sizes config.auto config.deepspeed config.hints config.build config.help
     hf.settings hf.families config.load dist run_folder loss
     experts recompute rotary zero tensor_files
     data.order data.meta data.shards data.mixture data.text data.tokenizer_files data.tokenizer data.fast_encoding

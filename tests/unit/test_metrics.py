@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from minzero import metrics
+from minzero.cards import peak_flops
 from minzero.config.build import build
 from minzero.config.sections import ModelConfig
 from minzero.metrics import Stopwatch, console_line, duration, read_metrics
-from minzero.sizes import count_parameters, flops_per_token, peak_flops
+from minzero.sizes import count_parameters, flops_per_token
 
 
 def test_sizes_of_gpt2_are_the_published_ones():
@@ -26,7 +27,8 @@ def test_an_unknown_device_has_no_peak():
     assert peak_flops("NVIDIA H200") == peak_flops("NVIDIA GH200 480GB") == 989e12
     assert peak_flops("NVIDIA H200 NVL") == 835e12
     assert peak_flops("NVIDIA L4") == 121e12 and peak_flops("NVIDIA A10") == 125e12
-    for unknown in ("cpu", "NVIDIA L40", "NVIDIA A10G", "NVIDIA RTX A1000", "NVIDIA GeForce RTX 3090 Ti", "Tesla T4"):
+    assert peak_flops("NVIDIA A10G") == 70e12, "not that of the A10"
+    for unknown in ("cpu", "NVIDIA L40", "NVIDIA RTX A1000", "NVIDIA GeForce RTX 3090 Ti", "Tesla T4"):
         assert peak_flops(unknown) is None
     for part in ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"):
         assert peak_flops(part) is None, "a slice of a GPU has a part of its cores"

@@ -20,6 +20,7 @@ from torch._functorch import config as functorch_config
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import plan
+from minzero.cards import card_named
 from minzero.config.load import load_config
 from minzero.config.sections import ModelConfig
 from minzero.files import ROOT
@@ -34,6 +35,7 @@ from model import GPT
 from tests.helpers.other_engines import OtherSettings, OtherTrace, simulate_other
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.json"))
+H100 = card_named("h100")
 WHO = ("ours", "DeepSpeed", "EleutherAI")
 MEMORY = {"a100_40gb": 40, "a100_80gb": 80, "h100_80gb": 80, "8xA100-40GB": 40, "A100-40GB": 40}  # GiB
 
@@ -300,7 +302,7 @@ def planned(name, gpus, recompute=None, **zero):
     if recompute is not None:
         config.train.activation_checkpointing = recompute
     config.deepspeed["zero_optimization"] |= zero
-    return plan_run(config, Hardware(gpus, -(-gpus // 8), 80 * GiB, peak=989e12, price=2.0))
+    return plan_run(config, Hardware(gpus, -(-gpus // 8), 80 * GiB, H100, price=2.0))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -364,11 +366,11 @@ def test_gradients_without_a_buffer():
 def test_a_checkpoint_written_in_the_background_is_copied():
     config = load_config(["configs/13b.json", "--train.save_in_background", "true"])
     for nodes in (1, 2):
-        plan = plan_run(config, Hardware(16, nodes, 80 * GiB, peak=989e12))
+        plan = plan_run(config, Hardware(16, nodes, 80 * GiB, H100))
         assert plan["cpu_bytes"] == plan["cpu_bytes_of_saving"] == 12 * plan["parameters"] // nodes
     zero = config.deepspeed["zero_optimization"] | {"stage": 3}
     config.deepspeed["zero_optimization"] = zero | {"offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}
-    assert plan_run(config, Hardware(16, 2, 80 * GiB, peak=989e12))["cpu_bytes_of_saving"] == 0, "it is not copied"
+    assert plan_run(config, Hardware(16, 2, 80 * GiB, H100))["cpu_bytes_of_saving"] == 0, "it is not copied"
 
 
 @pytest.mark.parametrize("name, wide", [("10b.json", True), ("45b.json", True), ("13b.json", False)])
@@ -434,13 +436,15 @@ def test_command_line(capsys):
     plan.main("configs/gpt2-124m.json --gpus 8 --gpu_memory 80 --fit --json".split())
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["fits"] and "train.py configs/gpt2-124m.json --train.micro_batch_size" in found["command"]
-    plan.main("configs/1p5b.json --gpus 4 --gpu_memory 14 --train.activation_offload true --fit --json".split())
+    plan.main(
+        "configs/1p5b.json --gpus 4 --gpu h100 --gpu_memory 14 --train.activation_offload true --fit --json".split()
+    )
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["activation_checkpointing"] == "selective"
     flags = found["command"].split("train.py ")[1]
     assert "--train.activation_checkpointing selective --train.activation_offload false" in flags
     assert load_config(flags.split()).train.activation_checkpointing == "selective"
-    plan.main("configs/gpt2-124m.json --gpus 8 --gpu_memory 24 --max --json".split())
+    plan.main("configs/gpt2-124m.json --gpus 8 --gpu l4 --gpu_memory 24 --max --json".split())
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_layer"] > 12
 
 
@@ -452,13 +456,13 @@ def answer_of(capsys, arguments):
 @pytest.mark.parametrize(
     "arguments",
     [
-        "configs/1p5b.json --gpus 1 --gpu_memory 24",
-        "configs/1p5b.json --gpus 8 --gpu_memory 24 --deepspeed.zero_optimization.stage 0",
-        "configs/gpt2-124m.json --gpus 1 --gpu_memory 2",  # takes two keys
+        "configs/1p5b.json --gpus 1 --gpu 4090",
+        "configs/1p5b.json --gpus 8 --gpu 4090 --deepspeed.zero_optimization.stage 0",
+        "configs/gpt2-124m.json --gpus 1 --gpu h100 --gpu_memory 2",  # takes two keys
         "configs/175b.json --gpus 8 --gpu_memory 80",
-        "configs/45b.json --gpus 8 --gpu_memory 40",
+        "configs/45b.json --gpus 8 --gpu a100 --gpu_memory 40",
         # selective recomputation
-        "configs/gpt2-124m.json --gpus 8 --gpu_memory 5 --train.micro_batch_size 1 --model.block_size 16384",
+        "configs/gpt2-124m.json --gpus 8 --gpu h100 --gpu_memory 5 --train.micro_batch_size 1 --model.block_size 16384",
     ],
 )
 def test_the_cheapest_change_is_enough(capsys, arguments):
@@ -478,24 +482,26 @@ def test_the_cheapest_change_is_enough(capsys, arguments):
 
 def test_picture(capsys, tmp_path):
     picture = tmp_path / "memory.png"
-    plan.main(f"configs/1p5b.json --gpus 8 --gpu_memory 40 --plot {picture}".split())
+    plan.main(f"configs/1p5b.json --gpus 8 --gpu a100-40 --plot {picture}".split())
     assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in capsys.readouterr().out
     for bad in (tmp_path / "nowhere" / "memory.png", tmp_path / "memory.toast"):
         with pytest.raises(plan.UserError, match="--plot"):
-            plan.main(f"configs/1p5b.json --gpus 8 --gpu_memory 40 --plot {bad}".split())
+            plan.main(f"configs/1p5b.json --gpus 8 --gpu a100-40 --plot {bad}".split())
 
 
 @pytest.mark.parametrize(
     "arguments, word",
     [
-        ("--gpus 8", "gpu_memory"),
+        ("", "--gpus"),
+        ("--gpus 8 --gpu_memory 24", "without --gpu: name the card.*4090"),
+        ("--gpus 8 --gpu_memory 25", "without --gpu: name the card"),
         ("--gpus 0 --gpu_memory 80", "--gpus"),
         ("--gpus 8 --gpu_memory 80 --gpu toaster", "toaster"),
         ("--gpus 8 --gpu_memory 80 --nodes 3", "--nodes"),
         ("--gpus 8 --gpu_memory 80 --model.n_layers 3", "n_layer"),
         ("--gpus 8 --gpu_memory 80 --deepspeed.zero_optimization.stage 4", "stage"),
         ("--gpus 8 --gpu_memory 80 --deepspeed.zero_optimization.reduce_bucket_size big", "reduce_bucket_size"),
-        ("--gpus 8 --gpu_memory 0.1 --fit", "nothing fits"),
+        ("--gpus 8 --gpu 4090 --gpu_memory 0.1 --fit", "nothing fits"),
     ],
 )
 def test_bad_input_is_one_line(arguments, word):
