@@ -40,7 +40,7 @@ COLUMNS = {
     },
     "parity": {
         "loss: eager": ("eager_loss", "{:.1e}".format),
-        "compiled": ("compiled_loss", "{:.1e}".format),
+        "loss: compiled": ("compiled_loss", "{:.1e}".format),
         "gradients: eager": ("eager_gradients", "{:.2%}".format),
         "gradients: compiled": ("compiled_gradients", "{:.2%}".format),
         "gradients: loop over experts": ("loop_gradients", "{:.2%}".format),

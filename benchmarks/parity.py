@@ -1,10 +1,12 @@
 """bf16, eager and compiled, against float32: losses and gradients of small models, one of each family. A row of gpu.py:
 one process for all models of a list, because its start costs more than a model."""
 
+import contextlib
 import functools
 import gc
 import re
 import time
+import traceback
 from unittest import mock
 
 import torch
@@ -48,11 +50,13 @@ def fill(result, settings, sequences):
             result |= found
             phase = done
     except Exception as failure:
-        line = (str(failure).strip().splitlines() or [""])[0]
+        lines = str(failure).strip().splitlines() or [""]
+        line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # "backend='inductor' raised:"
         result["failed"] = f"after {phase}: {type(failure).__name__}: {line}"
+        result["traceback"] = traceback.format_exc()[-4000:]  # for results.json
     torch.compiler.reset()  # or another model's sizes would be compiled as variable ones
     gc.collect()
-    if torch.cuda.is_available():
+    with contextlib.suppress(RuntimeError):  # after an illegal address nothing works, and what was found is kept
         torch.cuda.empty_cache()
 
 
