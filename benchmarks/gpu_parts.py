@@ -193,7 +193,7 @@ def families(bench):
 
 
 def few_tokens(bench):
-    """GPT-2 124M with 256 tokens in a micro-batch: the time that the host needs, whatever the GPU."""
+    """Few tokens: the time that the host needs, whatever the GPU, and with 1.7B parameters the optimizer."""
     for stage, compiled in ((3, False), (0, False), (3, True), (0, True)):
         mode = "compiled" if compiled else "eager"
         model = {"vocab_size": VOCABULARY, "block_size": 256}
@@ -201,6 +201,11 @@ def few_tokens(bench):
         yield Row(
             f"few_tokens_stage{stage}_{mode}", f"ours, ZeRO-{stage}, {mode}, 256 tokens a micro-batch", config, 30
         )
+    for stage, compiled in ((3, False), (3, True), (1, False)):
+        mode = "compiled" if compiled else "eager"
+        config = bench.config("1p7b", 1, 1, stage, {"block_size": 128}, compile=compiled, kernels="torch")
+        title = f"1p7b, ZeRO-{stage}, {mode}, 128 tokens a step"
+        yield Row(f"few_tokens_1p7b_stage{stage}_{mode}", title, config, 20, 5)
 
 
 # Choices that are compared one at a time, as keys of Row and of Bench.config: (name, title, stage, settings). `switch`
