@@ -121,13 +121,26 @@ def test_parity_of_bf16_and_float32(title, monkeypatch):
     wrong, found = results["models"].values()
     assert "does not divide" in wrong["failed"] and "eager_loss" not in wrong
     assert found["failed"].endswith("RuntimeError: no compiler") and "compiled_loss" not in found
-    assert found["eager_loss"] < 1e-3 and 1e-3 < found["eager_gradients"] < 0.05
+    assert found["eager_loss"] < 1e-3 and 1e-3 < found["eager_gradients"] < 0.02
     assert found["eager_repeated_otherwise"] == [] and found["eager_ms"] > 0
     assert found["eager_attention"] == "flash"
     assert ("loop_gradients" in found) == (title == MIXTRAL)
     rows = gpu_report.each_model({"row": results | {"title": "row", "failed": benchmark.OUT_OF_TIME}})
     assert [bool(row["failed"]) for row in rows] == [True, False, True]
     assert rows[1]["raised"] == found["failed"] and rows[1]["eager_again"] == "same bits"
+
+
+def test_experts_of_a_token_are_the_same_in_every_precision():
+    """And one expert gets none, which the grouped product must bear."""
+    settings = parity_models.sized({MIXTRAL: parity_models.EXPERTS[MIXTRAL]}, tiny=True)[MIXTRAL]
+    config = ModelConfig(**settings["options"])
+    tokens = torch.arange(128).view(2, 64)
+    routings = []
+    for dtype in (torch.float32, torch.bfloat16):
+        gpt = parity.make_model(config, tokens.numel(), torch.device("cpu")).to(dtype)
+        gpt(tokens, tokens)
+        routings.append(gpt.take_routing()[:, 0])
+    assert torch.equal(*routings) and not routings[0][:, 0].any() and (routings[0][:, 1:] > 0).all()
 
 
 def test_parity_sees_a_wrong_gradient():
@@ -150,7 +163,7 @@ def test_parity_of_compiled():
     *_, results = parity.parity(None, models, 2, 60)
     found = results["models"][MIXTRAL]
     assert "failed" not in found and found["graph_breaks"] == 0
-    assert found["compiled_loss"] < 1e-3 and found["compiled_gradients"] < 0.05
+    assert found["compiled_loss"] < 1e-3 and found["compiled_gradients"] < 0.02
     assert found["compiled_repeated_otherwise"] == []
 
 
