@@ -76,6 +76,20 @@ def test_rivals():
     assert kernels.largest_difference([torch.tensor([1.0, 2.5])], [torch.tensor([1.0, 2.0])]) == pytest.approx(0.25)
 
 
+def test_models_of_other_families():
+    """Their own sizes, the largest micro-batch up to 16 that fits, compiled; none is compared with nanoGPT's 124M."""
+    rows = {row.name: row.config for row in gpu_parts.families(H100)}
+    stages = {name: config.deepspeed["zero_optimization"]["stage"] for name, config in rows.items()}
+    assert stages == {"qwen3_0p6b": 3, "smollm2_135m": 3, "olmoe_0p4b": 3, "olmoe_0p4b_stage0": 0}
+    for config in rows.values():
+        assert config.model.block_size == 2048 and config.train.compile is True and config.train.kernels == "torch"
+        assert config.train.micro_batch_size <= 16
+    assert rows["qwen3_0p6b"].model.vocab_size == 151936 and rows["olmoe_0p4b"].model.n_expert == 32
+    results = {name: {"tokens_per_second": 1.0, "flops_per_token": 1.0} for name in ("nanogpt_eager", *rows)}
+    found = gpu_report.with_ratios("speed", results, lambda result: None)
+    assert ["of_nanogpt" in row for row in found] == [True] + 4 * [False]
+
+
 def test_ratios():
     """Against nanoGPT's best, against the products of the same call, and against ZeRO-3's losses."""
     speeds = {"nanogpt_eager": 50.0, "nanogpt_compiled": 80.0, "stage0_eager": 100.0}
