@@ -402,8 +402,8 @@ def convergence(bench):
 
 def parity(bench):
     """Small models, one of each family, with the same weights and batch: loss and gradients in bf16, eager and
-    compiled, against float32 (eager, attention as plain products). A mixture's difference has also the tokens that
-    rounding sends to other experts, as the loop over the experts shows, which rounds the same way before it."""
+    compiled, against float32 (eager, attention as plain products). In mixtures each token's experts are fixed, because
+    rounding would send a few tokens to others; the loop has one product for each expert in place of the grouped."""
     for name, title, models, seconds in (
         ("parity_dense", "dense models", parity_models.DENSE, 80),
         ("parity_experts", "mixtures of experts", parity_models.EXPERTS, 45),

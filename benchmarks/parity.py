@@ -20,6 +20,7 @@ from minzero.config.sections import ModelConfig
 
 ATTENTION = re.compile(r"aten::_scaled_dot_product_(?:attention_)?(math|flash|efficient|cudnn|fused)")
 REPEATS = 5
+NEVER = -32.0  # added to a logit
 
 
 def parity(config, models, sequences, seconds):
@@ -71,7 +72,7 @@ def measured(settings, sequences):
     expected = reference(config, batch, device)
     yield "float32", {}
 
-    gpt = make_model(config, device, settings["recompute"])
+    gpt = make_model(config, batch[0].numel(), device, settings["recompute"])
     run = functools.partial(passes, gpt, batch)
     yield "eager", measured_passes("eager", run, expected, device)
     if config.n_expert:
@@ -89,9 +90,9 @@ def measured(settings, sequences):
     yield "compiled", found
 
 
-def make_model(config, device, recompute=False):
-    """A GPT in bf16, always with the same weights; norms and biases are not all ones and zeros, which would hide a
-    confusion of them."""
+def make_model(config, n_tokens, device, recompute=False):
+    """A GPT in bf16 for batches of n_tokens, always with the same weights; norms and biases are not all ones and zeros,
+    which would hide a confusion of them."""
     with device:
         gpt = model_module.GPT(config, activation_checkpointing=recompute)
     generator = torch.Generator().manual_seed(1)
@@ -99,7 +100,27 @@ def make_model(config, device, recompute=False):
         for parameter in gpt.parameters():
             if parameter.dim() == 1:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(device)
+    if config.n_expert:
+        for block in gpt.blocks:
+            fix_choices(block.mlp, n_tokens, generator, device)
     return gpt.to(torch.bfloat16)
+
+
+def fix_choices(mixture, n_tokens, generator, device):
+    """Have the router of a minzero.experts.Experts send each token to experts drawn here, with the weights that it
+    finds: rounding would send a few tokens to others, and hide with that whatever else differs. The first expert gets
+    no token where there are enough others."""
+    router, k = mixture.router, mixture.n_expert_per_token
+    scores = torch.rand(n_tokens, router.out_features, generator=generator)
+    if k < router.out_features:
+        scores[:, 0] = 0
+    penalty = torch.full_like(scores, NEVER).scatter_(1, scores.topk(k).indices, 0.0)
+    router.register_buffer("penalty", penalty.to(device))
+    router.register_forward_hook(add_penalty)
+
+
+def add_penalty(router, inputs, logits):
+    return logits + router.penalty  # 0 where a token is to go: nothing is rounded there
 
 
 def passes(gpt, batch):
@@ -119,7 +140,7 @@ def outcome(run):
 
 def reference(config, batch, device):
     """`outcome` in float32 from the weights as bf16 holds them, eager, with attention as plain products."""
-    gpt = make_model(config, device).float()
+    gpt = make_model(config, batch[0].numel(), device).float()
     with mock.patch.object(model_module, "attention_backends", lambda device: [SDPBackend.MATH]):
         return outcome(functools.partial(passes, gpt, batch))
 

@@ -40,7 +40,6 @@ EXPERTS = {
     "mixtral, 2 of 8 experts": MIXTRAL,
     "olmoe, 8 of 32": OLMO | {"n_expert": 32, "n_expert_per_token": 8, "mlp_hidden": 256, "normalize_experts": False},
     "qwen3_moe, 4 of 32": QWEN3 | {"n_expert": 32, "n_expert_per_token": 4, "mlp_hidden": 192},
-    # no rounding can send a token to another expert here
     "all 4 of 4 experts": LLAMA | {"n_expert": 4, "n_expert_per_token": 4, "mlp_hidden": 512},
     "mixtral, selective recomputation": MIXTRAL | {"recompute": "selective"},
     "one shared and 2 of 8 experts": MIXTRAL | {"n_shared_expert": 1},
