@@ -372,7 +372,7 @@ def planner(bench):
         title += {0: "", 1: ", every block recomputed", 2: ", every 2nd recomputed"}[recompute]
         title += ", compiled" if compiled else ""
         name = f"stage{stage}_{place}_{recompute}_{size}_{'compiled' if compiled else 'eager'}"
-        yield Row(name, title, config, steps=2, warmup=1, impossible=bench.why_not(config))
+        yield Row(name, title, config, steps=4, warmup=2, impossible=bench.why_not(config))
 
 
 def convergence(bench):
