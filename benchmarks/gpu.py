@@ -1,17 +1,19 @@
 """Measurements that need a GPU, all of them by one command, and as many of them as the time allows.
 
     python benchmarks/gpu.py --out FOLDER [--nanogpt PATH/TO/nanoGPT/model.py] [--data FOLDER]
-                             [--parts speed kernels memory offload planner convergence]
+                             [--parts speed kernels memory offload planner convergence parity]
                              [--first N] [--rows NAME ...] [--minutes 9] [--again] [--beside] [--tiny]
 
 speed: 124M and 1.5B parameters, against nanoGPT's model and step, and the cost of single choices. kernels: NVIDIA
 Apex's and DeepSpeed's against torch's. memory: minGPT's table, and the deepest model that fits. offload: what its
 settings cost. planner: plan.py's predicted memory against what was allocated. convergence: the losses of ZeRO's
-stages and of nanoGPT's step on the same batches.
+stages and of nanoGPT's step on the same batches. parity: bf16, eager and compiled, against float32, for a small model
+of each family.
 
 Each part is a list of measurements, the most important first (--first N: only so many of each; --rows: only these).
-Every measurement is a process of its own: a run of train.py, as benchmark.py makes them, or a function of kernels.py or
-nanogpt.py. The remaining time is divided evenly among the remaining parts; what is not done by then is ended.
+Every measurement is a process of its own: a run of train.py, as benchmark.py makes them, or a function of kernels.py,
+nanogpt.py or parity.py. The remaining time is divided evenly among the remaining parts; what is not done by then is
+ended.
 --beside: other measurements run on the GPU at the same time, so no times are kept.
 FOLDER/results.json is written after every measurement, and the same command continues with what is missing (--again:
 also with what failed). FOLDER/report.md has all tables and their conditions. --tiny shrinks models and steps for two
@@ -19,6 +21,7 @@ CPU cores: it shows that everything runs, and its figures mean nothing.
 """
 
 import importlib
+import inspect
 import json
 import os
 import platform
@@ -54,6 +57,7 @@ FUNCTIONS = {  # name, as a row gives it: its module, which loads torch and Deep
     "nanogpt_losses": "benchmarks.nanogpt",
     "compare_norms": "benchmarks.kernels",
     "compare_adams": "benchmarks.kernels",
+    "parity": "benchmarks.parity",
 }
 
 # ---- measuring
@@ -106,7 +110,8 @@ def run_training(bench, row, seconds, folder):
 
 
 def call_function(bench, row, seconds, folder):
-    """The result of the row's function, called in a process of its own."""
+    """The result of the row's function, called in a process of its own; of one that was ended or raised, what it had
+    by then."""
     folder.mkdir()
     arguments = dict(row.arguments)
     if row.function == "nanogpt_speed":
@@ -116,13 +121,16 @@ def call_function(bench, row, seconds, folder):
     write_json(folder / "call.json", call)
     command = [sys.executable, __file__, "--call", folder / "call.json", folder / "result.json"]
     code = benchmark.run_until(lambda: False, command, folder / "log", seconds, row.environment)
+    written = folder / "result.json"
+    result = json.loads(written.read_text()) if written.exists() else {}
     if code == 0:
-        return json.loads((folder / "result.json").read_text()) | {"failed": None}
-    return {"failed": benchmark.why_it_ended((folder / "log").read_text(errors="replace"), code)}
+        return result | {"failed": None}
+    return result | {"failed": benchmark.why_it_ended((folder / "log").read_text(errors="replace"), code)}
 
 
 def answer_call(call_path, result_path):
-    """In a process of its own: call a function by its name, and write its result."""
+    """In a process of its own: call a function by its name, and write its result, or as a generator yields them one
+    after the other in place of the one before."""
     import torch
 
     if not torch.cuda.is_available():
@@ -131,7 +139,9 @@ def answer_call(call_path, result_path):
     config = build(call["config"], call_path) if call["config"] else None
     name = call["function"]
     function = getattr(importlib.import_module(FUNCTIONS[name]), name)
-    write_json(Path(result_path), function(config, **call["arguments"]))
+    result = function(config, **call["arguments"])
+    for so_far in result if inspect.isgenerator(result) else [result]:
+        write_json(Path(result_path), so_far)
 
 
 def data_for(bench):

@@ -1,7 +1,7 @@
 """The measurements of gpu.py: for each part a list of rows, the most important first.
 
-A row is a run of train.py with a configuration, or a call of a function of kernels.py or nanogpt.py in a process of
-its own, or the reason why there is neither.
+A row is a run of train.py with a configuration, or a call of a function of kernels.py, nanogpt.py or parity.py in
+a process of its own, or the reason why there is neither.
 """
 
 import copy
@@ -12,6 +12,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
+from benchmarks import parity_models
 from minzero.config.build import build
 from minzero.config.load import load_config
 from minzero.config.nested import merge
@@ -144,6 +145,7 @@ def speed(bench):
             title = f"ours, ZeRO-{stage}, {mode}"
             yield Row(f"stage{stage}_{mode}", title, small(32, 8, stage, compile=compiled, kernels="torch"), steps=6)
     yield from larger_models(bench)
+    yield from families(bench)
     yield from few_tokens(bench)
     for name, stage in (("profile", 0), ("profile_stage3", 3)):
         profiled = small(32, 8, stage, compile=True, kernels="torch", profile="4:5")
@@ -174,8 +176,24 @@ def larger_models(bench):
             yield Row(name, title, config, steps=4, warmup=2)
 
 
+def families(bench):
+    """Models of other families, compiled, at the largest micro-batch up to 16 that fits."""
+    for name, model, stage, title in (
+        ("qwen3_0p6b", "qwen3-0.6b", 3, "Qwen3 of 0.6B, ZeRO-3, compiled"),
+        ("smollm2_135m", "smollm2-135m", 3, "SmolLM2 of 135M, ZeRO-3, compiled"),
+        ("olmoe_0p4b", "olmoe-0.4b", 3, "OLMoE of 0.4B, ZeRO-3, compiled"),
+        ("olmoe_0p4b_stage0", "olmoe-0.4b", 0, "OLMoE of 0.4B, ZeRO-0, compiled"),
+    ):
+        config = bench.config(model, 1, 32, stage, {"block_size": 2048}, compile=True, kernels="torch")
+        sizes = [size for size in search.micro_batches(config, 1) if size <= 16]
+        candidates = [with_choice(config, stage, "none", False, size) for size in sizes]
+        _, config = search.first_that_fits(candidates, bench.planned)
+        if config:
+            yield Row(name, title, config, steps=4, warmup=2)
+
+
 def few_tokens(bench):
-    """GPT-2 124M with 256 tokens in a micro-batch: the time that the host needs, whatever the GPU."""
+    """Few tokens: the time that the host needs, whatever the GPU, and with 1.7B parameters the optimizer."""
     for stage, compiled in ((3, False), (0, False), (3, True), (0, True)):
         mode = "compiled" if compiled else "eager"
         model = {"vocab_size": VOCABULARY, "block_size": 256}
@@ -183,6 +201,11 @@ def few_tokens(bench):
         yield Row(
             f"few_tokens_stage{stage}_{mode}", f"ours, ZeRO-{stage}, {mode}, 256 tokens a micro-batch", config, 30
         )
+    for stage, compiled in ((3, False), (3, True), (1, False)):
+        mode = "compiled" if compiled else "eager"
+        config = bench.config("1p7b", 1, 1, stage, {"block_size": 128}, compile=compiled, kernels="torch")
+        title = f"1p7b, ZeRO-{stage}, {mode}, 128 tokens a step"
+        yield Row(f"few_tokens_1p7b_stage{stage}_{mode}", title, config, 20, 5)
 
 
 # Choices that are compared one at a time, as keys of Row and of Bench.config: (name, title, stage, settings). `switch`
@@ -349,7 +372,7 @@ def planner(bench):
         title += {0: "", 1: ", every block recomputed", 2: ", every 2nd recomputed"}[recompute]
         title += ", compiled" if compiled else ""
         name = f"stage{stage}_{place}_{recompute}_{size}_{'compiled' if compiled else 'eager'}"
-        yield Row(name, title, config, steps=2, warmup=1, impossible=bench.why_not(config))
+        yield Row(name, title, config, steps=4, warmup=2, impossible=bench.why_not(config))
 
 
 def convergence(bench):
@@ -377,6 +400,19 @@ def convergence(bench):
     yield row("stage3_sums", "ZeRO-3, gradients summed in fp32", 3, more=sums)
 
 
+def parity(bench):
+    """Small models, one of each family, with the same weights and batch: loss and gradients in bf16, eager and
+    compiled, against float32 (eager, attention as plain products). In mixtures each token's experts are fixed, because
+    rounding would send a few tokens to others; the loop has one product for each expert in place of the grouped."""
+    for name, title, models, seconds in (
+        ("parity_dense", "dense models", parity_models.DENSE, 80),
+        ("parity_experts", "mixtures of experts", parity_models.EXPERTS, 45),
+    ):
+        arguments = {"models": parity_models.sized(models, bench.tiny)}
+        arguments |= {"sequences": parity_models.SEQUENCES, "seconds": 3600 if bench.tiny else seconds}
+        yield Row(name, title, function="parity", arguments=arguments)
+
+
 PARTS = {
     "speed": speed,
     "kernels": kernels,
@@ -384,4 +420,5 @@ PARTS = {
     "offload": offload,
     "planner": planner,
     "convergence": convergence,
+    "parity": parity,
 }

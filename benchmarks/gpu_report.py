@@ -6,6 +6,7 @@ from benchmarks.gpu_parts import PARTS
 from minzero import benchmark
 from minzero.cards import peak_flops
 from minzero.files import write_atomically
+from minzero.planner.gpus import in_units
 from minzero.plot import pyplot
 
 SPEED = {
@@ -37,7 +38,29 @@ COLUMNS = {
         "steps": ("steps", str),
         "largest relative difference of a loss from ZeRO-3's": ("from_stage3", "{:.1e}".format),
     },
+    "parity": {
+        "loss: eager": ("eager_loss", "{:.1e}".format),
+        "loss: compiled": ("compiled_loss", "{:.1e}".format),
+        "gradients: eager": ("eager_gradients", "{:.2%}".format),
+        "gradients: compiled": ("compiled_gradients", "{:.2%}".format),
+        "gradients: loop over experts": ("loop_gradients", "{:.2%}".format),
+        "furthest off, eager": ("eager_furthest", str),
+        "furthest off, compiled": ("compiled_furthest", str),
+        "a second pass, eager": ("eager_again", str),
+        "a second pass, compiled": ("compiled_again", str),
+        "attention, eager": ("eager_attention", str),
+        "attention, compiled": ("compiled_attention", str),
+        "ms: eager": ("eager_ms", "{:.2f}".format),
+        "ms: compiled": ("compiled_ms", "{:.2f}".format),
+        "ms: loop over experts": ("loop_ms", "{:.2f}".format),
+        "peak, eager": ("eager_allocated_bytes", in_units),
+        "peak, compiled": ("compiled_allocated_bytes", in_units),
+        "compiling, s": ("compile_seconds", "{:.1f}".format),
+        "graph breaks": ("graph_breaks", str),
+        "raised": ("raised", str),
+    },
 }
+OTHER_SIZES = ("1p5b", "llama", "qwen3", "smollm2", "olmoe")  # of `speed`: not to be compared with nanoGPT's 124M
 
 
 def losses_apart(found, expected):
@@ -52,6 +75,8 @@ def with_ratios(part, results, rate):
         return speed_ratios(results, rate)
     if part == "convergence":
         return loss_differences(results)
+    if part == "parity":
+        return each_model(results)
     return list(results.values())
 
 
@@ -64,7 +89,7 @@ def speed_ratios(results, rate):
     for name, result in results.items():
         more = {}
         if speed := result.get("tokens_per_second"):
-            if best and not name.startswith("1p5b"):
+            if best and not name.startswith(OTHER_SIZES):
                 more["of_nanogpt"] = speed / best
             if rate(result):
                 more["of_products"] = speed * result["flops_per_token"] / rate(result)
@@ -83,6 +108,32 @@ def loss_differences(results):
             more["from_stage3"] = losses_apart(losses, expected) if expected else None
         rows.append(result | more)
     return rows
+
+
+def each_model(results):
+    """A row for each model of `parity`, and one for each process that failed. `raised` is the error of a model of which
+    something was measured before; one without any has it as `failed`."""
+    rows = []
+    for result in results.values():
+        for title, found in result.get("models", {}).items():
+            row = found | {"title": title, "failed": None, "call": result.get("call")}
+            reason = found.get("failed")
+            row["raised" if "eager_loss" in found else "failed"] = reason
+            for mode in ("eager", "compiled"):
+                if f"{mode}_loss" in found:
+                    row[f"{mode}_furthest"] = f"{found[f'{mode}_worst_name']} {found[f'{mode}_worst']:.2%}"
+                    row[f"{mode}_again"] = repeated_in_words(found, mode)
+            rows.append(row)
+        if result["failed"]:
+            rows.append({"title": result["title"], "failed": result["failed"], "call": result.get("call")})
+    return rows
+
+
+def repeated_in_words(found, mode):
+    """Whether two passes from the same state gave the same gradients, to the last bit."""
+    if others := found[f"{mode}_repeated_otherwise"]:
+        return f"{found[f'{mode}_repeated']:.1e} in {len(others)} parameters"
+    return "same bits"
 
 
 def draw_losses(results, picture):

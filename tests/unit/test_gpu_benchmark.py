@@ -10,10 +10,11 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_parts, gpu_report, kernels, nanogpt
+from benchmarks import gpu, gpu_parts, gpu_report, kernels, nanogpt, parity, parity_models
 from benchmarks.switches import SWITCHES
 from minzero import benchmark
 from minzero.config.deepspeed import deepspeed_config
+from minzero.config.sections import ModelConfig
 from minzero.errors import UserError
 from minzero.planner.gpus import USABLE
 from minzero.planner.search import with_choice
@@ -75,6 +76,20 @@ def test_rivals():
     assert kernels.largest_difference([torch.tensor([1.0, 2.5])], [torch.tensor([1.0, 2.0])]) == pytest.approx(0.25)
 
 
+def test_models_of_other_families():
+    """Their own sizes, the largest micro-batch up to 16 that fits, compiled; none is compared with nanoGPT's 124M."""
+    rows = {row.name: row.config for row in gpu_parts.families(H100)}
+    stages = {name: config.deepspeed["zero_optimization"]["stage"] for name, config in rows.items()}
+    assert stages == {"qwen3_0p6b": 3, "smollm2_135m": 3, "olmoe_0p4b": 3, "olmoe_0p4b_stage0": 0}
+    for config in rows.values():
+        assert config.model.block_size == 2048 and config.train.compile is True and config.train.kernels == "torch"
+        assert config.train.micro_batch_size <= 16
+    assert rows["qwen3_0p6b"].model.vocab_size == 151936 and rows["olmoe_0p4b"].model.n_expert == 32
+    results = {name: {"tokens_per_second": 1.0, "flops_per_token": 1.0} for name in ("nanogpt_eager", *rows)}
+    found = gpu_report.with_ratios("speed", results, lambda result: None)
+    assert ["of_nanogpt" in row for row in found] == [True] + 4 * [False]
+
+
 def test_ratios():
     """Against nanoGPT's best, against the products of the same call, and against ZeRO-3's losses."""
     speeds = {"nanogpt_eager": 50.0, "nanogpt_compiled": 80.0, "stage0_eager": 100.0}
@@ -92,6 +107,94 @@ def test_compiled_norm():
     found = kernels.compare_norms(None, "layernorm", "compiled", 64, 32)
     assert found["largest_difference"] < 1e-5 and found["rival_ms"] > 0
     assert torch._dynamo.utils.counters["frames"]["ok"] > 0  # it was compiled indeed
+
+
+LLAMA, MIXTRAL = next(iter(parity_models.DENSE)), next(iter(parity_models.EXPERTS))
+
+
+def test_every_model_of_parity_is_one_that_model_py_computes():
+    """Also tiny, where each keeps its options."""
+    models = parity_models.DENSE | parity_models.EXPERTS
+    for tiny in (False, True):
+        for title, settings in parity_models.sized(models, tiny).items():
+            assert set(settings) == {"options", "recompute"}
+            assert models[title].keys() - {"recompute"} <= settings["options"].keys()
+            ModelConfig(**settings["options"]).check()
+
+
+@pytest.mark.parametrize("title", [LLAMA, MIXTRAL])
+def test_parity_of_bf16_and_float32(title, monkeypatch):
+    """Rounding is seen, and no more; what raises stays one model's, with what was measured before it."""
+
+    def compile_(gpt):
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr("model.GPT.compile", compile_)
+    models = parity_models.sized({"wrong": {"n_kv_head": 3}} | parity_models.DENSE | parity_models.EXPERTS, tiny=True)
+    *_, results = parity.parity(None, {name: models[name] for name in ("wrong", title)}, 2, 60)
+    wrong, found = results["models"].values()
+    assert "does not divide" in wrong["failed"] and "eager_loss" not in wrong
+    assert found["failed"].endswith("RuntimeError: no compiler") and "compiled_loss" not in found
+    assert found["eager_loss"] < 1e-3 and 1e-3 < found["eager_gradients"] < 0.02
+    assert found["eager_repeated_otherwise"] == [] and found["eager_ms"] > 0
+    assert found["eager_attention"] == "flash"
+    assert ("loop_gradients" in found) == (title == MIXTRAL)
+    rows = gpu_report.each_model({"row": results | {"title": "row", "failed": benchmark.OUT_OF_TIME}})
+    assert [bool(row["failed"]) for row in rows] == [True, False, True]
+    assert rows[1]["raised"] == found["failed"] and rows[1]["eager_again"] == "same bits"
+
+
+def test_experts_of_a_token_are_the_same_in_every_precision():
+    """And one expert gets none, which the grouped product must bear."""
+    settings = parity_models.sized({MIXTRAL: parity_models.EXPERTS[MIXTRAL]}, tiny=True)[MIXTRAL]
+    config = ModelConfig(**settings["options"])
+    tokens = torch.arange(128).view(2, 64)
+    routings = []
+    for dtype in (torch.float32, torch.bfloat16):
+        gpt = parity.make_model(config, tokens.numel(), torch.device("cpu")).to(dtype)
+        gpt(tokens, tokens)
+        routings.append(gpt.take_routing()[:, 0])
+    assert torch.equal(*routings) and not routings[0][:, 0].any() and (routings[0][:, 1:] > 0).all()
+
+
+def test_parity_sees_a_wrong_gradient():
+    expected = {"large": torch.tensor([3.0, 4.0]), "small": torch.tensor([0.0, 0.1])}
+    assert parity.apart(expected, expected)[:2] == (0, 0)
+    whole, worst, name = parity.apart(expected | {"small": torch.tensor([0.0, 0.2])}, expected)
+    assert whole == pytest.approx(0.1 / 5, rel=1e-3) and worst == pytest.approx(1) and name == "small"
+    with pytest.raises(ValueError, match="small is not finite"):
+        parity.apart(expected | {"small": torch.tensor([0.0, torch.nan])}, expected)
+
+
+def test_no_model_of_parity_is_begun_when_its_time_is_over():
+    (result,) = parity.parity(None, parity_models.sized({LLAMA: {}}, tiny=True), 2, -1)
+    assert "not begun" in result["models"][LLAMA]["failed"]
+
+
+@pytest.mark.slow
+def test_parity_of_compiled():
+    models = parity_models.sized({name: parity_models.EXPERTS[name] for name in [MIXTRAL]}, tiny=True)
+    *_, results = parity.parity(None, models, 2, 60)
+    found = results["models"][MIXTRAL]
+    assert "failed" not in found and found["graph_breaks"] == 0
+    assert found["compiled_loss"] < 1e-3 and found["compiled_gradients"] < 0.02
+    assert found["compiled_repeated_otherwise"] == []
+
+
+def test_a_process_that_is_ended_leaves_what_it_had(tmp_path, monkeypatch):
+    """The result of a generator is written after each value."""
+
+    def counting(config, until):
+        for number in range(until):
+            yield {"number": number}
+        raise RuntimeError("here")
+
+    monkeypatch.setattr(kernels, "compare_norms", counting)
+    call = {"function": "compare_norms", "arguments": {"until": 3}, "config": None}
+    (tmp_path / "call.json").write_text(json.dumps(call))
+    with pytest.raises(RuntimeError, match="here"):
+        gpu.answer_call(tmp_path / "call.json", tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text()) == {"number": 2}
 
 
 def test_what_is_cut_off_is_measured_by_a_later_call():
@@ -136,7 +239,7 @@ def test_processes_beside_each_other_keep_their_own_extensions(tmp_path, monkeyp
 def test_every_row_on_an_h100_is_a_setting_that_train_takes(part, tmp_path):
     bench = gpu_parts.Bench(**vars(H100) | {"nanogpt": tmp_path / "model.py"})
     rows = list(gpu_parts.PARTS[part](bench))
-    assert len({row.name for row in rows}) == len(rows) >= 4
+    assert len({row.name for row in rows}) == len(rows) >= (2 if part == "parity" else 4)
     for row in rows:
         if row.impossible:
             assert "memory at the least" in row.impossible
