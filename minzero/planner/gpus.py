@@ -11,6 +11,9 @@ MOST_GPUS = 2**17  # of which a plan is made
 # published largest models and batches that ran, none is predicted above USABLE, and few above COMFORTABLE.
 USABLE = 0.9
 COMFORTABLE = 0.8
+# Bytes of CPU memory that a rank's process takes beside what the plan counts: Python, torch, CUDA's libraries. A run on
+# an H100 that offloads nothing took 1.7 to 3.2 GiB (benchmarks/h100).
+PROCESS = 3 * GiB
 
 
 @dataclass

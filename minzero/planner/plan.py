@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from minzero.planner.gpus import USABLE
+from minzero.planner.gpus import PROCESS, USABLE
 from minzero.planner.memory import background_copy, checkpoint_bytes, cpu_memory, replayed
 from minzero.planner.replay import PARTS
 from minzero.planner.settings import settings_of
@@ -10,7 +10,7 @@ from minzero.planner.speed import Assumptions, speed_and_cost
 from minzero.sizes import count_parameters
 
 
-def plan_run(config, hardware, assumptions=None, pace=None):
+def plan_run(config, hardware, assumptions=None, code=None):
     """All there is to say about one setting, as `plan.py --json` prints it. Sizes are in bytes, of one GPU (gpu_) or
     one node (cpu_). Raises UserError for a model that the replay does not know."""
     assumptions = (assumptions or Assumptions()).on(hardware.card)
@@ -22,6 +22,8 @@ def plan_run(config, hardware, assumptions=None, pace=None):
     held_at_peak = memory.peaks[peak_phase][1]
     ranks = hardware.gpus // hardware.nodes  # of a node
     cpu_bytes_range = cpu_memory(settings, parameters, ranks)
+    fits_gpu = gpu_bytes <= USABLE * hardware.memory_bytes
+    fits_cpu = hardware.cpu_bytes is None or cpu_bytes_range[1] + ranks * PROCESS <= hardware.cpu_bytes
     return {
         "parameters": parameters,
         "active_parameters": count_parameters(config.model)[1] if config.model.n_expert else parameters,
@@ -31,7 +33,9 @@ def plan_run(config, hardware, assumptions=None, pace=None):
         "runner_up": {"phase": second_phase, "gpu_bytes": second_bytes},
         "phases": {phase: total for phase, (total, _) in memory.peaks.items()},
         "gpu_fraction": gpu_bytes / hardware.memory_bytes,
-        "fits": gpu_bytes <= USABLE * hardware.memory_bytes,
+        "fits": fits_gpu and fits_cpu,
+        "fits_gpu": fits_gpu,
+        "fits_cpu": fits_cpu,
         "cpu_bytes": cpu_bytes_range[1],
         "cpu_bytes_range": list(cpu_bytes_range),
         "cpu_bytes_of_saving": round(background_copy(settings, parameters) * ranks),
@@ -42,6 +46,6 @@ def plan_run(config, hardware, assumptions=None, pace=None):
         "offload_optimizer": settings.offload_optimizer,
         "offload_param": settings.offload_param,
         "activation_checkpointing": config.train.activation_checkpointing,
-        **speed_and_cost(config, settings, engine, hardware, assumptions, pace),
-        "assumptions": dataclasses.asdict(assumptions.of(hardware.card)),
+        **speed_and_cost(config, settings, engine, hardware, assumptions, code),
+        "assumptions": dataclasses.asdict(assumptions),
     }

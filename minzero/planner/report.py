@@ -78,14 +78,22 @@ def memory_lines(plan, hardware):
 
 def speed_lines(plan, config, hardware):
     cost = f", {plan['cost']:,.0f} $ at {hardware.price:g} $ a GPU and hour" if plan["cost"] else ""
-    assumed = plan["assumptions"]
     return [
         f"{plan['tokens_per_second']:,.0f} tokens/s, {config.train.max_tokens:,} tokens in {plan['days']:,.2f} days, "
         f"{plan['gpu_hours']:,.0f} GPU hours{cost}",
-        f"  assumed, not measured: {assumed['utilisation']:.0%} of the peak, recomputed FLOPs included; GB/s: "
-        f"{assumed['link'] / 1e9:g} between GPUs, {assumed['network'] / 1e9:g} between nodes, "
-        f"{assumed['pcie'] / 1e9:g} to the CPU, {assumed['cpu'] / 1e9:g} in its memory",
+        parts_line(plan),
     ]
+
+
+def parts_line(plan):
+    """The parts of a step, and which is the largest."""
+    parts = plan["step_parts"]
+    compute = parts["products"] + parts["attention"] + parts["traffic"] + parts["optimizer"]
+    return (
+        f"  a step of {plan['step_seconds']:.3g} s: compute {compute:.2g} s, communication "
+        f"{parts['communication']:.2g} s (hidden {parts['hidden']:.2g}), offload {parts['offload']:.2g}, host "
+        f"{parts['host']:.2g}: bound by {plan['bound_by']}"
+    )
 
 
 def notes_on(config, gpus):

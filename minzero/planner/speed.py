@@ -1,8 +1,8 @@
 """How long a step takes: what a GPU computes and moves, what its host launches, what ranks send, what the CPU does.
 
 Each part is a function with its formula. What this code reaches on a card is in the constants below and in cards.py;
-docs/planner.md says how each was found, and how far published speeds are from the result. `Pace` replaces what was
-assumed of the code by what a run was seen to need (measured.py).
+docs/planner.md says how each was found, and how far published speeds are from the result. `Code` can be what a run
+was seen to need (measured.py).
 """
 
 import math
@@ -18,24 +18,37 @@ from minzero.sizes import (
     recomputed_flops_per_token,
 )
 
-# Bytes of a GPU's memory that a step reads and writes for each byte that a block keeps for its backward pass.
-MOVED_COMPILED, MOVED_EAGER = 8.5, 12.5
-LOGIT_BYTES = 20  # for each logit, of the same
-# For each parameter of a rank in a step: gradients are added up, widened and their norm is taken; Adam reads and writes
-# weights and moments; weights are narrowed again.
-OPTIMIZER_BYTES = 150
-CPU_ADAM_BYTES = 30  # of a node's memory for each parameter: Adam reads 16 and writes 14
-# Seconds that a host needs for the launches of a block, forward and backward; more for ZeRO-3's hooks; for a step.
-HOST_COMPILED, HOST_EAGER, HOST_ZERO3, HOST_STEP = 1.7e-3, 2.1e-3, 2.8e-3, 10e-3
-# NCCL: the share of a link's bytes/s that large messages reach, and the least seconds of a call, for each doubling of
-# the ranks.
-NCCL, LATENCY = 0.8, 30e-6
-# The share of the communication that overlap_comm hides behind products: both read and write the same memory.
-HIDDEN = 0.3
 # A backward pass of flash attention computes the scores again: 2.5 times the FLOPs of the forward pass (Dao 2023,
 # arXiv 2307.08691, section 4.1).
 ATTENTION_PASSES = 3.5
 FORWARD = 1 / 3  # of the FLOPs of a step, and of what it moves: evaluation has no backward pass
+
+
+@dataclass(frozen=True)
+class Code:
+    """What the code needs of a card, its host and its links, found as docs/planner.md says. A measured run replaces
+    some of it (measured.py)."""
+
+    # bytes of a GPU's memory read and written for each byte that a block keeps for its backward pass
+    moved_compiled: float = 8.5
+    moved_eager: float = 12.5
+    logit_bytes: float = 20  # for each logit, of the same
+    # for each parameter of a rank in a step: gradients are added up, widened and their norm is taken; Adam reads and
+    # writes weights and moments; weights are narrowed again
+    optimizer_bytes: float = 150
+    cpu_adam_bytes: float = 30  # of a node's memory for each parameter: Adam reads 16 and writes 14
+    # seconds of a host for the launches of a block, forward and backward; more for the hooks of stages 1 and 2, and
+    # of stage 3; for a step
+    host_compiled: float = 1.7e-3
+    host_eager: float = 2.1e-3
+    host_zero12: float = 0.8e-3
+    host_zero3: float = 2.8e-3
+    host_step: float = 10e-3
+    nccl: float = 0.8  # share of a link's bytes/s that large messages reach
+    latency: float = 30e-6  # seconds of a call at the least, for each doubling of the ranks
+    hidden: float = 0.3  # share of the communication behind products that overlap_comm hides: both need the memory
+    pace: float = 1.0  # how many times as long products, attention and memory traffic take
+    source: str | None = None  # of a measured run
 
 
 @dataclass
@@ -53,16 +66,6 @@ class Assumptions:
         """These, with the card's rates in place of None. card: a Card, or None, of which no rate is known."""
         rates = ("link", "network", "pcie")
         return replace(self, **{name: getattr(card, name) for name in rates if card and getattr(self, name) is None})
-
-
-@dataclass
-class Pace:
-    """How many times as long as the constants above say a measured run took; 1 where nothing was measured."""
-
-    gpu: float = 1.0  # in products, attention and memory traffic
-    host: float = 1.0  # in launches
-    optimizer: float = 1.0  # in the optimizer's step
-    source: str | None = None  # of the measurement
 
 
 @dataclass
@@ -121,21 +124,22 @@ def attention_seconds(settings, card):
     return flops * s.tokens / (peak_of(s, card) * card.attention)
 
 
-def traffic_seconds(settings, card, kept_bytes):
+def traffic_seconds(settings, card, code, kept_bytes):
     """Reading and writing activations and logits of a micro-batch. kept_bytes: what all blocks would keep for their
     backward pass if none was recomputed."""
     s = settings
-    moved = MOVED_COMPILED if s.compiled else MOVED_EAGER
+    moved = code.moved_compiled if s.compiled else code.moved_eager
     blocks = kept_bytes * moved * (1 + FORWARD * recomputed_blocks(s))
-    logits = s.tokens * s.model.vocab_size * LOGIT_BYTES * s.bytes / 2
+    logits = s.tokens * s.model.vocab_size * code.logit_bytes * s.bytes / 2
     return (blocks + logits) / card.hbm
 
 
-def host_seconds(settings):
+def host_seconds(settings, code):
     """The launches of a micro-batch."""
     s = settings
-    launches = (HOST_COMPILED if s.compiled else HOST_EAGER) * (1 + FORWARD * recomputed_blocks(s))
-    return s.model.n_layer * (launches + (HOST_ZERO3 if s.stage == 3 else 0))
+    launches = (code.host_compiled if s.compiled else code.host_eager) * (1 + FORWARD * recomputed_blocks(s))
+    hooks = {0: 0, 3: code.host_zero3}.get(s.stage, code.host_zero12)
+    return s.model.n_layer * (launches + hooks)
 
 
 def recomputed_blocks(settings):
@@ -155,7 +159,7 @@ def peak_of(settings, card):
 # ---- what is sent
 
 
-def collective_seconds(elements, calls, settings, hardware, rates):
+def collective_seconds(elements, calls, settings, hardware, rates, code):
     """Gathering or scattering so many elements in so many calls. A ring sends all but a rank's own part over each GPU's
     link; what other nodes need crosses the network once for each node, over the network cards of all its GPUs."""
     ranks, nodes = settings.world_size, hardware.nodes
@@ -164,10 +168,10 @@ def collective_seconds(elements, calls, settings, hardware, rates):
     size = elements * settings.bytes
     inside = size * (ranks - 1) / ranks / rates.link
     outside = size * (nodes - 1) / nodes / (ranks / nodes * rates.network)
-    return max(inside, outside) / NCCL + calls * LATENCY * math.log2(ranks)
+    return max(inside, outside) / code.nccl + calls * code.latency * math.log2(ranks)
 
 
-def communication_seconds(settings, engine, hardware, rates):
+def communication_seconds(settings, engine, hardware, rates, code):
     """(of each micro-batch, once a step). Stage 3 gathers the weights of the blocks that it does not keep, as often as
     the replay does, and scatters the gradients, of each micro-batch; those that stay whole are gathered once a step,
     after the update. Stage 2 scatters the gradients of each micro-batch, stages 0 and 1 once a step; then all weights
@@ -176,7 +180,7 @@ def communication_seconds(settings, engine, hardware, rates):
     buckets = -(-size // s.reduce_bucket_size)
 
     def seconds(elements, calls):
-        return collective_seconds(elements, calls, s, hardware, rates)
+        return collective_seconds(elements, calls, s, hardware, rates, code)
 
     if s.stage == 3:
         traffic = engine.traffic
@@ -204,7 +208,7 @@ def persistent_elements(settings):
     return sum(size for size in everything if size <= settings.persistence_threshold)
 
 
-def offload_seconds(settings, engine, hardware, rates):
+def offload_seconds(settings, engine, hardware, rates, code):
     """Seconds of a step in which data is copied to and from CPU memory, or Adam runs there."""
     s = settings
     seconds = 2 * offloaded_activations(s) * s.gradient_accumulation_steps / rates.pcie
@@ -215,20 +219,20 @@ def offload_seconds(settings, engine, hardware, rates):
         offloaded = offloaded_elements(s, engine.size)
         ranks = s.world_size / hardware.nodes  # of a node
         copies = (4 + s.bytes) * offloaded / rates.pcie  # gradients to the CPU, weights to the GPU
-        seconds += copies + CPU_ADAM_BYTES * offloaded * ranks / rates.cpu
+        seconds += copies + code.cpu_adam_bytes * offloaded * ranks / rates.cpu
     return seconds
 
 
 # ---- the step and the run
 
 
-def step_time(settings, engine, hardware, assumptions, pace=None):
+def step_time(settings, engine, hardware, assumptions, code=None):
     """The StepTime of one optimizer step. engine: the replayed one (memory.replayed). Hardware must have a card."""
-    s, card, pace = settings, hardware.card, pace or Pace()
+    s, card, code = settings, hardware.card, code or Code()
     rates = assumptions.on(card)
     accumulation = s.gradient_accumulation_steps
-    products = product_seconds(s, card)
-    attention, traffic = attention_seconds(s, card), traffic_seconds(s, card, engine.kept_bytes)
+    products, attention = product_seconds(s, card), attention_seconds(s, card)
+    traffic = traffic_seconds(s, card, code, engine.kept_bytes)
     if assumptions.utilisation:
         flops = flops_per_token(s.model) + recomputed_flops_per_token(s.model, s.activation_checkpointing)
         products = flops * s.tokens / (peak_of(s, card) * assumptions.utilisation)
@@ -236,19 +240,18 @@ def step_time(settings, engine, hardware, assumptions, pace=None):
     on_gpu = engine.size / (s.world_size if s.stage else 1)
     if s.offload_optimizer:
         on_gpu -= offloaded_elements(s, engine.size)
-    each, once = communication_seconds(s, engine, hardware, rates)
-    gpu = pace.gpu * (products + attention + traffic)
-    busy = max(gpu, pace.host * host_seconds(s))
-    hidden = min(each, busy) * HIDDEN if s.overlap_comm else 0
+    each, once = communication_seconds(s, engine, hardware, rates, code)
+    busy = max(code.pace * (products + attention + traffic), host_seconds(s, code))
+    hidden = code.hidden * min(each, busy) if s.overlap_comm else 0
     return StepTime(
-        products=accumulation * pace.gpu * products,
-        attention=accumulation * pace.gpu * attention,
-        traffic=accumulation * pace.gpu * traffic,
-        optimizer=pace.optimizer * OPTIMIZER_BYTES * on_gpu / card.hbm,
-        host=pace.host * (accumulation * host_seconds(s) + HOST_STEP),
+        products=accumulation * code.pace * products,
+        attention=accumulation * code.pace * attention,
+        traffic=accumulation * code.pace * traffic,
+        optimizer=code.optimizer_bytes * on_gpu / card.hbm,
+        host=accumulation * host_seconds(s, code) + code.host_step,
         communication=accumulation * each + once,
         hidden=accumulation * hidden,
-        offload=offload_seconds(s, engine, hardware, rates),
+        offload=offload_seconds(s, engine, hardware, rates, code),
     )
 
 
@@ -270,12 +273,12 @@ def steps_of(config):
     return -(-config.train.max_tokens // config.train.global_batch_tokens)
 
 
-def speed_and_cost(config, settings, engine, hardware, assumptions, pace=None):
+def speed_and_cost(config, settings, engine, hardware, assumptions, code=None):
     """Speed and cost of a run, as a part of the plan; None where there is no card (or no price)."""
     found = dict.fromkeys(("tokens_per_second", "step_seconds", "step_parts", "bound_by", "days", "gpu_hours", "cost"))
     if not hardware.card:
         return found
-    step = step_time(settings, engine, hardware, assumptions, pace)
+    step = step_time(settings, engine, hardware, assumptions, code)
     tokens = settings.gradient_accumulation_steps * settings.tokens * settings.world_size
     found["step_seconds"] = step.seconds
     found["step_parts"] = asdict(step)
