@@ -9,7 +9,15 @@ from minzero.config.sections import Recomputation
 from minzero.errors import UserError
 from minzero.planner.gpus import COMFORTABLE, USABLE, GiB, in_units
 from minzero.planner.replay import PARTS
-from minzero.planner.search import CHOICES, RECOMPUTED, cheapest_change, enough_gpus, fastest, with_choice
+from minzero.planner.search import (
+    CHOICES,
+    RECOMPUTED,
+    anything_fits,
+    cheapest_change,
+    enough_gpus,
+    overrides,
+    with_choice,
+)
 from minzero.planner.settings import OTHER_ZERO_KEYS, WITHOUT_EFFECT, ZERO_KEYS
 from minzero.plot import pyplot
 from minzero.sizes import expert_sizes, wide_heads
@@ -138,7 +146,7 @@ def suggest_fix(config, gpus, planned):
     if change:
         effect = f"{in_units(plan['gpu_bytes'])}, {plan['tokens_per_second']:,.0f} tokens/s"
         words = f"the cheapest change that fits: {in_flags(change)} ({effect})"
-    elif fastest(config, gpus, on_these)[0]:
+    elif anything_fits(config, gpus, on_these):
         words = "no one or two changes are enough; --fit finds what is"
     else:
         words = "no other saving is enough: it takes a shorter model.block_size or a smaller model"
@@ -156,23 +164,16 @@ def in_flags(change):
 
 def train_command(arguments, given, config, hardware):
     """The command line that runs `config`. arguments: the given ones, and `given` the configuration that they make."""
-    zero, zero_given = config.deepspeed["zero_optimization"], given.deepspeed.get("zero_optimization", {})
-    train = config.train
     chosen = {
-        "train.micro_batch_size": train.micro_batch_size,
-        "train.activation_checkpointing": train.activation_checkpointing,
+        "train.micro_batch_size": config.train.micro_batch_size,
+        "train.activation_checkpointing": config.train.activation_checkpointing,
+        "deepspeed.zero_optimization.stage": config.deepspeed["zero_optimization"]["stage"],
     }
-    if train.activation_offload != given.train.activation_offload:
-        chosen["train.activation_offload"] = train.activation_offload
-    words = [in_flags(chosen | {"deepspeed.zero_optimization.stage": zero["stage"]})]
-    for name in ("offload_optimizer", "offload_param"):
-        device = "cpu" if name in zero else "none"
-        if device != offload_device(zero_given, name):
-            words.append(f"--deepspeed.zero_optimization.{name}.device {device}")
+    flags = in_flags(chosen | overrides(given, config))
     launcher = f"deepspeed --num_gpus {hardware.gpus}"
     if hardware.nodes > 1:
         launcher = f"deepspeed --hostfile hosts --num_nodes {hardware.nodes}"
-    return f"{launcher} train.py {shlex.join(arguments)} {' '.join(words)}"
+    return f"{launcher} train.py {shlex.join(arguments)} {flags}"
 
 
 # ---- the picture
