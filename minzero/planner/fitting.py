@@ -6,6 +6,7 @@ the speeds come first, and memory is replayed for the settings that may win.
 """
 
 import dataclasses
+from collections import Counter
 from typing import NamedTuple
 
 from minzero.config.build import build
@@ -25,13 +26,15 @@ from minzero.sizes import count_parameters
 # Of train.activation_checkpointing and train.activation_offload, beside RECOMPUTED.
 MORE_RECOMPUTED = ((3, False), (2, False), (True, True))
 
+WORTH_A_LINE = 1.05  # times as fast
+
 
 class Replayed(NamedTuple):
     """What a plan reads of a replayed engine."""
 
     memory: Memory
     size: int
-    traffic: dict
+    traffic: Counter
     kept_bytes: float
 
 
@@ -57,7 +60,7 @@ class Fitter:
         key = tuple(id(value) if name == "model" else value for name, value in vars(plain).items())
         if key not in self.replays:
             engine = replayed(plain)
-            found = Replayed(engine.memory, engine.size, dict(engine.traffic), engine.kept_bytes)
+            found = Replayed(engine.memory, engine.size, engine.traffic, engine.kept_bytes)
             self.replays[key] = found, settings.model  # held, so that no other model takes its id
         return self.replays[key][0]
 
@@ -114,6 +117,15 @@ class Fitter:
         if best_config is None:
             return None, None
         return self.plan(best_config, hardware), best_config
+
+    def larger_micro_batch(self, plan, hardware):
+        """The plan with the largest micro-batch that fits, if that is larger and WORTH_A_LINE faster than `plan`, which
+        is this configuration's; else None."""
+        sizes = [size for size in micro_batches(self.config, hardware.gpus) if size > plan["micro_batch_size"]]
+        candidates = [with_batch(self.config, size) for size in sizes]
+        larger, _ = first_that_fits(candidates, lambda candidate: self.plan(candidate, hardware))
+        is_faster = larger and larger["tokens_per_second"] >= WORTH_A_LINE * plan["tokens_per_second"]
+        return larger if is_faster else None
 
     def hopeful(self, hardware, tokens, sizes):
         """[(tokens/s with the largest micro-batch, number, Config)] of the variants that fit with the smallest, the

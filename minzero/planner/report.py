@@ -162,18 +162,22 @@ def in_flags(change):
     )
 
 
-def train_command(arguments, given, config, hardware):
-    """The command line that runs `config`. arguments: the given ones, and `given` the configuration that they make."""
+def chosen_flags(given, config):
+    """The flags that make `config` of the given configuration, the micro-batch, recomputation and stage always."""
     chosen = {
         "train.micro_batch_size": config.train.micro_batch_size,
         "train.activation_checkpointing": config.train.activation_checkpointing,
         "deepspeed.zero_optimization.stage": config.deepspeed["zero_optimization"]["stage"],
     }
-    flags = in_flags(chosen | overrides(given, config))
+    return in_flags(chosen | overrides(given, config))
+
+
+def train_command(arguments, given, config, hardware):
+    """The command line that runs `config`. arguments: the given ones, and `given` the configuration that they make."""
     launcher = f"deepspeed --num_gpus {hardware.gpus}"
     if hardware.nodes > 1:
         launcher = f"deepspeed --hostfile hosts --num_nodes {hardware.nodes}"
-    return f"{launcher} train.py {shlex.join(arguments)} {flags}"
+    return f"{launcher} train.py {shlex.join(arguments)} {chosen_flags(given, config)}"
 
 
 # ---- the picture
