@@ -107,10 +107,10 @@ class Fitter:
         legal = legal_batch(self.config, hardware.gpus)
         tokens, sizes = legal.train.global_batch_tokens, micro_batches(legal, hardware.gpus)
         best, best_config = 0, None
-        for most, number, variant in self.hopeful(hardware, tokens, sizes):
+        for most, number, variant, possible in self.hopeful(hardware, tokens, sizes):
             if most <= best:
                 break
-            size = self.largest_that_fits(number, variant, hardware, sizes)
+            size = self.largest_that_fits(number, variant, hardware, possible)
             speed = self.speed(number, variant, hardware, size) if size else 0
             if speed > best:
                 best, best_config = speed, with_batch(variant, size, tokens)
@@ -128,8 +128,8 @@ class Fitter:
         return larger if is_faster else None
 
     def hopeful(self, hardware, tokens, sizes):
-        """[(tokens/s with the largest micro-batch, number, Config)] of the variants that fit with the smallest, the
-        fastest first. Where one does not fit, smaller buffers are tried."""
+        """[(tokens/s with the largest possible micro-batch, number, Config, the possible micro-batches)] of the variants
+        that fit with the smallest, the fastest first. Where one does not fit, smaller buffers are tried."""
         found = []
         precision = precision_on(hardware, self.config)
         for number, variant in self.variants:
@@ -140,14 +140,35 @@ class Fitter:
             if excess > 0 and excess < self.held_in_buffers(number, variant, hardware, sizes[-1]):
                 number, variant = -1 - number, with_batch(self.shrunk(number), sizes[-1], tokens)
                 excess = self.excess(number, variant, hardware, sizes[-1])
-            # with one micro-batch a step, gradients may be narrower
-            if excess <= 0 or (len(sizes) > 1 and self.excess(number, variant, hardware, sizes[0]) <= 0):
-                found.append((self.speed(number, variant, hardware, sizes[0], sizes[-1]), number, variant))
+            possible = self.possible(number, variant, hardware, sizes, excess)
+            if possible:
+                most = self.speed(number, variant, hardware, possible[0], sizes[-1])
+                found.append((most, number, variant, possible))
         return sorted(found, key=lambda one: -one[0])
 
+    def possible(self, number, variant, hardware, sizes, excess):
+        """The micro-batches that may fit, the largest first. excess: bytes that a GPU lacks with the smallest. At each
+        peak of its replay activations grow with the micro-batch, and nothing shrinks, but for gradients: those of a
+        step's only micro-batch are not added up, and may be narrower."""
+        smallest = self.settings(number, variant, hardware, sizes[-1])
+        if least_bytes(smallest) > USABLE * hardware.memory_bytes:
+            return []
+        peaks = self.replayed(smallest).memory.peaks.values()
+        found = []
+        for size in sizes:
+            grown = size / sizes[-1] - 1
+            narrower = size == sizes[0] and len(sizes) > 1
+            least = max(
+                total + grown * held.get("activations", 0) - narrower * held.get("gradients", 0)
+                for total, held in peaks
+            )
+            if least <= USABLE * hardware.memory_bytes and (narrower or excess <= 0):
+                found.append(size)
+        return found
+
     def largest_that_fits(self, number, variant, hardware, sizes):
-        """The largest micro-batch that fits, None if none does. One that is all of a rank's share is tried by itself:
-        its gradients are not added up, and may be narrower."""
+        """The largest micro-batch that fits, None if none does. The first is tried by itself: it is likely to fit, and
+        it may be all of a rank's share."""
 
         def fits(size):
             return {"fits": self.excess(number, variant, hardware, size) <= 0}

@@ -206,8 +206,8 @@ def page(offers, found, notes, rows, config):
     tried = f"{cards} card{'s' if cards > 1 else ''} of {in_numbers(numbers)}"
     first = next(iter(found.values()))
     lines = [
-        f"{in_count(first.plan['parameters'])} parameters, {in_count(config.train.max_tokens)} tokens: {tried} on which "
-        f"it fits, each with its fastest setting; middle: the fastest for at most {MIDDLE:g} times the cheapest"
+        f"{in_count(first.plan['parameters'])} parameters, {in_count(config.train.max_tokens)} tokens: of {tried} on "
+        f"which it fits, each with its fastest setting (middle: the fastest for at most {MIDDLE:g} times the cheapest)"
     ]
     table = [("", "GPUs", "memory of one", "tokens/s", "time", "GPU hours", "cost")]
     for title, offer in found.items():
