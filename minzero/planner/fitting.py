@@ -94,9 +94,10 @@ class Fitter:
 
     def settings(self, number, config, hardware, size):
         """The Settings of a variant with a micro-batch of this size."""
-        key = number, hardware.gpus, hardware.memory_bytes, size
+        key = number, hardware.gpus, hardware.memory_bytes, precision_on(hardware, config), size
         if key not in self.known_settings:
-            self.known_settings[key] = settings_of(with_batch(config, size), hardware.gpus, hardware.memory_bytes)
+            config = with_batch(config, size)
+            self.known_settings[key] = settings_of(config, hardware.gpus, hardware.memory_bytes, hardware.card)
         return self.known_settings[key]
 
     # ---- the search
@@ -220,9 +221,9 @@ def least_bytes(settings):
 
 
 def precision_on(hardware, config):
-    """train.precision on this card: "auto" is fp16 where there is no bf16."""
+    """train.precision on this card: what "auto" stands for there."""
     given = config.train.precision
-    return "fp16" if given == "auto" and hardware.card and not hardware.card.has_bf16 else given
+    return hardware.card.precision if given == "auto" and hardware.card else given
 
 
 def goes_with(config, precision):

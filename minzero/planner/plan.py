@@ -24,7 +24,7 @@ def plan_run(config, hardware, assumptions=None, code=None, replay=replayed):
     one node (cpu_). replay: memory.replayed, or one that remembers. Raises UserError for a model that the replay does
     not know."""
     assumptions = (assumptions or Assumptions()).on(hardware.card)
-    settings = settings_of(config, hardware.gpus, hardware.memory_bytes)
+    settings = settings_of(config, hardware.gpus, hardware.memory_bytes, hardware.card)
     engine = replay(settings)
     memory, parameters = engine.memory, engine.size
     by_size = sorted(((total, phase) for phase, (total, _) in memory.peaks.items()), reverse=True)
