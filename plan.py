@@ -20,7 +20,7 @@ from minzero.errors import UserError
 from minzero.files import check_can_write
 from minzero.flags import FlagParser, a_number, a_path, at_least
 from minzero.init_from import model_defaults
-from minzero.planner.gpus import DEFAULT_GPU, MOST_GPUS, rented
+from minzero.planner.gpus import DEFAULT_GPU, MOST_GPUS, more_of, rented
 from minzero.planner.picture import draw
 from minzero.planner.plan import plan_run
 from minzero.planner.report import notes_on, plan_text, suggest_fix, train_command
@@ -42,11 +42,11 @@ examples:
   python plan.py configs/175b.json --gpus 128 --train.activation_checkpointing selective
 """
 RATES = {  # the fields of Assumptions
-    "utilisation": "share of the peak, 0 to 1, in place of the model of a step",
+    "utilisation": "share of the peak that is reached; default: modelled",
     "link": "bytes/s between the GPUs of a node; default: the card's",
     "network": "bytes/s of a GPU to other nodes; default: the card's",
-    "pcie": "bytes/s between a GPU and CPU memory; default: the card's",
-    "cpu": "bytes/s of a node's memory in CPU Adam; default: %(default)g",
+    "pcie": "bytes/s from a GPU to CPU memory; default: the card's",
+    "cpu": "bytes/s of Adam on a node's CPU; default: %(default)g",
     "disk": "bytes/s of a node to its disk; default: %(default)g",
 }
 
@@ -93,8 +93,7 @@ def main(arguments):
     hardware = options.hardware
 
     def planned(config, gpus=hardware.gpus):
-        nodes = -(-gpus * hardware.nodes // hardware.gpus)
-        those = dataclasses.replace(hardware, gpus=gpus, nodes=nodes)
+        those = hardware if gpus == hardware.gpus else more_of(hardware, options, gpus)
         return plan_run(with_chosen_stage(config, those), those, options.assumptions)
 
     more = {}  # answers beside the plan
@@ -109,7 +108,7 @@ def main(arguments):
         found, chosen = fastest(config, hardware.gpus, planned)
         if found is None:
             smallest = with_choice(config, 3, "param", True, 1)
-            lines, _, _ = suggest_fix(smallest, hardware.gpus, planned, hardware)
+            lines, _, _ = suggest_fix(smallest, hardware.gpus, planned)
             raise UserError(
                 f"--fit: nothing fits in {hardware.gibibytes} GiB, not even stage 3 with all offload, recomputation "
                 f"and a micro-batch of 1; from there, {'; '.join(map(str.strip, lines))}"
@@ -125,7 +124,7 @@ def main(arguments):
     plan = planned(config) | more
     print(plan_text(plan, config, hardware, notes_on(config, hardware.gpus)))
     if not plan["fits"]:
-        lines, plan["cheapest_change"], plan["enough_gpus"] = suggest_fix(config, hardware.gpus, planned, hardware)
+        lines, plan["cheapest_change"], plan["enough_gpus"] = suggest_fix(config, hardware.gpus, planned)
         print("\n".join(["", *lines]))
     if options.fit:
         print(f"\nthe fastest that fits; run:\n  {plan['command']}")

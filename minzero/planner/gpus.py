@@ -1,6 +1,6 @@
 """The GPUs of a plan: how many, of which card, and how much of their memory can be allocated."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minzero.cards import Card, GiB, card_named, names_of
 from minzero.errors import UserError
@@ -68,3 +68,17 @@ def rented(options):
     cpu_bytes = share * card.node_memory if options.cpu_memory is None else options.cpu_memory * GiB
     price = card.price if options.price is None else options.price
     return Hardware(options.gpus, nodes, memory, card, price, cpu_bytes)
+
+
+def more_of(hardware, options, gpus):
+    """The Hardware of another number of the same GPUs, on nodes as full as the flags say or as usual, the last of which
+    may be less full. options: of `rented`, which gave `hardware`."""
+    of_node = (
+        hardware.gpus // options.nodes
+        if options.nodes
+        else max(hardware.card.node_gpus, hardware.gpus // hardware.nodes)
+    )
+    nodes = -(-gpus // of_node)
+    share = min(1, gpus / nodes / hardware.card.node_gpus)
+    cpu_bytes = hardware.cpu_bytes if options.cpu_memory else share * hardware.card.node_memory
+    return replace(hardware, gpus=gpus, nodes=nodes, cpu_bytes=cpu_bytes)

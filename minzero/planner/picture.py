@@ -6,11 +6,12 @@ from minzero.planner.gpus import USABLE, GiB
 from minzero.planner.replay import PARTS
 from minzero.planner.report import in_price, needed_of_node
 from minzero.planner.search import CHOICES, RECOMPUTED, with_choice
-from minzero.planner.units import TIMES, in_count, in_time, in_units
+from minzero.planner.units import TIMES, in_count, in_round_units, in_time, in_units
 from minzero.plot import pyplot
 
 LONGEST = 4  # times the shortest time: a longer bar is cut off there
-GREY, RED = "0.55", "firebrick"  # of what does not fit, and of the number that is too large
+GREY, GREY_TEXT = "0.8", "0.5"  # of what does not fit
+RED = "firebrick"  # the number that is too large
 OFFLOAD = {"none": "", "optimizer": ", optimizer on CPU", "param": ", optimizer and weights on CPU"}
 RECOMPUTATION = {False: "", "selective": ", selective", True: ", recomputed"}
 
@@ -36,15 +37,17 @@ def draw(config, planned, hardware, picture):
     plt = pyplot()
     names, plans = zip(*((name, planned(candidate)) for name, candidate in candidates(config)), strict=True)
     height = 2.4 + 0.29 * len(plans)
-    figure, (memory, time) = plt.subplots(
-        1, 2, sharey=True, figsize=(15, height), layout="constrained", width_ratios=(3, 2)
+    figure, (memory, sizes, time, costs) = plt.subplots(
+        1, 4, sharey=True, figsize=(15, height), layout="constrained", width_ratios=(5, 1.9, 3, 1.9)
     )
     draw_memory(memory, plans, hardware)
+    write_columns(sizes, plans, sizes_of)
     draw_time(time, plans)
+    write_columns(costs, plans, costs_of)
     memory.set(yticks=range(len(plans)), yticklabels=names, ylim=(len(plans) - 0.4, -0.6))
     own = planned(config)
     for label, plan in zip(memory.get_yticklabels(), plans, strict=True):
-        label.set_color("black" if plan["fits"] else GREY)
+        label.set_color("black" if plan["fits"] else GREY_TEXT)
         label.set_weight("bold" if same_setting(plan, own) else "normal")
     batch = f"micro-batch of {config.train.micro_batch_size} x {config.model.block_size:,} tokens"
     price = "" if hardware.price is None else f", ${hardware.price:g} a GPU and hour"
@@ -75,7 +78,8 @@ def draw_memory(axes, plans, hardware):
         sizes = [plan["gpu_parts"][part] / unit for plan in plans]
         colors = [f"C{number}" if plan["fits"] else GREY for plan in plans]
         axes.barh(range(len(plans)), sizes, left=left, color=colors, height=0.7)
-        if max(sizes) > end / 500:  # others cannot be seen
+        seen = [size for size, plan in zip(sizes, plans, strict=True) if plan["fits"] and size > end / 500]
+        if seen:
             axes.barh(0, 0, color=f"C{number}", label=part)
         left = [before + size for before, size in zip(left, sizes, strict=True)]
     if USABLE * gpu_size < end:
@@ -86,10 +90,6 @@ def draw_memory(axes, plans, hardware):
         title = f"memory of one GPU at its peak (it has {hardware.gibibytes} GiB)"
     axes.set(xlim=(0, end), xlabel=unit_name, title=title)
     mark_cut(axes, [plan["gpu_bytes"] / unit for plan in plans], end)
-    sizes = [(in_units(plan["gpu_bytes"]), plan["fits"], plan["fits_gpu"]) for plan in plans]
-    write_column(axes, 1.12, "a GPU", sizes)
-    nodes = [(in_units(needed_of_node(plan, hardware)), plan["fits"], plan["fits_cpu"]) for plan in plans]
-    write_column(axes, 1.26, "a node's RAM", nodes)
 
 
 def draw_time(axes, plans):
@@ -97,19 +97,17 @@ def draw_time(axes, plans):
     days = [plan["days"] for plan in plans]
     fitting = [plan["days"] for plan in plans if plan["fits"]]
     end = 86400 * min(1.05 * max(days), LONGEST * min(fitting or days))
-    unit, length = next((name, seconds) for name, seconds in TIMES if end >= seconds)
+    unit, length = next((name, seconds) for name, _, seconds in TIMES if end >= seconds)
     end /= length
     times = [86400 * each / length for each in days]
     fastest = min(fitting, default=None)
     colors = ["C2" if plan["days"] == fastest else "C0" for plan in plans]
     colors = [color if plan["fits"] else GREY for color, plan in zip(colors, plans, strict=True)]
     axes.barh(range(len(plans)), times, color=colors, height=0.7)
-    title = "time of the run (green: the fastest that fits)" if fitting else "time of the run"
+    title = "time (green: the fastest that fits)" if fitting else "time, if it did fit"
     axes.set(xlim=(0, end), xlabel=unit, title=title)
     axes.tick_params(axis="y", length=0)
     mark_cut(axes, times, end)
-    write_column(axes, 1.22, "time", [(in_time(86400 * plan["days"]), plan["fits"], True) for plan in plans])
-    write_column(axes, 1.48, "cost", [(in_price(plan), plan["fits"], True) for plan in plans])
 
 
 def mark_cut(axes, lengths, end):
@@ -118,11 +116,27 @@ def mark_cut(axes, lengths, end):
     axes.plot([0.988 * end] * len(rows), rows, linestyle="none", marker=">", color="white", markersize=6)
 
 
-def write_column(axes, x, head, cells):
-    """Texts to the right of the axes, one a row. x: of their right end, in widths of the axes. cells: [(text, whether
-    the plan fits, whether this is within its limit)]."""
-    place = {"transform": axes.get_yaxis_transform(), "ha": "right", "fontsize": 9}
-    axes.text(x, -0.75, head, va="bottom", **place)
-    for row, (text, fits, within) in enumerate(cells):
-        color = "black" if fits else GREY
-        axes.text(x, row, text, va="center", color=color if within else RED, **place)
+def sizes_of(plan):
+    """{head of a column: (text, whether it is within its limit)}."""
+    return {
+        "a GPU": (in_units(plan["gpu_bytes"]), plan["fits_gpu"]),
+        "a node's RAM": (in_round_units(needed_of_node(plan)), plan["fits_cpu"]),
+    }
+
+
+def costs_of(plan):
+    """As `sizes_of`."""
+    return {"time": (in_time(86400 * plan["days"]), True), "cost": (in_price(plan), True)}
+
+
+def write_columns(axes, plans, cells_of):
+    """Two columns of text in place of a plot. cells_of: plan -> its cells, as `sizes_of`."""
+    axes.axis("off")
+    axes.set_xlim(0, 1)
+    place = {"ha": "right", "fontsize": 9}
+    for right, head in zip((0.42, 1), cells_of(plans[0]), strict=True):
+        axes.text(right, -0.75, head, va="bottom", **place)
+        for row, plan in enumerate(plans):
+            text, within = cells_of(plan)[head]
+            color = "black" if plan["fits"] else GREY_TEXT
+            axes.text(right, row, text, va="center", color=color if within else RED, **place)

@@ -25,6 +25,8 @@ def plan_run(config, hardware, assumptions=None, code=None):
     fits_gpu = gpu_bytes <= USABLE * hardware.memory_bytes
     fits_cpu = hardware.cpu_bytes is None or cpu_bytes_range[1] + ranks * PROCESS <= hardware.cpu_bytes
     return {
+        "gpus": hardware.gpus,
+        "nodes": hardware.nodes,
         "parameters": parameters,
         "active_parameters": count_parameters(config.model)[1] if config.model.n_expert else parameters,
         "gpu_bytes": gpu_bytes,

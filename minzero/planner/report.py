@@ -10,7 +10,7 @@ from minzero.errors import UserError
 from minzero.planner.gpus import COMFORTABLE, PROCESS, USABLE, GiB
 from minzero.planner.search import cheapest_change, enough_gpus, fastest
 from minzero.planner.settings import OTHER_ZERO_KEYS, WITHOUT_EFFECT, ZERO_KEYS
-from minzero.planner.units import in_count, in_digits, in_money, in_rate, in_time, in_units
+from minzero.planner.units import in_count, in_digits, in_money, in_round_units, in_time, in_units, rounded
 from minzero.sizes import expert_sizes, wide_heads
 
 FRAGMENTS = "the rest goes to fragments, the CUDA context and NCCL"
@@ -66,63 +66,71 @@ def memory_lines(plan, hardware):
         if size >= total / 1000:
             lines.append(f"  {part:12s} {in_units(size):>11s}  {'#' * round(40 * size / total)}".rstrip())
     second = plan["runner_up"]
-    lines.append(f"  {'in all':12s} {in_units(total):>11s}  ({second['phase']} phase: {in_units(second['gpu_bytes'])})")
+    lines.append(
+        f"  {'in all':12s} {in_units(total):>11s}  (next: {second['phase']} phase, {in_units(second['gpu_bytes'])})"
+    )
     return lines
 
 
 def limit_lines(plan, hardware):
     """Whether the plan fits, and if not, which limit it breaks and by how much."""
     usable = USABLE * hardware.memory_bytes
-    usable_in_words = f"{in_units(usable)} of {hardware.gibibytes} GiB can be allocated"
+    allocated = f"{rounded(usable / GiB, 3):g} of {hardware.gibibytes} GiB can be allocated"
     if plan["fits"]:
         tight = ", tight" if plan["gpu_fraction"] > COMFORTABLE else ""
         share = f"{plan['gpu_fraction']:.0%}" if plan["gpu_fraction"] >= 0.01 else "less than 1%"
-        return [f"fits: {share} of the GPU's memory{tight} ({usable_in_words}: {FRAGMENTS})"]
+        return [f"fits: {share} of the GPU's memory{tight} ({allocated}: {FRAGMENTS})"]
     lines = []
     if not plan["fits_gpu"]:
+        needed = plan["gpu_bytes"]
         lines.append(
-            f"DOES NOT FIT: a GPU lacks {in_units(plan['gpu_bytes'] - usable)}; {in_units(plan['gpu_bytes'])} are "
-            f"needed, and {usable_in_words} ({FRAGMENTS})"
+            f"DOES NOT FIT: a GPU lacks {in_round_units(needed - usable)}; {in_round_units(needed)} are needed, and "
+            f"{allocated} ({FRAGMENTS})"
         )
     if not plan["fits_cpu"]:
-        needed = needed_of_node(plan, hardware)
+        needed = needed_of_node(plan)
         lines.append(
-            f"DOES NOT FIT: a node's RAM lacks {in_units(needed - hardware.cpu_bytes)}; {in_units(needed)} are needed, "
-            f"and it has {in_units(hardware.cpu_bytes)}"
+            f"DOES NOT FIT: a node's RAM lacks {in_round_units(needed - hardware.cpu_bytes)}; {in_round_units(needed)} "
+            f"are needed, and it has {in_round_units(hardware.cpu_bytes)}"
         )
     return lines
 
 
-def needed_of_node(plan, hardware):
+def needed_of_node(plan):
     """Bytes of a node's RAM at the most, with the processes of its ranks."""
-    return plan["cpu_bytes"] + PROCESS * hardware.gpus // hardware.nodes
+    return plan["cpu_bytes"] + PROCESS * plan["gpus"] // plan["nodes"]
 
 
 def cpu_memory_line(plan, hardware):
     """The RAM of a node."""
-    ranks = hardware.gpus // hardware.nodes
-    process = f"about {PROCESS / GiB:g} GiB for each of {ranks} processes"
-    process = process if ranks > 1 else f"about {PROCESS / GiB:g} GiB for the process"
-    there = f"; the node has {in_units(hardware.cpu_bytes)}" if hardware.cpu_bytes else ""
-    low, high = plan["cpu_bytes_range"]
-    if not high:
-        return f"CPU memory of a node: {process}{there}"
-    saving = plan["cpu_bytes_of_saving"]
-    copied = f"{in_units(saving)} of it while a checkpoint is written in the background; " if saving else ""
-    amount = in_units(high) if in_units(low) == in_units(high) else f"{in_units(low)} to {in_units(high)}"
-    pinned = "" if low == high else "the more, if pinned blocks are rounded up to powers of two; "
-    return f"CPU memory of a node: {amount} ({copied}{pinned}".rstrip("(; ") + f") and {process}{there}"
+    ranks = plan["gpus"] // plan["nodes"]
+    whose = f"each of {ranks} processes" if ranks > 1 else "the process"
+    needed = in_round_units(needed_of_node(plan))
+    of = f"{needed} of {in_round_units(hardware.cpu_bytes)}" if hardware.cpu_bytes else needed
+    processes = f"about {in_round_units(PROCESS)} for {whose}"
+    if not plan["cpu_bytes"]:
+        return f"CPU memory of a node: {of}; {processes}, nothing beside"
+    low, high = map(in_round_units, plan["cpu_bytes_range"])
+    reasons = []
+    if low != high:
+        reasons.append("pinned blocks may be rounded up to powers of two")
+    if saving := plan["cpu_bytes_of_saving"]:
+        reasons.append(f"{in_round_units(saving)} of it while a checkpoint is written in the background")
+    amount = high if low == high else f"{low} to {high}"
+    amount += f" ({'; '.join(reasons)})" if reasons else ""
+    return f"CPU memory of a node: {of}; {amount}, and {processes}"
 
 
 def speed_lines(plan, config, hardware):
     """The time and the cost of the run, and where the time goes."""
     card, price = hardware.card, ""
     if plan["cost"] is not None:
-        source = f", {card.priced}" if card.priced and hardware.price == card.price else ""
-        price = f", {in_money(plan['cost'])} (at ${hardware.price:g} a GPU and hour{source})"
+        source = f" ({card.priced})" if card.priced and hardware.price == card.price else ""
+        price = f", {in_money(plan['cost'])} at ${hardware.price:g} a GPU and hour{source}"
     lines = [
-        f"{in_time(86400 * plan['days'])} for {in_count(config.train.max_tokens)} tokens: "
-        f"{in_digits(plan['tokens_per_second'])} tokens/s, {in_digits(plan['gpu_hours'])} GPU hours{price}",
+        f"{'' if plan['fits'] else 'if it did fit: '}{in_time(86400 * plan['days'])} for "
+        f"{in_count(config.train.max_tokens)} tokens, {in_digits(plan['tokens_per_second'])} tokens/s, "
+        f"{in_digits(plan['gpu_hours'])} GPU hours{price}",
         parts_line(plan),
     ]
     if between := between_steps(plan):
@@ -145,24 +153,29 @@ def parts_line(plan):
 
 def between_steps(plan):
     """The share of evaluation and saves in the time of the run, or None where they take less than 0.1% of it."""
-    shares = {"evaluation": plan["evaluation_days"], "saves": plan["saving_days"]}
+    shares = {"evaluation": plan["evaluation_days"], "saving checkpoints": plan["saving_days"]}
     shares = {name: days / plan["days"] for name, days in shares.items() if days >= 0.001 * plan["days"]}
-    words = " and ".join(f"{name} {share:.1%}" for name, share in shares.items())
-    return f"{words} of the time" if words else None
+    words = " and ".join(f"{share:.1%} for {name}" for name, share in shares.items())
+    return f"of the time, {words}" if words else None
 
 
 def rests_on(plan, config, hardware):
     """The rates that the speed is computed from, and whether the rest is assumed or measured."""
     card, rates = hardware.card, plan["assumptions"]
     peak = card.tf32 if config.train.precision == "fp32" else card.bf16
-    words = [f"{card.name} with {peak / 1e12:g} TFLOP/s", f"memory {in_rate(card.hbm)}"]
     names = {"link": "link", "network": "network", "pcie": "PCIe", "cpu": "CPU Adam"}
-    words += [f"{name} {in_rate(rates[key])}" for key, name in names.items()]
-    if rates["utilisation"]:
-        words.append(f"a utilisation of {rates['utilisation']:g} as given")
+    named = {"memory": card.hbm} | {name: rates[key] for key, name in names.items()}
+    in_gigabytes = ", ".join(f"{name} {rounded(rate / 1e9, 4):,g}" for name, rate in named.items())
     if measured := plan.get("measured"):
-        return f"  rests on {', '.join(words)}; what this code reaches of it was measured ({measured})"
-    return f"  rests on {', '.join(words)}; what this code reaches of it is assumed: measure 20 steps before you pay"
+        reached = f"measured ({measured})"
+    elif rates["utilisation"]:
+        reached = f"{rates['utilisation']:.0%}, as --utilisation says"
+    else:
+        reached = "assumed: measure 20 steps before you pay"
+    return (
+        f"  rests on {card.name}: {peak / 1e12:g} TFLOP/s; GB/s: {in_gigabytes}; what this code reaches of it is "
+        f"{reached}"
+    )
 
 
 def notes_on(config, gpus):
@@ -199,30 +212,30 @@ def note_on_experts(plan, config):
     )
 
 
-def suggest_fix(config, gpus, planned, hardware):
+def suggest_fix(config, gpus, planned):
     """How to make a configuration fit that does not: (lines of text, the overrides or None, the number of GPUs on which
     it fits as it is or None). planned: (configuration, number of GPUs) -> plan."""
     on_these = functools.partial(planned, gpus=gpus)
     change, plan = cheapest_change(config, gpus, on_these)
     if change:
-        lines = [f"the cheapest change that fits: {in_flags(change)}", f"  {effect(plan, hardware, gpus)}"]
+        lines = [f"the cheapest change that fits: {in_flags(change)}", f"  {effect(plan)}"]
     elif fastest(config, gpus, on_these)[0]:
         lines = ["no one or two changes are enough; --fit finds what is"]
     else:
         lines = ["no other saving is enough on these GPUs: it takes a shorter model.block_size or a smaller model"]
     more = enough_gpus(config, gpus, planned)
     if more:
-        lines += [f"or, as it is, {more} GPUs", f"  {effect(planned(config, more), hardware, more)}"]
+        plan = planned(config, more)
+        nodes = f" on {plan['nodes']} nodes" if plan["nodes"] > 1 else ""
+        lines += [f"or, as it is, {more} GPUs{nodes}", f"  {effect(plan)}"]
     else:
         lines.append("as it is, it fits on no number of GPUs")
     return lines, change, more
 
 
-def effect(plan, hardware, gpus):
+def effect(plan):
     """The memory, speed, time and cost of an advice, in one line."""
-    nodes = -(-gpus * hardware.nodes // hardware.gpus)
-    words = [f"{in_units(plan['gpu_bytes'])} of a GPU"]
-    words.append(f"{in_units(plan['cpu_bytes'] + PROCESS * gpus // nodes)} of a node's RAM")
+    words = [f"{in_round_units(plan['gpu_bytes'])} of a GPU", f"{in_round_units(needed_of_node(plan))} of a node's RAM"]
     if plan["days"]:
         words += [f"{in_digits(plan['tokens_per_second'])} tokens/s", in_time(86400 * plan["days"])]
         words.append(in_price(plan))
