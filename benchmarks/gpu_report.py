@@ -60,7 +60,8 @@ COLUMNS = {
         "raised": ("raised", str),
     },
 }
-OTHER_SIZES = ("1p5b", "llama", "qwen3", "smollm2", "olmoe")  # of `speed`: not to be compared with nanoGPT's 124M
+# of `speed`: not to be compared with nanoGPT's 124M
+OTHER_SIZES = ("1p5b", "few_tokens_1p7b", "llama", "qwen3", "smollm2", "olmoe")
 
 
 def losses_apart(found, expected):
@@ -116,7 +117,7 @@ def each_model(results):
     rows = []
     for result in results.values():
         for title, found in result.get("models", {}).items():
-            row = found | {"title": title, "failed": None, "call": result.get("call")}
+            row = {"call": result.get("call")} | found | {"title": title, "failed": None}
             reason = found.get("failed")
             row["raised" if "eager_loss" in found else "failed"] = reason
             for mode in ("eager", "compiled"):

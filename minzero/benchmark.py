@@ -6,7 +6,6 @@ metrics.jsonl, and neither evaluates nor saves.
 
 import contextlib
 import copy
-import dataclasses
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from minzero import report
-from minzero.config.deepspeed import gradient_accumulation, with_auto_values
+from minzero.config.deepspeed import gradient_accumulation
 from minzero.data.mixture import Mixture
 from minzero.data.shards import token_dtype, write_shard
 from minzero.errors import UserError
@@ -32,7 +31,7 @@ from minzero.files import ROOT, write_atomically, write_json
 from minzero.metrics import read_metrics
 from minzero.planner.memory import peak_bytes
 from minzero.planner.search import with_choice
-from minzero.planner.settings import settings_of
+from minzero.planner.settings import settings_as_run
 from minzero.planner.units import in_units
 from minzero.plot import pyplot
 
@@ -228,10 +227,7 @@ def why_not_as_asked(config, folder, log):
 def predicted_bytes(config, gpus, made):
     """plan.py's peak of the tensors on one device, with the stage, the precision, the compilation and the values of
     "auto" that the run in fact used. made: its config.json."""
-    values = made["deepspeed_auto"] | {"zero_optimization.stage": made["stage"]}
-    deepspeed = with_auto_values(config.deepspeed, values)
-    settings = settings_of(dataclasses.replace(config, deepspeed=deepspeed), gpus, memory=None)
-    return peak_bytes(dataclasses.replace(settings, precision=made["precision"], compiled=made["compiled"]))
+    return peak_bytes(settings_as_run(config, gpus, made))
 
 
 def measure(config, gpus, steps, warmup, folder, on_gpu, **launching):
@@ -253,6 +249,7 @@ def measure(config, gpus, steps, warmup, folder, on_gpu, **launching):
     result["cpu_bytes"] = last.get("peak_cpu_bytes") or (None if on_gpu else last["peak_memory_bytes"])
     result["predicted_bytes"] = predicted_bytes(config, gpus, made)
     result |= {name: made[name] for name in ("precision", "kernels", "compiled", "versions")}
+    result["config"] = made  # plan.py --measured reads it
     # resident memory holds Python, torch and what the allocator keeps: no measure of the tensors
     result["error"] = result["predicted_bytes"] / result["allocated_bytes"] - 1 if on_gpu else None
     return result

@@ -5,6 +5,7 @@ torch.cuda.get_device_properties, as torch's messages "GPU 0 has a total capacit
 drivers differ by up to 0.3 GiB (error correction, reserved pages), the smaller value that is common."""
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
 
@@ -37,6 +38,17 @@ class Card:
     has_bf16: bool = True
     price: float | None = None  # dollars for one GPU and hour, on demand
     priced: str | None = None  # where and when the price was published
+
+    @property
+    def is_cpu(self):
+        return self.name == "CPU"
+
+    @property
+    def precision(self):
+        """Which one "auto" is here."""
+        if self.is_cpu:
+            return "fp32"
+        return "bf16" if self.has_bf16 else "fp16"
 
 
 # ---- what several rows share
@@ -148,6 +160,28 @@ def row(name, names, device, sold_gb, gib, hbm, of_chip, of_node, price=None, pr
     fields["source"] += f"; node: {of_node}"
     return Card(name, tuple(names.split()), device, sold_gb, gib * GiB, hbm=hbm * 1e9, **fields)
 
+
+# One process on a CPU, for runs on a laptop. Its rates are those of a thread of an ordinary server, and mean nothing
+# without --measured, which scales them; node and memory are this machine's.
+CPU = Card(
+    name="CPU",
+    names=("cpu",),
+    device=r"^cpu$",
+    sold_gb=0,
+    memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+    bf16=25e9,
+    tf32=50e9,
+    fp8=None,
+    hbm=10e9,
+    link=1e9,
+    pcie=10e9,
+    network=1e9,
+    node_gpus=len(os.sched_getaffinity(0)),
+    node_memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+    products=1.0,
+    attention=0.3,
+    source="one thread of a server",
+)
 
 # name, names, device, GB sold, GiB, memory's GB/s, chip, node, price, its source; the first whose device matches counts
 CARDS = (

@@ -14,7 +14,7 @@ def plan_run(config, hardware, assumptions=None, code=None):
     """All there is to say about one setting, as `plan.py --json` prints it. Sizes are in bytes, of one GPU (gpu_) or
     one node (cpu_). Raises UserError for a model that the replay does not know."""
     assumptions = (assumptions or Assumptions()).on(hardware.card)
-    settings = settings_of(config, hardware.gpus, hardware.memory_bytes)
+    settings = settings_of(config, hardware.gpus, hardware.memory_bytes, hardware.card)
     engine = replayed(settings)
     memory, parameters = engine.memory, engine.size
     by_size = sorted(((total, phase) for phase, (total, _) in memory.peaks.items()), reverse=True)

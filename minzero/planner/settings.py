@@ -1,5 +1,6 @@
 """One training setting as the planner sees it: the keys of a configuration that change memory or speed."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from minzero.config.deepspeed import (
@@ -105,13 +106,16 @@ def gradient_accumulation_steps(config, gpus):
     return -(-config.train.global_batch_tokens // tokens_at_once)
 
 
-def settings_of(config, gpus, memory):
+def settings_of(config, gpus, memory, card=None):
     """The Settings of a run's configuration on this many GPUs. memory: bytes of one, by which "auto" is resolved; None
-    where nothing is "auto". Raises UserError for a model too deep to be planned."""
+    where nothing is "auto". card: decides what precision and compile "auto" are; None: one with bf16. Raises UserError
+    for a model too deep to be planned."""
     train = config.train
     if config.model.n_layer > MOST_LAYERS:
         raise UserError(f"model.n_layer: found {config.model.n_layer}, expected at most {MOST_LAYERS} to be planned")
-    precision = "bf16" if train.precision == "auto" else train.precision
+    precision = train.precision
+    if precision == "auto":
+        precision = card.precision if card else "bf16"
     accumulation = gradient_accumulation_steps(config, gpus)
     values = auto_values(config, gpus, precision, memory, accumulation)
     deepspeed = with_auto_values(config.deepspeed, values)
@@ -134,9 +138,18 @@ def settings_of(config, gpus, memory):
         offload_ratio=offload_ratio(zero),
         offload_param=offload_device(zero, "offload_param") != "none",
         overlap_comm=overlap_comm,
-        compiled=train.compile is not False,
+        compiled=train.compile is True or (train.compile == "auto" and not (card and card.is_cpu)),
         # checkpoint.py copies no optimizer that lives on NVMe: memory may not hold it
         save_in_background=train.save_in_background and offload_device(zero, "offload_optimizer") != "nvme",
         accumulation_bytes={"fp32": 4, "bf16": 2, "fp16": 2}.get(accumulated_type),
         **{field: zero[key] for key, field in ZERO_KEYS.items() if key in zero},
     )
+
+
+def settings_as_run(config, gpus, made):
+    """The Settings of a run that was made, with its stage, precision, compilation and values of "auto". config: a
+    Config; made: the run's config.json."""
+    values = made["deepspeed_auto"] | {"zero_optimization.stage": made["stage"]}
+    deepspeed = with_auto_values(config.deepspeed, values)
+    settings = settings_of(dataclasses.replace(config, deepspeed=deepspeed), gpus, memory=None)
+    return dataclasses.replace(settings, precision=made["precision"], compiled=made["compiled"])

@@ -9,7 +9,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 
 from minzero.config.sections import Recomputation
-from minzero.planner.memory import checkpoint_bytes, offloaded_activations, offloaded_elements, replayed
+from minzero.planner.memory import checkpoint_bytes, offloaded_activations, offloaded_elements
 from minzero.sizes import (
     attention_flops_per_token,
     count_parameters,
@@ -49,6 +49,24 @@ class Code:
     hidden: float = 0.3  # share of the communication behind products that overlap_comm hides: both need the memory
     pace: float = 1.0  # how many times as long products, attention and memory traffic take
     source: str | None = None  # of a measured run
+
+
+# On CPUs: gloo's calls, and no queue of kernels that a host could fall behind of.
+ON_CPU = Code(
+    moved_eager=10,
+    optimizer_bytes=150,
+    host_eager=4e-3,
+    host_zero12=1e-3,
+    host_zero3=3e-3,
+    host_step=5e-3,
+    latency=200e-6,
+    hidden=0.0,
+)
+
+
+def code_on(card):
+    """The Code of a card, where nothing was measured."""
+    return ON_CPU if card.is_cpu else Code()
 
 
 @dataclass
@@ -228,7 +246,8 @@ def offload_seconds(settings, engine, hardware, rates, code):
 
 def step_time(settings, engine, hardware, assumptions, code=None):
     """The StepTime of one optimizer step. engine: the replayed one (memory.replayed). Hardware must have a card."""
-    s, card, code = settings, hardware.card, code or Code()
+    s, card = settings, hardware.card
+    code = code or code_on(card)
     rates = assumptions.on(card)
     accumulation = s.gradient_accumulation_steps
     products, attention = product_seconds(s, card), attention_seconds(s, card)

@@ -82,5 +82,5 @@ def advice(config, hardware, precision):
 
 def sent_in_a_step(config, hardware):
     """Bytes that a rank sends in a step."""
-    settings = settings_of(config, hardware.gpus, hardware.memory_bytes)
+    settings = settings_of(config, hardware.gpus, hardware.memory_bytes, hardware.card)
     return communicated_bytes(settings, replayed(settings))

@@ -148,7 +148,7 @@ def test_advice():
     assert "times less, with gradients added up in 16 bits;" in line
     times = float(line.split("send ")[1].split()[0])
     accumulation = config.train.global_batch_tokens // config.model.block_size // 16
-    # two gatherings and a reduction of each micro-batch against two a step; at the turn a block needs no second gathering
+    # two gatherings and a reduction of each micro-batch against two a step, but the last blocks are gathered once
     assert 0.93 * 3 * accumulation / 2 < times < 3 * accumulation / 2
     assert "16 bits" not in (advice(config, nodes, "fp32") or "")
     assert advice(config, Hardware(16, 2, 80 * GiB), "bf16") is None, "no speed is known"

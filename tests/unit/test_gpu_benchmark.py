@@ -85,9 +85,10 @@ def test_models_of_other_families():
         assert config.model.block_size == 2048 and config.train.compile is True and config.train.kernels == "torch"
         assert config.train.micro_batch_size <= 16
     assert rows["qwen3_0p6b"].model.vocab_size == 151936 and rows["olmoe_0p4b"].model.n_expert == 32
-    results = {name: {"tokens_per_second": 1.0, "flops_per_token": 1.0} for name in ("nanogpt_eager", *rows)}
+    names = ["nanogpt_eager", *rows, "few_tokens_1p7b_stage1_eager"]
+    results = {name: {"tokens_per_second": 1.0, "flops_per_token": 1.0} for name in names}
     found = gpu_report.with_ratios("speed", results, lambda result: None)
-    assert ["of_nanogpt" in row for row in found] == [True] + 4 * [False]
+    assert ["of_nanogpt" in row for row in found] == [True] + 5 * [False]
 
 
 def test_ratios():
@@ -142,6 +143,9 @@ def test_parity_of_bf16_and_float32(title, monkeypatch):
     rows = gpu_report.each_model({"row": results | {"title": "row", "failed": benchmark.OUT_OF_TIME}})
     assert [bool(row["failed"]) for row in rows] == [True, False, True]
     assert rows[1]["raised"] == found["failed"] and rows[1]["eager_again"] == "same bits"
+    models = {"of an earlier call": {"call": 1}, "of this one": {}}
+    rows = gpu_report.each_model({"row": {"models": models, "failed": None, "call": 2}})
+    assert [row["call"] for row in rows] == [1, 2]
 
 
 def test_experts_of_a_token_are_the_same_in_every_precision():
