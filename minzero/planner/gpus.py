@@ -73,11 +73,7 @@ def rented(options):
 def more_of(hardware, options, gpus):
     """The Hardware of another number of the same GPUs, on nodes as full as the flags say or as usual, the last of which
     may be less full. options: of `rented`, which gave `hardware`."""
-    of_node = (
-        hardware.gpus // options.nodes
-        if options.nodes
-        else max(hardware.card.node_gpus, hardware.gpus // hardware.nodes)
-    )
+    of_node = hardware.gpus // options.nodes if options.nodes else hardware.card.node_gpus
     nodes = -(-gpus // of_node)
     share = min(1, gpus / nodes / hardware.card.node_gpus)
     cpu_bytes = hardware.cpu_bytes if options.cpu_memory else share * hardware.card.node_memory

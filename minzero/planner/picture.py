@@ -31,18 +31,23 @@ def candidates(config):
 
 
 def draw(config, planned, hardware, picture):
+    """The `figure_of` as a file. picture: a path; its extension is the format. Raises OSError and ValueError."""
+    figure = figure_of(config, planned, hardware)
+    figure.savefig(picture, dpi=110)
+    pyplot().close(figure)
+
+
+def figure_of(config, planned, hardware):
     """Bars of one GPU's memory at its peak, by part, and of the time of the run, for every candidate; beside them the
-    numbers, the RAM of a node and the cost. What does not fit is grey. A bar too long for its axis ends in an arrow.
-    planned: configuration -> its plan. picture: a path; its extension is the format. Raises OSError and ValueError."""
+    numbers, the RAM of a node and the cost. planned: configuration -> its plan."""
     plt = pyplot()
     names, plans = zip(*((name, planned(candidate)) for name, candidate in candidates(config)), strict=True)
     height = 2.4 + 0.29 * len(plans)
     figure, (memory, sizes, time, costs) = plt.subplots(
         1, 4, sharey=True, figsize=(15, height), layout="constrained", width_ratios=(5, 1.9, 3, 1.9)
     )
-    draw_memory(memory, plans, hardware)
+    cut = [draw_memory(memory, plans, hardware), draw_time(time, plans)]
     write_columns(sizes, plans, sizes_of)
-    draw_time(time, plans)
     write_columns(costs, plans, costs_of)
     memory.set(yticks=range(len(plans)), yticklabels=names, ylim=(len(plans) - 0.4, -0.6))
     own = planned(config)
@@ -51,14 +56,19 @@ def draw(config, planned, hardware, picture):
         label.set_weight("bold" if same_setting(plan, own) else "normal")
     batch = f"micro-batch of {config.train.micro_batch_size} x {config.model.block_size:,} tokens"
     price = "" if hardware.price is None else f", ${hardware.price:g} a GPU and hour"
+    meanings = {
+        "bold: the setting that was planned": any(same_setting(plan, own) for plan in plans),
+        "grey: does not fit (red: what is too much)": not all(plan["fits"] for plan in plans),
+        "arrow: longer than the axis": any(cut),
+    }
     figure.suptitle(
         f"{in_count(own['parameters'])} parameters on {hardware.gpus} x {hardware.gpu}, {batch}, "
         f"{in_count(config.train.max_tokens)} tokens{price}\n"
-        "grey: does not fit (red: what is too much); bold: the setting that was planned"
+        + "; ".join(meaning for meaning, is_there in meanings.items() if is_there)
     )
-    figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
+    if any(memory.get_legend_handles_labels()):
+        figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=10)
+    return figure
 
 
 def same_setting(plan, other):
@@ -68,7 +78,7 @@ def same_setting(plan, other):
 
 
 def draw_memory(axes, plans, hardware):
-    """The parts of a GPU's memory, and its end where that is near."""
+    """The parts of a GPU's memory, and its end where that is near. Returns whether a bar is cut off."""
     largest = max(plan["gpu_bytes"] for plan in plans)
     unit, unit_name = (GiB, "GiB") if largest >= GiB else (2**20, "MiB")
     gpu_size = hardware.memory_bytes / unit
@@ -89,11 +99,11 @@ def draw_memory(axes, plans, hardware):
     else:
         title = f"memory of one GPU at its peak (it has {hardware.gibibytes} GiB)"
     axes.set(xlim=(0, end), xlabel=unit_name, title=title)
-    mark_cut(axes, [plan["gpu_bytes"] / unit for plan in plans], end)
+    return mark_cut(axes, [plan["gpu_bytes"] / unit for plan in plans], end)
 
 
 def draw_time(axes, plans):
-    """The time of the run, and its cost."""
+    """The time of the run. Returns whether a bar is cut off."""
     days = [plan["days"] for plan in plans]
     fitting = [plan["days"] for plan in plans if plan["fits"]]
     end = 86400 * min(1.05 * max(days), LONGEST * min(fitting or days))
@@ -107,13 +117,14 @@ def draw_time(axes, plans):
     title = "time (green: the fastest that fits)" if fitting else "time, if it did fit"
     axes.set(xlim=(0, end), xlabel=unit, title=title)
     axes.tick_params(axis="y", length=0)
-    mark_cut(axes, times, end)
+    return mark_cut(axes, times, end)
 
 
 def mark_cut(axes, lengths, end):
-    """An arrow at the end of each bar that is longer than the axis."""
+    """An arrow at the end of each bar that is longer than the axis. Returns whether there is one."""
     rows = [row for row, length in enumerate(lengths) if length > end]
     axes.plot([0.988 * end] * len(rows), rows, linestyle="none", marker=">", color="white", markersize=6)
+    return bool(rows)
 
 
 def sizes_of(plan):
