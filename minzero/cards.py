@@ -57,7 +57,7 @@ class Card:
 # Shares of a chip's peak that this code's kernels reach: `products` large matrix products, `attention` flash attention,
 # by the FLOPs of the half that is not masked. From Hopper on the peak is higher than the power that a card may take
 # allows for long, and what attention does between its products did not become faster as they did (docs/planner.md).
-EARLIER, FROM_HOPPER = {"products": 0.80, "attention": 0.30}, {"products": 0.70, "attention": 0.19}
+EARLIER, FROM_HOPPER = {"products": 0.80, "attention": 0.31}, {"products": 0.70, "attention": 0.19}
 
 
 def chip(bf16, tf32, fp8, source, has_bf16=True, reached=EARLIER):

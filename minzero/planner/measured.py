@@ -26,9 +26,9 @@ TOGETHER = (
     ("host_compiled", "host_eager", "host_zero12", "host_zero3", "host_step"),
     ("optimizer_bytes", "cpu_adam_bytes"),
 )
-# How much a group's factor may differ from the others' rather than leave an error: the square of a relative error of
-# a step's time against the square of a logarithm.
-ALIKE = 0.02
+# What a factor costs, rather than an error that it takes away: the square of its logarithm, against the square of a
+# relative error of a step's time.
+COST = 0.02
 
 
 class Seen(NamedTuple):
@@ -108,7 +108,8 @@ def seen(made, seconds, optimizer, source):
 def calibrated(measured, assumptions):
     """The Code with which these Seen take as long as they did: one factor for each group of TOGETHER, found by trying
     larger and smaller ones in turn, with smaller changes as none helps."""
-    code = code_on(measured[0].hardware.card)
+    card = measured[0].hardware.card
+    code = code_on(card)
     engines = [replayed(one.settings) for one in measured]
     logarithms = [0.0] * len(TOGETHER)
 
@@ -123,8 +124,9 @@ def calibrated(measured, assumptions):
         total = 0.0
         for one, engine in zip(measured, engines, strict=True):
             total += square_of_error(step_time(one.settings, engine, one.hardware, assumptions, found), one)
-        mean = statistics.mean(logarithms)
-        return total / len(measured) + ALIKE * sum((logarithm - mean) ** 2 for logarithm in logarithms)
+        # on a CPU all is done by the same cores, and a slower one is slower at everything
+        usual = statistics.mean(logarithms) if card.is_cpu else 0
+        return total / len(measured) + COST * sum((logarithm - usual) ** 2 for logarithm in logarithms)
 
     size, least = 0.5, badness(logarithms)
     while size > 1e-3:

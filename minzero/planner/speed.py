@@ -30,7 +30,7 @@ class Code:
     some of it (measured.py)."""
 
     # bytes of a GPU's memory read and written for each byte that a block keeps for its backward pass
-    moved_compiled: float = 8.5
+    moved_compiled: float = 9
     moved_eager: float = 12.5
     logit_bytes: float = 20  # for each logit, of the same
     # for each parameter of a rank in a step: gradients are added up, widened and their norm is taken; Adam reads and
@@ -46,7 +46,7 @@ class Code:
     host_step: float = 10e-3
     nccl: float = 0.8  # share of a link's bytes/s that large messages reach
     latency: float = 30e-6  # seconds of a call at the least, for each doubling of the ranks
-    hidden: float = 0.3  # share of the communication behind products that overlap_comm hides: both need the memory
+    hidden: float = 0.2  # share of the communication behind products that overlap_comm hides: both need the memory
     pace: float = 1.0  # how many times as long products, attention and memory traffic take
     source: str | None = None  # of a measured run
 
@@ -88,14 +88,15 @@ class Assumptions:
 
 @dataclass
 class StepTime:
-    """Seconds of one optimizer step. Of the micro-batches compute or launches count, whichever is longer; the optimizer
-    begins when the last has ended, and its gradients' norm is known."""
+    """Seconds of one optimizer step. A GPU works while its host launches what comes next, and waits where that takes
+    longer; the optimizer begins when the last micro-batch has ended, and its gradients' norm is known."""
 
     products: float  # matrix products, of all micro-batches as all others here
     attention: float
     traffic: float  # memory traffic between the products
     optimizer: float  # of the GPU: Adam and what goes with it
     host: float  # launches
+    waiting: float  # of those, the seconds in which the GPU has nothing to do; on a CPU all
     communication: float
     hidden: float  # of the communication, behind compute or launches
     offload: float  # copies to and from the CPU, and Adam on it
@@ -108,7 +109,7 @@ class StepTime:
     @property
     def seconds(self):
         exposed = self.communication - self.hidden
-        return max(self.forward_backward, self.host) + self.optimizer + exposed + self.offload
+        return self.forward_backward + self.waiting + self.optimizer + exposed + self.offload
 
     @property
     def bound_by(self):
@@ -117,7 +118,7 @@ class StepTime:
             "compute": self.forward_backward + self.optimizer,
             "communication": self.communication - self.hidden,
             "offload": self.offload,
-            "host": self.host,
+            "host": self.host if self.waiting else 0,
         }
         return max(parts, key=parts.get)
 
@@ -260,14 +261,17 @@ def step_time(settings, engine, hardware, assumptions, code=None):
     if s.offload_optimizer:
         on_gpu -= offloaded_elements(s, engine.size)
     each, once = communication_seconds(s, engine, hardware, rates, code)
-    busy = max(code.pace * (products + attention + traffic), host_seconds(s, code))
+    gpu, host = code.pace * (products + attention + traffic), host_seconds(s, code)
+    waiting = host if card.is_cpu else max(0, host - gpu)
+    busy = gpu + waiting
     hidden = code.hidden * min(each, busy) if s.overlap_comm else 0
     return StepTime(
         products=accumulation * code.pace * products,
         attention=accumulation * code.pace * attention,
         traffic=accumulation * code.pace * traffic,
         optimizer=code.optimizer_bytes * on_gpu / card.hbm,
-        host=accumulation * host_seconds(s, code) + code.host_step,
+        host=accumulation * host + code.host_step,
+        waiting=accumulation * waiting + code.host_step,
         communication=accumulation * each + once,
         hidden=accumulation * hidden,
         offload=offload_seconds(s, engine, hardware, rates, code),
@@ -280,7 +284,7 @@ def seconds_between_steps(config, settings, engine, step, hardware, assumptions)
     train, steps = config.train, steps_of(config)
     evaluations = steps // train.eval_every + 1 if train.eval_every else 1
     sent = (step.communication - step.hidden) * FORWARD
-    forward = (max(step.forward_backward, step.host) * FORWARD + sent) / train.global_batch_tokens
+    forward = ((step.forward_backward + step.waiting) * FORWARD + sent) / train.global_batch_tokens
     saves = steps // train.save_every + 1 if train.save_every else 1
     written = checkpoint_bytes(settings, engine.size) / hardware.nodes / assumptions.disk
     saving = 0 if train.save_in_background else saves * written
