@@ -73,16 +73,18 @@ class Fitter:
 
     @property
     def variants(self):
-        """[(number, Config)] of all settings beside the micro-batch that train.py takes, the given one first. Of
-        offloaded optimizers and recomputation each is tried with each."""
+        """[(number, Config)] of all settings beside the micro-batch that train.py takes: those of CHOICES, each with
+        each kind of recomputation, and the given one. Of equally fast ones the first counts."""
         if self.all_variants is None:
-            found = [] if zero_stage(self.config.deepspeed) == "auto" else [self.config]
+            found = []
             for stage, offload in CHOICES:
                 for recompute, activation_offload in [*((value, False) for value in RECOMPUTED), *MORE_RECOMPUTED]:
                     variant = with_choice(self.config, stage, offload, recompute, 1)
                     variant.train.activation_offload = activation_offload
                     variant.model = self.config.model
                     found.append(variant)
+            if zero_stage(self.config.deepspeed) != "auto":
+                found.append(self.config)
             self.all_variants = list(enumerate(variant for variant in found if is_accepted(variant)))
         return self.all_variants
 
@@ -129,7 +131,7 @@ class Fitter:
         return larger if is_faster else None
 
     def hopeful(self, hardware, tokens, sizes):
-        """[(tokens/s with the largest possible micro-batch, number, Config, the possible micro-batches)] of the variants
+        """[(tokens/s with the largest possible micro-batch, number, Config, possible micro-batches)] of the variants
         that fit with the smallest, the fastest first. Where one does not fit, smaller buffers are tried."""
         found = []
         precision = precision_on(hardware, self.config)

@@ -79,10 +79,3 @@ def on_card(card, memory, gpus, options):
     cpu_bytes = share * card.node_memory if options.cpu_memory is None else options.cpu_memory * GiB
     price = card.price if options.price is None else options.price
     return Hardware(gpus, nodes, memory, card, price, cpu_bytes)
-
-
-def in_units(size):
-    """Bytes as text: 1,234.56 GiB or 45.6 MiB."""
-    if size >= GiB:
-        return f"{size / GiB:,.2f} GiB"
-    return f"{size / 2**20:.1f} MiB"

@@ -34,6 +34,8 @@ def plan_run(config, hardware, assumptions=None, code=None, replay=replayed):
     cpu_bytes_range = cpu_memory(settings, parameters, ranks)
     fits_gpu, fits_cpu = room_in(settings, engine, hardware)
     return {
+        "gpus": hardware.gpus,
+        "nodes": hardware.nodes,
         "parameters": parameters,
         "active_parameters": count_parameters(config.model)[1] if config.model.n_expert else parameters,
         "gpu_bytes": gpu_bytes,

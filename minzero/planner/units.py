@@ -4,8 +4,15 @@ import math
 
 from minzero.cards import GiB
 
-# The name of a unit of time and its seconds, the longest first.
-TIMES = (("years", 365 * 86400), ("days", 86400), ("hours", 3600), ("minutes", 60), ("s", 1), ("ms", 1e-3))
+# Units of time, the longest first: (name, the least that is said in it, seconds).
+TIMES = (
+    ("years", 1, 365 * 86400),
+    ("days", 1, 86400),
+    ("hours", 1, 3600),
+    ("minutes", 2, 60),
+    ("s", 0.1, 1),
+    ("ms", 0.001, 1e-3),
+)
 LARGE_NUMBERS = ((1e15, " quadrillion"), (1e12, " trillion"), (1e9, " billion"), (1e6, " million"))
 
 
@@ -23,12 +30,11 @@ def in_digits(value, digits=3):
 
 
 def in_time(seconds):
-    """Seconds as text, in the unit that fits: 1.2 years, 12 days, 2.3 hours, 1.5 minutes, 46 s, 0.25 s, 33 ms. Two
+    """Seconds as text, in the unit that fits: 1.2 years, 12 days, 2.3 hours, 2.5 minutes, 46 s, 0.25 s, 33 ms. Two
     digits, and all before the point."""
-    for unit, length in TIMES:
+    for unit, least, length in TIMES:
         value = rounded(seconds / length, 2)
-        least = 0.1 if unit == "s" else 1
-        if value >= least or (unit == "ms" and value):
+        if value >= least:
             return f"{in_digits(value, 2) if value < 100 else f'{seconds / length:,.0f}'} {unit}"
     return "0"
 
@@ -44,9 +50,9 @@ def in_units(size):
     return f"{size:,.0f} bytes" if size else "0"
 
 
-def in_rate(rate):
-    """Bytes/s as text: 3,350 GB/s, 0.39 GB/s."""
-    return f"{in_digits(rate / 1e9, 4 if rate >= 1e12 else 3)} GB/s"
+def in_round_units(size):
+    """Bytes as text, of sizes that are limits or estimates: 2,048 GiB, 71.2 GiB, 3 GiB."""
+    return in_units(size) if size < GiB else f"{rounded(size / GiB, 4 if size >= 1000 * GiB else 3):,g} GiB"
 
 
 def in_count(number):
@@ -61,6 +67,7 @@ def in_money(dollars):
     """Dollars as text: $2.08 million, $56,000, $912, $5.20, under a cent."""
     if 0 < dollars < 0.01:
         return "under a cent"
-    if rounded(dollars, 3) >= 1e6:
-        return f"${in_count(dollars)}"
+    for least, name in LARGE_NUMBERS:
+        if rounded(dollars, 3) >= least:
+            return f"${in_digits(dollars / least)}{name}"
     return f"${dollars:,.2f}" if dollars < 100 and dollars != round(dollars) else f"${rounded(dollars, 3):,.0f}"
