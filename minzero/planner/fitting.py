@@ -26,6 +26,7 @@ from minzero.sizes import count_parameters
 # Of train.activation_checkpointing and train.activation_offload, beside RECOMPUTED.
 MORE_RECOMPUTED = ((3, False), (2, False), (True, True))
 
+BUFFERS = ["buckets", "gathered"]  # parts that smaller buffers shrink
 WORTH_A_LINE = 1.05  # times as fast
 
 
@@ -110,13 +111,19 @@ class Fitter:
         legal = legal_batch(self.config, hardware.gpus)
         tokens, sizes = legal.train.global_batch_tokens, micro_batches(legal, hardware.gpus)
         best, best_config = 0, None
-        for most, number, variant, possible in self.hopeful(hardware, tokens, sizes):
+        for most, number, variant, possible, reached in self.hopeful(hardware, tokens, sizes):
             if most <= best:
                 break
             size = self.largest_that_fits(number, variant, hardware, possible)
-            speed = self.speed(number, variant, hardware, size) if size else 0
-            if speed > best:
-                best, best_config = speed, with_batch(variant, size, tokens)
+            if size and (speed := self.speed(number, variant, hardware, size)) > best:
+                best, best_config = speed, with_batch(variant, size)
+            for larger in [other for other in reached if other > (size or 0)][-1:]:
+                if self.speed(number, variant, hardware, larger, sizes[-1]) <= best:
+                    continue
+                number, variant = -1 - number, with_batch(self.shrunk(number), larger, tokens)
+                fits = self.excess(number, variant, hardware, larger) <= 0
+                if fits and (speed := self.speed(number, variant, hardware, larger)) > best:
+                    best, best_config = speed, variant
         if best_config is None:
             return None, None
         return self.plan(best_config, hardware), best_config
@@ -131,27 +138,24 @@ class Fitter:
         return larger if is_faster else None
 
     def hopeful(self, hardware, tokens, sizes):
-        """[(tokens/s with the largest possible micro-batch, number, Config, possible micro-batches)] of the variants
-        that fit with the smallest, the fastest first. Where one does not fit, smaller buffers are tried."""
+        """[(tokens/s at the most, number, Config, micro-batches that are possible, those that are with smaller
+        buffers)] of the variants that may fit, the fastest first."""
         found = []
         precision = precision_on(hardware, self.config)
         for number, variant in self.variants:
             if not goes_with(variant, precision):
                 continue
             variant = with_batch(variant, sizes[-1], tokens)
-            excess = self.excess(number, variant, hardware, sizes[-1])
-            if excess > 0 and excess < self.held_in_buffers(number, variant, hardware, sizes[-1]):
-                number, variant = -1 - number, with_batch(self.shrunk(number), sizes[-1], tokens)
-                excess = self.excess(number, variant, hardware, sizes[-1])
-            possible = self.possible(number, variant, hardware, sizes, excess)
-            if possible:
-                most = self.speed(number, variant, hardware, possible[0], sizes[-1])
-                found.append((most, number, variant, possible))
+            possible = self.possible(number, variant, hardware, sizes)
+            reached = self.possible(number, variant, hardware, sizes, smaller=True)
+            if reached:
+                most = self.speed(number, variant, hardware, reached[0], sizes[-1])
+                found.append((most, number, variant, possible, reached))
         return sorted(found, key=lambda one: -one[0])
 
-    def possible(self, number, variant, hardware, sizes, excess):
-        """The micro-batches that may fit, the largest first. excess: bytes that a GPU lacks with the smallest. At each
-        peak of its replay activations grow with the micro-batch, and nothing shrinks, but for gradients: those of a
+    def possible(self, number, variant, hardware, sizes, smaller=False):
+        """The micro-batches that may fit, the largest first. smaller: with smaller buffers. At each peak of the replay
+        with the smallest one, activations grow with the micro-batch, and nothing shrinks, but for gradients: those of a
         step's only micro-batch are not added up, and may be narrower."""
         smallest = self.settings(number, variant, hardware, sizes[-1])
         if least_bytes(smallest) > USABLE * hardware.memory_bytes:
@@ -160,12 +164,13 @@ class Fitter:
         found = []
         for size in sizes:
             grown = size / sizes[-1] - 1
-            narrower = size == sizes[0] and len(sizes) > 1
+            shrinking = ["gradients"] if size == sizes[0] and len(sizes) > 1 else []
+            shrinking += BUFFERS if smaller else []
             least = max(
-                total + grown * held.get("activations", 0) - narrower * held.get("gradients", 0)
+                total + grown * held.get("activations", 0) - sum(held.get(part, 0) for part in shrinking)
                 for total, held in peaks
             )
-            if least <= USABLE * hardware.memory_bytes and (narrower or excess <= 0):
+            if least <= USABLE * hardware.memory_bytes:
                 found.append(size)
         return found
 
@@ -176,8 +181,8 @@ class Fitter:
         def fits(size):
             return {"fits": self.excess(number, variant, hardware, size) <= 0}
 
-        if fits(sizes[0])["fits"]:
-            return sizes[0]
+        if not sizes or fits(sizes[0])["fits"]:
+            return sizes[0] if sizes else None
         return first_that_fits(sizes[1:], fits)[1]
 
     def excess(self, number, variant, hardware, size):
@@ -192,15 +197,6 @@ class Fitter:
         if not fits_gpu:
             return max(total for total, _ in engine.memory.peaks.values()) - usable
         return 0 if fits_cpu else float("inf")
-
-    def held_in_buffers(self, number, variant, hardware, size):
-        """The most bytes that smaller buffers may save: what is in buckets and gathered at the peak; 0 where it is not
-        known."""
-        settings = self.settings(number, variant, hardware, size)
-        if not settings.stage or least_bytes(settings) > USABLE * hardware.memory_bytes:
-            return 0
-        _, held = max(self.replayed(settings).memory.peaks.values(), key=lambda peak: peak[0])
-        return held.get("buckets", 0) + held.get("gathered", 0)
 
     def speed(self, number, variant, hardware, size, replayed_size=None):
         """Tokens/s of all GPUs. replayed_size: a micro-batch whose replay is there; None: this one's."""

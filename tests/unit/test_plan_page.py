@@ -184,7 +184,7 @@ def test_help_lists_every_flag(capsys):
     with pytest.raises(SystemExit) as end:
         plan.main(["--help"])
     text = capsys.readouterr().out
-    assert end.value.code == 0 and text.startswith("usage: plan.py CONFIG --gpus N")
+    assert end.value.code == 0 and text.startswith("usage: plan.py CONFIG [--gpus N]")
     flags = [action for action in plan.all_flags()._actions if action.dest != "help"]
     assert len(flags) >= 16
     for action in flags:
