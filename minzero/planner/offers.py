@@ -123,7 +123,7 @@ def answers(offers, budget=None, days=None):
     if not within:
         return nearest_to(priced or unpriced, budget, days)
     limits = [f"{in_money(budget)}"] if budget is not None else []
-    limits += [in_time(days * 86400)] if days is not None else []
+    limits += [in_days(days)] if days is not None else []
     limit = f" within {' and '.join(limits)}" if limits else ""
     found = {f"cheapest{limit}": cheapest(within)}
     most = MIDDLE * spent(cheapest(within))
@@ -139,7 +139,7 @@ def answers(offers, budget=None, days=None):
 def nearest_to(offers, budget, days):
     """The answer where nothing is within the limits."""
     limits = [f"for {in_money(budget)}"] if budget is not None else []
-    limits += [f"in {in_time(days * 86400)}"] if days is not None else []
+    limits += [f"in {in_days(days)}"] if days is not None else []
     note = f"nothing is done {' '.join(limits)}"
     if budget is not None:
         return {"cheapest": cheapest(in_limits(offers, None, days) or offers)}, [note]
@@ -151,6 +151,11 @@ def in_limits(offers, budget, days):
     return [
         offer for offer in offers if (budget is None or offer.cost <= budget) and (days is None or offer.days <= days)
     ]
+
+
+def in_days(days):
+    """A limit as it was given."""
+    return f"{days:g} day{'' if days == 1 else 's'}"
 
 
 def spent(offer):

@@ -5,6 +5,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import re
 import shlex
 
 import pytest
@@ -15,6 +16,7 @@ from minzero.config.build import build
 from minzero.config.deepspeed import gradient_accumulation
 from minzero.config.load import load_config
 from minzero.errors import UserError
+from minzero.files import ROOT
 from minzero.planner.batches import is_legal, legal_batch, micro_batches, with_batch
 from minzero.planner.fitting import Fitter
 from minzero.planner.gpus import PROCESS, nodes_of, on_card
@@ -109,7 +111,7 @@ def test_a_larger_micro_batch_is_named(capsys):
 # ---- the fastest setting
 
 
-@pytest.mark.parametrize("gpus, card, gibibytes", [(1, "4090", 0.55), (4, "h100", 0.3), (8, "t4", 0.4)])
+@pytest.mark.parametrize("gpus, card, gibibytes", [(1, "4090", 0.2), (4, "h100", 0.15), (8, "t4", 0.1)])
 def test_the_search_finds_what_trying_all_finds(gpus, card, gibibytes):
     """Of every variant and micro-batch."""
     train = {"global_batch_tokens": 64 * 512, "activation_checkpointing": 2}
@@ -125,7 +127,7 @@ def test_the_search_finds_what_trying_all_finds(gpus, card, gibibytes):
             tried = plan_run(with_batch(variant, size), hardware)
             if tried["fits"]:
                 speeds[number, size] = tried["tokens_per_second"]
-    assert 5 < len(speeds) < 0.8 * len(fitter.variants) * len(sizes), "the memory is a limit"
+    assert 5 < len(speeds) < 0.7 * len(fitter.variants) * len(sizes), "the memory is a limit"
     assert found["tokens_per_second"] >= max(speeds.values()) * (1 - 1e-9)
     assert found == plan_run(chosen, hardware) and found["fits"]
     assert is_legal(chosen, gpus) and build(chosen.to_dict(), "chosen")
@@ -137,7 +139,7 @@ def test_the_search_finds_what_trying_all_finds(gpus, card, gibibytes):
         ("gpt2-124m", "", 8, "h100"),
         ("1p5b", "", 16, "a100-40"),
         ("1p5b", "--train.activation_checkpointing 5 --train.micro_batch_size 2", 8, "h100"),
-        ("gpt2-350m", "--deepspeed.zero_optimization.overlap_comm false", 8, "4090"),
+        ("gpt2-350m", "--deepspeed.zero_optimization.overlap_comm false", 8, "l40s"),
         ("13b", "", 64, "h100"),
     ],
 )
@@ -189,11 +191,18 @@ def test_more_gpus_are_never_slower(name, cards):
         assert before
 
 
-def test_more_gpus_are_never_slower_with_one_setting():
-    config = config_of("13b", "--train.micro_batch_size", "1")
-    for card in ("h100", "l40s", "4090"):
-        speeds = [plan_run(config, usual(card, gpus))["tokens_per_second"] for gpus in (1, 2, 4, 8, 16, 32, 64, 136)]
-        assert speeds == sorted(speeds)
+@pytest.mark.parametrize("card, always", [("h100", True), ("mi300x", True), ("l40s", False), ("4090", False)])
+def test_more_gpus_with_one_setting(card, always):
+    """ZeRO-3 with one sequence at a time: all weights are gathered for 2,048 tokens. With NVLink more GPUs are never
+    slower. Over PCIe, and over Ethernet between nodes, gathering takes longer than computing: the first step to several
+    GPUs, or nodes, is slower, which is physical. --fit takes another setting there."""
+    config, slower = config_of("13b", "--train.micro_batch_size", "1"), 0
+    plans = [plan_run(config, usual(card, gpus)) for gpus in (1, 2, 4, 8, 16, 32, 64, 136)]
+    for fewer, more in itertools.pairwise(plans):
+        if more["tokens_per_second"] < fewer["tokens_per_second"]:
+            slower += 1
+            assert more["bound_by"] == "communication" and (fewer["gpus"] == 1 or more["nodes"] > fewer["nodes"])
+    assert not slower if always else slower
 
 
 @pytest.mark.parametrize("name", ["gpt2-124m", "1p5b"])
@@ -238,7 +247,7 @@ def test_more_memory_is_never_worse(name, card):
 def test_no_plan_takes_more_ram_than_there_is(capsys):
     """175B on one GPU: its offload takes thousands of GiB."""
     text, found = said(capsys, "configs/175b.json --gpus 1")
-    assert found["cheapest_change"] is None and "offload" not in text.split("DOES NOT FIT")[1]
+    assert found["cheapest_change"] is None and "zero_optimization.offload" not in text
     with pytest.raises(UserError, match="--fit: nothing fits"):
         plan.main("configs/175b.json --gpus 1 --fit".split())
     _, found = said(capsys, "configs/175b.json --gpus 1 --cpu_memory 20000 --gpu b200")
@@ -298,7 +307,7 @@ def test_budget_and_days_are_kept(offers):
     assert notes == ["nothing is done for $0.01"] and list(found) == ["cheapest"]
     assert found["cheapest"].cost == min(offer.cost for offer in priced)
     found, notes = answers(offers, days=1e-6)
-    assert notes == ["nothing is done in 86 ms"] and list(found) == ["fastest"]
+    assert notes == ["nothing is done in 1e-06 days"] and list(found) == ["fastest"]
     unpriced = [offer for offer in offers if offer.cost is None]
     found, notes = answers(unpriced)
     assert "ranked by GPU hours" in notes[0]
@@ -326,6 +335,13 @@ def test_printed_commands_give_the_same_numbers(capsys, arguments):
             assert again[key] == offer[key], key
         config = load_config(shlex.split(offer["command"].split(" train.py ")[1]))
         assert gradient_accumulation(config, offer["gpus"]) == offer["gradient_accumulation_steps"]
+
+
+def test_the_guide_shows_what_is_printed(capsys):
+    """The example of docs/planner.md."""
+    text = (ROOT / "docs" / "planner.md").read_text()
+    command, shown = re.search(r"\$ python plan.py (.* --days .*)\n((?:.+\n|\n)*?)```", text).groups()
+    assert said(capsys, command)[0].startswith(shown)
 
 
 @pytest.mark.parametrize(
