@@ -128,7 +128,8 @@ def calibrated(measured, assumptions):
         usual = statistics.mean(logarithms) if card.is_cpu else 0
         return total / len(measured) + COST * sum((logarithm - usual) ** 2 for logarithm in logarithms)
 
-    size, least = 0.5, badness(logarithms)
+    # in small steps, so that what binds the step is scaled, and not what would bind it if it were far slower
+    size, least = 0.125, badness(logarithms)
     while size > 1e-3:
         tried = [[x + step for x in logarithms] for step in (size, -size)]  # all alike
         for place in range(len(logarithms)):
