@@ -217,7 +217,8 @@ def test_several_measured_rows_tell_the_parts_apart(tmp_path):
     truth = dataclasses.replace(Code(), pace=0.8, host_compiled=6e-3, host_zero3=8e-3, optimizer_bytes=400)
     few = ["--model.block_size", "128", "--train.micro_batch_size", "1", "--train.global_batch_tokens", "256"]
     measured = []
-    for place, words in enumerate(([*SMALL, "--train.micro_batch_size", "64"], [*SMALL, *few])):
+    wide = [*SMALL, "--train.micro_batch_size", "64"]
+    for place, words in enumerate((wide, ["configs/1p7b.json", *few])):
         step, _, _ = step_of(words, on_h100(1), truth)
         measured += seen_in_run(write_run(tmp_path / str(place), words, step.seconds, optimizer=step.optimizer))
     code = calibrated(measured, Assumptions())
