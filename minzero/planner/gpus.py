@@ -1,6 +1,7 @@
 """The GPUs of a plan: how many, of which card, and how much of their memory can be allocated."""
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
 from minzero.cards import Card, GiB, card_named, names_of
 from minzero.errors import UserError
@@ -60,21 +61,21 @@ def chosen_card(name, memory):
 def rented(options):
     """The Hardware of a command's flags: gpus, gpu, gpu_memory, cpu_memory, nodes, price; all but gpus may be None.
     Raises UserError."""
-    card, memory = chosen_card(options.gpu, options.gpu_memory)
-    nodes = options.nodes or -(-options.gpus // card.node_gpus)
-    if options.gpus % nodes:
-        raise UserError(f"--nodes: {nodes} does not divide --gpus {options.gpus}; give nodes of as many GPUs each")
-    share = min(1, options.gpus / nodes / card.node_gpus)  # a part of a node is rented with a part of its RAM
+    return on_card(*chosen_card(options.gpu, options.gpu_memory), options.gpus, options)
+
+
+def nodes_of(card, gpus, options):
+    """Nodes that hold so many GPUs: each has as many as --nodes says for --gpus, or as is usual."""
+    each = options.gpus / options.nodes if options.nodes else card.node_gpus
+    return math.ceil(gpus / each)
+
+
+def on_card(card, memory, gpus, options):
+    """The Hardware of so many GPUs of this card and memory, by the other flags of `rented`. Raises UserError."""
+    nodes = nodes_of(card, gpus, options)
+    if gpus % nodes:
+        raise UserError(f"--nodes: {nodes} does not divide --gpus {gpus}; give nodes of as many GPUs each")
+    share = min(1, gpus / nodes / card.node_gpus)  # a part of a node is rented with a part of its RAM
     cpu_bytes = share * card.node_memory if options.cpu_memory is None else options.cpu_memory * GiB
     price = card.price if options.price is None else options.price
-    return Hardware(options.gpus, nodes, memory, card, price, cpu_bytes)
-
-
-def more_of(hardware, options, gpus):
-    """The Hardware of another number of the same GPUs, on nodes as full as the flags say or as usual, the last of which
-    may be less full. options: of `rented`, which gave `hardware`."""
-    of_node = hardware.gpus // options.nodes if options.nodes else hardware.card.node_gpus
-    nodes = -(-gpus // of_node)
-    share = min(1, gpus / nodes / hardware.card.node_gpus)
-    cpu_bytes = hardware.cpu_bytes if options.cpu_memory else share * hardware.card.node_memory
-    return replace(hardware, gpus=gpus, nodes=nodes, cpu_bytes=cpu_bytes)
+    return Hardware(gpus, nodes, memory, card, price, cpu_bytes)

@@ -8,7 +8,7 @@ from minzero.config.deepspeed import gradient_accumulation, offload_device
 from minzero.config.sections import Recomputation
 from minzero.errors import UserError
 from minzero.planner.gpus import COMFORTABLE, PROCESS, USABLE, GiB
-from minzero.planner.search import cheapest_change, enough_gpus, fastest
+from minzero.planner.search import anything_fits, cheapest_change, enough_gpus, overrides
 from minzero.planner.settings import OTHER_ZERO_KEYS, WITHOUT_EFFECT, ZERO_KEYS
 from minzero.planner.units import in_count, in_digits, in_money, in_round_units, in_time, in_units, rounded
 from minzero.sizes import expert_sizes, wide_heads
@@ -219,7 +219,7 @@ def suggest_fix(config, gpus, planned):
     change, plan = cheapest_change(config, gpus, on_these)
     if change:
         lines = [f"the cheapest change that fits: {in_flags(change)}", f"  {effect(plan)}"]
-    elif fastest(config, gpus, on_these)[0]:
+    elif anything_fits(config, gpus, on_these):
         lines = ["no one or two changes are enough; --fit finds what is"]
     else:
         lines = ["no other saving is enough on these GPUs: it takes a shorter model.block_size or a smaller model"]
@@ -256,22 +256,19 @@ def in_flags(change):
     )
 
 
+def chosen_flags(given, config):
+    """The flags that make `config` of the given configuration, the micro-batch, recomputation and stage always."""
+    chosen = {
+        "train.micro_batch_size": config.train.micro_batch_size,
+        "train.activation_checkpointing": config.train.activation_checkpointing,
+        "deepspeed.zero_optimization.stage": config.deepspeed["zero_optimization"]["stage"],
+    }
+    return in_flags(chosen | overrides(given, config))
+
+
 def train_command(arguments, given, config, hardware):
     """The command line that runs `config`. arguments: the given ones, and `given` the configuration that they make."""
-    zero, zero_given = config.deepspeed["zero_optimization"], given.deepspeed.get("zero_optimization", {})
-    train = config.train
-    chosen = {
-        "train.micro_batch_size": train.micro_batch_size,
-        "train.activation_checkpointing": train.activation_checkpointing,
-    }
-    if train.activation_offload != given.train.activation_offload:
-        chosen["train.activation_offload"] = train.activation_offload
-    words = [in_flags(chosen | {"deepspeed.zero_optimization.stage": zero["stage"]})]
-    for name in ("offload_optimizer", "offload_param"):
-        device = "cpu" if name in zero else "none"
-        if device != offload_device(zero_given, name):
-            words.append(f"--deepspeed.zero_optimization.{name}.device {device}")
     launcher = f"deepspeed --num_gpus {hardware.gpus}"
     if hardware.nodes > 1:
         launcher = f"deepspeed --hostfile hosts --num_nodes {hardware.nodes}"
-    return f"{launcher} train.py {shlex.join(arguments)} {' '.join(words)}"
+    return f"{launcher} train.py {shlex.join(arguments)} {chosen_flags(given, config)}"
