@@ -29,10 +29,10 @@ from minzero.data.shards import token_dtype, write_shard
 from minzero.errors import UserError
 from minzero.files import ROOT, write_atomically, write_json
 from minzero.metrics import read_metrics
-from minzero.planner.gpus import in_units
 from minzero.planner.memory import peak_bytes
 from minzero.planner.search import with_choice
 from minzero.planner.settings import settings_as_run
+from minzero.planner.units import in_units
 from minzero.plot import pyplot
 
 # name on the command line: (title, stage, offload as in search.with_choice, whether all blocks are recomputed)

@@ -10,21 +10,27 @@ SUPPRESS = argparse.SUPPRESS
 LARGEST = 2**63 - 1  # the largest int64, for C code
 
 
+def form(prog):
+    """How --help is set: lines of a text stay as they are, and a flag's meaning begins in the same line."""
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=26)
+
+
 class FlagParser(argparse.ArgumentParser):
     """A command's flags. Raises UserError with one line: the flag, the value found and the values expected.
 
     about: the command in a few lines, printed above the list of its flags. expected: for commands that also take
-    overrides of the config, how the command is called. `about` is then all that --help prints, and flags must be
-    written in full."""
+    overrides of the config, how the command is called; flags must then be written in full. `about` is then all that
+    --help prints, unless there is an end: text for below the list of flags."""
 
-    def __init__(self, about, expected=None):
-        form = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=about, formatter_class=form, allow_abbrev=expected is None)
+    def __init__(self, about, expected=None, end=None):
+        super().__init__(
+            usage=expected, description=about, epilog=end, formatter_class=form, allow_abbrev=expected is None
+        )
         self.expected = expected
         self.about = about
 
     def format_help(self):
-        return self.about if self.expected else super().format_help()
+        return self.about if self.expected and not self.epilog else super().format_help()
 
     def error(self, message):
         remedy = f"expected: {self.expected}" if self.expected else f"{self.prog} --help lists the flags"

@@ -1,5 +1,6 @@
 """The GPUs of a plan: how many, of which card, and how much of their memory can be allocated."""
 
+import math
 from dataclasses import dataclass
 
 from minzero.cards import Card, GiB, card_named, names_of
@@ -60,18 +61,21 @@ def chosen_card(name, memory):
 def rented(options):
     """The Hardware of a command's flags: gpus, gpu, gpu_memory, cpu_memory, nodes, price; all but gpus may be None.
     Raises UserError."""
-    card, memory = chosen_card(options.gpu, options.gpu_memory)
-    nodes = options.nodes or -(-options.gpus // card.node_gpus)
-    if options.gpus % nodes:
-        raise UserError(f"--nodes: {nodes} does not divide --gpus {options.gpus}; give nodes of as many GPUs each")
-    share = min(1, options.gpus / nodes / card.node_gpus)  # a part of a node is rented with a part of its RAM
+    return on_card(*chosen_card(options.gpu, options.gpu_memory), options.gpus, options)
+
+
+def nodes_of(card, gpus, options):
+    """Nodes that hold so many GPUs: each has as many as --nodes says for --gpus, or as is usual."""
+    each = options.gpus / options.nodes if options.nodes else card.node_gpus
+    return math.ceil(gpus / each)
+
+
+def on_card(card, memory, gpus, options):
+    """The Hardware of so many GPUs of this card and memory, by the other flags of `rented`. Raises UserError."""
+    nodes = nodes_of(card, gpus, options)
+    if gpus % nodes:
+        raise UserError(f"--nodes: {nodes} does not divide --gpus {gpus}; give nodes of as many GPUs each")
+    share = min(1, gpus / nodes / card.node_gpus)  # a part of a node is rented with a part of its RAM
     cpu_bytes = share * card.node_memory if options.cpu_memory is None else options.cpu_memory * GiB
     price = card.price if options.price is None else options.price
-    return Hardware(options.gpus, nodes, memory, card, price, cpu_bytes)
-
-
-def in_units(size):
-    """Bytes as text: 1,234.56 GiB or 45.6 MiB."""
-    if size >= GiB:
-        return f"{size / GiB:,.2f} GiB"
-    return f"{size / 2**20:.1f} MiB"
+    return Hardware(gpus, nodes, memory, card, price, cpu_bytes)

@@ -10,21 +10,32 @@ from minzero.planner.speed import Assumptions, speed_and_cost
 from minzero.sizes import count_parameters
 
 
-def plan_run(config, hardware, assumptions=None, code=None):
+def room_in(settings, engine, hardware):
+    """(whether a GPU's memory is enough, whether the node's RAM is). engine: the replayed one."""
+    gpu_bytes = max(total for total, _ in engine.memory.peaks.values())
+    ranks = hardware.gpus // hardware.nodes  # of a node
+    _, cpu_bytes = cpu_memory(settings, engine.size, ranks)
+    fits_cpu = hardware.cpu_bytes is None or cpu_bytes + ranks * PROCESS <= hardware.cpu_bytes
+    return gpu_bytes <= USABLE * hardware.memory_bytes, fits_cpu
+
+
+def plan_run(config, hardware, assumptions=None, code=None, replay=replayed):
     """All there is to say about one setting, as `plan.py --json` prints it. Sizes are in bytes, of one GPU (gpu_) or
-    one node (cpu_). Raises UserError for a model that the replay does not know."""
+    one node (cpu_). replay: memory.replayed, or one that remembers. Raises UserError for a model that the replay does
+    not know."""
     assumptions = (assumptions or Assumptions()).on(hardware.card)
     settings = settings_of(config, hardware.gpus, hardware.memory_bytes, hardware.card)
-    engine = replayed(settings)
+    engine = replay(settings)
     memory, parameters = engine.memory, engine.size
     by_size = sorted(((total, phase) for phase, (total, _) in memory.peaks.items()), reverse=True)
     (gpu_bytes, peak_phase), (second_bytes, second_phase) = by_size[:2]
     held_at_peak = memory.peaks[peak_phase][1]
     ranks = hardware.gpus // hardware.nodes  # of a node
     cpu_bytes_range = cpu_memory(settings, parameters, ranks)
-    fits_gpu = gpu_bytes <= USABLE * hardware.memory_bytes
-    fits_cpu = hardware.cpu_bytes is None or cpu_bytes_range[1] + ranks * PROCESS <= hardware.cpu_bytes
+    fits_gpu, fits_cpu = room_in(settings, engine, hardware)
     return {
+        "gpus": hardware.gpus,
+        "nodes": hardware.nodes,
         "parameters": parameters,
         "active_parameters": count_parameters(config.model)[1] if config.model.n_expert else parameters,
         "gpu_bytes": gpu_bytes,

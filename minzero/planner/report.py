@@ -1,4 +1,4 @@
-"""A plan as a person reads it: text, notes, the command that runs it, a picture of the memory."""
+"""A plan as a person reads it: text, notes, the command that runs it. picture.py draws it."""
 
 import functools
 import json
@@ -7,19 +7,21 @@ import shlex
 from minzero.config.deepspeed import gradient_accumulation, offload_device
 from minzero.config.sections import Recomputation
 from minzero.errors import UserError
-from minzero.planner.gpus import COMFORTABLE, USABLE, GiB, in_units
-from minzero.planner.replay import PARTS
-from minzero.planner.search import CHOICES, RECOMPUTED, cheapest_change, enough_gpus, fastest, with_choice
+from minzero.planner.gpus import COMFORTABLE, PROCESS, USABLE, GiB
+from minzero.planner.search import anything_fits, cheapest_change, enough_gpus, overrides
 from minzero.planner.settings import OTHER_ZERO_KEYS, WITHOUT_EFFECT, ZERO_KEYS
-from minzero.plot import pyplot
+from minzero.planner.units import in_count, in_digits, in_money, in_round_units, in_time, in_units, rounded
 from minzero.sizes import expert_sizes, wide_heads
+
+FRAGMENTS = "the rest goes to fragments, the CUDA context and NCCL"
 
 
 def plan_text(plan, config, hardware, notes):
     """The plan as lines of text. notes: of `notes_on`."""
-    lines = [headline(plan, config, hardware), "", *memory_lines(plan, hardware)]
+    lines = [*headline(plan, config, hardware), "", *memory_lines(plan, hardware), *limit_lines(plan, hardware)]
+    lines += [cpu_memory_line(plan, hardware), f"a checkpoint on disk: {in_units(plan['checkpoint_bytes'])}"]
     if plan["tokens_per_second"]:
-        lines += speed_lines(plan, config, hardware)
+        lines += ["", *speed_lines(plan, config, hardware), rests_on(plan, config, hardware)]
     if of_experts := note_on_experts(plan, config):
         notes = [of_experts, *notes]
     lines += [f"note: {note}" for note in notes]
@@ -27,19 +29,22 @@ def plan_text(plan, config, hardware, notes):
 
 
 def headline(plan, config, hardware):
-    """The setting in one line."""
+    """The setting in two lines: the model and the GPUs, and how it is trained on them."""
     nodes = f"{hardware.nodes} node{'s' if hardware.nodes > 1 else ''}"
+    active = f" ({in_count(plan['active_parameters'])} active per token)" if config.model.n_expert else ""
     stage = f"ZeRO stage {plan['stage']}"
     if plan["offload_optimizer"]:
         stage += ", optimizer on CPU"
     if plan["offload_param"]:
         stage += ", parameters on CPU"
-    active = f" ({plan['active_parameters']:,} active per token)" if config.model.n_expert else ""
-    return (
-        f"{plan['parameters']:,} parameters{active} on {hardware.gpus} x {hardware.gpu} of {hardware.gibibytes} GiB, "
-        f"{nodes}; {stage}; micro-batch {plan['micro_batch_size']} x {config.model.block_size} tokens x "
-        f"{plan['gradient_accumulation_steps']} accumulated; {recomputed_in_words(plan['activation_checkpointing'])}"
-    )
+    steps = plan["gradient_accumulation_steps"]
+    accumulated = f"{steps:,} micro-batches a step" if steps > 1 else "one a step"
+    return [
+        f"{in_count(plan['parameters'])} parameters{active} on {hardware.gpus} x {hardware.gpu} of "
+        f"{hardware.gibibytes} GiB, {nodes}",
+        f"{stage}; micro-batch of {plan['micro_batch_size']} x {config.model.block_size:,} tokens, {accumulated}; "
+        f"{recomputed_in_words(plan['activation_checkpointing'])}",
+    ]
 
 
 def recomputed_in_words(activation_checkpointing):
@@ -54,45 +59,122 @@ def recomputed_in_words(activation_checkpointing):
 
 
 def memory_lines(plan, hardware):
+    """The parts of a GPU's memory, without those below a thousandth of it."""
+    total = plan["gpu_bytes"]
     lines = [f"memory of one GPU at its peak, in the {plan['peak_phase']} phase:"]
     for part, size in plan["gpu_parts"].items():
-        lines.append(f"  {part:12s} {in_units(size):>13s}  {'#' * round(40 * size / plan['gpu_bytes'])}")
+        if size >= total / 1000:
+            lines.append(f"  {part:12s} {in_units(size):>11s}  {'#' * round(40 * size / total)}".rstrip())
     second = plan["runner_up"]
-    verdict = "fits" if plan["fits"] else "DOES NOT FIT"
-    tight = ", tight" if plan["fits"] and plan["gpu_fraction"] > COMFORTABLE else ""
-    low, high = plan["cpu_bytes_range"]
-    saving = plan["cpu_bytes_of_saving"]
-    copied = f"; {in_units(saving)} of it while a checkpoint is written in the background" if saving else ""
-    return [
-        *lines,
-        f"  {'allocated':12s} {in_units(plan['gpu_bytes']):>13s}  (runner-up: {second['phase']}, "
-        f"{in_units(second['gpu_bytes'])})",
-        f"{verdict}: {plan['gpu_fraction']:.0%} of {hardware.gibibytes} GiB{tight} (at most {USABLE:.0%} can be "
-        "allocated beside fragments, the CUDA context and NCCL)",
-        "",
-        f"CPU memory of a node: {in_units(low)} to {in_units(high)} (pinned blocks may be rounded up to powers of "
-        f"two), and each rank's Python and libraries{copied}",
-        f"a checkpoint on disk: {in_units(plan['checkpoint_bytes'])}",
-    ]
+    lines.append(
+        f"  {'in all':12s} {in_units(total):>11s}  (next: {second['phase']} phase, {in_units(second['gpu_bytes'])})"
+    )
+    return lines
+
+
+def limit_lines(plan, hardware):
+    """Whether the plan fits, and if not, which limit it breaks and by how much."""
+    usable = USABLE * hardware.memory_bytes
+    allocated = f"{rounded(usable / GiB, 3):g} of {hardware.gibibytes} GiB can be allocated"
+    if plan["fits"]:
+        tight = ", tight" if plan["gpu_fraction"] > COMFORTABLE else ""
+        share = f"{plan['gpu_fraction']:.0%}" if plan["gpu_fraction"] >= 0.01 else "less than 1%"
+        return [f"fits: {share} of the GPU's memory{tight} ({allocated}: {FRAGMENTS})"]
+    lines = []
+    if not plan["fits_gpu"]:
+        needed = plan["gpu_bytes"]
+        lines.append(
+            f"DOES NOT FIT: a GPU lacks {in_round_units(needed - usable)}; {in_round_units(needed)} are needed, and "
+            f"{allocated} ({FRAGMENTS})"
+        )
+    if not plan["fits_cpu"]:
+        needed = needed_of_node(plan)
+        lines.append(
+            f"DOES NOT FIT: a node's RAM lacks {in_round_units(needed - hardware.cpu_bytes)}; {in_round_units(needed)} "
+            f"are needed, and it has {in_round_units(hardware.cpu_bytes)}"
+        )
+    return lines
+
+
+def needed_of_node(plan):
+    """Bytes of a node's RAM at the most, with the processes of its ranks."""
+    return plan["cpu_bytes"] + PROCESS * plan["gpus"] // plan["nodes"]
+
+
+def cpu_memory_line(plan, hardware):
+    """The RAM of a node."""
+    ranks = plan["gpus"] // plan["nodes"]
+    whose = f"each of {ranks} processes" if ranks > 1 else "the process"
+    needed = in_round_units(needed_of_node(plan))
+    of = f"{needed} of {in_round_units(hardware.cpu_bytes)}" if hardware.cpu_bytes else needed
+    processes = f"about {in_round_units(PROCESS)} for {whose}"
+    if not plan["cpu_bytes"]:
+        return f"CPU memory of a node: {of}; {processes}, nothing beside"
+    low, high = map(in_round_units, plan["cpu_bytes_range"])
+    reasons = []
+    if low != high:
+        reasons.append("pinned blocks may be rounded up to powers of two")
+    if saving := plan["cpu_bytes_of_saving"]:
+        reasons.append(f"{in_round_units(saving)} of it while a checkpoint is written in the background")
+    amount = high if low == high else f"{low} to {high}"
+    amount += f" ({'; '.join(reasons)})" if reasons else ""
+    return f"CPU memory of a node: {of}; {amount}, and {processes}"
 
 
 def speed_lines(plan, config, hardware):
-    cost = f", {plan['cost']:,.0f} $ at {hardware.price:g} $ a GPU and hour" if plan["cost"] else ""
-    return [
-        f"{plan['tokens_per_second']:,.0f} tokens/s, {config.train.max_tokens:,} tokens in {plan['days']:,.2f} days, "
-        f"{plan['gpu_hours']:,.0f} GPU hours{cost}",
+    """The time and the cost of the run, and where the time goes."""
+    card, price = hardware.card, ""
+    if plan["cost"] is not None:
+        source = f" ({card.priced})" if card.priced and hardware.price == card.price else ""
+        price = f", {in_money(plan['cost'])} at ${hardware.price:g} a GPU and hour{source}"
+    lines = [
+        f"{'' if plan['fits'] else 'if it did fit: '}{in_time(86400 * plan['days'])} for "
+        f"{in_count(config.train.max_tokens)} tokens, {in_digits(plan['tokens_per_second'])} tokens/s, "
+        f"{in_digits(plan['gpu_hours'])} GPU hours{price}",
         parts_line(plan),
     ]
+    if between := between_steps(plan):
+        lines.append(f"  {between}")
+    return lines
 
 
 def parts_line(plan):
     """The parts of a step, and which is the largest."""
-    parts = plan["step_parts"]
-    compute = parts["products"] + parts["attention"] + parts["traffic"] + parts["optimizer"]
+    parts = {name: in_time(seconds) for name, seconds in plan["step_parts"].items()}
+    compute = sum(plan["step_parts"][name] for name in ("products", "attention", "traffic", "optimizer"))
+    hidden = f" (hidden {parts['hidden']})" if plan["step_parts"]["hidden"] else ""
+    recomputing = f", HFU {in_digits(100 * plan['hfu'], 2)}%" if plan["hfu"] > plan["mfu"] else ""
     return (
-        f"  a step of {plan['step_seconds']:.3g} s: compute {compute:.2g} s, communication "
-        f"{parts['communication']:.2g} s (hidden {parts['hidden']:.2g}), offload {parts['offload']:.2g}, host "
-        f"{parts['host']:.2g}: bound by {plan['bound_by']}"
+        f"  a step of {in_time(plan['step_seconds'])}: compute {in_time(compute)}, communication "
+        f"{parts['communication']}{hidden}, offload {parts['offload']}, host {parts['host']}: bound by "
+        f"{plan['bound_by']}; MFU {in_digits(100 * plan['mfu'], 2)}%{recomputing}"
+    )
+
+
+def between_steps(plan):
+    """The share of evaluation and saves in the time of the run, or None where they take less than 0.1% of it."""
+    shares = {"evaluation": plan["evaluation_days"], "saving checkpoints": plan["saving_days"]}
+    shares = {name: days / plan["days"] for name, days in shares.items() if days >= 0.001 * plan["days"]}
+    words = " and ".join(f"{share:.1%} for {name}" for name, share in shares.items())
+    return f"of the time, {words}" if words else None
+
+
+def rests_on(plan, config, hardware):
+    """The rates that the speed is computed from, and whether the rest is assumed or measured."""
+    card, rates = hardware.card, plan["assumptions"]
+    peak = card.tf32 if config.train.precision == "fp32" else card.bf16
+    names = {"link": "link", "network": "network", "pcie": "PCIe", "cpu": "CPU Adam"}
+    named = {"memory": card.hbm} | {name: rates[key] for key, name in names.items()}
+    in_gigabytes = ", ".join(f"{name} {rounded(rate / 1e9, 4):,g}" for name, rate in named.items())
+    if measured := plan.get("measured"):
+        reached = f"measured ({measured})"
+    elif rates["utilisation"]:
+        reached = f"{rates['utilisation']:.0%}, as --utilisation says"
+    else:
+        reached = "assumed: measure 20 steps before you pay"
+    return (
+        f"  rests on {card.name}: {peak / 1e12:g} TFLOP/s; GB/s: {in_gigabytes}; what this code reaches of it is "
+        f"{reached}"
     )
 
 
@@ -131,20 +213,40 @@ def note_on_experts(plan, config):
 
 
 def suggest_fix(config, gpus, planned):
-    """How to make a configuration fit that does not: (in words, the overrides or None, the number of GPUs on which it
-    fits as it is or None). planned: (configuration, number of GPUs) -> plan."""
+    """How to make a configuration fit that does not: (lines of text, the overrides or None, the number of GPUs on which
+    it fits as it is or None). planned: (configuration, number of GPUs) -> plan."""
     on_these = functools.partial(planned, gpus=gpus)
     change, plan = cheapest_change(config, gpus, on_these)
     if change:
-        effect = f"{in_units(plan['gpu_bytes'])}, {plan['tokens_per_second']:,.0f} tokens/s"
-        words = f"the cheapest change that fits: {in_flags(change)} ({effect})"
-    elif fastest(config, gpus, on_these)[0]:
-        words = "no one or two changes are enough; --fit finds what is"
+        lines = [f"the cheapest change that fits: {in_flags(change)}", f"  {effect(plan)}"]
+    elif anything_fits(config, gpus, on_these):
+        lines = ["no one or two changes are enough; --fit finds what is"]
     else:
-        words = "no other saving is enough: it takes a shorter model.block_size or a smaller model"
+        lines = ["no other saving is enough on these GPUs: it takes a shorter model.block_size or a smaller model"]
     more = enough_gpus(config, gpus, planned)
-    words += f"; or, as it is, {more} GPUs" if more else "; as it is, on no number of GPUs"
-    return words, change, more
+    if more:
+        plan = planned(config, more)
+        nodes = f" on {plan['nodes']} nodes" if plan["nodes"] > 1 else ""
+        lines += [f"or, as it is, {more} GPUs{nodes}", f"  {effect(plan)}"]
+    else:
+        lines.append("as it is, it fits on no number of GPUs")
+    return lines, change, more
+
+
+def effect(plan):
+    """The memory, speed, time and cost of an advice, in one line."""
+    words = [f"{in_round_units(plan['gpu_bytes'])} of a GPU", f"{in_round_units(needed_of_node(plan))} of a node's RAM"]
+    if plan["days"]:
+        words += [f"{in_digits(plan['tokens_per_second'])} tokens/s", in_time(86400 * plan["days"])]
+        words.append(in_price(plan))
+    return ", ".join(words)
+
+
+def in_price(plan):
+    """What a run costs: in dollars, where a price is known, or else in GPU hours."""
+    if plan["cost"] is None:
+        return f"{in_digits(plan['gpu_hours'])} GPU hours"
+    return in_money(plan["cost"])
 
 
 def in_flags(change):
@@ -154,74 +256,19 @@ def in_flags(change):
     )
 
 
+def chosen_flags(given, config):
+    """The flags that make `config` of the given configuration, the micro-batch, recomputation and stage always."""
+    chosen = {
+        "train.micro_batch_size": config.train.micro_batch_size,
+        "train.activation_checkpointing": config.train.activation_checkpointing,
+        "deepspeed.zero_optimization.stage": config.deepspeed["zero_optimization"]["stage"],
+    }
+    return in_flags(chosen | overrides(given, config))
+
+
 def train_command(arguments, given, config, hardware):
     """The command line that runs `config`. arguments: the given ones, and `given` the configuration that they make."""
-    zero, zero_given = config.deepspeed["zero_optimization"], given.deepspeed.get("zero_optimization", {})
-    train = config.train
-    chosen = {
-        "train.micro_batch_size": train.micro_batch_size,
-        "train.activation_checkpointing": train.activation_checkpointing,
-    }
-    if train.activation_offload != given.train.activation_offload:
-        chosen["train.activation_offload"] = train.activation_offload
-    words = [in_flags(chosen | {"deepspeed.zero_optimization.stage": zero["stage"]})]
-    for name in ("offload_optimizer", "offload_param"):
-        device = "cpu" if name in zero else "none"
-        if device != offload_device(zero_given, name):
-            words.append(f"--deepspeed.zero_optimization.{name}.device {device}")
     launcher = f"deepspeed --num_gpus {hardware.gpus}"
     if hardware.nodes > 1:
         launcher = f"deepspeed --hostfile hosts --num_nodes {hardware.nodes}"
-    return f"{launcher} train.py {shlex.join(arguments)} {' '.join(words)}"
-
-
-# ---- the picture
-
-
-def draw(config, planned, hardware, picture):
-    """Stacked bars of one GPU's memory at its peak, by part, for every candidate of --fit at the config's micro-batch,
-    with a line at the end of the GPU. picture: a path; its extension is the format. Raises OSError and ValueError."""
-    plt = pyplot()
-
-    names, plans = [], []
-    for stage, offload in CHOICES:
-        for recompute in RECOMPUTED:
-            plans.append(planned(with_choice(config, stage, offload, recompute, config.train.micro_batch_size)))
-            on_cpu = {"none": "", "optimizer": ", optimizer on CPU", "param": ", optimizer and weights on CPU"}[offload]
-            recomputed = {False: "", "selective": ", selective", True: ", recomputed"}[recompute]
-            names.append(f"stage {stage}{on_cpu}{recomputed}")
-    largest = max(plan["gpu_bytes"] for plan in plans)
-    unit, unit_name = (GiB, "GiB") if largest >= GiB else (2**20, "MiB")
-    gpu_size = hardware.memory_bytes / unit
-    end = min(1.3 * largest / unit, 2 * gpu_size)  # a longer bar is cut off there
-    figure, axes = plt.subplots(figsize=(10, 8), layout="constrained")
-    draw_bars(axes, plans, unit, unit_name, end)
-    beyond = f"; the GPU's {hardware.gibibytes} GiB lie outside"
-    if USABLE * gpu_size < end:
-        beyond = ""
-        axes.axvline(gpu_size, color="black", label=f"the GPU, {hardware.gibibytes} GiB")
-        axes.axvline(USABLE * gpu_size, color="black", linestyle="--", label=f"can be allocated: {USABLE:.0%}")
-    batch = f"micro-batch {config.train.micro_batch_size} x {config.model.block_size}"
-    figure.suptitle(f"peak of one GPU's memory, {hardware.gpus} x {hardware.gpu}, {batch}{beyond}")
-    axes.set(xlim=(0, end), xlabel=unit_name, yticks=range(len(plans)), yticklabels=names)
-    axes.invert_yaxis()
-    figure.legend(loc="outside lower center", ncols=5)
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
-
-
-def draw_bars(axes, plans, unit, unit_name, end):
-    """One bar a plan, with its total beside it, or inside where the bar is cut off at `end`."""
-    left = [0.0] * len(plans)
-    for number, part in enumerate(PARTS):
-        sizes = [plan["gpu_parts"][part] / unit for plan in plans]
-        axes.barh(range(len(plans)), sizes, left=left, color=f"C{number}", label=part)
-        left = [before + size for before, size in zip(left, sizes, strict=True)]
-    box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
-    for row, plan in enumerate(plans):
-        total = plan["gpu_bytes"] / unit
-        text = f" {total:,.1f} {unit_name}{'' if plan['fits'] else ', does not fit'} "
-        if total > 0.8 * end:
-            axes.text(end, row, text, va="center", ha="right", bbox=box)
-        else:
-            axes.text(total, row, text, va="center", ha="left", bbox=box)
+    return f"{launcher} train.py {shlex.join(arguments)} {chosen_flags(given, config)}"

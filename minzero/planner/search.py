@@ -9,16 +9,18 @@ import json
 from minzero.config.build import build
 from minzero.config.deepspeed import check_together, offload_device, offloads_optimizer, zero_stage
 from minzero.config.load import command_line_values
-from minzero.config.nested import merge
+from minzero.config.nested import flat, merge
 from minzero.config.sections import Recomputation
 from minzero.config.values import divisors
 from minzero.errors import UserError
+from minzero.planner.batches import is_legal, legal_batch, micro_batches
 from minzero.planner.settings import MOST_LAYERS
 from minzero.sizes import parameter_sizes
 
 # The candidates of --fit and --plot: (stage, offload). optimizer: kept in CPU memory; param: the weights too.
 CHOICES = [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimizer"), (3, "optimizer"), (3, "param")]
 RECOMPUTED = (False, "selective", True)  # candidates of train.activation_checkpointing, the fastest first
+WITHOUT_OFFLOAD = {"device": "none", "ratio": 1.0}  # values of an offload section that mean the same as none
 MOST_GPUS_TRIED = 2**14  # by enough_gpus
 
 
@@ -39,13 +41,6 @@ def with_choice(config, stage, offload, recompute, micro_batch_size):
         config.train.activation_offload = False
     config.train.micro_batch_size = micro_batch_size
     return config
-
-
-def micro_batches(config, gpus):
-    """Micro-batch sizes by which each rank's share of the global batch divides, the largest first; 1 if none."""
-    sequences = config.train.global_batch_tokens // config.model.block_size
-    share = sequences // gpus if sequences % gpus == 0 else 1
-    return divisors(max(share, 1))[::-1]
 
 
 def first_that_fits(candidates, planned):
@@ -82,22 +77,26 @@ def first_number(holds, limit):
     return high
 
 
-def fastest(config, gpus, planned):
-    """The fastest plan that fits over stages, offload, recomputation and micro-batches, and its configuration;
-    (None, None) if none does. The largest micro-batch that fits is the fastest."""
-    best, best_config = None, None
-    sizes = micro_batches(config, gpus)
-    for stage, offload in CHOICES:
+def smaller_buffers(config):
+    """A copy of the configuration with smaller buffers of its stage: nothing else changes, and the speed little."""
+    buffers = {f"deepspeed.zero_optimization.{name}": small for name, small in buffers_to_shrink(config)}
+    changed = with_overrides(config, buffers)
+    changed.model = config.model
+    return changed
+
+
+def anything_fits(config, gpus, planned):
+    """Whether --fit would find a setting."""
+    least = micro_batches(legal_batch(config, gpus), gpus)[-1]
+    for stage, offload in CHOICES[::-1]:
+        candidate = with_choice(config, stage, offload, True, least)
         try:
-            check_together(with_choice(config, stage, offload, False, 1).deepspeed, config.train.precision)
+            check_together(candidate.deepspeed, config.train.precision)
         except UserError:
             continue  # train.py would refuse the rest of the deepspeed section at this stage
-        for recompute in RECOMPUTED:
-            candidates = [with_choice(config, stage, offload, recompute, size) for size in sizes]
-            plan, candidate = first_that_fits(candidates, planned)
-            if plan and (best is None or plan["tokens_per_second"] > best["tokens_per_second"]):
-                best, best_config = plan, candidate
-    return best, best_config
+        if planned(candidate)["fits"] or planned(smaller_buffers(candidate))["fits"]:
+            return True
+    return False
 
 
 def deepest(config, planned):
@@ -113,32 +112,58 @@ def deepest(config, planned):
 
 
 def enough_gpus(config, gpus, planned):
-    """The least multiple of `gpus` on which this configuration fits, None above MOST_GPUS_TRIED. planned: here
-    (configuration, number of GPUs) -> plan."""
-    multiple = first_number(lambda number: planned(config, number * gpus)["fits"], MOST_GPUS_TRIED // gpus)
-    return multiple and multiple * gpus
+    """The least multiple of `gpus` on which train.py takes this configuration and it fits, None above MOST_GPUS_TRIED.
+    planned: here (configuration, number of GPUs) -> plan, None for a number that cannot be rented."""
+
+    def fits(number):
+        return {"fits": (planned(config, number) or {"fits": False})["fits"], "gpus": number}
+
+    sequences = config.train.global_batch_tokens // config.model.block_size
+    numbers = [number for number in divisors(sequences // config.train.micro_batch_size) if number % gpus == 0]
+    numbers = [number for number in numbers if number <= MOST_GPUS_TRIED and is_legal(config, number)]
+    return first_that_fits(numbers, fits)[1]
 
 
-# ---- the cheapest change
+# ---- changes of a configuration
+
+
+def overrides(given, config):
+    """{key: value} of the command line that makes `config`, a copy of `given` with other keys. What only `given` has
+    is set to the value that means the same as no key."""
+    before, after = flat(given.to_dict()), flat(config.to_dict())
+    changes = {key: value for key, value in after.items() if key not in before or before[key] != value}
+    for key in before.keys() - after.keys():
+        name = key.rsplit(".", 1)[-1]
+        if name in WITHOUT_OFFLOAD:
+            changes[key] = WITHOUT_OFFLOAD[name]
+    return {key: value for key, value in changes.items() if value != {}}
+
+
+def buffers_to_shrink(config):
+    """(key of zero_optimization, smaller value) of the stage's buffers that are larger."""
+    zero, stage = config.deepspeed.get("zero_optimization", {}), zero_stage(config.deepspeed)
+    block = sum(parameter_sizes(config.model).block)
+    buffers = {}  # key: its new value, which "auto" is never below (config/auto.py)
+    if stage:
+        buffers["reduce_bucket_size"] = min(10_000_000, max(block, 1_000_000))
+    if stage == 3:
+        buffers["sub_group_size"] = 100_000_000
+        buffers["stage3_prefetch_bucket_size"] = min(10_000_000, block // 2)
+        buffers["stage3_max_reuse_distance"] = 0
+        buffers["stage3_param_persistence_threshold"] = 100_000
+        buffers["stage3_max_live_parameters"] = 2 * block
+    for name, small in buffers.items():
+        given = zero.get(name, "auto")
+        if given == "auto" or given > small:
+            yield name, small
 
 
 def single_changes(config):
     """Overrides that may save memory, each {key: value}: the cheapest, which cost no speed, first."""
     zero, train = config.deepspeed.get("zero_optimization", {}), config.train
     stage, section = zero_stage(config.deepspeed), "deepspeed.zero_optimization"
-    buffers = {}  # key: its new value
-    if stage:
-        buffers["reduce_bucket_size"] = 10_000_000
-    if stage == 3:
-        buffers["sub_group_size"] = 100_000_000
-        buffers["stage3_prefetch_bucket_size"] = 10_000_000
-        buffers["stage3_max_reuse_distance"] = 100_000_000
-        buffers["stage3_param_persistence_threshold"] = 100_000
-        buffers["stage3_max_live_parameters"] = 2 * sum(parameter_sizes(config.model).block)
-    for name, small in buffers.items():
-        given = zero.get(name, "auto")
-        if given == "auto" or given > small:
-            yield {f"{section}.{name}": small}
+    for name, small in buffers_to_shrink(config):
+        yield {f"{section}.{name}": small}
     for higher in range(stage + 1, 4):
         yield {f"{section}.stage": higher}
     every, selective, _ = Recomputation.of(train.activation_checkpointing)

@@ -298,7 +298,8 @@ def steps_of(config):
 
 def speed_and_cost(config, settings, engine, hardware, assumptions, code=None):
     """Speed and cost of a run, as a part of the plan; None where there is no card (or no price)."""
-    found = dict.fromkeys(("tokens_per_second", "step_seconds", "step_parts", "bound_by", "days", "gpu_hours", "cost"))
+    keys = "tokens_per_second step_seconds step_parts bound_by mfu hfu days gpu_hours cost"
+    found = dict.fromkeys(keys.split())
     if not hardware.card:
         return found
     step = step_time(settings, engine, hardware, assumptions, code)
@@ -307,6 +308,11 @@ def speed_and_cost(config, settings, engine, hardware, assumptions, code=None):
     found["step_parts"] = asdict(step)
     found["bound_by"] = step.bound_by
     found["tokens_per_second"] = tokens / step.seconds
+    # as metrics.jsonl has them: of the 16-bit peak
+    flops = flops_per_token(config.model)
+    recomputed = recomputed_flops_per_token(config.model, config.train.activation_checkpointing)
+    rate = found["tokens_per_second"] / settings.world_size / hardware.card.bf16
+    found["mfu"], found["hfu"] = rate * flops, rate * (flops + recomputed)
     evaluating, saving = seconds_between_steps(config, settings, engine, step, hardware, assumptions)
     found["evaluation_days"], found["saving_days"] = evaluating / 86400, saving / 86400
     found["days"] = (config.train.max_tokens / found["tokens_per_second"] + evaluating + saving) / 86400

@@ -480,15 +480,6 @@ def test_the_cheapest_change_is_enough(capsys, arguments):
         assert not answer_of(capsys, more.format(found["enough_gpus"] - gpus))["fits"]
 
 
-def test_picture(capsys, tmp_path):
-    picture = tmp_path / "memory.png"
-    plan.main(f"configs/1p5b.json --gpus 8 --gpu a100-40 --plot {picture}".split())
-    assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in capsys.readouterr().out
-    for bad in (tmp_path / "nowhere" / "memory.png", tmp_path / "memory.toast"):
-        with pytest.raises(plan.UserError, match="--plot"):
-            plan.main(f"configs/1p5b.json --gpus 8 --gpu a100-40 --plot {bad}".split())
-
-
 @pytest.mark.parametrize(
     "arguments, word",
     [
