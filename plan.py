@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import dataclasses
 import json
 
+from minzero.cards import card_named
 from minzero.commands import run_command
 from minzero.config.load import load_config
 from minzero.errors import UserError
@@ -27,6 +28,7 @@ from minzero.init_from import model_defaults
 from minzero.planner.batches import changed_batch, legal_batch, refused_batch
 from minzero.planner.fitting import Fitter
 from minzero.planner.gpus import DEFAULT_GPU, MOST_GPUS, nodes_of, on_card, rented
+from minzero.planner.measured import measured_code
 from minzero.planner.offers import all_offers, answers, as_rows, line_on_room, page
 from minzero.planner.picture import draw
 from minzero.planner.report import notes_on, plan_text, suggest_fix, train_command
@@ -82,6 +84,8 @@ def all_flags():
     add("--plot", metavar="PICTURE.png", type=a_path, help="draw memory, time and money of each candidate")
     add("--json", action="store_true", help="print the plan as JSON too, in the last line")
     add = parser.add_argument_group("rates").add_argument
+    measured = "a run's folder, or a benchmark's JSON: what this code needed there"
+    add("--measured", metavar="RUN", type=a_path, help=measured)
     for assumed in dataclasses.fields(Assumptions):
         share = assumed.name == "utilisation"
         values, metavar = (a_number(0, 1, above=True), "SHARE") if share else (a_number(1, 1e15), "RATE")
@@ -96,6 +100,12 @@ def read_options(arguments):
     fields = dataclasses.fields(Assumptions)
     options.rates = [field.name for field in fields if getattr(options, field.name) != field.default]
     options.assumptions = Assumptions(**{field.name: getattr(options, field.name) for field in fields})
+    options.code = None
+    if options.measured:
+        options.code, card = measured_code(options.measured, options.assumptions)
+        options.gpu = options.gpu or card.names[0]
+    elif options.gpu and card_named(options.gpu).is_cpu:
+        raise UserError(f"--gpu: found {options.gpu}, of which no speed is known; expected --measured RUN beside it")
     options.compares = options.gpus is None or options.budget is not None or options.days is not None
     for flag in ("max", "plot", *(() if options.gpus else ("nodes",))):
         if options.compares and getattr(options, flag):
@@ -105,7 +115,7 @@ def read_options(arguments):
 
 def what_to_rent(options, arguments, config):
     """Print the answers over cards and numbers of GPUs."""
-    offers = all_offers(Fitter(config, options.assumptions), options)
+    offers = all_offers(Fitter(config, options.assumptions, options.code), options)
     found, notes = answers(offers, options.budget, options.days)
     rows = as_rows(found, options, arguments, config)
     print(page(offers, found, notes, rows, config))
@@ -130,7 +140,7 @@ def plan_one(options, rest, given):
     if config is not given:
         print(refused_batch(given, config, hardware.gpus))
         more["changed_batch"] = changed_batch(given, config)
-    fitter = Fitter(config, options.assumptions)
+    fitter = Fitter(config, options.assumptions, options.code)
 
     def planned(config, gpus=hardware.gpus):
         if gpus % nodes_of(hardware.card, gpus, options):
