@@ -84,7 +84,7 @@ def all_flags():
     add("--plot", metavar="PICTURE.png", type=a_path, help="draw memory, time and money of each candidate")
     add("--json", action="store_true", help="print the plan as JSON too, in the last line")
     add = parser.add_argument_group("rates").add_argument
-    measured = "a run's folder, or a benchmark's JSON: what this code needed there"
+    measured = "a run's folder or benchmark's JSON, to scale by"
     add("--measured", metavar="RUN", type=a_path, help=measured)
     for assumed in dataclasses.fields(Assumptions):
         share = assumed.name == "utilisation"

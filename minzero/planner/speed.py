@@ -41,7 +41,7 @@ class Code:
     # of stage 3; for a step
     host_compiled: float = 1.7e-3
     host_eager: float = 2.1e-3
-    host_zero12: float = 0.8e-3
+    host_zero12: float = 0.6e-3
     host_zero3: float = 2.8e-3
     host_step: float = 10e-3
     nccl: float = 0.8  # share of a link's bytes/s that large messages reach

@@ -145,7 +145,7 @@ def test_adam_on_the_cpu():
 
 
 def test_utilisation_takes_the_place_of_the_roofline():
-    step, settings, _ = step_of(SMALL, on_h100(), assumptions=Assumptions(utilisation=0.5))
+    step, _, _ = step_of(SMALL, on_h100(), assumptions=Assumptions(utilisation=0.5))
     assert step.attention == step.traffic == 0
     slower, _, _ = step_of(SMALL, on_h100(), assumptions=Assumptions(utilisation=0.25))
     assert slower.products == pytest.approx(2 * step.products)
@@ -204,7 +204,7 @@ def test_a_measured_run_is_met(tmp_path, words):
 def test_what_was_measured_holds_for_other_settings(tmp_path):
     """A code that is 1.5 times as slow is found by one run, and predicts twice the depth."""
     truth = Code(pace=1.5)
-    step, settings, engine = step_of(SMALL, on_h100(1), truth)
+    step, _, _ = step_of(SMALL, on_h100(1), truth)
     run = write_run(tmp_path / "run", SMALL, step.seconds)
     code, _ = measured_code(run)
     deeper = ["configs/gpt2-124m.json", "--model.n_layer", "8"]
