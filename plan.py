@@ -2,9 +2,9 @@
 
 --gpu alone is enough: the card says memory, speeds, the usual node and a price where one is known. --fit finds the
 fastest setting that fits, --max the deepest model, --plot draws the memory, time and money of every candidate. Where
-nothing fits, the cheapest change that would is named. Of a batch that train.py refuses, the nearest that it takes is
-planned. Without --gpus, or with --budget or --days, it says what to rent: over all cards and numbers of GPUs, or those
-of --gpu and --gpus, the cheapest, the fastest and the sensible middle, each as a command.
+nothing fits, the cheapest change that would is named; of a batch that train.py refuses, the nearest that it takes is
+planned. Without --gpus, or with --budget or --days, it says what to rent: over all cards and numbers of GPUs (or those
+of --gpu, --gpus) the cheapest, the fastest and the sensible middle, each as a command.
 
 Memory is replayed allocation by allocation (minzero/planner), speed is arithmetic on stated assumptions. Nothing is
 allocated, and no GPU is looked for. More: docs/planner.md
@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import dataclasses
 import json
 
+from minzero.cards import card_named
 from minzero.commands import run_command
 from minzero.config.load import load_config
 from minzero.errors import UserError
@@ -27,6 +28,7 @@ from minzero.init_from import model_defaults
 from minzero.planner.batches import changed_batch, legal_batch, refused_batch
 from minzero.planner.fitting import Fitter
 from minzero.planner.gpus import DEFAULT_GPU, MOST_GPUS, nodes_of, on_card, rented
+from minzero.planner.measured import measured_code
 from minzero.planner.offers import all_offers, answers, as_rows, line_on_room, page
 from minzero.planner.picture import draw
 from minzero.planner.report import notes_on, plan_text, suggest_fix, train_command
@@ -44,7 +46,7 @@ EXAMPLES = """the configuration:
 examples:
   python plan.py configs/1p5b.json --gpus 8                      does it fit, how fast, at what cost
   python plan.py configs/1p5b.json --gpus 1 --gpu 4090 --fit     the fastest setting that fits
-  python plan.py configs/13b.json --budget 20000                 what to rent for 20,000 dollars
+  python plan.py configs/13b.json --budget 100000                what to rent for this money
   python plan.py configs/13b.json --gpus 64 --gpu a100 --plot memory.png
   python plan.py configs/175b.json --gpus 128 --train.activation_checkpointing selective
 """
@@ -63,7 +65,7 @@ def all_flags():
     parser = FlagParser(__doc__, USAGE, EXAMPLES)
     add = parser.add_argument_group("hardware").add_argument
     number = at_least(1, MOST_GPUS)
-    add("--gpus", metavar="N", type=number, help="how many GPUs, of all nodes; without it: what to rent")
+    add("--gpus", metavar="N", type=number, help="how many GPUs in all; without it: what to rent")
     add("--gpu", metavar="NAME", help=f"their card: h100, a100-40, 4090, ...; default: {DEFAULT_GPU}")
     memory = "memory of a GPU; default: the card's"
     add("--gpu_memory", metavar="GB", type=a_number(0, 1e6, above=True), help=memory)
@@ -72,14 +74,18 @@ def all_flags():
     add("--nodes", metavar="N", type=number, help="over how many nodes; default: as few as usual")
     add("--price", metavar="DOLLARS", type=a_number(0, 1e6), help="of a GPU and hour; default: the card's, if known")
     add = parser.add_argument_group("questions").add_argument
-    add("--budget", metavar="DOLLARS", type=a_number(0, 1e12, above=True), help="what to rent for at most so much")
-    add("--days", metavar="DAYS", type=a_number(0, 1e6, above=True), help="what to rent to be done in so many days")
     add("--fit", action="store_true", help="find the fastest setting that fits")
     add("--max", action="store_true", help="find the deepest model of this width that fits")
+    money = "the most that a run may cost: what to rent for it"
+    add("--budget", metavar="DOLLARS", type=a_number(0, 1e12, above=True), help=money)
+    days = "the longest that a run may take: what to rent for it"
+    add("--days", metavar="DAYS", type=a_number(0, 1e6, above=True), help=days)
     add = parser.add_argument_group("output").add_argument
     add("--plot", metavar="PICTURE.png", type=a_path, help="draw memory, time and money of each candidate")
     add("--json", action="store_true", help="print the plan as JSON too, in the last line")
     add = parser.add_argument_group("rates").add_argument
+    measured = "a run's folder or benchmark's JSON, to scale by"
+    add("--measured", metavar="RUN", type=a_path, help=measured)
     for assumed in dataclasses.fields(Assumptions):
         share = assumed.name == "utilisation"
         values, metavar = (a_number(0, 1, above=True), "SHARE") if share else (a_number(1, 1e15), "RATE")
@@ -94,16 +100,22 @@ def read_options(arguments):
     fields = dataclasses.fields(Assumptions)
     options.rates = [field.name for field in fields if getattr(options, field.name) != field.default]
     options.assumptions = Assumptions(**{field.name: getattr(options, field.name) for field in fields})
+    options.code = None
+    if options.measured:
+        options.code, card = measured_code(options.measured, options.assumptions)
+        options.gpu = options.gpu or card.names[0]
+    elif options.gpu and card_named(options.gpu).is_cpu:
+        raise UserError(f"--gpu: found {options.gpu}, of which no speed is known; expected --measured RUN beside it")
     options.compares = options.gpus is None or options.budget is not None or options.days is not None
     for flag in ("max", "plot", *(() if options.gpus else ("nodes",))):
         if options.compares and getattr(options, flag):
-            raise UserError(f"--{flag}: found without --gpus, or with --budget or --days, expected --gpus N alone")
+            raise UserError(f"--{flag}: found with a search for what to rent; expected --gpus N, no --budget or --days")
     return options, rest
 
 
 def what_to_rent(options, arguments, config):
     """Print the answers over cards and numbers of GPUs."""
-    offers = all_offers(Fitter(config, options.assumptions), options)
+    offers = all_offers(Fitter(config, options.assumptions, options.code), options)
     found, notes = answers(offers, options.budget, options.days)
     rows = as_rows(found, options, arguments, config)
     print(page(offers, found, notes, rows, config))
@@ -128,7 +140,7 @@ def plan_one(options, rest, given):
     if config is not given:
         print(refused_batch(given, config, hardware.gpus))
         more["changed_batch"] = changed_batch(given, config)
-    fitter = Fitter(config, options.assumptions)
+    fitter = Fitter(config, options.assumptions, options.code)
 
     def planned(config, gpus=hardware.gpus):
         if gpus % nodes_of(hardware.card, gpus, options):

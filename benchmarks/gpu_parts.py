@@ -19,9 +19,10 @@ from minzero.config.nested import merge
 from minzero.config.sections import Config
 from minzero.files import ROOT
 from minzero.planner import search
-from minzero.planner.gpus import USABLE, Hardware, in_units
+from minzero.planner.gpus import USABLE, Hardware
 from minzero.planner.plan import plan_run
 from minzero.planner.search import with_choice
+from minzero.planner.units import in_units
 
 ENDLESS = 10**9  # steps of a run that is ended from outside
 PUBLISHED = {"1p7b": "5.1 GiB", "10b": "26 GiB"}  # "for 1 GPU": README of SeanNaren/minGPT

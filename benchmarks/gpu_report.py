@@ -6,7 +6,7 @@ from benchmarks.gpu_parts import PARTS
 from minzero import benchmark
 from minzero.cards import peak_flops
 from minzero.files import write_atomically
-from minzero.planner.gpus import in_units
+from minzero.planner.units import in_units
 from minzero.plot import pyplot
 
 SPEED = {

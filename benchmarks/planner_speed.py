@@ -1,11 +1,15 @@
 """plan.py's speed against published and measured ones, source by source.
 
     python benchmarks/planner_speed.py ROWS.json [--refit] [--rows]
+    python benchmarks/planner_speed.py --here [--ranks 2] [--data FOLDER]
 
-ROWS.json: a list of rows with source, name, gpus, nodes, gpu, gpu_memory, tokens_per_second_per_gpu and overrides, which
-change configs/gpt2-124m.json. The rows of benchmarks/h100 that are runs of train.py are a source of their own. --refit:
-beside each source's error that with constants found without the source: from those of speed.py and cards.py, larger and
-smaller ones are tried in turn. --rows: every row, with its parts.
+ROWS.json: a list of rows with source, name, gpus, nodes, gpu, gpu_memory, tokens_per_second_per_gpu and overrides,
+which change configs/gpt2-124m.json. The rows of benchmarks/h100 that are runs of train.py are a source of their own.
+--refit: beside each source's error that with constants found without the source: from those of speed.py and cards.py,
+larger and smaller ones are tried in turn. --rows: every row, with its parts.
+
+--here: configs/tiny.json and changes of it on this machine, twice in turn; each is predicted from the first run of the
+unchanged one, as plan.py --measured does.
 """
 
 import dataclasses
@@ -13,19 +17,21 @@ import json
 import math
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from minzero import benchmark
 from minzero.cards import EARLIER, FROM_HOPPER, card_named
 from minzero.commands import run_command
 from minzero.config.load import load_config
 from minzero.errors import UserError
 from minzero.files import ROOT
-from minzero.flags import FlagParser
+from minzero.flags import FlagParser, a_path, at_least
 from minzero.planner.gpus import Hardware
-from minzero.planner.measured import seen_in_rows
+from minzero.planner.measured import calibrated, seen_in_rows, seen_of
 from minzero.planner.memory import replayed
 from minzero.planner.settings import settings_of
 from minzero.planner.speed import Assumptions, Code, StepTime, step_time
@@ -130,14 +136,8 @@ def summary(errors):
     return [f"{statistics.median(sizes):.1%}", f"{tenth:.1%}", f"{largest:+.0%}"]
 
 
-def main(arguments):
-    parser = FlagParser(__doc__, "benchmarks/planner_speed.py ROWS.json [--refit] [--rows]")
-    parser.add_argument("--refit", action="store_true")
-    parser.add_argument("--rows", action="store_true")
-    options, rest = parser.parse_known_args(arguments)
-    if len(rest) != 1 or not Path(rest[0]).is_file():
-        raise UserError(f"benchmarks/planner_speed.py: found {' '.join(rest) or 'nothing'}, expected one file of rows")
-    rows = [*published(rest[0]), *measured_here()]
+def print_sources(rows, options):
+    """The errors of these rows by their source. options: refit and rows, of the command line."""
     constants = as_they_are()
     lines = []
     for source in dict.fromkeys(row.source for row in rows):
@@ -158,6 +158,67 @@ def main(arguments):
             step = predicted(row, constants)
             parts = ", ".join(f"{name} {value:.3g}" for name, value in dataclasses.asdict(step).items() if value)
             print(f"{error(row, constants):+.0%} {row.source[-12:]} {row.name}: {row.seconds:.3g} s, planned {parts}")
+
+
+# ---- on this machine
+
+CHANGES = {  # of configs/tiny.json, as overrides
+    "as it is": {},
+    "micro-batch 4, not 8": {"train.micro_batch_size": 4},
+    "twice the tokens of a step": {"train.micro_batch_size": 16, "train.global_batch_tokens": 4096},
+    "8 layers, not 4": {"model.n_layer": 8},
+    "width 192, not 96": {"model.n_embd": 192, "model.n_head": 6},
+    "every block recomputed": {"train.activation_checkpointing": True},
+    "ZeRO-1": {"deepspeed.zero_optimization.stage": 1},
+}
+
+
+def measured_changes(ranks, data, rounds=2):
+    """{name: the Seen of all rounds' steps} of CHANGES, measured in turn."""
+    _, gpus = benchmark.this_device()
+    found = {name: [] for name in CHANGES}
+    for _ in range(rounds):
+        for name, change in CHANGES.items():
+            words = [word for key, value in change.items() for word in (f"--{key}", json.dumps(value))]
+            config = load_config([str(ROOT / "configs/tiny.json"), f"--data.path={data}", *words])
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                row = benchmark.measure(config, ranks, 15, 4, Path(folder) / "run", bool(gpus))
+            if row["failed"]:
+                raise UserError(f"{name}: {row['failed']}")
+            print(f"{name}: {statistics.median(row['all_step_seconds']):.3f} s", file=sys.stderr, flush=True)
+            found[name].append(row)
+    seen = {}
+    for name, rows in found.items():
+        seconds = [one for row in rows for one in row["all_step_seconds"]]
+        seen[name] = seen_of(rows[0]["config"], statistics.median(seconds), None, name)
+    return seen
+
+
+def print_changes(ranks, data):
+    """The steps of CHANGES, and what they are predicted to take by the first."""
+    seen = measured_changes(ranks, data)
+    code = calibrated([seen["as it is"]], Assumptions())
+    lines = []
+    for name, one in seen.items():
+        planned = step_time(one.settings, replayed(one.settings), one.hardware, Assumptions(), code).seconds
+        lines.append([name, f"{one.seconds:.3f}", f"{planned:.3f}", f"{one.seconds / planned - 1:+.0%}"])
+    print(table(["setting", "measured, s", "planned, s", "the plan is faster by"], lines, right_from=1))
+
+
+def main(arguments):
+    parser = FlagParser(__doc__, "benchmarks/planner_speed.py ROWS.json [--refit] [--rows], or --here")
+    parser.add_argument("--refit", action="store_true")
+    parser.add_argument("--rows", action="store_true")
+    parser.add_argument("--here", action="store_true")
+    parser.add_argument("--ranks", type=at_least(1), default=2)
+    parser.add_argument("--data", type=a_path, default="data/stdlib")
+    options, rest = parser.parse_known_args(arguments)
+    if options.here:
+        print_changes(options.ranks, options.data)
+    elif len(rest) == 1 and Path(rest[0]).is_file():
+        print_sources([*published(rest[0]), *measured_here()], options)
+    else:
+        raise UserError(f"benchmarks/planner_speed.py: found {' '.join(rest) or 'nothing'}, expected one file of rows")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ from minzero import benchmark, dist
 from minzero.commands import run_command
 from minzero.files import make_folder, write_atomically, write_json
 from minzero.flags import SUPPRESS, FlagParser, a_number, a_path, at_least
-from minzero.planner.gpus import in_units
+from minzero.planner.units import in_units
 from minzero.sizes import count_parameters
 
 SIZES = {

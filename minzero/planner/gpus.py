@@ -75,6 +75,8 @@ def on_card(card, memory, gpus, options):
     nodes = nodes_of(card, gpus, options)
     if gpus % nodes:
         raise UserError(f"--nodes: {nodes} does not divide --gpus {gpus}; give nodes of as many GPUs each")
+    if card.is_cpu:  # its processes share the RAM, which is all that they have
+        return Hardware(gpus, nodes, memory / (gpus / nodes), card, options.price)
     share = min(1, gpus / nodes / card.node_gpus)  # a part of a node is rented with a part of its RAM
     cpu_bytes = share * card.node_memory if options.cpu_memory is None else options.cpu_memory * GiB
     price = card.price if options.price is None else options.price

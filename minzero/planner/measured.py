@@ -72,7 +72,7 @@ def seen_in_run(folder):
         raise UserError(f"--measured: {folder}/metrics.jsonl: no step with its time; let the run log some steps")
     optimizer = [line["optimizer_seconds"] for line in lines if line.get("optimizer_seconds") is not None]
     seconds = statistics.median(line["step_seconds"] for line in lines)
-    yield seen(made, seconds, statistics.median(optimizer) if optimizer else None, folder)
+    yield seen_of(made, seconds, statistics.median(optimizer) if optimizer else None, folder)
 
 
 def seen_in_rows(file):
@@ -83,10 +83,10 @@ def seen_in_rows(file):
         raise UserError(f"--measured: {file}: expected a run's folder, or JSON of benchmark.py with its rows") from None
     for row in rows.values() if isinstance(rows, dict) else rows:
         if row.get("config") and row.get("step_seconds"):
-            yield seen(row["config"], statistics.median(row["all_step_seconds"]), None, file)
+            yield seen_of(row["config"], statistics.median(row["all_step_seconds"]), None, file)
 
 
-def seen(made, seconds, optimizer, source):
+def seen_of(made, seconds, optimizer, source):
     """The Seen of a run. made: its config.json. Raises UserError for a card that is not known, or another file."""
     try:
         sections = {name: made[name] for name in ("model", "train", "deepspeed")}
@@ -128,7 +128,8 @@ def calibrated(measured, assumptions):
         usual = statistics.mean(logarithms) if card.is_cpu else 0
         return total / len(measured) + COST * sum((logarithm - usual) ** 2 for logarithm in logarithms)
 
-    size, least = 0.5, badness(logarithms)
+    # in small steps, so that what binds the step is scaled, and not what would bind it if it were far slower
+    size, least = 0.125, badness(logarithms)
     while size > 1e-3:
         tried = [[x + step for x in logarithms] for step in (size, -size)]  # all alike
         for place in range(len(logarithms)):

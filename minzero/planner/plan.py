@@ -58,5 +58,6 @@ def plan_run(config, hardware, assumptions=None, code=None, replay=replayed):
         "offload_param": settings.offload_param,
         "activation_checkpointing": config.train.activation_checkpointing,
         **speed_and_cost(config, settings, engine, hardware, assumptions, code),
+        "measured": code.source if code else None,
         "assumptions": dataclasses.asdict(assumptions),
     }

@@ -143,11 +143,14 @@ def parts_line(plan):
     parts = {name: in_time(seconds) for name, seconds in plan["step_parts"].items()}
     compute = sum(plan["step_parts"][name] for name in ("products", "attention", "traffic", "optimizer"))
     hidden = f" (hidden {parts['hidden']})" if plan["step_parts"]["hidden"] else ""
-    recomputing = f", HFU {in_digits(100 * plan['hfu'], 2)}%" if plan["hfu"] > plan["mfu"] else ""
+    reached = ""
+    if plan["mfu"]:
+        reached = f"; MFU {in_digits(100 * plan['mfu'], 2)}%"
+        reached += f", HFU {in_digits(100 * plan['hfu'], 2)}%" if plan["hfu"] > plan["mfu"] else ""
     return (
         f"  a step of {in_time(plan['step_seconds'])}: compute {in_time(compute)}, communication "
         f"{parts['communication']}{hidden}, offload {parts['offload']}, host {parts['host']}: bound by "
-        f"{plan['bound_by']}; MFU {in_digits(100 * plan['mfu'], 2)}%{recomputing}"
+        f"{plan['bound_by']}{reached}"
     )
 
 

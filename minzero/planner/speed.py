@@ -41,7 +41,7 @@ class Code:
     # of stage 3; for a step
     host_compiled: float = 1.7e-3
     host_eager: float = 2.1e-3
-    host_zero12: float = 0.8e-3
+    host_zero12: float = 0.6e-3
     host_zero3: float = 2.8e-3
     host_step: float = 10e-3
     nccl: float = 0.8  # share of a link's bytes/s that large messages reach
@@ -308,11 +308,11 @@ def speed_and_cost(config, settings, engine, hardware, assumptions, code=None):
     found["step_parts"] = asdict(step)
     found["bound_by"] = step.bound_by
     found["tokens_per_second"] = tokens / step.seconds
-    # as metrics.jsonl has them: of the 16-bit peak
-    flops = flops_per_token(config.model)
-    recomputed = recomputed_flops_per_token(config.model, config.train.activation_checkpointing)
-    rate = found["tokens_per_second"] / settings.world_size / hardware.card.bf16
-    found["mfu"], found["hfu"] = rate * flops, rate * (flops + recomputed)
+    if not hardware.card.is_cpu:  # as metrics.jsonl has them: of the 16-bit peak
+        flops = flops_per_token(config.model)
+        recomputed = recomputed_flops_per_token(config.model, config.train.activation_checkpointing)
+        rate = found["tokens_per_second"] / settings.world_size / hardware.card.bf16
+        found["mfu"], found["hfu"] = rate * flops, rate * (flops + recomputed)
     evaluating, saving = seconds_between_steps(config, settings, engine, step, hardware, assumptions)
     found["evaluation_days"], found["saving_days"] = evaluating / 86400, saving / 86400
     found["days"] = (config.train.max_tokens / found["tokens_per_second"] + evaluating + saving) / 86400

@@ -70,6 +70,8 @@ def advice(config, hardware, precision):
     if times < WORTH_A_LINE:
         return None
     sent = {number: sent_in_a_step(with_stage(config, number), hardware) for number in (stage, best)}
+    if sent[stage] < WORTH_A_LINE * sent[best]:
+        return None  # what is left are milliseconds of the host, which differ from one to the other
     needs = f"{plans[best]['gpu_bytes'] / GiB:.1f} of {hardware.memory_bytes / GiB:.0f} GiB"
     several_in_16_bits = plans[best]["gradient_accumulation_steps"] > 1 and precision != "fp32"
     price = ", with gradients added up in 16 bits" if best < 2 and several_in_16_bits else ""

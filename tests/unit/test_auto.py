@@ -144,7 +144,7 @@ def test_advice():
     config = load_config(["configs/1p5b.json", *flags])
     nodes = Hardware(16, 2, 80 * GiB, H100)
     line = advice(config, nodes, "bf16")
-    assert line.startswith("ZeRO-0 would fit too (") and line.endswith("auto takes the fastest stage that fits"), line
+    assert line.startswith("ZeRO-1 would fit too (") and line.endswith("auto takes the fastest stage that fits"), line
     assert "times less, with gradients added up in 16 bits;" in line
     times = float(line.split("send ")[1].split()[0])
     accumulation = config.train.global_batch_tokens // config.model.block_size // 16

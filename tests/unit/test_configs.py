@@ -40,7 +40,7 @@ def short(number, units=(("T", 1e12), ("B", 1e9), ("M", 1e6))):
 
 
 def rounded_hours(hours):
-    return "under 0.01" if hours < 0.01 else f"{float(f'{hours:.2g}'):,.{0 if hours >= 10 else 1}f}"
+    return "under 0.1" if hours < 0.1 else f"{float(f'{hours:.2g}'):,.{0 if hours >= 10 else 1}f}"
 
 
 def test_every_config_has_its_row_and_every_row_its_config():

@@ -22,8 +22,9 @@ ORDER = """
     engine schedule watchdog bad_steps metrics loggers profiler curves plot report hf.card hf.write hf.gguf summary run
     evaluate_loss sampling evaluate generate
     planner.units planner.gpus planner.batches planner.settings planner.activations planner.replay planner.stage3
-    planner.memory planner.speed planner.measured planner.search planner.plan planner.stage planner.fitting
-    planner.report planner.picture planner.offers benchmark
+    planner.memory planner.speed planner.search planner.plan planner.stage planner.fitting planner.report
+    planner.picture planner.offers planner.measured
+    benchmark
 """.split()
 ALONE = ["preflight"]  # runs before anything is installed, so it imports nothing
 PRODUCT = sorted(

@@ -347,9 +347,9 @@ def test_the_guide_shows_what_is_printed(capsys):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ("--max", "--max: found without --gpus"),
+        ("--max", "--max: found with a search"),
         ("--plot out/x.png --budget 10 --gpus 8", "--plot: found"),
-        ("--nodes 2", "--nodes: found without"),
+        ("--nodes 2", "--nodes: found with a search"),
         ("--price 2", "--price: found without --gpu"),
         ("--gpu_memory 25", "--gpu_memory: found 25 without --gpu, expected a size of a card: 16, 24, 32"),
         ("--budget 0", "--budget"),
