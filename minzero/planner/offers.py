@@ -183,6 +183,8 @@ def plan_command(arguments, given, offer, options):
         value = getattr(options, name)
         if value is not None and not (name == "gpu_memory" and not options.gpu):
             words.append(f"--{name} {value:g}")
+    if options.measured:
+        words.append(f"--measured {shlex.quote(str(options.measured))}")
     flags = " ".join([f"--gpus {hardware.gpus} --gpu {hardware.card.names[0]}", *words])
     return f"python plan.py {shlex.join(arguments)} {flags} {chosen_flags(given, offer.config)}"
 
