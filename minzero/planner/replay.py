@@ -132,11 +132,12 @@ class Engine:
         if module in self.kept and not module.own:
             memory.free(self.kept.pop(module))
         flowing = memory.allocate(module.part, module.backward)
-        for weight in module.weights:
-            self.make_gradient(weight)
-        memory.free(flowing)
-        if module in self.kept:
+        gradients = [memory.allocate("gradients", weight.size * self.settings.bytes) for weight in module.weights]
+        if module in self.kept:  # autograd frees what a call saved before the hooks of its gradients run
             memory.free(self.kept.pop(module))
+        for weight, gradient in zip(module.weights, gradients, strict=True):
+            self.take_gradient(weight, gradient)
+        memory.free(flowing)
         if module.hooked:
             self.release(module, forward=False)
 
@@ -147,9 +148,8 @@ class Engine:
         for child in block.inside[:-1]:
             self.forward(child)
 
-    def make_gradient(self, weight):
+    def take_gradient(self, weight, gradient):
         """Autograd sums a shared weight's gradients before the engine sees them: the first waits for the last."""
-        gradient = self.memory.allocate("gradients", weight.size * self.settings.bytes)
         self.uses[weight] += 1
         if self.uses[weight] < weight.uses:
             self.pending[weight] = gradient
