@@ -58,7 +58,8 @@ class Engine:
         # stages 1 and 2 have their buffers anyway where the optimizer is offloaded
         self.contiguous = settings.contiguous_gradients or (settings.stage < 3 and settings.offload_optimizer)
         self.kept = {}  # module -> the tensor that it saved for the backward pass
-        self.passing = []  # the last tensors of a block that does not keep them, because it is recomputed
+        self.passing = []  # the last call's tensor in a block that does not keep it, because it is recomputed
+        self.named = []  # and those that have a name in the code of the calls under way
         self.cached = {}  # module of such a block -> the part of its tensor that is kept
         self.pending = {}  # shared weight -> the sum of its gradients so far
         self.uses = Counter()  # shared weight -> how many gradients it has so far
@@ -99,27 +100,38 @@ class Engine:
             self.fetch(module, forward=True)
         if module.name == "head":
             memory.phase = "loss"
+        names = len(self.named)
         for child in module.inside:
             self.forward(child, keeps and not module.recomputed)
+        self.free_all(self.named, names)
         if module.recomputed and keeps:
-            for tensor in self.passing:
-                memory.free(tensor)
-            self.passing = []
+            self.free_all(self.passing)
             self.kept[module] = memory.allocate("activations", 0 if self.settings.activation_offload else module.output)
         if module in self.cached and keeps:  # recomputed: what was kept is a part of what is kept now
             memory.free(self.cached.pop(module))
-        if module.kept and keeps:
-            self.kept[module] = memory.allocate(module.part, module.kept)
+        if not keeps:
+            self.pass_on(module)
         elif module.kept:
-            if module.cached:
-                self.cached[module] = memory.allocate(module.part, module.cached)
-            self.passing.append(memory.allocate(module.part, module.kept - module.cached))
-            if len(self.passing) > 2:
-                memory.free(self.passing.pop(0))
+            self.kept[module] = memory.allocate(module.part, module.kept)
         if module.forward:
             memory.touch(module.part, module.forward)
         if module.hooked:
             self.release(module, forward=True)
+
+    def pass_on(self, module):
+        """What a call allocates in a block that keeps little, because it is recomputed: its output is there until the
+        next call has read it, and under a name until the call around it ends."""
+        memory = self.memory
+        named = max(module.named - module.cached, 0)
+        if named:
+            self.named.append(memory.allocate(module.part, named))
+        if not module.kept:
+            return
+        if module.cached:
+            self.cached[module] = memory.allocate(module.part, module.cached)
+        self.passing.append(memory.allocate(module.part, max(module.kept - module.cached - named, 0)))
+        if len(self.passing) > 1:
+            memory.free(self.passing.pop(0))
 
     def backward(self, module):
         memory = self.memory
@@ -167,6 +179,11 @@ class Engine:
             gradient = None
         self.bucket.append((weight, gradient))
         self.elements += weight.size
+
+    def free_all(self, tensors, spared=0):
+        """Free these, the last first, and take them out of the list. spared: how many stay."""
+        while len(tensors) > spared:
+            self.memory.free(tensors.pop())
 
     def shard(self, weight):
         """Elements of one rank's shard of a weight."""
@@ -321,11 +338,6 @@ class Stage12(Engine):
     def partition_sizes(self):
         """Elements of this rank's slice of each group."""
         return [-(-sum(weight.size for weight in group) // self.settings.world_size) for group in self.groups]
-
-    def free_all(self, tensors):
-        """Free these, and empty the list."""
-        while tensors:
-            self.memory.free(tensors.pop())
 
     def end_backward(self):
         if self.settings.stage == 1 and not self.last:
