@@ -277,7 +277,9 @@ class Trace:
         inside.append(Module("choose", kept=choice, named=choice, forward=4 * 8 * rows, hooked=False))
         # the rows by expert, and the tokens that they come from
         inside.append(Module("send", kept=routed + 8 * rows, backward=routed + self.narrow, hooked=False))
-        inside += self.products(model.mlp_width, rows, False, model.n_expert)
+        up, activate, down = self.products(model.mlp_width, rows, False, model.n_expert)
+        activate.named = rows * model.mlp_width * s.product_bytes
+        inside += [up, activate, down]
         # the outputs in the tokens' order, which the gradients of their weights read
         together = {"kept": routed + 8 * rows + self.dropout_mask(), "forward": routed + self.narrow}
         inside.append(Module("sum up", **together, backward=2 * routed, own=True, hooked=False))
