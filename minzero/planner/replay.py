@@ -296,9 +296,16 @@ class Stage12(Engine):
         self.put_into_bucket(weight, gradient)
 
     def flatten_bucket(self):
-        """The slices for all ranks are flattened into one temporary tensor."""
-        if len(self.bucket) > 1:
-            self.memory.touch("buckets", self.elements * self.settings.bytes)
+        """The slices for all ranks are flattened into one temporary tensor. Where gradients are summed in float32, this
+        rank's slices are added to the sums out of it, one after the other, each by a float32 copy."""
+        memory = self.memory
+        own = [math.ceil(self.touched[weight]) for weight, _ in self.bucket if weight in self.touched]
+        if self.wide and own and not self.accumulated:
+            self.accumulated = [memory.allocate("gradients", 4 * size) for size in self.partition_sizes()]
+        flat = memory.allocate("buckets", self.elements * self.settings.bytes if len(self.bucket) > 1 else 0)
+        if self.wide and own:
+            memory.touch("gradients", 4 * max(own))
+        memory.free(flat)
 
     def reduce(self):
         s, memory = self.settings, self.memory
@@ -321,10 +328,6 @@ class Stage12(Engine):
     def keep_reduced(self, weight, gradient):
         """Of a reduced gradient, what this rank's optimizer will read. Returns whether that is the gradient itself."""
         s, memory = self.settings, self.memory
-        if self.wide:
-            memory.touch("gradients", 4 * math.ceil(self.touched[weight]))
-            if not self.accumulated:
-                self.accumulated = [memory.allocate("gradients", 4 * size) for size in self.partition_sizes()]
         if s.offload_optimizer:
             memory.touch("overhead", 8 * math.ceil(self.touched[weight]))  # the norm, in float64
         elif gradient and not self.contiguous:
