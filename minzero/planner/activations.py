@@ -30,6 +30,7 @@ class Module:
     kept: int = 0  # allocated here and saved for the backward pass
     forward: int = 0  # temporary, in the forward pass
     backward: int = 0  # temporary, in the backward pass
+    leaving: int = 0  # of these, what is there until its weights' gradients are reduced, if its input stays as well
     part: str = "activations"
     hooked: bool = True
     own: bool = False  # whether its own backward pass reads what it kept too, not only that of the next call
@@ -173,6 +174,7 @@ class Trace:
             inside.append(self.rotation())
         inside.append(self.scores(number))
         sizes = {"kept": self.dropout_mask(), "forward": self.narrow, "backward": wide + self.own_gradient()}
+        sizes["leaving"] = 0 if turns else wide  # its input is attention's output, which that saved too
         inside.append(self.linear("proj", self.query_width, self.width, **sizes))
         return Module("attention", inside=inside, named=self.narrow)
 

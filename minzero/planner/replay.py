@@ -145,11 +145,15 @@ class Engine:
             memory.free(self.kept.pop(module))
         flowing = memory.allocate(module.part, module.backward)
         gradients = [memory.allocate("gradients", weight.size * self.settings.bytes) for weight in module.weights]
-        if module in self.kept:  # autograd frees what a call saved before the hooks of its gradients run
+        # Before the hooks of its weights' gradients run, autograd frees what a call saved and the gradient that came
+        # in. The one that goes out is as large as the saved input, which counts as the previous call's until its turn.
+        if module in self.kept:
             memory.free(self.kept.pop(module))
+        memory.free(flowing)
+        leaving = memory.allocate(module.part, module.leaving)
         for weight, gradient in zip(module.weights, gradients, strict=True):
             self.take_gradient(weight, gradient)
-        memory.free(flowing)
+        memory.free(leaving)
         if module.hooked:
             self.release(module, forward=False)
 
@@ -331,7 +335,7 @@ class Stage12(Engine):
         if s.offload_optimizer:
             memory.touch("overhead", 8 * math.ceil(self.touched[weight]))  # the norm, in float64
         elif gradient and not self.contiguous:
-            (self.reduced if self.wide else self.partition).append(gradient)
+            self.partition.append(gradient)
             return True
         elif not self.partition and not self.wide:
             size = sum(w.size for w in self.touched) * s.bytes
