@@ -119,8 +119,8 @@ class Engine:
             self.release(module, forward=True)
 
     def pass_on(self, module):
-        """What a call allocates in a block that keeps little, because it is recomputed: its output is there until the
-        next call has read it, and under a name until the call around it ends."""
+        """Allocate a call's output in a block that keeps little, because it is recomputed. It is there until the next
+        call has read it, and under a name until the call around it ends."""
         memory = self.memory
         named = max(module.named - module.cached, 0)
         if named:
