@@ -179,7 +179,7 @@ def plan_one(options, rest, given):
     if options.fit:
         print(f"\nthe fastest that fits; run:\n  {plan['command']}")
     elif plan["fits"] and not options.max and (larger := fitter.larger_micro_batch(plan, hardware)):
-        print(line_on_room(plan, larger))
+        print(f"\n{line_on_room(plan, larger)}")
     if options.max:
         print(f"the deepest of this width that fits: n_layer {plan['n_layer']}")
     if options.plot:

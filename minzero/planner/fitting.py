@@ -26,6 +26,7 @@ from minzero.sizes import count_parameters
 # Of train.activation_checkpointing and train.activation_offload, beside RECOMPUTED.
 MORE_RECOMPUTED = ((3, False), (2, False), (True, True))
 
+BUFFERS = ["buckets", "gathered"]  # parts that smaller buffers shrink
 WORTH_A_LINE = 1.05  # times as fast
 
 
@@ -73,16 +74,18 @@ class Fitter:
 
     @property
     def variants(self):
-        """[(number, Config)] of all settings beside the micro-batch that train.py takes, the given one first. Of
-        offloaded optimizers and recomputation each is tried with each."""
+        """[(number, Config)] of all settings beside the micro-batch that train.py takes: those of CHOICES, each with
+        each kind of recomputation, and the given one. Of equally fast ones the first counts."""
         if self.all_variants is None:
-            found = [] if zero_stage(self.config.deepspeed) == "auto" else [self.config]
+            found = []
             for stage, offload in CHOICES:
                 for recompute, activation_offload in [*((value, False) for value in RECOMPUTED), *MORE_RECOMPUTED]:
                     variant = with_choice(self.config, stage, offload, recompute, 1)
                     variant.train.activation_offload = activation_offload
                     variant.model = self.config.model
                     found.append(variant)
+            if zero_stage(self.config.deepspeed) != "auto":
+                found.append(self.config)
             self.all_variants = list(enumerate(variant for variant in found if is_accepted(variant)))
         return self.all_variants
 
@@ -94,9 +97,10 @@ class Fitter:
 
     def settings(self, number, config, hardware, size):
         """The Settings of a variant with a micro-batch of this size."""
-        key = number, hardware.gpus, hardware.memory_bytes, size
+        key = number, hardware.gpus, hardware.memory_bytes, precision_on(hardware, config), size
         if key not in self.known_settings:
-            self.known_settings[key] = settings_of(with_batch(config, size), hardware.gpus, hardware.memory_bytes)
+            config = with_batch(config, size)
+            self.known_settings[key] = settings_of(config, hardware.gpus, hardware.memory_bytes, hardware.card)
         return self.known_settings[key]
 
     # ---- the search
@@ -107,13 +111,19 @@ class Fitter:
         legal = legal_batch(self.config, hardware.gpus)
         tokens, sizes = legal.train.global_batch_tokens, micro_batches(legal, hardware.gpus)
         best, best_config = 0, None
-        for most, number, variant in self.hopeful(hardware, tokens, sizes):
+        for most, number, variant, possible, reached in self.hopeful(hardware, tokens, sizes):
             if most <= best:
                 break
-            size = self.largest_that_fits(number, variant, hardware, sizes)
-            speed = self.speed(number, variant, hardware, size) if size else 0
-            if speed > best:
-                best, best_config = speed, with_batch(variant, size, tokens)
+            size = self.largest_that_fits(number, variant, hardware, possible)
+            if size and (speed := self.speed(number, variant, hardware, size)) > best:
+                best, best_config = speed, with_batch(variant, size)
+            for larger in [other for other in reached if other > (size or 0)][-1:]:
+                if self.speed(number, variant, hardware, larger, sizes[-1]) <= best:
+                    continue
+                number, variant = -1 - number, with_batch(self.shrunk(number), larger, tokens)
+                fits = self.excess(number, variant, hardware, larger) <= 0
+                if fits and (speed := self.speed(number, variant, hardware, larger)) > best:
+                    best, best_config = speed, variant
         if best_config is None:
             return None, None
         return self.plan(best_config, hardware), best_config
@@ -128,32 +138,51 @@ class Fitter:
         return larger if is_faster else None
 
     def hopeful(self, hardware, tokens, sizes):
-        """[(tokens/s with the largest micro-batch, number, Config)] of the variants that fit with the smallest, the
-        fastest first. Where one does not fit, smaller buffers are tried."""
+        """[(tokens/s at the most, number, Config, micro-batches that are possible, those that are with smaller
+        buffers)] of the variants that may fit, the fastest first."""
         found = []
         precision = precision_on(hardware, self.config)
         for number, variant in self.variants:
             if not goes_with(variant, precision):
                 continue
             variant = with_batch(variant, sizes[-1], tokens)
-            excess = self.excess(number, variant, hardware, sizes[-1])
-            if excess > 0 and excess < self.held_in_buffers(number, variant, hardware, sizes[-1]):
-                number, variant = -1 - number, with_batch(self.shrunk(number), sizes[-1], tokens)
-                excess = self.excess(number, variant, hardware, sizes[-1])
-            # with one micro-batch a step, gradients may be narrower
-            if excess <= 0 or (len(sizes) > 1 and self.excess(number, variant, hardware, sizes[0]) <= 0):
-                found.append((self.speed(number, variant, hardware, sizes[0], sizes[-1]), number, variant))
+            possible = self.possible(number, variant, hardware, sizes)
+            reached = self.possible(number, variant, hardware, sizes, smaller=True)
+            if reached:
+                most = self.speed(number, variant, hardware, reached[0], sizes[-1])
+                found.append((most, number, variant, possible, reached))
         return sorted(found, key=lambda one: -one[0])
 
+    def possible(self, number, variant, hardware, sizes, smaller=False):
+        """The micro-batches that may fit, the largest first. smaller: with smaller buffers. At each peak of the replay
+        with the smallest one, activations grow with the micro-batch, and nothing shrinks, but for gradients: those of a
+        step's only micro-batch are not added up, and may be narrower."""
+        smallest = self.settings(number, variant, hardware, sizes[-1])
+        if least_bytes(smallest) > USABLE * hardware.memory_bytes:
+            return []
+        peaks = self.replayed(smallest).memory.peaks.values()
+        found = []
+        for size in sizes:
+            grown = size / sizes[-1] - 1
+            shrinking = ["gradients"] if size == sizes[0] and len(sizes) > 1 else []
+            shrinking += BUFFERS if smaller else []
+            least = max(
+                total + grown * held.get("activations", 0) - sum(held.get(part, 0) for part in shrinking)
+                for total, held in peaks
+            )
+            if least <= USABLE * hardware.memory_bytes:
+                found.append(size)
+        return found
+
     def largest_that_fits(self, number, variant, hardware, sizes):
-        """The largest micro-batch that fits, None if none does. One that is all of a rank's share is tried by itself:
-        its gradients are not added up, and may be narrower."""
+        """The largest micro-batch that fits, None if none does. The first is tried by itself: it is likely to fit, and
+        it may be all of a rank's share."""
 
         def fits(size):
             return {"fits": self.excess(number, variant, hardware, size) <= 0}
 
-        if fits(sizes[0])["fits"]:
-            return sizes[0]
+        if not sizes or fits(sizes[0])["fits"]:
+            return sizes[0] if sizes else None
         return first_that_fits(sizes[1:], fits)[1]
 
     def excess(self, number, variant, hardware, size):
@@ -168,15 +197,6 @@ class Fitter:
         if not fits_gpu:
             return max(total for total, _ in engine.memory.peaks.values()) - usable
         return 0 if fits_cpu else float("inf")
-
-    def held_in_buffers(self, number, variant, hardware, size):
-        """The most bytes that smaller buffers may save: what is in buckets and gathered at the peak; 0 where it is not
-        known."""
-        settings = self.settings(number, variant, hardware, size)
-        if not settings.stage or least_bytes(settings) > USABLE * hardware.memory_bytes:
-            return 0
-        _, held = max(self.replayed(settings).memory.peaks.values(), key=lambda peak: peak[0])
-        return held.get("buckets", 0) + held.get("gathered", 0)
 
     def speed(self, number, variant, hardware, size, replayed_size=None):
         """Tokens/s of all GPUs. replayed_size: a micro-batch whose replay is there; None: this one's."""
@@ -199,9 +219,9 @@ def least_bytes(settings):
 
 
 def precision_on(hardware, config):
-    """train.precision on this card: "auto" is fp16 where there is no bf16."""
+    """train.precision on this card: what "auto" stands for there."""
     given = config.train.precision
-    return "fp16" if given == "auto" and hardware.card and not hardware.card.has_bf16 else given
+    return hardware.card.precision if given == "auto" and hardware.card else given
 
 
 def goes_with(config, precision):

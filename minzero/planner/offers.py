@@ -123,7 +123,7 @@ def answers(offers, budget=None, days=None):
     if not within:
         return nearest_to(priced or unpriced, budget, days)
     limits = [f"{in_money(budget)}"] if budget is not None else []
-    limits += [in_time(days * 86400)] if days is not None else []
+    limits += [in_days(days)] if days is not None else []
     limit = f" within {' and '.join(limits)}" if limits else ""
     found = {f"cheapest{limit}": cheapest(within)}
     most = MIDDLE * spent(cheapest(within))
@@ -139,7 +139,7 @@ def answers(offers, budget=None, days=None):
 def nearest_to(offers, budget, days):
     """The answer where nothing is within the limits."""
     limits = [f"for {in_money(budget)}"] if budget is not None else []
-    limits += [f"in {in_time(days * 86400)}"] if days is not None else []
+    limits += [f"in {in_days(days)}"] if days is not None else []
     note = f"nothing is done {' '.join(limits)}"
     if budget is not None:
         return {"cheapest": cheapest(in_limits(offers, None, days) or offers)}, [note]
@@ -151,6 +151,11 @@ def in_limits(offers, budget, days):
     return [
         offer for offer in offers if (budget is None or offer.cost <= budget) and (days is None or offer.days <= days)
     ]
+
+
+def in_days(days):
+    """A limit as it was given."""
+    return f"{days:g} day{'' if days == 1 else 's'}"
 
 
 def spent(offer):
@@ -178,6 +183,8 @@ def plan_command(arguments, given, offer, options):
         value = getattr(options, name)
         if value is not None and not (name == "gpu_memory" and not options.gpu):
             words.append(f"--{name} {value:g}")
+    if options.measured:
+        words.append(f"--measured {shlex.quote(str(options.measured))}")
     flags = " ".join([f"--gpus {hardware.gpus} --gpu {hardware.card.names[0]}", *words])
     return f"python plan.py {shlex.join(arguments)} {flags} {chosen_flags(given, offer.config)}"
 
@@ -206,8 +213,8 @@ def page(offers, found, notes, rows, config):
     tried = f"{cards} card{'s' if cards > 1 else ''} of {in_numbers(numbers)}"
     first = next(iter(found.values()))
     lines = [
-        f"{in_count(first.plan['parameters'])} parameters, {in_count(config.train.max_tokens)} tokens: {tried} on "
-        f"which it fits, each with its fastest setting; middle: the fastest for at most {MIDDLE:g} times the cheapest"
+        f"{in_count(first.plan['parameters'])} parameters, {in_count(config.train.max_tokens)} tokens: of {tried} on "
+        f"which it fits, each with its fastest setting (middle: the fastest for at most {MIDDLE:g} times the cheapest)"
     ]
     table = [("", "GPUs", "memory of one", "tokens/s", "time", "GPU hours", "cost")]
     for title, offer in found.items():

@@ -266,7 +266,8 @@ def chosen_flags(given, config):
         "train.activation_checkpointing": config.train.activation_checkpointing,
         "deepspeed.zero_optimization.stage": config.deepspeed["zero_optimization"]["stage"],
     }
-    return in_flags(chosen | overrides(given, config))
+    changes = chosen | overrides(given, config)
+    return in_flags({key: changes[key] for key in sorted(changes, key=lambda key: key.startswith("deepspeed."))})
 
 
 def train_command(arguments, given, config, hardware):

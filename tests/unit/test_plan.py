@@ -25,6 +25,7 @@ from minzero.config.load import load_config
 from minzero.config.sections import ModelConfig
 from minzero.files import ROOT
 from minzero.planner.activations import calls_of, trace, weights_of
+from minzero.planner.batches import is_legal
 from minzero.planner.gpus import USABLE, GiB, Hardware
 from minzero.planner.plan import plan_run
 from minzero.planner.report import in_flags, notes_on
@@ -459,8 +460,8 @@ def answer_of(capsys, arguments):
         "configs/1p5b.json --gpus 1 --gpu 4090",
         "configs/1p5b.json --gpus 8 --gpu 4090 --deepspeed.zero_optimization.stage 0",
         "configs/gpt2-124m.json --gpus 1 --gpu h100 --gpu_memory 2",  # takes two keys
-        "configs/175b.json --gpus 8 --gpu_memory 80",
-        "configs/45b.json --gpus 8 --gpu a100 --gpu_memory 40",
+        "configs/175b.json --gpus 8 --gpu_memory 80 --cpu_memory 8000",
+        "configs/45b.json --gpus 8 --gpu a100 --gpu_memory 40 --cpu_memory 2000",
         # selective recomputation
         "configs/gpt2-124m.json --gpus 8 --gpu h100 --gpu_memory 5 --train.micro_batch_size 1 --model.block_size 16384",
     ],
@@ -476,14 +477,18 @@ def test_the_cheapest_change_is_enough(capsys, arguments):
     if found["enough_gpus"]:
         gpus = int(arguments.split("--gpus ")[1].split()[0])
         more = arguments.replace(f"--gpus {gpus} ", "--gpus {} ")
-        assert answer_of(capsys, more.format(found["enough_gpus"]))["fits"]
-        assert not answer_of(capsys, more.format(found["enough_gpus"] - gpus))["fits"]
+        fitting = answer_of(capsys, more.format(found["enough_gpus"]))
+        assert fitting["fits"] and "changed_batch" not in fitting
+        config = load_config([arguments.split()[0]])
+        sizes = range(gpus, found["enough_gpus"], gpus)
+        legal = [number for number in sizes if is_legal(config, number) and number % -(-number // 8) == 0]
+        assert not legal or not answer_of(capsys, more.format(legal[-1]))["fits"]
 
 
 @pytest.mark.parametrize(
     "arguments, word",
     [
-        ("", "--gpus"),
+        ("--gpus 0", "--gpus"),
         ("--gpus 8 --gpu_memory 24", "without --gpu: name the card.*4090"),
         ("--gpus 8 --gpu_memory 25", "without --gpu: name the card"),
         ("--gpus 0 --gpu_memory 80", "--gpus"),

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import plan
 from minzero.config.load import load_config
 from minzero.files import ROOT
-from minzero.planner.gpus import GiB
+from minzero.planner.gpus import GiB, nodes_of, on_card
 from minzero.planner.picture import candidates, figure_of
 from minzero.planner.plan import plan_run
 from minzero.planner.report import between_steps, in_price, needed_of_node, plan_text
@@ -162,6 +162,19 @@ def test_the_page_says_what_it_rests_on():
     assert "what this code reaches of it is measured (out/run)" in plan_text(found, config, hardware, [])
     assert f"MFU {in_digits(100 * found['mfu'], 2)}%, HFU {in_digits(100 * found['hfu'], 2)}%" in text
     assert 0.1 < found["mfu"] < found["hfu"] < 0.8
+
+
+def test_more_gpus_are_of_nodes_as_full():
+    parser = plan.all_flags()
+    for flags, gpus, nodes in (("1", 3, 1), ("1", 16, 2), ("8", 64, 8), ("2 --nodes 2", 4, 4), ("8 --nodes 4", 6, 3)):
+        options = parser.parse_args(f"--gpus {flags}".split())
+        hardware = plan.rented(options)
+        more = on_card(hardware.card, hardware.memory_bytes, gpus, options)
+        assert (more.gpus, more.nodes) == (gpus, nodes)
+        assert on_card(hardware.card, hardware.memory_bytes, hardware.gpus, options) == hardware
+    assert 9 % nodes_of(hardware.card, 9, parser.parse_args(["--gpus", "1"])), "not on two nodes that are alike"
+    options = parser.parse_args("--gpus 1 --cpu_memory 100".split())
+    assert on_card(hardware.card, hardware.memory_bytes, 8, options).cpu_bytes == 100 * GiB
 
 
 # ---- --help
