@@ -56,7 +56,8 @@ RATES = {  # the fields of Assumptions
     "network": "bytes/s of a GPU to other nodes; default: the card's",
     "pcie": "bytes/s from a GPU to CPU memory; default: the card's",
     "cpu": "bytes/s of Adam on a node's CPU; default: %(default)g",
-    "disk": "bytes/s of a node to its disk; default: %(default)g",
+    "disk": "bytes/s of a node's checkpoints; default: %(default)g",
+    "nvme": "bytes/s of a node's drives in offload; default: %(default)g",
 }
 
 

@@ -30,12 +30,14 @@ class Module:
     kept: int = 0  # allocated here and saved for the backward pass
     forward: int = 0  # temporary, in the forward pass
     backward: int = 0  # temporary, in the backward pass
+    leaving: int = 0  # of these, what is there until its weights' gradients are reduced, if its input stays as well
     part: str = "activations"
     hooked: bool = True
     own: bool = False  # whether its own backward pass reads what it kept too, not only that of the next call
     leaf: bool = False  # for the hooks, one module with all that is inside it
     recomputed: bool = False
     cached: int = 0  # of the bytes kept, those that are kept even if the block is recomputed
+    named: int = 0  # bytes of its output that have a name in the code around it, and so stay until that ends
     output: int = 0  # of a recomputed block: the bytes of its output, which is the next one's input
 
 
@@ -129,11 +131,13 @@ class Trace:
     def block(self, number):
         s = self.settings
         parts = [[self.norm("norm"), self.attention(number)], [self.norm("norm"), self.mlp()]]
+        parts[1][0].named = self.stream
         if s.model.norm_position == "after":
             parts = [self.norm_after(*part) for part in parts]
         sums = [Module("sum", kept=self.stream, hooked=False) for _ in parts]
         if s.model.parallel_residual:  # the MLP does not read the stream that attention was added to
             sums[0] = without_output(sums[0], self.stream)
+        sums[0].named = self.stream
         inside = [call for part, added in zip(parts, sums, strict=True) for call in (*part, added)]
         block = Module(f"block {number}", inside=inside, output=self.stream)
         every, selective, budget = s.recomputation
@@ -141,9 +145,10 @@ class Trace:
         block.recomputed = by_budget or (every > 0 and number % every == 0)
         block.leaf = s.stage == 3 and self.whole_blocks()
         calls = calls_of(block)[1:]
-        if block.leaf:
-            for call in calls:
-                call.hooked = False
+        for call in calls:
+            call.hooked = call.hooked and not block.leaf
+            if s.compiled and call is not sums[0]:  # the compiler frees what nothing reads any more
+                call.named = 0
         if block.recomputed and not selective:
             for call in calls[:-1]:  # the last one's is the block's output
                 call.cached = int(budget * call.kept) if by_budget else 0
@@ -153,6 +158,7 @@ class Trace:
         """A sub-layer and the norm of its output, in the order in which they are called. The norm reads what the
         sub-layer's last product gives, and its own output is added to the stream."""
         part.inside[-1].kept += self.narrow
+        norm.named = 0
         return part, without_output(norm, self.stream)
 
     def whole_blocks(self):
@@ -168,14 +174,15 @@ class Trace:
             inside.append(self.rotation())
         inside.append(self.scores(number))
         sizes = {"kept": self.dropout_mask(), "forward": self.narrow, "backward": wide + self.own_gradient()}
+        sizes["leaving"] = 0 if turns else wide  # its input is attention's output, which that saved too
         inside.append(self.linear("proj", self.query_width, self.width, **sizes))
-        return Module("attention", inside=inside)
+        return Module("attention", inside=inside, named=self.narrow)
 
     def projections(self):
         """Queries, keys and values by one product."""
         fan_out = self.query_width + 2 * self.kv_width
         qkv = self.settings.tokens * fan_out * self.settings.product_bytes
-        sizes = {"kept": qkv, "cached": qkv, "backward": qkv + self.narrow}
+        sizes = {"kept": qkv, "named": qkv, "cached": qkv, "backward": qkv + self.narrow}
         return [self.linear("qkv", self.width, fan_out, self.settings.model.biased_qkv, **sizes)]
 
     def query_key_norms(self, turns):
@@ -188,7 +195,9 @@ class Trace:
         for name, width in (("q_norm", self.query_width), ("k_norm", self.kv_width)):
             normed = s.model.head_size if s.model.qk_norm == "head" else width
             norm = self.norm(name, normed, s.tokens * width // normed)
-            norms.append(without_output(norm, s.tokens * width * s.bytes) if turns else norm)
+            output = s.tokens * width * s.bytes
+            norm.named = 0 if turns else output
+            norms.append(without_output(norm, output) if turns else norm)
         return norms
 
     def rotation(self):
@@ -199,7 +208,7 @@ class Trace:
         temporary = 2 * turned * 4  # in float32, before and after the rotation
         if s.model.rotary_channels < s.model.head_size:  # before the other channels are put beside them
             temporary = max(temporary, turned * (4 + s.product_bytes))
-        return Module("rotate", kept=rotated, forward=temporary, backward=rotated, hooked=False)
+        return Module("rotate", kept=rotated, named=rotated, forward=temporary, backward=rotated, hooked=False)
 
     def scores(self, number):
         """Flash attention: no (T, T) matrix of a head is kept. In a layer with a sliding window one matrix is, for all
@@ -213,7 +222,7 @@ class Trace:
         kept = output * outputs + log_sums
         if s.has_mask(number):
             kept += s.length**2 * s.product_bytes
-        sizes = {"kept": kept, "cached": output + log_sums}
+        sizes = {"kept": kept, "named": output, "cached": output + log_sums}
         return Module("attend", **sizes, backward=output + inputs, own=True, hooked=False)
 
     def mlp(self):
@@ -258,20 +267,27 @@ class Trace:
         logits = s.tokens * model.n_expert  # their number
         # in float32 whatever the weights are
         sizes = {"kept": 4 * logits, "forward": s.product_bytes * logits, "backward": 8 * logits + self.narrow}
-        inside = [self.linear("router", self.width, model.n_expert, False, **sizes, cached=s.product_bytes * logits)]
+        inside = [
+            self.linear(
+                "router", self.width, model.n_expert, False, **sizes, named=4 * logits, cached=s.product_bytes * logits
+            )
+        ]
         # probabilities, their log-sum-exp, which experts a token goes to, in int64, and their weights
         choice = 4 * logits + 4 * s.tokens + (8 + s.product_bytes) * rows
         if model.normalize_experts:
             choice += 4 * rows + 4 * s.tokens
-        inside.append(Module("choose", kept=choice, forward=4 * 8 * rows, hooked=False))
+        inside.append(Module("choose", kept=choice, named=choice, forward=4 * 8 * rows, hooked=False))
         # the rows by expert, and the tokens that they come from
         inside.append(Module("send", kept=routed + 8 * rows, backward=routed + self.narrow, hooked=False))
-        inside += self.products(model.mlp_width, rows, False, model.n_expert)
+        up, activate, down = self.products(model.mlp_width, rows, False, model.n_expert)
+        activate.named = rows * model.mlp_width * s.product_bytes
+        inside += [up, activate, down]
         # the outputs in the tokens' order, which the gradients of their weights read
         together = {"kept": routed + 8 * rows + self.dropout_mask(), "forward": routed + self.narrow}
         inside.append(Module("sum up", **together, backward=2 * routed, own=True, hooked=False))
         if model.n_shared_expert:  # is called first, although its weights come last
             inside.insert(0, self.dense_mlp(model.n_shared_expert * model.mlp_width))
+            inside[0].named = self.narrow
         return Module("mlp", inside=inside)
 
     def chunked_head(self, weight, on_gpu=True):

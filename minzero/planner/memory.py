@@ -5,10 +5,15 @@ loss, backward, reduction, step), and which one wins depends on the setting. So 
 allocation: activations.py describes the model, replay.py and stage3.py the engine.
 """
 
+import math
+
 from minzero.planner.replay import Stage0, Stage12
 from minzero.planner.stage3 import Stage3
-from minzero.sizes import check_counted
+from minzero.sizes import check_counted, parameter_sizes
 
+# DeepSpeed's buffers between a drive and the GPU: as many sub-groups of float32, and elements (buffer_count times
+# buffer_size), by default.
+NVME_OPTIMIZER_BUFFERS, NVME_WEIGHT_BUFFERS = 4, 5 * 10**8
 ENGINES = {0: Stage0, 1: Stage12, 2: Stage12, 3: Stage3}
 
 
@@ -56,19 +61,39 @@ def offloaded_elements(settings, parameters):
 
 def cpu_memory(settings, parameters, ranks):
     """(lowest, highest) bytes of CPU memory of a node with this many ranks, for tensors, the copy of a checkpoint that
-    is being written included; each rank's Python, torch and CUDA libraries come on top. PyTorch rounds each pinned
-    block up to a power of two: up to twice the bytes."""
+    is being written included; each rank's Python, torch and CUDA libraries come on top. PyTorch may round each pinned
+    block up to a power of two (2.13 does)."""
+    s = settings
+    pageable = background_copy(s, parameters)
+    if s.offload_optimizer and not s.optimizer_on_nvme:
+        pageable += (s.master_bytes + s.moment_bytes) * offloaded_elements(s, parameters)
+    blocks = pinned_blocks(s, parameters)
+    rounded = sum(1 << (math.ceil(block) - 1).bit_length() for block in blocks if block)
+    return round((pageable + sum(blocks)) * ranks), round((pageable + rounded) * ranks)
+
+
+def pinned_blocks(settings, parameters):
+    """Bytes of each pinned block of one rank's CPU memory, as DeepSpeed 0.19.8 makes them (stage3.py,
+    partition_parameters.py, stage_1_and_2.py). Of what is on NVMe only the buffers are in CPU memory."""
     s = settings
     shard = parameters / s.world_size
-    pageable = background_copy(s, parameters)
-    pinned = offloaded_activations(s)
+    recomputed = len(s.recomputation.of_blocks(range(s.model.n_layer)))
+    blocks = [offloaded_activations(s) / recomputed] * recomputed if s.activation_offload and recomputed else []
     if s.offload_optimizer:
+        blocks.append(s.bytes * shard)  # 16-bit gradients (stage 3) or weights (1, 2)
+    if s.optimizer_on_nvme:
+        blocks += [4 * min(shard, s.sub_group_size)] * NVME_OPTIMIZER_BUFFERS
+    elif s.offload_optimizer:  # float32 gradients, by sub-groups at stage 3
         offloaded = offloaded_elements(s, parameters)
-        pageable += (s.master_bytes + s.moment_bytes) * offloaded
-        pinned += 4 * offloaded + s.bytes * shard  # float32 gradients; 16-bit ones (stage 3) or weights (1, 2)
-    if s.offload_param:
-        pinned += 2 * s.bytes * shard  # the flat weights, and zero.Init's pieces, which stay in the host cache
-    return round((pageable + pinned) * ranks), round((pageable + 2 * pinned) * ranks)
+        whole, rest = divmod(offloaded, s.sub_group_size) if s.stage == 3 else (0, offloaded)
+        blocks += [4 * s.sub_group_size] * int(whole) + [4 * rest]
+    if s.param_on_nvme:
+        blocks.append(NVME_WEIGHT_BUFFERS * s.bytes)
+    elif s.offload_param:  # the flat weights, and zero.Init's pieces, which stay in the host cache
+        sizes = parameter_sizes(s.model)
+        pieces = s.model.n_layer * sizes.block + sizes.outside
+        blocks += [s.bytes * shard] + [s.bytes * size / s.world_size for size in pieces]
+    return blocks
 
 
 def checkpoint_bytes(settings, parameters):

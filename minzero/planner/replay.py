@@ -58,7 +58,8 @@ class Engine:
         # stages 1 and 2 have their buffers anyway where the optimizer is offloaded
         self.contiguous = settings.contiguous_gradients or (settings.stage < 3 and settings.offload_optimizer)
         self.kept = {}  # module -> the tensor that it saved for the backward pass
-        self.passing = []  # the last tensors of a block that does not keep them, because it is recomputed
+        self.passing = []  # the last call's tensor in a block that does not keep it, because it is recomputed
+        self.named = []  # and those that have a name in the code of the calls under way
         self.cached = {}  # module of such a block -> the part of its tensor that is kept
         self.pending = {}  # shared weight -> the sum of its gradients so far
         self.uses = Counter()  # shared weight -> how many gradients it has so far
@@ -108,27 +109,38 @@ class Engine:
             self.fetch(module, forward=True)
         if module.name == "head":
             memory.phase = "loss"
+        names = len(self.named)
         for child in module.inside:
             self.forward(child, keeps and not module.recomputed)
+        self.free_all(self.named, names)
         if module.recomputed and keeps:
-            for tensor in self.passing:
-                memory.free(tensor)
-            self.passing = []
+            self.free_all(self.passing)
             self.kept[module] = memory.allocate("activations", 0 if self.settings.activation_offload else module.output)
         if module in self.cached and keeps:  # recomputed: what was kept is a part of what is kept now
             memory.free(self.cached.pop(module))
-        if module.kept and keeps:
-            self.kept[module] = memory.allocate(module.part, module.kept)
+        if not keeps:
+            self.pass_on(module)
         elif module.kept:
-            if module.cached:
-                self.cached[module] = memory.allocate(module.part, module.cached)
-            self.passing.append(memory.allocate(module.part, module.kept - module.cached))
-            if len(self.passing) > 2:
-                memory.free(self.passing.pop(0))
+            self.kept[module] = memory.allocate(module.part, module.kept)
         if module.forward:
             memory.touch(module.part, module.forward)
         if module.hooked:
             self.release(module, forward=True)
+
+    def pass_on(self, module):
+        """Allocate a call's output in a block that keeps little, because it is recomputed. It is there until the next
+        call has read it, and under a name until the call around it ends."""
+        memory = self.memory
+        named = max(module.named - module.cached, 0)
+        if named:
+            self.named.append(memory.allocate(module.part, named))
+        if not module.kept:
+            return
+        if module.cached:
+            self.cached[module] = memory.allocate(module.part, module.cached)
+        self.passing.append(memory.allocate(module.part, max(module.kept - module.cached - named, 0)))
+        if len(self.passing) > 1:
+            memory.free(self.passing.pop(0))
 
     def backward(self, module):
         memory = self.memory
@@ -141,11 +153,16 @@ class Engine:
         if module in self.kept and not module.own:
             memory.free(self.kept.pop(module))
         flowing = memory.allocate(module.part, module.backward)
-        for weight in module.weights:
-            self.make_gradient(weight)
-        memory.free(flowing)
+        gradients = [memory.allocate("gradients", weight.size * self.settings.bytes) for weight in module.weights]
+        # Before the hooks of its weights' gradients run, autograd frees what a call saved and the gradient that came
+        # in. The one that goes out is as large as the saved input, which counts as the previous call's until its turn.
         if module in self.kept:
             memory.free(self.kept.pop(module))
+        memory.free(flowing)
+        leaving = memory.allocate(module.part, module.leaving)
+        for weight, gradient in zip(module.weights, gradients, strict=True):
+            self.take_gradient(weight, gradient)
+        memory.free(leaving)
         if module.hooked:
             self.release(module, forward=False)
 
@@ -156,9 +173,8 @@ class Engine:
         for child in block.inside[:-1]:
             self.forward(child)
 
-    def make_gradient(self, weight):
+    def take_gradient(self, weight, gradient):
         """Autograd sums a shared weight's gradients before the engine sees them: the first waits for the last."""
-        gradient = self.memory.allocate("gradients", weight.size * self.settings.bytes)
         self.uses[weight] += 1
         if self.uses[weight] < weight.uses:
             self.pending[weight] = gradient
@@ -176,6 +192,11 @@ class Engine:
             gradient = None
         self.bucket.append((weight, gradient))
         self.elements += weight.size
+
+    def free_all(self, tensors, spared=0):
+        """Free these, the last first, and take them out of the list. spared: how many stay."""
+        while len(tensors) > spared:
+            self.memory.free(tensors.pop())
 
     def shard(self, weight):
         """Elements of one rank's shard of a weight."""
@@ -288,9 +309,16 @@ class Stage12(Engine):
         self.put_into_bucket(weight, gradient)
 
     def flatten_bucket(self):
-        """The slices for all ranks are flattened into one temporary tensor."""
-        if len(self.bucket) > 1:
-            self.memory.touch("buckets", self.elements * self.settings.bytes)
+        """The slices for all ranks are flattened into one temporary tensor. Where gradients are summed in float32, this
+        rank's slices are added to the sums out of it, one after the other, each by a float32 copy."""
+        memory = self.memory
+        own = [math.ceil(self.touched[weight]) for weight, _ in self.bucket if weight in self.touched]
+        if self.wide and own and not self.accumulated:
+            self.accumulated = [memory.allocate("gradients", 4 * size) for size in self.partition_sizes()]
+        flat = memory.allocate("buckets", self.elements * self.settings.bytes if len(self.bucket) > 1 else 0)
+        if self.wide and own:
+            memory.touch("gradients", 4 * max(own))
+        memory.free(flat)
 
     def reduce(self):
         s, memory = self.settings, self.memory
@@ -313,14 +341,10 @@ class Stage12(Engine):
     def keep_reduced(self, weight, gradient):
         """Of a reduced gradient, what this rank's optimizer will read. Returns whether that is the gradient itself."""
         s, memory = self.settings, self.memory
-        if self.wide:
-            memory.touch("gradients", 4 * math.ceil(self.touched[weight]))
-            if not self.accumulated:
-                self.accumulated = [memory.allocate("gradients", 4 * size) for size in self.partition_sizes()]
         if s.offload_optimizer:
             memory.touch("overhead", 8 * math.ceil(self.touched[weight]))  # the norm, in float64
         elif gradient and not self.contiguous:
-            (self.reduced if self.wide else self.partition).append(gradient)
+            self.partition.append(gradient)
             return True
         elif not self.partition and not self.wide:
             size = sum(w.size for w in self.touched) * s.bytes
@@ -330,11 +354,6 @@ class Stage12(Engine):
     def partition_sizes(self):
         """Elements of this rank's slice of each group."""
         return [-(-sum(weight.size for weight in group) // self.settings.world_size) for group in self.groups]
-
-    def free_all(self, tensors):
-        """Free these, and empty the list."""
-        while tensors:
-            self.memory.free(tensors.pop())
 
     def end_backward(self):
         if self.settings.stage == 1 and not self.last:

@@ -191,7 +191,7 @@ def notes_on(config, gpus):
     if unknown:
         notes.append(f"not modelled, of deepspeed.zero_optimization: {', '.join(unknown)}")
     if "nvme" in (offload_device(zero, "offload_optimizer"), offload_device(zero, "offload_param")):
-        notes.append("NVMe is counted as CPU memory, with its speed")
+        notes.append("what is offloaded to NVMe is not in the node's RAM; its drives' 5 GB/s are assumed: --nvme")
     if heads := wide_heads(config.model):
         notes.append(heads)
     try:

@@ -49,6 +49,8 @@ class Settings:
     offload_optimizer: bool = False
     offload_ratio: float = 1.0  # stage 3: the share of the optimizer in CPU memory, counted in sub-groups
     offload_param: bool = False
+    optimizer_on_nvme: bool = False  # where it is offloaded, on a drive and not in CPU memory
+    param_on_nvme: bool = False
     overlap_comm: bool = False
     contiguous_gradients: bool = True  # gradients are copied into a bucket; else they stay until they are reduced
     allgather_sequential: bool = False  # stage 3: each weight is gathered straight into its own tensor
@@ -137,6 +139,8 @@ def settings_of(config, gpus, memory, card=None):
         offload_optimizer=offloads_optimizer(config.deepspeed),
         offload_ratio=offload_ratio(zero),
         offload_param=offload_device(zero, "offload_param") != "none",
+        optimizer_on_nvme=offload_device(zero, "offload_optimizer") == "nvme",
+        param_on_nvme=offload_device(zero, "offload_param") == "nvme",
         overlap_comm=overlap_comm,
         compiled=train.compile is True or (train.compile == "auto" and not (card and card.is_cpu)),
         # checkpoint.py copies no optimizer that lives on NVMe: memory may not hold it

@@ -79,6 +79,7 @@ class Assumptions:
     pcie: float | None = None  # bytes/s between a GPU and its node's memory
     cpu: float = 33e9  # bytes/s of a node's memory in DeepSpeed's CPU Adam
     disk: float = 1e9  # bytes/s of one node to where checkpoints go
+    nvme: float = 5e9  # bytes/s of one node's drives, for what is offloaded to them
 
     def on(self, card):
         """These, with the card's rates in place of None. card: a Card, or None, of which no rate is known."""
@@ -230,15 +231,19 @@ def persistent_elements(settings):
 def offload_seconds(settings, engine, hardware, rates, code):
     """Seconds of a step in which data is copied to and from CPU memory, or Adam runs there."""
     s = settings
+    ranks = s.world_size / hardware.nodes  # of a node
     seconds = 2 * offloaded_activations(s) * s.gradient_accumulation_steps / rates.pcie
     if s.offload_param:
         copied = s.gradient_accumulation_steps * engine.traffic["gathered"] / s.world_size
         seconds += copied * s.bytes / rates.pcie
+        if s.param_on_nvme:
+            seconds += copied * s.bytes * ranks / rates.nvme
     if s.offload_optimizer:
         offloaded = offloaded_elements(s, engine.size)
-        ranks = s.world_size / hardware.nodes  # of a node
         copies = (4 + s.bytes) * offloaded / rates.pcie  # gradients to the CPU, weights to the GPU
         seconds += copies + code.cpu_adam_bytes * offloaded * ranks / rates.cpu
+        if s.optimizer_on_nvme:  # weights, moments and gradients are read, weights and moments written
+            seconds += 28 * offloaded * ranks / rates.nvme
     return seconds
 
 

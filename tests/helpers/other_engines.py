@@ -97,7 +97,8 @@ class OtherTrace(Trace):
         # under autocast each makes a fp16 copy of the norm's fp32 output
         kept = self.narrow * (2 if self.settings.amp else 1)
         names = ("key", "query", "value")
-        return [self.linear(name, self.width, self.width, kept=kept, backward=2 * self.narrow) for name in names]
+        sizes = {"kept": kept, "backward": 2 * self.narrow, "leaving": 2 * self.narrow}  # all three read one input
+        return [self.linear(name, self.width, self.width, **sizes) for name in names]
 
     def scores(self, number):
         if self.settings.attention == "flash":

@@ -130,6 +130,29 @@ def measured_and_predicted(zero, batch, precision, shape, loss_tokens=2**20, acc
     }
 
 
+def one_reduction(which):
+    """Settings with a bucket larger than all gradients: the only reduction comes after the last one's hook, while the
+    embeddings are still gathered. The last gradient is an embedding's, which the head shares or not."""
+    settings = []
+    for stage, tied, recompute, precision in [
+        (3, False, False, "bf16"),
+        (3, True, True, "fp32"),
+        (2, False, False, "bf16"),
+        (1, True, "selective", "bf16"),
+    ]:
+        zero = {"stage": stage, "reduce_bucket_size": 10**6, "stage3_param_persistence_threshold": 300}
+        batch = {"micro_batch_size": 2, "activation_checkpointing": recompute}
+        shape = {"tie_embeddings": tied}
+        settings.append((zero, batch, precision, shape))
+        if which == "all":
+            rotary = shape | {"position": "rotary", "mlp": "swiglu", "n_kv_head": 2}
+            settings.append((zero, batch | {"global_batch_tokens": 512}, precision, rotary))
+            settings.append((zero | {"contiguous_gradients": False}, batch, precision, shape))
+            if stage > 1 and precision == "bf16":
+                settings.append((zero, batch, precision, shape, 2**20, "fp32"))
+    return settings
+
+
 def main(folder, which):
     """which: "all" settings, or "some": each stage once, two of the random ones. A compiled block allocates past the
     dispatcher, where LiveBytes does not see it: test_plan.py counts what it keeps."""
@@ -149,6 +172,7 @@ def main(folder, which):
         zero = {"stage": stage, "stage3_param_persistence_threshold": 300, "reduce_bucket_size": 30_000}
         batch = {"micro_batch_size": 2, "activation_checkpointing": recompute}
         found.append(measured_and_predicted(zero, batch, precision, experts))
+    found += [measured_and_predicted(*setting) for setting in one_reduction(which)]
     draw = random.Random(0)
     for _ in range(20 if which == "all" else 2):
         zero = {

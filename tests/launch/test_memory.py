@@ -30,4 +30,4 @@ def test_peak_is_that_of_the_real_engine(real_engines):
     errors = [found["peak"][1] / found["peak"][0] - 1 for found in real_engines]
     for error, found in zip(errors, real_engines, strict=True):
         print(f"{error:+.2%} {found['setting']}")
-    assert max(map(abs, errors)) <= 0.035 and statistics.median(map(abs, errors)) <= 0.005
+    assert max(map(abs, errors)) <= 0.02 and statistics.median(map(abs, errors)) <= 0.003
