@@ -29,7 +29,7 @@ from minzero.planner.batches import changed_batch, legal_batch, refused_batch
 from minzero.planner.fitting import Fitter
 from minzero.planner.gpus import DEFAULT_GPU, MOST_GPUS, nodes_of, on_card, rented
 from minzero.planner.measured import measured_code
-from minzero.planner.offers import all_offers, answers, as_rows, line_on_room, page
+from minzero.planner.offers import all_offers, answers, as_rows, lines_on_room, page
 from minzero.planner.picture import draw
 from minzero.planner.report import notes_on, plan_text, suggest_fix, train_command
 from minzero.planner.search import deepest, with_choice
@@ -179,8 +179,9 @@ def plan_one(options, rest, given):
         print("\n".join(["", *lines]))
     if options.fit:
         print(f"\nthe fastest that fits; run:\n  {plan['command']}")
-    elif plan["fits"] and not options.max and (larger := fitter.larger_micro_batch(plan, hardware)):
-        print(f"\n{line_on_room(plan, larger)}")
+    elif plan["fits"] and not options.max:
+        lines = list(lines_on_room(plan, config, fitter, hardware))
+        print("\n".join(["", *lines] if lines else []), end="\n" if lines else "")
     if options.max:
         print(f"the deepest of this width that fits: n_layer {plan['n_layer']}")
     if options.plot:

@@ -11,9 +11,10 @@ from minzero.config.sections import Config
 from minzero.config.values import divisors
 from minzero.errors import UserError
 from minzero.planner.batches import changed_batch, sequences_of_rank
+from minzero.planner.fitting import WORTH_A_LINE
 from minzero.planner.gpus import Hardware, chosen_card, nodes_of, on_card
 from minzero.planner.report import chosen_flags, train_command
-from minzero.planner.units import in_count, in_digits, in_money, in_time, in_units
+from minzero.planner.units import in_count, in_digits, in_money, in_percent, in_time, in_units
 
 MOST_TO_RENT = 1024  # GPUs, unless --gpus says how many
 MIDDLE = 1.2  # times the cost of the cheapest that the sensible middle may cost
@@ -42,13 +43,25 @@ class Offer(NamedTuple):
         return self.plan["cost"]
 
 
-def line_on_room(plan, larger):
-    """A line on a larger micro-batch. larger: of Fitter.larger_micro_batch."""
-    size, times = larger["micro_batch_size"], larger["tokens_per_second"] / plan["tokens_per_second"]
-    return (
-        f"fits at {plan['gpu_fraction']:.0%}: micro-batch {size} is {times - 1:.0%} faster, at "
-        f"{larger['gpu_fraction']:.0%} (--train.micro_batch_size {size})"
-    )
+def lines_on_room(plan, config, fitter, hardware):
+    """Lines on what is faster on the same GPUs: a larger micro-batch alone, and all that --fit finds. plan: of this
+    configuration, which fits."""
+    reached = plan["tokens_per_second"]
+    fits = f"fits at {in_percent(plan['gpu_fraction'])}"
+    if larger := fitter.larger_micro_batch(plan, hardware):
+        size, times = larger["micro_batch_size"], larger["tokens_per_second"] / reached
+        reached = larger["tokens_per_second"]
+        yield (
+            f"{fits}: micro-batch {size} is {times - 1:.0%} faster, at {in_percent(larger['gpu_fraction'])} "
+            f"(--train.micro_batch_size {size})"
+        )
+    fastest, chosen = fitter.fastest(hardware)
+    if fastest and fastest["tokens_per_second"] >= WORTH_A_LINE * reached:
+        times = fastest["tokens_per_second"] / plan["tokens_per_second"]
+        yield (
+            f"{fits}: --fit finds what is {times - 1:.0%} faster, at {in_percent(fastest['gpu_fraction'])} "
+            f"({chosen_flags(config, chosen)})"
+        )
 
 
 # ---- the candidates

@@ -10,7 +10,7 @@ from minzero.errors import UserError
 from minzero.planner.gpus import COMFORTABLE, PROCESS, USABLE, GiB
 from minzero.planner.search import anything_fits, cheapest_change, enough_gpus, overrides
 from minzero.planner.settings import OTHER_ZERO_KEYS, WITHOUT_EFFECT, ZERO_KEYS
-from minzero.planner.units import in_count, in_digits, in_money, in_round_units, in_time, in_units, rounded
+from minzero.planner.units import in_count, in_digits, in_money, in_percent, in_round_units, in_time, in_units, rounded
 from minzero.sizes import expert_sizes, wide_heads
 
 FRAGMENTS = "the rest goes to fragments, the CUDA context and NCCL"
@@ -78,8 +78,7 @@ def limit_lines(plan, hardware):
     allocated = f"{rounded(usable / GiB, 3):g} of {hardware.gibibytes} GiB can be allocated"
     if plan["fits"]:
         tight = ", tight" if plan["gpu_fraction"] > COMFORTABLE else ""
-        share = f"{plan['gpu_fraction']:.0%}" if plan["gpu_fraction"] >= 0.01 else "less than 1%"
-        return [f"fits: {share} of the GPU's memory{tight} ({allocated}: {FRAGMENTS})"]
+        return [f"fits: {in_percent(plan['gpu_fraction'])} of the GPU's memory{tight} ({allocated}: {FRAGMENTS})"]
     lines = []
     if not plan["fits_gpu"]:
         needed = plan["gpu_bytes"]

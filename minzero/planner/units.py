@@ -71,3 +71,8 @@ def in_money(dollars):
         if rounded(dollars, 3) >= least:
             return f"${in_digits(dollars / least)}{name}"
     return f"${dollars:,.2f}" if dollars < 100 and dollars != round(dollars) else f"${rounded(dollars, 3):,.0f}"
+
+
+def in_percent(share):
+    """A share as text: 18%, or less than 1%."""
+    return f"{share:.0%}" if share >= 0.01 else "less than 1%"

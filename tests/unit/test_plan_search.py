@@ -98,14 +98,25 @@ def test_a_batch_that_train_py_refuses_is_not_planned(capsys):
 
 def test_a_larger_micro_batch_is_named(capsys):
     text, found = said(capsys, "configs/gpt2-124m.json --gpus 8")
-    [line] = [line for line in text.splitlines() if line.startswith("fits at ") and "micro-batch" in line]
+    line, *_ = [line for line in text.splitlines() if line.startswith("fits at ") and "micro-batch" in line]
     size = int(line.split("--train.micro_batch_size ")[1].rstrip(")"))
     text, larger = said(capsys, f"configs/gpt2-124m.json --gpus 8 --train.micro_batch_size {size}")
     percent = int(line.split("% faster")[0].split()[-1])
     assert size > 16 and larger["tokens_per_second"] / found["tokens_per_second"] - 1 == pytest.approx(
         percent / 100, abs=0.006
     )
-    assert "% faster" not in text, "it is the largest"
+    assert ": micro-batch" not in text, "it is the largest"
+
+
+def test_what_fit_finds_is_named(capsys):
+    """1.5B on 8 H100 fits with much room, and is recomputed."""
+    text, found = said(capsys, "configs/1p5b.json --gpus 8")
+    [line] = [line for line in text.splitlines() if ": --fit finds" in line]
+    flags = line.rpartition("(")[2].rstrip(")")
+    _, faster = said(capsys, f"configs/1p5b.json --gpus 8 {flags}")
+    percent = int(line.split("% faster")[0].split()[-1])
+    assert faster["tokens_per_second"] / found["tokens_per_second"] - 1 == pytest.approx(percent / 100, abs=0.006)
+    assert "% faster" not in said(capsys, f"configs/1p5b.json --gpus 8 {flags}")[0]
 
 
 # ---- the fastest setting
