@@ -49,6 +49,7 @@ class Fitter:
         self.replays = {}
         self.known_settings = {}
         self.known_shrunk = {}
+        self.too_few = {}  # (number of a variant, bytes of a GPU): GPUs on which it does not fit, nor on fewer
         self.all_variants = None
 
     # ---- plans
@@ -111,9 +112,15 @@ class Fitter:
         legal = legal_batch(self.config, hardware.gpus)
         tokens, sizes = legal.train.global_batch_tokens, micro_batches(legal, hardware.gpus)
         best, best_config = 0, None
-        for most, number, variant, possible, reached in self.hopeful(hardware, tokens, sizes):
+        for most, number, variant in self.hopeful(hardware, tokens, sizes):
             if most <= best:
                 break
+            possible = self.possible(number, variant, hardware, sizes)
+            reached = self.possible(number, variant, hardware, sizes, smaller=True)
+            if not reached:
+                self.too_few[number, hardware.memory_bytes] = hardware.gpus
+            if not reached or self.speed(number, variant, hardware, reached[0], sizes[-1]) <= best:
+                continue
             size = self.largest_that_fits(number, variant, hardware, possible)
             if size and (speed := self.speed(number, variant, hardware, size)) > best:
                 best, best_config = speed, with_batch(variant, size)
@@ -138,19 +145,21 @@ class Fitter:
         return larger if is_faster else None
 
     def hopeful(self, hardware, tokens, sizes):
-        """[(tokens/s at the most, number, Config, micro-batches that are possible, those that are with smaller
-        buffers)] of the variants that may fit, the fastest first."""
+        """[(tokens/s at the most, number, Config)] of the variants that train.py takes on this card, the fastest first.
+        At the most: with the largest micro-batch, and at stage 3 as if nothing had to be gathered, for which nothing is
+        replayed: what blocks keep is the same for all variants."""
         found = []
         precision = precision_on(hardware, self.config)
+        number, variant = self.variants[0]
+        first = self.replayed(self.settings(number, with_batch(variant, 1, tokens), hardware, sizes[-1]))
+        kept_bytes = first.kept_bytes * sizes[0] / sizes[-1]
+        free = first._replace(traffic=Counter(), kept_bytes=kept_bytes)
         for number, variant in self.variants:
-            if not goes_with(variant, precision):
-                continue
-            variant = with_batch(variant, sizes[-1], tokens)
-            possible = self.possible(number, variant, hardware, sizes)
-            reached = self.possible(number, variant, hardware, sizes, smaller=True)
-            if reached:
-                most = self.speed(number, variant, hardware, reached[0], sizes[-1])
-                found.append((most, number, variant, possible, reached))
+            is_hopeless = hardware.gpus <= self.too_few.get((number, hardware.memory_bytes), 0)
+            if not is_hopeless and goes_with(variant, precision):
+                variant = with_batch(variant, sizes[-1], tokens)
+                settings = self.settings(number, variant, hardware, sizes[0])
+                found.append((self.speed_of(settings, free, hardware), number, variant))
         return sorted(found, key=lambda one: -one[0])
 
     def possible(self, number, variant, hardware, sizes, smaller=False):
@@ -206,6 +215,10 @@ class Fitter:
         else:
             engine = self.replayed(self.settings(number, variant, hardware, replayed_size))
             engine = engine._replace(kept_bytes=engine.kept_bytes * size / replayed_size)
+        return self.speed_of(settings, engine, hardware)
+
+    def speed_of(self, settings, engine, hardware):
+        """Tokens/s of all GPUs. engine: a Replayed."""
         step = step_time(settings, engine, hardware, self.assumptions, self.code)
         return settings.gradient_accumulation_steps * settings.tokens * settings.world_size / step.seconds
 

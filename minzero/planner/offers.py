@@ -97,7 +97,7 @@ def all_offers(fitter, options):
     """The Offer of each card and number of GPUs that `options` allow. Raises UserError if nothing fits on any."""
     numbers = [options.gpus] if options.gpus else numbers_of_gpus(fitter.config)
     found = []
-    for gpus in numbers:
+    for gpus in reversed(numbers):  # what does not fit on many is not tried on fewer
         for card, memory in cards_of(options):
             if gpus % (nodes_of(card, gpus, options)):
                 continue  # the nodes would not be alike
