@@ -51,14 +51,15 @@ class Code:
     source: str | None = None  # of a measured run
 
 
-# On CPUs: gloo's calls, and no queue of kernels that a host could fall behind of.
+# On CPUs: gloo's calls, and no queue of kernels that a host could fall behind of. From seven settings of configs/tiny
+# on two cores (docs/planner.md).
 ON_CPU = Code(
     moved_eager=10,
-    optimizer_bytes=150,
-    host_eager=4e-3,
-    host_zero12=1e-3,
-    host_zero3=3e-3,
-    host_step=5e-3,
+    logit_bytes=45,
+    host_eager=2e-3,
+    host_zero12=0.5e-3,
+    host_zero3=6e-3,
+    host_step=25e-3,
     latency=200e-6,
     hidden=0.0,
 )
