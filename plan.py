@@ -1,13 +1,15 @@
 """Will it fit, how fast, what does it cost: a plan of a run before anything is rented.
 
---gpu alone is enough: the card says memory, speeds, the usual node and a price where one is known. --fit finds the
-fastest setting that fits, --max the deepest model, --plot draws the memory, time and money of every candidate. Where
-nothing fits, the cheapest change that would is named; of a batch that train.py refuses, the nearest that it takes is
-planned. Without --gpus, or with --budget or --days, it says what to rent: over all cards and numbers of GPUs (or those
-of --gpu, --gpus) the cheapest, the fastest and the sensible middle, each as a command.
+With --gpus N: the plan of this configuration on N GPUs. --gpu names the card, which brings its memory, speeds, usual
+node, and price if one is known. If the configuration does not fit, the cheapest change that does is named. If train.py
+would refuse the batch, the nearest that it takes is planned. --fit finds the fastest setting that fits, --max the
+deepest model, and --plot draws memory, time and cost of every stage, offload and recomputation.
 
-Memory is replayed allocation by allocation (minzero/planner), speed is arithmetic on stated assumptions. Nothing is
-allocated, and no GPU is looked for. More: docs/planner.md
+Without --gpus, or with --budget or --days: what to rent. Of all cards and numbers of GPUs (or those of --gpu and
+--gpus) the cheapest, the fastest and a middle are named, each with its command.
+
+Memory is replayed allocation by allocation; speed is computed from stated rates. Nothing is allocated, and no GPU is
+needed. More: docs/planner.md
 """
 
 from minzero.commands import begin
@@ -17,6 +19,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
+import sys
 
 from minzero.cards import card_named
 from minzero.commands import run_command
@@ -66,23 +69,23 @@ def all_flags():
     parser = FlagParser(__doc__, USAGE, EXAMPLES)
     add = parser.add_argument_group("hardware").add_argument
     number = at_least(1, MOST_GPUS)
-    add("--gpus", metavar="N", type=number, help="how many GPUs in all; without it: what to rent")
+    add("--gpus", metavar="N", type=number, help="number of GPUs in all; without it: what to rent")
     add("--gpu", metavar="NAME", help=f"their card: h100, a100-40, 4090, ...; default: {DEFAULT_GPU}")
     memory = "memory of a GPU; default: the card's"
     add("--gpu_memory", metavar="GB", type=a_number(0, 1e6, above=True), help=memory)
     memory = "RAM of a node; default: that of the card's usual node"
     add("--cpu_memory", metavar="GiB", type=a_number(0, 1e9, above=True), help=memory)
     add("--nodes", metavar="N", type=number, help="over how many nodes; default: as few as usual")
-    add("--price", metavar="DOLLARS", type=a_number(0, 1e6), help="of a GPU and hour; default: the card's, if known")
+    add("--price", metavar="DOLLARS", type=a_number(0, 1e6), help="per GPU hour; default: the card's, if known")
     add = parser.add_argument_group("questions").add_argument
     add("--fit", action="store_true", help="find the fastest setting that fits")
-    add("--max", action="store_true", help="find the deepest model of this width that fits")
+    add("--max", action="store_true", help="find the most layers that fit, all else as given")
     money = "the most that a run may cost: what to rent for it"
     add("--budget", metavar="DOLLARS", type=a_number(0, 1e12, above=True), help=money)
     days = "the longest that a run may take: what to rent for it"
     add("--days", metavar="DAYS", type=a_number(0, 1e6, above=True), help=days)
     add = parser.add_argument_group("output").add_argument
-    add("--plot", metavar="PICTURE.png", type=a_path, help="draw memory, time and money of each candidate")
+    add("--plot", metavar="PICTURE.png", type=a_path, help="draw memory, time and cost of each setting")
     add("--json", action="store_true", help="print the plan as JSON too, in the last line")
     add = parser.add_argument_group("rates").add_argument
     measured = "a run's folder or benchmark's JSON, to scale by"
@@ -110,12 +113,16 @@ def read_options(arguments):
     options.compares = options.gpus is None or options.budget is not None or options.days is not None
     for flag in ("max", "plot", *(() if options.gpus else ("nodes",))):
         if options.compares and getattr(options, flag):
-            raise UserError(f"--{flag}: found with a search for what to rent; expected --gpus N, no --budget or --days")
+            raise UserError(
+                f"--{flag}: found with a search for what to rent; expected --gpus N without --budget and --days"
+            )
     return options, rest
 
 
 def what_to_rent(options, arguments, config):
     """Print the answers over cards and numbers of GPUs."""
+    if not options.gpu:
+        print("comparing all cards; a large model takes about a minute", file=sys.stderr)
     offers = all_offers(Fitter(config, options.assumptions, options.code), options)
     found, notes = answers(offers, options.budget, options.days)
     rows = as_rows(found, options, arguments, config)
@@ -181,9 +188,10 @@ def plan_one(options, rest, given):
         print(f"\nthe fastest that fits; run:\n  {plan['command']}")
     elif plan["fits"] and not options.max:
         lines = list(lines_on_room(plan, config, fitter, hardware))
-        print("\n".join(["", *lines] if lines else []), end="\n" if lines else "")
+        if lines:
+            print("\n".join(["", "faster on the same GPUs:", *(f"  {line}" for line in lines)]))
     if options.max:
-        print(f"the deepest of this width that fits: n_layer {plan['n_layer']}")
+        print(f"\nthe most layers that fit, all else as given: --model.n_layer {plan['n_layer']}")
     if options.plot:
         print(f"drawn: {options.plot}")
     if options.json:

@@ -40,8 +40,8 @@ class Hardware:
 
     @property
     def gibibytes(self):
-        """Memory of one GPU as text: 80."""
-        return f"{self.memory_bytes / GiB:g}"
+        """Memory of one GPU as text: 79.1."""
+        return f"{round(self.memory_bytes / GiB, 2):g}"
 
 
 def chosen_card(name, memory):

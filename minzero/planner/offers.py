@@ -47,20 +47,19 @@ def lines_on_room(plan, config, fitter, hardware):
     """Lines on what is faster on the same GPUs: a larger micro-batch alone, and all that --fit finds. plan: of this
     configuration, which fits."""
     reached = plan["tokens_per_second"]
-    fits = f"fits at {in_percent(plan['gpu_fraction'])}"
     if larger := fitter.larger_micro_batch(plan, hardware):
         size, times = larger["micro_batch_size"], larger["tokens_per_second"] / reached
         reached = larger["tokens_per_second"]
         yield (
-            f"{fits}: micro-batch {size} is {times - 1:.0%} faster, at {in_percent(larger['gpu_fraction'])} "
-            f"(--train.micro_batch_size {size})"
+            f"{times - 1:.0%} faster, at {in_percent(larger['gpu_fraction'])} of the memory: "
+            f"--train.micro_batch_size {size}"
         )
     fastest, chosen = fitter.fastest(hardware)
     if fastest and fastest["tokens_per_second"] >= WORTH_A_LINE * reached:
         times = fastest["tokens_per_second"] / plan["tokens_per_second"]
         yield (
-            f"{fits}: --fit finds what is {times - 1:.0%} faster, at {in_percent(fastest['gpu_fraction'])} "
-            f"({chosen_flags(config, chosen)})"
+            f"{times - 1:.0%} faster, at {in_percent(fastest['gpu_fraction'])} of the memory (of --fit): "
+            f"{chosen_flags(config, chosen)}"
         )
 
 
@@ -115,7 +114,9 @@ def all_offers(fitter, options):
 
 def in_numbers(numbers):
     """Numbers of GPUs in words."""
-    return f"{numbers[0]} GPUs" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]:,} GPUs"
+    if len(numbers) > 1:
+        return f"{numbers[0]} to {numbers[-1]:,} GPUs"
+    return f"{numbers[0]} GPU{'s' if numbers[0] > 1 else ''}"
 
 
 # ---- the answers
@@ -132,7 +133,7 @@ def answers(offers, budget=None, days=None):
     within = in_limits(priced or unpriced, budget, days or LONGEST_DAYS)
     if not within and days is None:
         within = in_limits(priced or unpriced, budget, None)
-        notes += [f"nothing takes less than {in_time(LONGEST_DAYS * 86400)}"] if within else []
+        notes += [f"no run takes less than {in_time(LONGEST_DAYS * 86400)}"] if within else []
     if not within:
         return nearest_to(priced or unpriced, budget, days)
     limits = [f"{in_money(budget)}"] if budget is not None else []
@@ -151,12 +152,12 @@ def answers(offers, budget=None, days=None):
 
 def nearest_to(offers, budget, days):
     """The answer where nothing is within the limits."""
-    limits = [f"for {in_money(budget)}"] if budget is not None else []
-    limits += [f"in {in_days(days)}"] if days is not None else []
-    note = f"nothing is done {' '.join(limits)}"
+    limits = [f"costs at most {in_money(budget)}"] if budget is not None else []
+    limits += [f"takes at most {in_days(days)}"] if days is not None else []
+    note = f"no run {' and '.join(limits)}; this is the"
     if budget is not None:
-        return {"cheapest": cheapest(in_limits(offers, None, days) or offers)}, [note]
-    return {"fastest": fastest(offers)}, [note]
+        return {"cheapest": cheapest(in_limits(offers, None, days) or offers)}, [f"{note} cheapest"]
+    return {"fastest": fastest(offers)}, [f"{note} fastest"]
 
 
 def in_limits(offers, budget, days):
@@ -221,26 +222,40 @@ def as_rows(found, options, arguments, given):
 
 def page(offers, found, notes, rows, config):
     """The answers as lines of text: a table, and the commands."""
-    cards = len({offer.hardware.card for offer in offers})
+    cards = {offer.hardware.card.name for offer in offers}
     numbers = sorted({offer.hardware.gpus for offer in offers})
-    tried = f"{cards} card{'s' if cards > 1 else ''} of {in_numbers(numbers)}"
+    tried = f"{len(cards)} cards" if len(cards) > 1 else min(cards)
     first = next(iter(found.values()))
     lines = [
-        f"{in_count(first.plan['parameters'])} parameters, {in_count(config.train.max_tokens)} tokens: of {tried} on "
-        f"which it fits, each with its fastest setting (middle: the fastest for at most {MIDDLE:g} times the cheapest)"
+        f"{in_count(first.plan['parameters'])} parameters, {in_count(config.train.max_tokens)} tokens; it fits "
+        f"on {tried}, {in_numbers(numbers)}, each with its fastest setting"
     ]
-    table = [("", "GPUs", "memory of one", "tokens/s", "time", "GPU hours", "cost")]
+    lines += [f"note: {note}" for note in notes]
+    table = [("", "GPUs", "memory of a GPU", "tokens/s", "time", "GPU hours", "cost")]
     for title, offer in found.items():
         table.append((title, *cells(offer)))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines += ["", *(aligned(line, widths) for line in table)]
-    lines += [f"note: {note}" for note in notes]
+    lines += ["", *(aligned(line, widths) for line in table), "", *footnotes(found)]
     shown = {}
     for row in rows:
         shown.setdefault((row["plan_command"], row["command"]), []).append(row["answer"])
     for (plan, command), titles in shown.items():
         lines += ["", f"{', '.join(titles)}:", f"  {plan}", f"  {command}"]
     return "\n".join(lines)
+
+
+def footnotes(found):
+    """The rule of the middle, the sources of the prices, and what the speeds rest on, as lines."""
+    lines = [f"middle: the fastest that costs at most {MIDDLE:g} times the cheapest"] if "middle" in found else []
+    priced = {
+        f"{card.name} ${card.price:g} ({card.priced})": None  # a dict keeps the order
+        for card, price in ((offer.hardware.card, offer.hardware.price) for offer in found.values())
+        if card.priced and price == card.price
+    }
+    lines += [f"prices per GPU hour: {', '.join(priced)}"] if priced else []
+    if not any(offer.plan.get("measured") for offer in found.values()):
+        lines.append("speeds are assumed: measure 20 steps before you pay (--measured)")
+    return lines
 
 
 def cells(offer):

@@ -55,7 +55,7 @@ def figure_of(config, planned, hardware):
         label.set_color("black" if plan["fits"] else GREY_TEXT)
         label.set_weight("bold" if same_setting(plan, own) else "normal")
     batch = f"micro-batch of {config.train.micro_batch_size} x {config.model.block_size:,} tokens"
-    price = "" if hardware.price is None else f", ${hardware.price:g} a GPU and hour"
+    price = "" if hardware.price is None else f", ${hardware.price:g} per GPU hour"
     meanings = {
         "bold: the setting that was planned": any(same_setting(plan, own) for plan in plans),
         "grey: does not fit (red: what is too much)": not all(plan["fits"] for plan in plans),

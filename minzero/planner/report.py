@@ -13,15 +13,16 @@ from minzero.planner.settings import OTHER_ZERO_KEYS, WITHOUT_EFFECT, ZERO_KEYS
 from minzero.planner.units import in_count, in_digits, in_money, in_percent, in_round_units, in_time, in_units, rounded
 from minzero.sizes import expert_sizes, wide_heads
 
-FRAGMENTS = "the rest goes to fragments, the CUDA context and NCCL"
+FRAGMENTS = "fragmentation, the CUDA context and NCCL take the rest"
+DEVICES = {"cpu": "CPU", "nvme": "NVMe"}
 
 
 def plan_text(plan, config, hardware, notes):
     """The plan as lines of text. notes: of `notes_on`."""
     lines = [*headline(plan, config, hardware), "", *memory_lines(plan, hardware), *limit_lines(plan, hardware)]
-    lines += [cpu_memory_line(plan, hardware), f"a checkpoint on disk: {in_units(plan['checkpoint_bytes'])}"]
+    lines += [ram_line(plan, hardware), f"a checkpoint on disk: {in_units(plan['checkpoint_bytes'])}"]
     if plan["tokens_per_second"]:
-        lines += ["", *speed_lines(plan, config, hardware), rests_on(plan, config, hardware)]
+        lines += ["", *speed_lines(plan, config, hardware), *rests_on(plan, config, hardware)]
     if of_experts := note_on_experts(plan, config):
         notes = [of_experts, *notes]
     lines += [f"note: {note}" for note in notes]
@@ -32,11 +33,10 @@ def headline(plan, config, hardware):
     """The setting in two lines: the model and the GPUs, and how it is trained on them."""
     nodes = f"{hardware.nodes} node{'s' if hardware.nodes > 1 else ''}"
     active = f" ({in_count(plan['active_parameters'])} active per token)" if config.model.n_expert else ""
-    stage = f"ZeRO stage {plan['stage']}"
-    if plan["offload_optimizer"]:
-        stage += ", optimizer on CPU"
-    if plan["offload_param"]:
-        stage += ", parameters on CPU"
+    stage, zero = f"ZeRO stage {plan['stage']}", config.deepspeed["zero_optimization"]
+    for part, section in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")):
+        if plan[section]:
+            stage += f", {part} on {DEVICES[offload_device(zero, section)]}"
     steps = plan["gradient_accumulation_steps"]
     accumulated = f"{steps:,} micro-batches a step" if steps > 1 else "one a step"
     return [
@@ -51,7 +51,7 @@ def recomputed_in_words(activation_checkpointing):
     """The value of this key of the train section, as words."""
     every, selective, budget = Recomputation.of(activation_checkpointing)
     if selective:
-        return "recomputed: all but attention and every other matrix product"
+        return "recomputed: selectively (attention, qkv and up are kept)"
     if budget < 1:
         return f"recomputed: what does not fit into {budget:.0%} of the activations"
     blocks = {0: "none", 1: "all"}.get(every, f"one in {every}")
@@ -67,7 +67,7 @@ def memory_lines(plan, hardware):
             lines.append(f"  {part:12s} {in_units(size):>11s}  {'#' * round(40 * size / total)}".rstrip())
     second = plan["runner_up"]
     lines.append(
-        f"  {'in all':12s} {in_units(total):>11s}  (next: {second['phase']} phase, {in_units(second['gpu_bytes'])})"
+        f"  {'total':12s} {in_units(total):>11s}  (next: {second['phase']} phase, {in_units(second['gpu_bytes'])})"
     )
     return lines
 
@@ -75,10 +75,10 @@ def memory_lines(plan, hardware):
 def limit_lines(plan, hardware):
     """Whether the plan fits, and if not, which limit it breaks and by how much."""
     usable = USABLE * hardware.memory_bytes
-    allocated = f"{rounded(usable / GiB, 3):g} of {hardware.gibibytes} GiB can be allocated"
+    allocated = f"at most {rounded(usable / GiB, 3):g} of {hardware.gibibytes} GiB can be allocated"
     if plan["fits"]:
         tight = ", tight" if plan["gpu_fraction"] > COMFORTABLE else ""
-        return [f"fits: {in_percent(plan['gpu_fraction'])} of the GPU's memory{tight} ({allocated}: {FRAGMENTS})"]
+        return [f"fits: {in_percent(plan['gpu_fraction'])} of the GPU's memory{tight} ({allocated}; {FRAGMENTS})"]
     lines = []
     if not plan["fits_gpu"]:
         needed = plan["gpu_bytes"]
@@ -100,7 +100,7 @@ def needed_of_node(plan):
     return plan["cpu_bytes"] + PROCESS * plan["gpus"] // plan["nodes"]
 
 
-def cpu_memory_line(plan, hardware):
+def ram_line(plan, hardware):
     """The RAM of a node."""
     ranks = plan["gpus"] // plan["nodes"]
     whose = f"each of {ranks} processes" if ranks > 1 else "the process"
@@ -108,7 +108,7 @@ def cpu_memory_line(plan, hardware):
     of = f"{needed} of {in_round_units(hardware.cpu_bytes)}" if hardware.cpu_bytes else needed
     processes = f"about {in_round_units(PROCESS)} for {whose}"
     if not plan["cpu_bytes"]:
-        return f"CPU memory of a node: {of}; {processes}, nothing beside"
+        return f"RAM of a node: {of}; {processes}"
     low, high = map(in_round_units, plan["cpu_bytes_range"])
     reasons = []
     if low != high:
@@ -117,7 +117,7 @@ def cpu_memory_line(plan, hardware):
         reasons.append(f"{in_round_units(saving)} of it while a checkpoint is written in the background")
     amount = high if low == high else f"{low} to {high}"
     amount += f" ({'; '.join(reasons)})" if reasons else ""
-    return f"CPU memory of a node: {of}; {amount}, and {processes}"
+    return f"RAM of a node: {of}; {processes}, and for tensors {amount}"
 
 
 def speed_lines(plan, config, hardware):
@@ -125,7 +125,7 @@ def speed_lines(plan, config, hardware):
     card, price = hardware.card, ""
     if plan["cost"] is not None:
         source = f" ({card.priced})" if card.priced and hardware.price == card.price else ""
-        price = f", {in_money(plan['cost'])} at ${hardware.price:g} a GPU and hour{source}"
+        price = f", {in_money(plan['cost'])} at ${hardware.price:g} per GPU hour{source}"
     lines = [
         f"{'' if plan['fits'] else 'if it did fit: '}{in_time(86400 * plan['days'])} for "
         f"{in_count(config.train.max_tokens)} tokens, {in_digits(plan['tokens_per_second'])} tokens/s, "
@@ -141,7 +141,7 @@ def parts_line(plan):
     """The parts of a step, and which is the largest."""
     parts = {name: in_time(seconds) for name, seconds in plan["step_parts"].items()}
     compute = sum(plan["step_parts"][name] for name in ("products", "attention", "traffic", "optimizer"))
-    hidden = f" (hidden {parts['hidden']})" if plan["step_parts"]["hidden"] else ""
+    hidden = f" ({parts['hidden']} of it hidden)" if plan["step_parts"]["hidden"] else ""
     reached = ""
     if plan["mfu"]:
         reached = f"; MFU {in_digits(100 * plan['mfu'], 2)}%"
@@ -157,14 +157,14 @@ def between_steps(plan):
     """The share of evaluation and saves in the time of the run, or None where they take less than 0.1% of it."""
     shares = {"evaluation": plan["evaluation_days"], "saving checkpoints": plan["saving_days"]}
     shares = {name: days / plan["days"] for name, days in shares.items() if days >= 0.001 * plan["days"]}
-    words = " and ".join(f"{share:.1%} for {name}" for name, share in shares.items())
-    return f"of the time, {words}" if words else None
+    words = " and ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    return f"of the time: {words}" if words else None
 
 
 def rests_on(plan, config, hardware):
-    """The rates that the speed is computed from, and whether the rest is assumed or measured."""
-    card, rates = hardware.card, plan["assumptions"]
-    peak = card.tf32 if config.train.precision == "fp32" else card.bf16
+    """Two lines: the rates that the speed is computed from, and whether the rest is assumed or measured."""
+    card, rates, fp32 = hardware.card, plan["assumptions"], config.train.precision == "fp32"
+    peak, precision = (card.tf32, "fp32") if fp32 else (card.bf16, card.precision)
     names = {"link": "link", "network": "network", "pcie": "PCIe", "cpu": "CPU Adam"}
     named = {"memory": card.hbm} | {name: rates[key] for key, name in names.items()}
     in_gigabytes = ", ".join(f"{name} {rounded(rate / 1e9, 4):,g}" for name, rate in named.items())
@@ -173,11 +173,11 @@ def rests_on(plan, config, hardware):
     elif rates["utilisation"]:
         reached = f"{rates['utilisation']:.0%}, as --utilisation says"
     else:
-        reached = "assumed: measure 20 steps before you pay"
-    return (
-        f"  rests on {card.name}: {peak / 1e12:g} TFLOP/s; GB/s: {in_gigabytes}; what this code reaches of it is "
-        f"{reached}"
-    )
+        reached = "assumed: measure 20 steps before you pay (--measured)"
+    return [
+        f"  rests on {card.name}: {peak / 1e12:g} TFLOP/s for {precision}; GB/s: {in_gigabytes}",
+        f"  what this code reaches of it is {reached}",
+    ]
 
 
 def notes_on(config, gpus):
@@ -222,16 +222,16 @@ def suggest_fix(config, gpus, planned):
     if change:
         lines = [f"the cheapest change that fits: {in_flags(change)}", f"  {effect(plan)}"]
     elif anything_fits(config, gpus, on_these):
-        lines = ["no one or two changes are enough; --fit finds what is"]
+        lines = ["no one or two changes are enough; --fit finds a setting that fits"]
     else:
-        lines = ["no other saving is enough on these GPUs: it takes a shorter model.block_size or a smaller model"]
+        lines = ["no other setting fits on these GPUs; a shorter model.block_size or a smaller model may"]
     more = enough_gpus(config, gpus, planned)
     if more:
         plan = planned(config, more)
         nodes = f" on {plan['nodes']} nodes" if plan["nodes"] > 1 else ""
-        lines += [f"or, as it is, {more} GPUs{nodes}", f"  {effect(plan)}"]
+        lines += [f"or unchanged on {more} GPUs{nodes}:", f"  {effect(plan)}"]
     else:
-        lines.append("as it is, it fits on no number of GPUs")
+        lines.append("more GPUs alone are not enough")
     return lines, change, more
 
 

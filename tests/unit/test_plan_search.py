@@ -98,21 +98,21 @@ def test_a_batch_that_train_py_refuses_is_not_planned(capsys):
 
 def test_a_larger_micro_batch_is_named(capsys):
     text, found = said(capsys, "configs/gpt2-124m.json --gpus 8")
-    line, *_ = [line for line in text.splitlines() if line.startswith("fits at ") and "micro-batch" in line]
-    size = int(line.split("--train.micro_batch_size ")[1].rstrip(")"))
+    line, *_ = [line for line in text.splitlines() if "of the memory: --train.micro_batch_size" in line]
+    size = int(line.split("--train.micro_batch_size ")[1])
     text, larger = said(capsys, f"configs/gpt2-124m.json --gpus 8 --train.micro_batch_size {size}")
     percent = int(line.split("% faster")[0].split()[-1])
     assert size > 16 and larger["tokens_per_second"] / found["tokens_per_second"] - 1 == pytest.approx(
         percent / 100, abs=0.006
     )
-    assert ": micro-batch" not in text, "it is the largest"
+    assert "of the memory: --train.micro_batch_size" not in text, "it is the largest"
 
 
 def test_what_fit_finds_is_named(capsys):
     """1.5B on 8 H100 fits with much room, and is recomputed."""
     text, found = said(capsys, "configs/1p5b.json --gpus 8")
-    [line] = [line for line in text.splitlines() if ": --fit finds" in line]
-    flags = line.rpartition("(")[2].rstrip(")")
+    [line] = [line for line in text.splitlines() if "of --fit" in line]
+    flags = line.split("(of --fit): ")[1]
     _, faster = said(capsys, f"configs/1p5b.json --gpus 8 {flags}")
     percent = int(line.split("% faster")[0].split()[-1])
     assert faster["tokens_per_second"] / found["tokens_per_second"] - 1 == pytest.approx(percent / 100, abs=0.006)
@@ -318,10 +318,10 @@ def test_budget_and_days_are_kept(offers):
     cheapest = next(iter(found.values()))
     assert cheapest.cost == min(offer.cost for offer in priced if offer.days <= 0.02)
     found, notes = answers(offers, budget=0.01)
-    assert notes == ["nothing is done for $0.01"] and list(found) == ["cheapest"]
+    assert notes == ["no run costs at most $0.01; this is the cheapest"] and list(found) == ["cheapest"]
     assert found["cheapest"].cost == min(offer.cost for offer in priced)
     found, notes = answers(offers, days=1e-6)
-    assert notes == ["nothing is done in 1e-06 days"] and list(found) == ["fastest"]
+    assert notes == ["no run takes at most 1e-06 days; this is the fastest"] and list(found) == ["fastest"]
     unpriced = [offer for offer in offers if offer.cost is None]
     found, notes = answers(unpriced)
     assert "ranked by GPU hours" in notes[0]
