@@ -1,6 +1,6 @@
 """GPUs and the nodes that they are usually rented in: memory, speeds, prices, each with its source. Needs no torch.
 
-`python -m minzero.cards` prints the table of docs/planner.md. Memory is total_memory of
+`python -m minzero.cards` prints the tables of docs/planner.md. Memory is total_memory of
 torch.cuda.get_device_properties, as torch's messages "GPU 0 has a total capacity of ..." give it in public logs; where
 drivers differ by up to 0.3 GiB (error correction, reserved pages), the smaller value that is common."""
 
@@ -56,7 +56,8 @@ class Card:
 
 # Shares of a chip's peak that this code's kernels reach: `products` large matrix products, `attention` flash attention,
 # by the FLOPs of the half that is not masked. From Hopper on the peak is higher than the power that a card may take
-# allows for long, and what attention does between its products did not become faster as they did (docs/planner.md).
+# allows for long, and what attention does between its products did not become faster as they did:
+# docs/planner-accuracy.md.
 EARLIER, FROM_HOPPER = {"products": 0.80, "attention": 0.31}, {"products": 0.70, "attention": 0.19}
 # MI300X: 45% in products (aiweekly.co, "AMD MI300X hits only 45% of peak FLOPs in practice"); attention in proportion.
 ROCM = {"products": 0.45, "attention": 0.12}
@@ -283,14 +284,14 @@ def names_of(sold_gb):
     return [card.names[0] for card in CARDS if card.sold_gb == sold_gb]
 
 
-# ---- the table of docs/planner.md
+# ---- the tables of docs/planner.md
 
 
 def as_markdown():
-    """The table as docs/planner.md shows it."""
-    columns = "card|`--gpu`|memory, GB|GiB|bf16|TF32|fp8|memory|link|CPU|network|node|RAM, GiB|$/hour|source"
-    heads = columns.split("|")
-    lines = [heads, ["---", "---", *["--:"] * 9, "--:", "--:", "--:", "---"]]
+    """Two tables as docs/planner.md shows them: the figures, and their sources."""
+    heads = "card|`--gpu`|GB|GiB|bf16|TF32|fp8|memory|link|PCIe|network|node|RAM, GiB|$/hour".split("|")
+    figures = [heads, ["---", "---", *["--:"] * 12]]
+    sources = [["`--gpu`", "source of the figures; the usual node; source of the price"], ["---", "---"]]
     for card in CARDS:
         speeds = [f"{card.bf16 / 1e12:g}{'' if card.has_bf16 else ' (fp16)'}", f"{card.tf32 / 1e12:g}"]
         speeds.append(f"{card.fp8 / 1e12:g}" if card.fp8 else "-")
@@ -299,8 +300,9 @@ def as_markdown():
         price = f"{card.price:g}" if card.price else "-"
         source = card.source + (f"; price: {card.priced}" if card.priced else "")
         memory = [str(card.sold_gb), f"{card.memory / GiB:g}"]
-        lines.append([card.name, f"`{card.names[0]}`", *memory, *speeds, *rates, *host, price, source])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        figures.append([card.name, f"`{card.names[0]}`", *memory, *speeds, *rates, *host, price])
+        sources.append([f"`{card.names[0]}`", source])
+    return "\n\n".join("\n".join(f"| {' | '.join(line)} |" for line in table) for table in (figures, sources))
 
 
 if __name__ == "__main__":

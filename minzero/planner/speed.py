@@ -1,8 +1,8 @@
 """How long a step takes: what a GPU computes and moves, what its host launches, what ranks send, what the CPU does.
 
 Each part is a function with its formula. What this code reaches on a card is in the constants below and in cards.py;
-docs/planner.md says how each was found, and how far published speeds are from the result. `Code` can be what a run
-was seen to need (measured.py).
+docs/planner-accuracy.md says how each was found, and how far published speeds are from the result. `Code` can be what
+a run was seen to need (measured.py).
 """
 
 import math
@@ -26,8 +26,8 @@ FORWARD = 1 / 3  # of the FLOPs of a step, and of what it moves: evaluation has 
 
 @dataclass(frozen=True)
 class Code:
-    """What the code needs of a card, its host and its links, found as docs/planner.md says. A measured run replaces
-    some of it (measured.py)."""
+    """What the code needs of a card, its host and its links, found as docs/planner-accuracy.md says. A measured run
+    replaces some of it (measured.py)."""
 
     # bytes of a GPU's memory read and written for each byte that a block keeps for its backward pass
     moved_compiled: float = 9
@@ -52,7 +52,7 @@ class Code:
 
 
 # On CPUs: gloo's calls, and no queue of kernels that a host could fall behind of. From seven settings of configs/tiny
-# on two cores (docs/planner.md).
+# on two cores (docs/planner-accuracy.md).
 ON_CPU = Code(
     moved_eager=10,
     logit_bytes=45,
