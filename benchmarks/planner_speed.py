@@ -170,7 +170,7 @@ CHANGES = {  # of configs/tiny.json, as overrides
     "width 192, not 96": {"model.n_embd": 192, "model.n_head": 6},
     "every block recomputed": {"train.activation_checkpointing": True},
     "ZeRO-1": {"deepspeed.zero_optimization.stage": 1},
-    "16,384 tokens known, not 4,096": {"model.vocab_size": 16384},
+    "a vocabulary of 16,384, not 4,096": {"model.vocab_size": 16384},
 }
 
 

@@ -57,6 +57,7 @@ ELSEWHERE = {  # command: what runs it, or why nothing can
     "deepspeed --num_gpus 8 train.py configs/gpt2-124m.json --train.init_from openai-community/gpt2": "needs a network",
     "deepspeed --num_gpus 8 train.py configs/mine.json --train.init_from hf/llama": "test_export, with a small Llama",
 }
+ELSEWHERE["python plan.py configs/1p5b.json --gpus 8 --measured out/1p5b"] = "test_speed, with a small model's run"
 ELSEWHERE |= dict.fromkeys(
     (
         "deepspeed --num_gpus 2 train.py configs/tiny.json --train.init_from out/tiny --data.path data/talks "
@@ -258,6 +259,8 @@ def place(tmp_path_factory):
     for name in ("olmo/part-0.npy", "olmo/part-1.npy", "nanoGPT/data/owt/train.bin", "nanoGPT/data/owt/val.bin"):
         write_ids(folder / name, [*b"a document", 256] * 50)
     (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "benchmarks" / "h100").mkdir(parents=True)
+    shutil.copy(ROOT / "benchmarks/h100/results.json", folder / "benchmarks/h100")
     return folder
 
 
