@@ -228,7 +228,7 @@ def page(offers, found, notes, rows, config):
     first = next(iter(found.values()))
     lines = [
         f"{in_count(first.plan['parameters'])} parameters, {in_count(config.train.max_tokens)} tokens; it fits "
-        f"on {tried}, {in_numbers(numbers)}, each with its fastest setting"
+        f"on {tried}, {in_numbers(numbers)} (each at its fastest setting)"
     ]
     lines += [f"note: {note}" for note in notes]
     table = [("", "GPUs", "memory of a GPU", "tokens/s", "time", "GPU hours", "cost")]
