@@ -44,6 +44,11 @@ class Card:
         return self.name == "CPU"
 
     @property
+    def is_nvidia(self):
+        """Whether this code can be expected to run there: it has run on NVIDIA's cards and on CPUs only."""
+        return self.source.startswith("NVIDIA")
+
+    @property
     def precision(self):
         """Which one "auto" is here."""
         if self.is_cpu:

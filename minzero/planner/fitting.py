@@ -10,7 +10,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from minzero.config.build import build
-from minzero.config.deepspeed import check_stage, zero_stage
+from minzero.config.deepspeed import check_stage, offloads_optimizer, zero_stage
 from minzero.errors import UserError
 from minzero.planner.batches import legal_batch, micro_batches, with_batch
 from minzero.planner.gpus import USABLE
@@ -156,7 +156,7 @@ class Fitter:
         free = first._replace(traffic=Counter(), kept_bytes=kept_bytes)
         for number, variant in self.variants:
             is_hopeless = hardware.gpus <= self.too_few.get((number, hardware.memory_bytes), 0)
-            if not is_hopeless and goes_with(variant, precision):
+            if not is_hopeless and goes_with(variant, precision) and has_sense(variant, hardware):
                 variant = with_batch(variant, sizes[-1], tokens)
                 settings = self.settings(number, variant, hardware, sizes[0])
                 found.append((self.speed_of(settings, free, hardware), number, variant))
@@ -232,9 +232,11 @@ def least_bytes(settings):
 
 
 def precision_on(hardware, config):
-    """train.precision on this card: what "auto" stands for there."""
-    given = config.train.precision
-    return hardware.card.precision if given == "auto" and hardware.card else given
+    """train.precision on this card: what "auto" stands for there. Raises UserError for one that it has not."""
+    given, card = config.train.precision, hardware.card
+    if given == "bf16" and card and not card.has_bf16:
+        raise UserError(f"train.precision: found bf16, which {card.name} has not; expected fp16, fp32 or auto")
+    return card.precision if given == "auto" and card else given
 
 
 def goes_with(config, precision):
@@ -244,6 +246,11 @@ def goes_with(config, precision):
     except UserError:
         return False
     return True
+
+
+def has_sense(config, hardware):
+    """Whether a setting may be worth its offload: a CPU has nowhere else to put anything."""
+    return not (hardware.card and hardware.card.is_cpu and offloads_optimizer(config.deepspeed))
 
 
 def is_accepted(config):

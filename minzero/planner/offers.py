@@ -66,17 +66,19 @@ def lines_on_room(plan, config, fitter, hardware):
 # ---- the candidates
 
 
-def cards_of(options):
-    """[(Card, bytes of one)] that --gpu and --gpu_memory allow, all of the table without them. Raises UserError."""
+def cards_of(options, precision):
+    """[(Card, bytes of one)] that --gpu and --gpu_memory allow, all of NVIDIA's in the table without them that can
+    compute in this precision. Raises UserError."""
     if options.gpu:
         return [chosen_card(options.gpu, options.gpu_memory)]
     if options.price is not None:
         raise UserError("--price: found without --gpu; name the card that it is the price of")
+    nvidias = [card for card in CARDS if card.is_nvidia and (card.has_bf16 or precision != "bf16")]
     if options.gpu_memory is None:
-        return [(card, card.memory) for card in CARDS]
-    found = [(card, card.memory) for card in CARDS if card.sold_gb == options.gpu_memory]
+        return [(card, card.memory) for card in nvidias]
+    found = [(card, card.memory) for card in nvidias if card.sold_gb == options.gpu_memory]
     if not found:
-        sizes = ", ".join(str(size) for size in sorted({card.sold_gb for card in CARDS}))
+        sizes = ", ".join(str(size) for size in sorted({card.sold_gb for card in nvidias}))
         raise UserError(f"--gpu_memory: found {options.gpu_memory:g} without --gpu, expected a size of a card: {sizes}")
     return found
 
@@ -97,7 +99,7 @@ def all_offers(fitter, options):
     numbers = [options.gpus] if options.gpus else numbers_of_gpus(fitter.config)
     found = []
     for gpus in reversed(numbers):  # what does not fit on many is not tried on fewer
-        for card, memory in cards_of(options):
+        for card, memory in cards_of(options, fitter.config.train.precision):
             if gpus % (nodes_of(card, gpus, options)):
                 continue  # the nodes would not be alike
             hardware = on_card(card, memory, gpus, options)
