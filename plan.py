@@ -17,6 +17,7 @@ from minzero.commands import begin
 if __name__ == "__main__":
     begin()
 
+import copy
 import dataclasses
 import json
 import sys
@@ -171,13 +172,15 @@ def plan_one(options, rest, given):
                 f"--fit: nothing fits in {hardware.gibibytes} GiB, not even stage 3 with all offload, recomputation "
                 f"and a micro-batch of 1; from there, {'; '.join(map(str.strip, lines))}"
             )
-        more["command"] = train_command(rest, given, chosen, hardware)
         config = chosen
     if options.max:
+        config = copy.deepcopy(config)
         depth = deepest(config, planned)
         if not depth:
             raise UserError(f"--max: not even one block of this width fits in {hardware.gibibytes} GiB; try --fit")
         config.model.n_layer = more["n_layer"] = depth
+    if options.fit:
+        more["command"] = train_command(rest, given, config, hardware)
     config = with_chosen_stage(config, hardware)
     plan = planned(config) | more
     print(plan_text(plan, config, hardware, notes_on(config, hardware.gpus)))

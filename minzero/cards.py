@@ -207,8 +207,8 @@ CARDS = (
     row("H200 NVL", "h200-nvl", r"H200 NVL", 141, 139.8, 4800, "H200 NVL", P5),
     row("H200 SXM", "h200 h200-141 h200-sxm", r"H200\b", 141, 139.8, 4800, "H200", HGX, 4.59, RUNPOD_OCTOBER),
     row("GH200 144 GB", "gh200-144", r"GH200 144G", 144, 141.8, 4900, "GH200 144", GRACE),
-    row("GH200 96 GB", "gh200 gh200-96", r"GH200\b", 96, 94.5, 4000, "GH200", GRACE, 2.29, LAMBDA),
-    row("B200", "b200 b200-180 b200-sxm", r"B200\b", 180, 178.35, 7700, "B200", "HGX B200", 6.69, LAMBDA),
+    row("GH200 96 GB", "gh200 gh200-96", r"GH200( (120|480)GB)?\b", 96, 94.5, 4000, "GH200", GRACE, 2.29, LAMBDA),
+    row("B200", "b200 b200-180 b200-192 b200-sxm", r"B200\b", 180, 178.35, 7700, "B200", "HGX B200", 6.69, LAMBDA),
     row("B300", "b300 b300-288 b300-sxm", r"B300\b", 288, 267.69, 8000, "B300", "HGX B300", 7.89, RUNPOD_OCTOBER),
     row("GB200", "gb200 gb200-186", r"GB200\b", 186, 184.31, 8000, "GB200", RACK),
     row("L4", "l4", r"L4$", 24, 22.03, 300, "L4", "AWS g6.48xlarge"),
@@ -217,7 +217,7 @@ CARDS = (
     row("A10G", "a10g", r"A10G$", 24, 22.05, 600, "A10G", "AWS g5.48xlarge", 2.036, AWS),
     row("T4", "t4", r"T4$", 16, 14.56, 320, "T4", "AWS g4dn.metal", 0.978, AWS),
     row("V100 16 GB", "v100-16 v100-sxm2-16", r"V100-SXM2-16GB", 16, 15.77, 900, "V100", "DGX-1", 0.79, LAMBDA),
-    row("V100 32 GB", "v100 v100-32 v100-sxm2-32", r"V100-SXM\d-32GB", 32, 31.73, 900, "V100", "DGX-1"),
+    row("V100 32 GB", "v100 v100-32 v100-sxm2 v100-sxm2-32", r"V100-SXM\d-32GB", 32, 31.73, 900, "V100", "DGX-1"),
     row("RTX 3090", "3090 rtx-3090", r"GeForce RTX 3090$", 24, 23.56, 936, "3090", W4, 0.16, AKASH),
     row("RTX 4090", "4090 rtx-4090", r"GeForce RTX 4090$", 24, 23.52, 1008, "4090", W4, 0.74, RUNPOD),
     row("RTX 5090", "5090 rtx-5090", r"GeForce RTX 5090$", 32, 31.36, 1792, "5090", W5, 0.67, AKASH),
@@ -232,20 +232,38 @@ CARDS = (
 # ---- names
 
 
+MAKERS = ("nvidia", "amd", "geforce", "tesla", "instinct", "gpu")
+
+
+def words_of(name):
+    """The words of a name in lower case, without makers, and of a memory the number: a100, sxm4, 40."""
+    text = re.sub(r"(\d)\s*gi?b\b", r"\1", name.lower())
+    return [word for word in re.findall(r"[a-z0-9]+", text) if word not in MAKERS]
+
+
 def plain(name):
     """A name without case, spaces, dashes and makers, for comparison: "GeForce RTX 4090" and "rtx-4090" are rtx4090,
     "A100 40GB" is a10040."""
-    words = re.findall(r"[a-z0-9]+", re.sub(r"(\d)\s*gi?b\b", r"\1", name.lower()))
-    return "".join(word for word in words if word not in ("nvidia", "amd", "geforce", "tesla", "instinct", "gpu"))
+    return "".join(words_of(name))
 
 
-BY_NAME = {plain(typed): card for card in (*CARDS, CPU) for typed in (*card.names, card.name)}
+def in_any_order(name, *more):
+    """The words of a name, and `more`, as a set: "A100 SXM4 40GB" and "a100-40 sxm" are the same."""
+    words = [re.sub(r"^sxm\d$", "sxm", word) for word in words_of(name)]
+    return frozenset([word for word in words if not word.startswith("hbm")] + list(more))
+
+
+SPELLED = [(typed, card) for card in (*CARDS, CPU) for typed in (*card.names, card.name)]
+BY_NAME = {plain(typed): card for typed, card in SPELLED}
+# with and without the memory
+BY_WORDS = {in_any_order(typed, str(card.sold_gb)): card for typed, card in SPELLED}
+BY_WORDS |= {in_any_order(typed): card for typed, card in SPELLED}
 
 
 def card_named(name, sold_gb=None):
     """The Card that people mean by `name`: h100, a100-40, "RTX 4090", or a driver's full name. sold_gb: where a name
     fits several sizes, as a100 and v100, that one; a size that there is none of is passed over. Raises UserError."""
-    found = BY_NAME.get(plain(name)) or card_of_device(name)
+    found = BY_NAME.get(plain(name)) or BY_WORDS.get(in_any_order(name)) or card_of_device(name)
     if found is None:
         raise UserError(f"--gpu: found {shortened(name)}, expected the name of a card; {nearest_names(name)}")
     if sold_gb is None or found.sold_gb == sold_gb:
@@ -268,13 +286,21 @@ def nearest_names(name):
 
 def card_of_device(device_name):
     """The Card that the driver calls `device_name` (torch.cuda.get_device_name), or None for one that is not in the
-    table, or a slice of one (MIG), which has a part of its cores."""
-    if re.search(r"\bMIG\b", device_name):
+    table, or a slice of one (MIG, or a virtual GPU as A100-40C), which has a part of its cores or memory."""
+    if re.search(r"\bMIG\b|-\d+[ABCQ]$", device_name, re.IGNORECASE):
         return None
     for card in CARDS:
-        if re.search(rf"\b{card.device}", device_name, re.IGNORECASE):
-            return card
+        if found := re.search(rf"\b{card.device}", device_name, re.IGNORECASE):
+            rest = device_name[: found.start()] + device_name[found.end() :]
+            return None if is_of_another(rest, card) else card
     return None
+
+
+def is_of_another(rest, card):
+    """Whether the rest of a driver's name says another card: of another memory (A100-SXM-64GB, A800 40GB Active), or
+    with another connector."""
+    sizes = re.findall(r"(\d+) ?GB\b", rest, re.IGNORECASE)
+    return any(int(size) != card.sold_gb for size in sizes) or bool(re.search(r"PCIe|NVL\b", rest, re.IGNORECASE))
 
 
 def peak_flops(device_name):

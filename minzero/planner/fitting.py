@@ -20,11 +20,14 @@ from minzero.planner.replay import Memory
 from minzero.planner.search import CHOICES, RECOMPUTED, first_that_fits, smaller_buffers, with_choice
 from minzero.planner.settings import settings_of
 from minzero.planner.speed import Assumptions, step_time
-from minzero.planner.stage import with_chosen_stage
+from minzero.planner.stage import with_chosen_stage, with_stage
 from minzero.sizes import count_parameters
 
 # Of train.activation_checkpointing and train.activation_offload, beside RECOMPUTED.
 MORE_RECOMPUTED = ((3, False), (2, False), (True, True))
+
+# Of CHOICES, too: it sends less than stage 2 does.
+STAGE_1_OFFLOADED = (1, "optimizer")
 
 BUFFERS = ["buckets", "gathered"]  # parts that smaller buffers shrink
 WORTH_A_LINE = 1.05  # times as fast
@@ -76,18 +79,21 @@ class Fitter:
     @property
     def variants(self):
         """[(number, Config)] of all settings beside the micro-batch that train.py takes: those of CHOICES, each with
-        each kind of recomputation, and the given one. Of equally fast ones the first counts."""
+        each kind of recomputation, and the given one, at all stages where it leaves that open. Of equally fast ones
+        the first counts. Raises UserError if train.py takes none."""
         if self.all_variants is None:
             found = []
-            for stage, offload in CHOICES:
+            for stage, offload in (*CHOICES, STAGE_1_OFFLOADED):
                 for recompute, activation_offload in [*((value, False) for value in RECOMPUTED), *MORE_RECOMPUTED]:
                     variant = with_choice(self.config, stage, offload, recompute, 1)
                     variant.train.activation_offload = activation_offload
                     variant.model = self.config.model
                     found.append(variant)
-            if zero_stage(self.config.deepspeed) != "auto":
-                found.append(self.config)
+            is_chosen = zero_stage(self.config.deepspeed) == "auto"
+            found += [with_stage(self.config, stage) for stage in range(4)] if is_chosen else [self.config]
             self.all_variants = list(enumerate(variant for variant in found if is_accepted(variant)))
+            if not self.all_variants:
+                build(found[0].to_dict(), "configuration")  # says why
         return self.all_variants
 
     def shrunk(self, number):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from minzero.cards import CPU, card_of_device
 from minzero.config.build import build
 from minzero.errors import UserError
+from minzero.files import is_number
 from minzero.metrics import read_metrics
 from minzero.planner.gpus import Hardware
 from minzero.planner.memory import replayed
@@ -79,11 +80,14 @@ def seen_in_rows(file):
     """The rows of a benchmark that have the configuration that they ran."""
     try:
         rows = json.loads(file.read_text())["rows"]
-    except (OSError, ValueError, KeyError, TypeError):
+        rows = list(rows.values() if isinstance(rows, dict) else rows)
+        found = [(row["config"], row["all_step_seconds"]) for row in rows if row.get("config")]
+        found = [(made, seconds) for made, seconds in found if seconds]  # a row that failed has none
+        found = [(made, statistics.median(seconds)) for made, seconds in found]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"--measured: {file}: expected a run's folder, or JSON of benchmark.py with its rows") from None
-    for row in rows.values() if isinstance(rows, dict) else rows:
-        if row.get("config") and row.get("step_seconds"):
-            yield seen_of(row["config"], statistics.median(row["all_step_seconds"]), None, file)
+    for made, seconds in found:
+        yield seen_of(made, seconds, None, file)
 
 
 def seen_of(made, seconds, optimizer, source):
@@ -91,15 +95,31 @@ def seen_of(made, seconds, optimizer, source):
     try:
         sections = {name: made[name] for name in ("model", "train", "deepspeed")}
         device, gpus = made["versions"]["device"], made["world_size"]
-        config = build(sections, str(source))
-        settings = settings_as_run(config, gpus, made)
-    except (KeyError, TypeError) as error:
+        check_made(made, device, gpus)
+        settings = settings_as_run(build(sections, str(source)), gpus, made)
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"--measured: {source}: not the config.json of a run: {error}") from None
+    except UserError as error:  # a key that today's code does not know
+        raise UserError(f"--measured: {error}") from None
+    if not (is_number(seconds) and 0 < seconds < math.inf):
+        raise UserError(f"--measured: {source}: found a step of {seconds} seconds, expected a number above 0")
     card = CPU if device == "cpu" else card_of_device(device)
     if card is None:
         raise UserError(f"--measured: {source}: measured on {device}, which docs/planner.md's table does not have")
     nodes = -(-gpus // card.node_gpus)
     return Seen(settings, Hardware(gpus, nodes, card.memory, card), seconds, optimizer)
+
+
+def check_made(made, device, gpus):
+    """Raises ValueError where a run's config.json has values that no run leaves there."""
+    if not isinstance(device, str):
+        raise ValueError(f"versions.device {device!r}")
+    if type(gpus) is not int or gpus < 1:
+        raise ValueError(f"world_size {gpus!r}")
+    if made["stage"] not in (0, 1, 2, 3):
+        raise ValueError(f"stage {made['stage']!r}")
+    if made["precision"] not in ("bf16", "fp16", "fp32"):
+        raise ValueError(f"precision {made['precision']!r}")
 
 
 # ---- scaling

@@ -80,7 +80,8 @@ def pinned_blocks(settings, parameters):
     recomputed = len(s.recomputation.of_blocks(range(s.model.n_layer)))
     blocks = [offloaded_activations(s) / recomputed] * recomputed if s.activation_offload and recomputed else []
     if s.offload_optimizer:
-        blocks.append(s.bytes * shard)  # 16-bit gradients (stage 3) or weights (1, 2)
+        # the sums of gradients (stage 3) or 16-bit weights (1, 2)
+        blocks.append((s.accumulation_bytes or s.bytes if s.stage == 3 else s.bytes) * shard)
     if s.optimizer_on_nvme:
         blocks += [4 * min(shard, s.sub_group_size)] * NVME_OPTIMIZER_BUFFERS
     elif s.offload_optimizer:  # float32 gradients, by sub-groups at stage 3

@@ -116,12 +116,12 @@ def enough_gpus(config, gpus, planned):
     planned: here (configuration, number of GPUs) -> plan, None for a number that cannot be rented."""
 
     def fits(number):
-        return {"fits": (planned(config, number) or {"fits": False})["fits"], "gpus": number}
+        return {"fits": planned(config, number)["fits"], "gpus": number}
 
     sequences = config.train.global_batch_tokens // config.model.block_size
     numbers = [number for number in divisors(sequences // config.train.micro_batch_size) if number % gpus == 0]
     numbers = [number for number in numbers if number <= MOST_GPUS_TRIED and is_legal(config, number)]
-    return first_that_fits(numbers, fits)[1]
+    return first_that_fits([number for number in numbers if planned(config, number)], fits)[1]
 
 
 # ---- changes of a configuration

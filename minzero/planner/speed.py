@@ -139,9 +139,11 @@ def product_seconds(settings, card):
 
 
 def attention_seconds(settings, card):
-    """Attention's own two products of a micro-batch. Flash attention skips the masked half."""
+    """Attention's own two products of a micro-batch. Flash attention skips the masked half; under the mask of a sliding
+    window nothing is skipped."""
     s = settings
-    flops = attention_flops_per_token(s.model) / 2 * (ATTENTION_PASSES + recomputed_blocks(s))
+    halves = sum(2 if s.has_mask(layer) else 1 for layer in range(s.model.n_layer))
+    flops = 4 * s.model.n_head * s.model.head_size * s.length / 2 * halves * (ATTENTION_PASSES + recomputed_blocks(s))
     return flops * s.tokens / (peak_of(s, card) * card.attention)
 
 
@@ -241,11 +243,25 @@ def offload_seconds(settings, engine, hardware, rates, code):
             seconds += copied * s.bytes * ranks / rates.nvme
     if s.offload_optimizer:
         offloaded = offloaded_elements(s, engine.size)
-        copies = (4 + s.bytes) * offloaded / rates.pcie  # gradients to the CPU, weights to the GPU
+        # gradients to the CPU in float32, weights to the GPU
+        copies = (4 + s.bytes + accumulated_bytes_copied(s)) * offloaded / rates.pcie
         seconds += copies + code.cpu_adam_bytes * offloaded * ranks / rates.cpu
         if s.optimizer_on_nvme:  # weights, moments and gradients are read, weights and moments written
             seconds += 28 * offloaded * ranks / rates.nvme
     return seconds
+
+
+def accumulated_bytes_copied(settings):
+    """Bytes of a step for each gradient that is added up in CPU memory, from and to which the GPU copies the sum: at
+    stage 3 in each micro-batch (stage3.py's partition_grads), at stage 2 only if there are several, and if the sum is
+    as wide as the weights; else it stays on the GPU (stage_1_and_2.py's copy_grads_in_partition)."""
+    s = settings
+    width = s.accumulation_bytes or s.bytes
+    if s.stage == 3:
+        return 2 * s.gradient_accumulation_steps * width
+    if s.stage == 2 and width == s.bytes:
+        return (2 * s.gradient_accumulation_steps - 1) * width if s.gradient_accumulation_steps > 1 else 0
+    return 0
 
 
 # ---- the step and the run
@@ -289,7 +305,8 @@ def seconds_between_steps(config, settings, engine, step, hardware, assumptions)
     written in the background holds nothing up."""
     train, steps = config.train, steps_of(config)
     evaluations = steps // train.eval_every + 1 if train.eval_every else 1
-    sent = (step.communication - step.hidden) * FORWARD
+    # only stage 3 gathers in a forward pass
+    sent = (step.communication - step.hidden) * FORWARD if settings.stage == 3 else 0
     forward = ((step.forward_backward + step.waiting) * FORWARD + sent) / train.global_batch_tokens
     saves = steps // train.save_every + 1 if train.save_every else 1
     written = checkpoint_bytes(settings, engine.size) / hardware.nodes / assumptions.disk

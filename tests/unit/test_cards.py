@@ -60,6 +60,20 @@ def test_every_name_means_one_card():
         ("Tesla T4", "T4"),
         ("rtx pro 6000", "RTX Pro 6000"),
         ("AMD Instinct MI300X", "MI300X"),
+        # words in another order, with the memory beside a name that needs none, with the generation of the connector
+        ("A100 40GB PCIe", "A100 PCIe 40 GB"),
+        ("A100 SXM4 40GB", "A100 SXM 40 GB"),
+        ("a100-sxm4-40", "A100 SXM 40 GB"),
+        ("h100 80gb pcie", "H100 PCIe"),
+        ("H100-PCIe-80GB", "H100 PCIe"),
+        ("H100-NVL-94GB", "H100 NVL"),
+        ("h100-sxm5-80gb", "H100 SXM"),
+        ("H200-NVL-141GB", "H200 NVL"),
+        ("RTX 4090 24GB", "RTX 4090"),
+        ("l4 24gb", "L4"),
+        ("v100-sxm2", "V100 32 GB"),
+        ("B200 192GB", "B200"),
+        ("GB200 NVL72", "GB200"),
     ],
 )
 def test_a_card_is_found_as_people_type_it(typed, name):
@@ -91,6 +105,7 @@ def test_the_memory_chooses_among_cards_of_one_name():
         ("NVIDIA H200", "H200 SXM"),
         ("NVIDIA H200 NVL", "H200 NVL"),
         ("NVIDIA GH200 480GB", "GH200 96 GB"),
+        ("NVIDIA GH200 120GB", "GH200 96 GB"),
         ("NVIDIA GH200 144G HBM3e", "GH200 144 GB"),
         ("NVIDIA B200", "B200"),
         ("NVIDIA GB200", "GB200"),
@@ -128,6 +143,13 @@ def test_the_drivers_name_of_a_card(device, name):
         "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition",
         "NVIDIA A100-SXM4-40GB MIG 3g.20gb",
         "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "GRID A100-10C",
+        "NVIDIA L40S-48Q",
+        "NVIDIA A100-SXM-64GB",
+        "NVIDIA A800 40GB Active",
+        "NVIDIA H100 SXM5 96GB",
+        "NVIDIA H800 NVL",
+        "Quadro RTX 6000",
     ],
 )
 def test_other_devices_are_not_taken_for_one(device):
@@ -135,7 +157,8 @@ def test_other_devices_are_not_taken_for_one(device):
 
 
 @pytest.mark.parametrize(
-    "name", ["toaster", "", "gpu", "nvidia", "h1000", "x" * 5000, "NVIDIA H100 80GB HBM3 MIG 1g.10gb"]
+    "name",
+    ["toaster", "", "gpu", "nvidia", "h1000", "x" * 5000, "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "h100 mig", "a100 64gb"],
 )
 def test_an_unknown_name_is_one_line(name):
     with pytest.raises(UserError) as raised:

@@ -509,3 +509,15 @@ def test_bad_input_is_one_line(arguments, word):
 
 if __name__ == "__main__":
     print(in_words(replay(json.loads((Path(sys.argv[1]) / "published_memory.json").read_text()))))
+
+
+def test_sums_of_offloaded_gradients_are_as_wide_as_they_are_added_up():
+    """Stage 3 keeps them in CPU memory in data_types.grad_accum_dtype (stage3.py's grad_partitions_flat_buffer)."""
+    words = ["configs/1p7b.json", "--deepspeed.zero_optimization.offload_optimizer.device", "cpu"]
+    words += ["--deepspeed.zero_optimization.stage", "3", "--train.precision", "bf16"]
+    low = {}
+    for width in ("bf16", "fp32"):
+        config = load_config([*words, "--deepspeed.data_types.grad_accum_dtype", width])
+        plan_of_width = plan_run(config, Hardware(8, 1, H100.memory, H100))
+        low[width] = plan_of_width["cpu_bytes_range"][0]
+    assert low["fp32"] - low["bf16"] == pytest.approx(2 * plan_of_width["parameters"], rel=1e-6)

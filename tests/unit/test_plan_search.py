@@ -22,7 +22,7 @@ from minzero.planner.fitting import Fitter
 from minzero.planner.gpus import PROCESS, nodes_of, on_card
 from minzero.planner.offers import MIDDLE, all_offers, answers, numbers_of_gpus
 from minzero.planner.plan import plan_run
-from minzero.planner.search import overrides, with_overrides
+from minzero.planner.search import enough_gpus, overrides, with_overrides
 from minzero.planner.speed import Assumptions
 
 AS_USUAL = argparse.Namespace(nodes=None, cpu_memory=None, price=None)  # flags of hardware that are not given
@@ -152,12 +152,21 @@ def test_the_search_finds_what_trying_all_finds(gpus, card, gibibytes):
         ("1p5b", "--train.activation_checkpointing 5 --train.micro_batch_size 2", 8, "h100"),
         ("gpt2-350m", "--deepspeed.zero_optimization.overlap_comm false", 8, "l40s"),
         ("13b", "", 64, "h100"),
+        # the stage is left open, and its offload goes with stage 1, which no other candidate has
+        (
+            "llama-8b",
+            "--train.activation_checkpointing 2 --train.activation_offload true --deepspeed.zero_optimization.stage "
+            "auto --deepspeed.zero_optimization.offload_optimizer.device cpu",
+            3,
+            "a100-pcie",
+        ),
     ],
 )
 def test_fit_is_at_least_as_fast_as_what_was_given(name, flags, gpus, card):
     config = config_of(name, *flags.split())
     hardware = usual(card, gpus)
-    given = plan_run(config, hardware)
+    config = legal_batch(config, gpus)
+    given = Fitter(config).plan(config, hardware)
     assert given["fits"] and speed(Fitter(config), hardware) >= given["tokens_per_second"] * (1 - 1e-9)
 
 
@@ -284,6 +293,24 @@ def test_the_number_of_gpus_that_is_enough_is_one_that_train_py_takes(capsys):
     assert found["enough_gpus"] % 4 == 0 and is_legal(
         config_of("13b", "--train.micro_batch_size", "8"), found["enough_gpus"]
     )
+
+
+def test_numbers_of_gpus_that_cannot_be_rented_hide_no_smaller_one():
+    """10 GPUs are two nodes of 5; 20 would be three that are not alike."""
+    config = config_of("gpt2-124m", "--train.global_batch_tokens", str(80 * 1024), "--train.micro_batch_size", "1")
+    asked = {5: False, 10: True, 20: None, 40: True, 80: True}
+
+    def planned(_, number):
+        return None if asked[number] is None else {"fits": asked[number]}
+
+    assert enough_gpus(config, 5, planned) == 10
+
+
+def test_a_configuration_that_train_py_takes_with_no_stage_is_one_line():
+    words = "configs/1p7b.json --deepspeed.zero_optimization.stage auto --deepspeed.data_types.grad_accum_dtype bf16"
+    for more in (["--gpus", "8", "--fit"], ["--gpu", "h100"]):
+        with pytest.raises(UserError, match="grad_accum_dtype: found bf16"):
+            plan.main([*words.split(), *more])
 
 
 # ---- what to rent

@@ -144,6 +144,28 @@ def test_adam_on_the_cpu():
     assert twice.offload < step.offload
 
 
+@pytest.mark.parametrize("stage, width, copied", [(2, "bf16", 4), (2, "fp32", 0), (3, "bf16", 4), (3, "fp32", 8)])
+def test_sums_of_offloaded_gradients_are_copied_in_each_micro_batch(stage, width, copied):
+    """There and back over PCIe, but at stage 2 with sums in float32, which stay on the GPU."""
+    words = ["configs/1p7b.json", "--deepspeed.zero_optimization.offload_optimizer.device", "cpu"]
+    words += ["--deepspeed.zero_optimization.stage", str(stage), "--train.precision", "bf16"]
+    words += ["--deepspeed.data_types.grad_accum_dtype", width]
+    words += ["--train.global_batch_tokens", "524288", "--train.micro_batch_size"]
+    few, settings, engine = step_of([*words, "16"], on_h100())
+    many, more, _ = step_of([*words, "1"], on_h100())
+    passes = more.gradient_accumulation_steps - settings.gradient_accumulation_steps
+    assert passes >= 14
+    copies = passes * copied * engine.size / 8 / H100.pcie
+    assert many.offload - few.offload == pytest.approx(copies, rel=0.05, abs=1e-9)
+
+
+def test_a_mask_skips_nothing():
+    """The code computes all products under a sliding window's mask, and a half of them without one."""
+    whole, _, _ = step_of(SMALL, on_h100())
+    short, _, _ = step_of([*SMALL, "--model.sliding_window", "64"], on_h100())
+    assert short.attention == pytest.approx(2 * whole.attention)
+
+
 def test_utilisation_takes_the_place_of_the_roofline():
     step, _, _ = step_of(SMALL, on_h100(), assumptions=Assumptions(utilisation=0.5))
     assert step.attention == step.traffic == 0
@@ -164,6 +186,16 @@ def test_evaluation_and_saves_take_time():
     assert plans[1]["evaluation_days"] > 50 * plans[0]["evaluation_days"]
     assert plans[1]["saving_days"] > 50 * plans[0]["saving_days"]
     assert plans[2]["saving_days"] == 0
+
+
+def test_only_stage_3_gathers_in_evaluation():
+    words = [*SMALL, "--train.eval_every", "10", "--deepspeed.zero_optimization.stage"]
+    for stage, is_slower in (("1", False), ("3", True)):
+        config, found = load_config([*words, stage]), []
+        for link in (1e9, 1e11):
+            plan = plan_run(config, on_h100(), Assumptions(link=link))
+            found.append(plan["evaluation_days"])
+        assert (found[0] > 1.01 * found[1]) == is_slower
 
 
 # ---- measured runs
@@ -187,6 +219,12 @@ def write_run(folder, words, seconds, gpus=1, device="NVIDIA H100 80GB HBM3", op
                 line["optimizer_seconds"] = slow * optimizer
             file.write(json.dumps(line) + "\n")
     return folder
+
+
+def changed_run(folder, **values):
+    """A run whose config.json has other values."""
+    path = write_run(folder, SMALL, 1.0) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 @pytest.mark.parametrize("words", [SMALL, [*SMALL, "--model.block_size", "128", "--train.micro_batch_size", "1"]])
@@ -246,6 +284,15 @@ def test_a_run_on_a_cpu(tmp_path):
         (lambda path: write_run(path, SMALL, 1.0, lines=0), "let the run log some steps"),
         (lambda path: write_run(path, SMALL, 1.0, device="Voodoo 2"), "Voodoo 2"),
         (lambda path: (write_run(path, SMALL, 1.0) / "config.json").write_text("{}"), "not the config.json of a run"),
+        (lambda path: path.write_text('{"rows": 3}'), "JSON of benchmark.py"),
+        (lambda path: path.write_text('{"rows": [3]}'), "JSON of benchmark.py"),
+        (lambda path: path.write_text('{"rows": [{"config": 1, "step_seconds": 1}]}'), "JSON of benchmark.py"),
+        (lambda path: write_run(path, SMALL, -1.0), "found a step of -1.0 seconds"),
+        (lambda path: write_run(path, SMALL, 1.0, gpus=0), "world_size 0"),
+        (lambda path: write_run(path, SMALL, 1.0, device=None), "versions.device None"),
+        (lambda path: changed_run(path, stage="auto"), "stage 'auto'"),
+        (lambda path: changed_run(path, precision="auto"), "precision 'auto'"),
+        (lambda path: changed_run(path, train={"forgotten": 1}), "unknown key train.forgotten"),
     ],
 )
 def test_what_is_no_measurement_is_one_line(tmp_path, make, words):
