@@ -10,14 +10,15 @@ from tests.helpers.processes import ROOT
 
 # A file imports only files above it. `model` is model.py at the root; the other files at the root import any.
 ORDER = """
-    errors files nearest launchers commands flags deepspeed_keys cards config.values config.sections config.nested
+    errors files store copier nearest launchers commands flags deepspeed_keys cards
+    config.values config.sections config.nested
     sizes config.auto config.deepspeed config.hints config.build config.help
     hf.settings hf.families config.load dist run_folder loss
     experts recompute rotary zero tensor_files
     data.order data.meta data.shards data.mixture data.text data.tokenizer_files data.tokenizer data.fast_encoding
     data.documents data.local_files data.sources data.conversations data.output data.clean
     data.encode data.pipeline data.learn_tokenizer data.scripts data.verify data.foreign data.convert
-    checkpoint_state checkpoint_folder checkpoint resume model hf.weights
+    checkpoint_state checkpoint_folder checkpoint resume restore model hf.weights
     hf.comparison hf.read trained init_from compiled
     engine schedule watchdog bad_steps metrics loggers profiler curves plot report hf.card hf.write hf.gguf summary run
     evaluate_loss sampling evaluate generate
