@@ -1,14 +1,15 @@
 """train.copy_to in real runs: an empty machine continues bit for bit from the copies, whatever was killed."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 
 from minzero.checkpoint_folder import complete_checkpoints
 from minzero.files import write_json
 from minzero.metrics import read_metrics
-from minzero.store import Store
 from tests.helpers.processes import deepspeed_command, run
 from tests.helpers.s3_server import s3  # noqa: F401
 
@@ -36,35 +37,23 @@ def last_files(out):
     return path.name, {file.name: file.read_bytes() for file in path.glob("rank_*")}
 
 
-@pytest.mark.parametrize("kind", ["folder", "s3"])
-def test_an_empty_machine_continues_bit_for_bit(config, tmp_path, kind, request):
-    plain, out, address, variables = tmp_path / "plain", tmp_path / "out", str(tmp_path / "away" / "run"), {}
-    if kind == "s3":
-        server = request.getfixturevalue("s3")
-        address, variables = "s3://runs/of_two_ranks", server.variables
-    assert run(command(config, plain)).returncode == 0
-    copied = command(config, out, "--train.copy_to", address)
-    done = run([*copied, "--train.max_tokens", 64 * 8, "--train.allow_changed", '["train.seed"]'], **variables)
+def test_an_empty_machine_continues_from_s3(config, tmp_path, s3):  # noqa: F811
+    out = tmp_path / "out"
+    copied = command(config, out, "--train.copy_to", "s3://runs/of_two_ranks")
+    done = run([*copied, "--train.max_tokens", 64 * 8], **s3.variables)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("copied ") == 2 and [path.name for path in complete_checkpoints(out / "checkpoints")] == [
-        "step_00000008"
-    ]
+    assert done.stdout.count("copied ") == 2
+    assert [path.name for path in complete_checkpoints(out / "checkpoints")] == ["step_00000008"]
     shutil.rmtree(out)
-    done = run(copied, **variables)
+    done = run(copied, **s3.variables)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"fetched {address}/checkpoints/step_00000008 into {out}/checkpoints" in done.stdout
-    assert "continuing from" in done.stdout
-    assert json.loads((out / "copied.json").read_text())["copies"].keys() == {f"step_{step:08d}" for step in (4, 8, 12)}
-    if kind == "folder":  # schedules differ where max_tokens did
-        assert Store(address).states().keys() == {f"step_{step:08d}" for step in (4, 8, 12)}
-    assert sorted(losses(out)) == list(range(1, 13))
-    shutil.rmtree(out)
-    done = run(copied, **variables)
-    assert done.returncode == 0 and "is complete" in done.stdout, "nothing is left to do"
+    assert f"fetched s3://runs/of_two_ranks/checkpoints/step_00000008 into {out}/checkpoints" in done.stdout
+    copies = json.loads((out / "copied.json").read_text())["copies"]
+    assert sorted(copies) == [f"step_{step:08d}" for step in (4, 8, 12)]
     assert sorted(losses(out)) == list(range(1, 13))
 
 
-def test_killed_with_9_and_moved_to_an_empty_folder(config, tmp_path, start):
+def test_killed_with_9_and_moved_to_an_empty_folder_it_is_the_same_bit_for_bit(config, tmp_path, start):
     plain, out, away = tmp_path / "plain", tmp_path / "out", tmp_path / "away"
     assert run(command(config, plain)).returncode == 0
     copied = command(config, out, "--train.copy_to", away)
@@ -72,9 +61,6 @@ def test_killed_with_9_and_moved_to_an_empty_folder(config, tmp_path, start):
     for line in process.stdout:
         if line.startswith("copied ") and "step_00000004" in line:
             break
-    import os
-    import signal
-
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     shutil.rmtree(out, ignore_errors=True)
