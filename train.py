@@ -50,6 +50,7 @@ from minzero.init_from import model_defaults
 from minzero.loss import equal_weights
 from minzero.planner.gpus import Hardware
 from minzero.planner.stage import advice, with_chosen_stage
+from minzero.restore import restore
 from minzero.run import Run, StepResult
 from minzero.run_folder import RunFolder
 from minzero.schedule import learning_rate
@@ -306,6 +307,7 @@ def main(config, watchdog=None):
         hardware = machine_of_all(group)
         with dist.all_or_none():  # no other run may be writing the checkpoints that this one looks for
             dist.print0(folder.hold(new=False) if group.rank == 0 else None)
+        restore(config, folder, group.rank)  # writes only if train.copy_to has newer checkpoints than the folder
         with dist.all_or_none():
             train_data, val_data = open_data(config)
             precision = resolve_precision(train.precision, group.device)

@@ -80,10 +80,11 @@ class Saving:
     background: copy the tensors to CPU memory and let a thread write them while training continues; otherwise they are
         written when this returns
     progress: called for each tensor that is written
+    is_copied: see `checkpoint_folder.prune`
 
     Errors are raised by `finish`, on all ranks."""
 
-    def __init__(self, engine, folder, state, best, keep, background=False, progress=lambda: None):
+    def __init__(self, engine, folder, state, best, keep, background=False, progress=lambda: None, is_copied=None):
         self.began = time.perf_counter()
         self.folder = Path(folder)
         self.name = name_of(state["step"])
@@ -93,6 +94,7 @@ class Saving:
         self.best = best
         self.keep = keep
         self.progress = progress
+        self.is_copied = is_copied
         self.written = None  # the file's entry in state.json, or a str: the fault
         self.writer = None
         fault = None
@@ -171,7 +173,7 @@ class Saving:
         pieces = index_of(own for _, _, own in everyone)
         try:
             commit(self.folder, self.name, self.state | {"files": files, "pieces": pieces}, self.best)
-            prune(self.folder, self.keep)
+            prune(self.folder, self.keep, self.is_copied)
         except OSError as error:
             raise cannot_write(self.folder / self.name, error) from None
 
@@ -245,20 +247,25 @@ def commit(folder, name, state, best):
         "suspect": diverged or bool(state.get("bad_steps", {}).get("bad")),
     }
     write_json(temporary / "state.json", state | {"crc32": state_checksum(state)})
+    put_in_place(temporary, final)
+    write_marks(folder)
+
+
+def put_in_place(temporary, final):
+    """Rename a complete checkpoint's temporary folder to its final name. Raises UserError."""
     try:
         flush_folder(temporary)
         if os.path.lexists(final):  # stale, left when the run was resumed from an older checkpoint; or the user's
             with contextlib.suppress(OSError):  # the terminal may be gone
                 print(f"{final} was there already and is replaced", flush=True)
             if is_ours(final):
-                os.replace(final, folder / f"{name}.old.tmp")
+                os.replace(final, final.with_name(f"{final.name}.old.tmp"))
             else:
                 make_way(final, for_a_folder=True)
         os.replace(temporary, final)
-        flush_folder(folder)  # the rename is on disk before older checkpoints are deleted
+        flush_folder(final.parent)  # the rename is on disk before older checkpoints are deleted
     except OSError as error:
         raise cannot_write(final, error) from None
-    write_marks(folder)
 
 
 def flush_folder(folder):

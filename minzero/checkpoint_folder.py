@@ -308,10 +308,13 @@ def tidy(folder):
     write_marks(folder)
 
 
-def prune(folder, keep):
+def prune(folder, keep, is_copied=None):
     """Delete old checkpoints. Kept are the newest `keep` good ones of the run as it was continued, the newest `keep`
     suspect ones after them, the latest and the best, and stale ones until the continued run has saved `keep` good ones.
-    So no good checkpoint is deleted because of a suspect one or one whose state.json cannot be read."""
+    So no good checkpoint is deleted because of a suspect one or one whose state.json cannot be read.
+
+    is_copied: tells of a path whether its copy at train.copy_to is whole. The others are kept as well, unless the disk
+    has no room for the next checkpoint."""
     remove_unfinished(folder)
     saved = Saved(folder)
     good = saved.good[-keep:]
@@ -320,6 +323,22 @@ def prune(folder, keep):
     victims = [entry for entry in saved.own if entry.suspect or (good and entry.step < oldest.step)]
     if len(good) == keep and all(entry.number < oldest.number for entry in saved.stale):
         victims += saved.stale
-    for entry in victims:
-        if entry not in suspect and entry.path not in (saved.latest, saved.best) and is_ours(entry.path):
-            remove(entry.path)
+    spared = {saved.latest, saved.best, *(entry.path for entry in suspect)}
+    old = [entry.path for entry in victims if entry.path not in spared and is_ours(entry.path)]
+    waiting = [path for path in old if is_copied and not is_copied(path)]
+    for path in old:
+        if path not in waiting:
+            remove(path)
+    for path in waiting:
+        free, needed = shutil.disk_usage(folder).free, 1.2 * size_of(saved.latest)
+        if free > needed:
+            break
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            space = f"{free / 1e9:.1f} GB are left on its disk and the next checkpoint takes {needed / 1.2e9:.1f}"
+            print(f"warning: deleted {path} before its copy was whole: {space}", flush=True)
+        remove(path)
+
+
+def size_of(path):
+    """Bytes of a checkpoint's files."""
+    return sum(entry.stat().st_size for entry in os.scandir(path))

@@ -13,6 +13,8 @@ from minzero.data.mixture import check_same_data
 from minzero.dist import print0
 from minzero.errors import UserError
 
+HOW_IT_RESUMES = ("train.out_dir", "train.copy_to", "train.resume", "train.allow_changed")
+
 # -- which checkpoint ------------------------------------------------------------------------------
 
 
@@ -155,7 +157,7 @@ def changed_settings(saved, now):
         before, after = flat(was, f"{section}."), flat(now[section], f"{section}.")
         for name in dict.fromkeys([*before, *after]):
             values = before.get(name), after.get(name)
-            if values[0] != values[1] and name not in ("train.out_dir", "train.resume", "train.allow_changed"):
+            if values[0] != values[1] and name not in HOW_IT_RESUMES:
                 changed[name] = values
     return changed
 

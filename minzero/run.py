@@ -6,7 +6,7 @@ import math
 import time
 from typing import NamedTuple
 
-from minzero import checkpoint, checkpoint_folder, dist, loggers, metrics, profiler
+from minzero import checkpoint, checkpoint_folder, copier, dist, loggers, metrics, profiler, restore
 from minzero.compiled import failure_in_words
 from minzero.errors import SharedError, UserError
 from minzero.files import write_json
@@ -52,6 +52,7 @@ class Run:
         # ---- checkpoints
         self.saving = None  # a checkpoint.Saving that is not committed yet
         self.saved_at = None  # when the last one was begun
+        self.copier = None  # on rank 0, with train.copy_to
 
         # ---- measurements
         self.log = None  # the MetricsLog, on rank 0
@@ -85,7 +86,15 @@ class Run:
                 self.write_config()
                 names = self.config.train.loggers
                 self.log = loggers.MetricsLog(self.folder.path, self.steps_done, names, self.config.to_dict())
+                self.begin_copies()
             self.folder.report("running", self.steps_done)
+
+    def begin_copies(self):
+        """On rank 0: start the process that copies checkpoints to train.copy_to."""
+        if self.config.train.copy_to:
+            dist.print0(restore.begin_copies(self.folder.path, self.config.train.copy_to))
+            names = [path.name for path in checkpoint_folder.complete_checkpoints(self.folder.path / "checkpoints")]
+            self.copier = copier.Copier(self.folder.path, self.config.train.copy_to, names)
 
     def write_config(self):
         """Write config.json: the run's config, and on what it runs."""
@@ -241,6 +250,7 @@ class Run:
             train.keep_checkpoints,
             train.save_in_background,
             self.watchdog.heartbeat,
+            self.copier and self.copier.is_copied,
         )
         if self.is_last(step) or result.facts.stop_requested or not train.save_in_background:
             self.finish_saving()
@@ -254,6 +264,8 @@ class Run:
         dist.print0(f"saved {path} in {seconds:.2f} s, {stalled:.2f} s of them standing still")
         self.write(self.saving.state["step"], {"save_seconds": seconds, "stall_seconds": stalled})
         self.saving = None
+        if self.copier:
+            self.copier.add(path.name)
 
     # -- the end -------------------------------------------------------------------------------------
 
@@ -281,5 +293,10 @@ class Run:
             dist.comm.log_summary()  # rank 0 prints; the others are asked
         if self.log:
             self.log.close()
+        if self.copier:
+            for line in self.copier.finish(self.config.train.timeout_seconds, self.watchdog.heartbeat):
+                dist.print0(line)
+            folder, keep = self.folder.path / "checkpoints", self.config.train.keep_checkpoints
+            checkpoint_folder.prune(folder, keep, self.copier.is_copied)
         if self.is_last(step):
             self.bad_steps.check_end(step, self.config.train)

@@ -365,6 +365,11 @@ class TrainConfig:
     keep_checkpoints: int = key(
         2, "how many of the newest checkpoints are kept, besides the best", minimum=1, maximum=10**9
     )
+    copy_to: str | None = key(
+        None,
+        "copy each checkpoint there in the background, and continue from there where out_dir holds none or older ones; "
+        "s3://bucket/run, gs://bucket/run, another folder, any address of fsspec's; null: no copies",
+    )
     resume: str = key(
         "auto",
         "auto: continue from the newest checkpoint in out_dir, or start at step 0 if it holds none; never: start at "
@@ -415,6 +420,8 @@ class TrainConfig:
             raise UserError(f"train.spike_zscore: found {self.spike_zscore}, expected at least 1, or 0 for no spikes")
         if self.init_from == "":
             raise UserError("train.init_from: found an empty name, expected a folder, a name on the hub, or null")
+        if self.copy_to is not None and not (self.copy_to.strip() and self.copy_to.isprintable()):
+            raise UserError("train.copy_to: found an empty name, expected a folder, s3://bucket/run, or null")
         if self.lr * self.weight_decay >= 1:  # AdamW multiplies weights by 1 - lr x weight_decay
             raise UserError(
                 f"train.weight_decay: found {self.weight_decay} with train.lr {self.lr}, which takes away all of the "

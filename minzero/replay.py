@@ -1,0 +1,215 @@
+"""A step of a run again: recomputed from the newest checkpoint before it, and compared bit for bit with the log.
+
+    python -m minzero.replay out/tiny 120                              # a run of one rank
+    deepspeed --num_gpus 8 --module minzero.replay out/1p5b 20000      # as many ranks as the run had
+
+All steps between are computed again too. Loss and gradient norm of each that the run recorded are compared: of every
+step that metrics.jsonl has (train.log_every), and of the last 128 good steps before each later checkpoint. Exit code 0:
+all equal; 1: a difference, or STEP is not recorded. Writes nothing into the run.
+
+On CPUs equal is what to expect. On GPUs only with kernels that add in a fixed order: cuDNN's and flash attention's
+backward passes do not.
+"""
+
+from minzero.commands import begin
+
+if __name__ == "__main__":
+    begin()
+
+from pathlib import Path
+
+import train
+from minzero import checkpoint, dist
+from minzero.bad_steps import BadSteps
+from minzero.checkpoint_folder import Saved
+from minzero.checkpoint_state import state_if_whole
+from minzero.commands import end_rank, run_command
+from minzero.config.build import build
+from minzero.config.nested import flat
+from minzero.errors import SharedError, UserError
+from minzero.files import read_json
+from minzero.flags import SUPPRESS, FlagParser, a_path, at_least
+from minzero.metrics import null_if_not_finite, read_metrics
+from minzero.planner.stage import with_stage
+from minzero.resume import check_same_data
+from minzero.run import Run
+from minzero.run_folder import RunFolder
+from minzero.schedule import learning_rate
+from minzero.watchdog import Watchdog
+
+DIFFERENT = 1  # the exit code
+SECTIONS = ("model", "data", "train", "deepspeed")
+COMPARED = ("versions", "precision", "stage", "kernels", "compiled", "deepspeed_auto")  # what else may move a bit
+
+
+def parse(arguments):
+    parser = FlagParser(__doc__)
+    parser.add_argument("run", type=a_path, help="a run's folder")
+    parser.add_argument("step", type=at_least(1), help="the optimizer step, counted from 1")
+    parser.add_argument("--local_rank", help=SUPPRESS)  # the launcher's
+    return parser.parse_args(arguments)
+
+
+# -- what the run recorded -------------------------------------------------------------------------
+
+
+def recorded(run, before, later):
+    """{step: (loss, gradient norm)} of the steps after a checkpoint; None for a NaN or an infinity, as metrics.jsonl
+    has it.
+
+    before: state of the checkpoint; later: states of those after it. Each has the numbers of the last good steps, which
+    are those just before it where none was passed over since `before`."""
+    found = {}
+    for state in later:
+        seen = state.get("bad_steps", {})
+        if seen.get("skipped") == before.get("bad_steps", {}).get("skipped", 0):
+            pairs = list(zip(seen["loss"], seen["gradient norm"], strict=True))
+            first = state["step"] + 1 - len(pairs)
+            found |= {first + place: pair for place, pair in enumerate(pairs)}
+    for line in read_metrics(run):
+        if "loss" in line and "grad_norm" in line:
+            found[line["step"]] = line["loss"], line["grad_norm"]
+    return {step: numbers for step, numbers in found.items() if step > before["step"]}
+
+
+def settings_of(run, before, later):
+    """What the run recorded of its settings and its machine when it computed the steps after a checkpoint: in the next
+    checkpoint, or in config.json. before: state of the checkpoint; later: states of those after it. Raises
+    UserError."""
+    if later:
+        return later[0]
+    found = read_json(run / "config.json")
+    if not isinstance(found, dict) or not {*SECTIONS, "stage", "precision", "world_size", "data"} <= found.keys():
+        raise UserError(f"{run}/config.json: expected what a run writes there; steps after the last checkpoint need it")
+    # its "data" says what was found in the folders, and not with which weights they were mixed
+    config = {name: found[name] for name in SECTIONS} | {"data": before.get("config", {}).get("data")}
+    if config["data"] is None and len(found["data"]) == 1:
+        config["data"] = {"path": next(iter(found["data"]))}
+    if config["data"] is None:
+        raise UserError(f"{run}: has no checkpoint that says how its data are mixed; choose a step with one around it")
+    return found | {"config": config}
+
+
+def find_start(run, step):
+    """(path of the newest checkpoint before a step, its state, settings then, what the run recorded after it). The path
+    is None for step 0. Raises UserError."""
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run}: found no config.json in it; expected the folder of a run, as out/tiny")
+    states = [(entry.path, state_if_whole(entry.path)) for entry in Saved(run / "checkpoints").own]
+    before = [(path, state) for path, state in states if state and state["step"] < step]
+    later = [state for _, state in states if state and state["step"] >= step]
+    path, state = before[-1] if before else (None, {"step": 0, "tokens": 0, "best_val_loss": None})
+    return path, state, settings_of(run, state, later), recorded(run, state, later)
+
+
+def config_of(run, settings):
+    """The Config with which the steps were computed, with the stage, the precision and the kernels that the run chose.
+    Raises UserError."""
+    config = with_stage(build(settings["config"], run), settings["stage"])
+    train_section = config.train
+    train_section.out_dir, train_section.resume, train_section.profile = str(run), "auto", None
+    train_section.save_every_seconds = 0.0
+    train_section.precision = settings["precision"]
+    train_section.kernels = settings.get("kernels", train_section.kernels)
+    return config
+
+
+# -- computing it again ----------------------------------------------------------------------------
+
+
+def prepare(run_path, path, state, settings, group):
+    """A Run with its engine at a checkpoint, and its training data, as train.py's main makes them. Writes nothing.
+    Raises UserError."""
+    with dist.all_or_none():
+        config = config_of(run_path, settings)
+        if settings["world_size"] != group.world_size:
+            raise UserError(
+                f"found {group.world_size} ranks, but {run_path} computed these steps on {settings['world_size']}: "
+                f"deepspeed --num_gpus {settings['world_size']} --module minzero.replay ..."
+            )
+        data, _ = train.open_data(config)
+        check_same_data(settings["data"], data, path or run_path)
+        memory = train.machine_of_all(group).memory_bytes
+        setup = train.choose_setup(config, group, settings["precision"], memory)
+        start = train.Start(path, state)
+        if config.train.init_from and not path:
+            start = train.Start(path, state, *train.trained.open_weights(config.train.init_from, config.model))
+    if path and (fault := checkpoint.fault_of(path, state)):
+        raise SharedError(fault)
+    watchdog = Watchdog(run_path, config.train.timeout_seconds)  # never started: only its heartbeats are asked for
+    run = Run(config, group, RunFolder(run_path, group.rank), watchdog, setup, state)
+    run.engine, not_compiled = train.make_engine(config, group, setup, start)
+    if path:
+        checkpoint.load(run.engine, path, state, config.train.seed)
+    run.bad_steps = BadSteps(run.engine, config.train.spike_zscore, state.get("bad_steps"))
+    now = train.info_of(config, group, setup, data, compiled=not_compiled is None)
+    now, then = ({key: of[key] for key in COMPARED if key in of and key in settings} for of in (now, settings))
+    for line in dist.differences(flat(now), flat(then)):
+        dist.print0(f"warning: {line}: differences may come from that")
+    return run, data
+
+
+def recompute(run, data, last):
+    """Compute the steps up to `last` again. Yields (step, loss, gradient norm, fault). Raises UserError."""
+    for step in range(run.steps_done + 1, last + 1):
+        train.set_learning_rate(run.engine, learning_rate(run.config.train, run.tokens_at(step)))
+        run.clock.start_step()
+        result = train.train_step(run, run.engine, data, step)
+        run.clock.pause()
+        yield step, result.facts.loss, result.grad_norm, result.fault
+        if result.fault and run.config.train.bad_step == "rollback" and step < last:
+            raise SharedError(
+                f"step {step}: {result.fault}; the run then went back to a checkpoint (train.bad_step rollback), so "
+                "later steps cannot be computed from this one; choose a step up to this one"
+            )
+
+
+def difference(step, numbers, then):
+    """Where the numbers of a step are not the recorded ones, in one line, or None. Both: (loss, gradient norm)."""
+    found = []
+    for name, now, was in zip(("loss", "gradient norm"), numbers, then, strict=True):
+        if null_if_not_finite(now) != null_if_not_finite(was):
+            found.append(f"{name} {now!r}, recorded {was!r}")
+    return f"step {step}: {'; '.join(found)}" if found else None
+
+
+def main(arguments):
+    """Compute and compare. Returns the exit code. Raises UserError."""
+    args = parse(arguments)
+    run_path, step = Path(args.run), args.step
+    group = dist.start_process_group(may_be_alone=True)
+    path, state, settings, then = checkpoint.as_rank_0(lambda: find_start(run_path, step))
+    run, data = prepare(run_path, path, state, settings, group)
+    if step > run.total_steps:
+        raise SharedError(f"step {step}: the run has {run.total_steps} steps; choose one of them")
+    dist.print0(f"steps {run.steps_done + 1} to {step} of {run_path}, from {path or 'the beginning'}")
+    compared, different = 0, []
+    for number, *numbers, fault in recompute(run, data, step):
+        if fault and number == step:
+            dist.print0(f"step {step}: {fault}")
+        if number in then:
+            compared += 1
+            different += filter(None, [difference(number, numbers, then[number])])
+    for line in different[:10]:
+        dist.print0(f"different: {line}")
+    dist.print0(f"step {step}: loss {numbers[0]!r}, gradient norm {numbers[1]!r}")
+    is_known = step in then
+    if not is_known:
+        near = [number for number in sorted(then) if number > step][:1] + [number for number in then if number < step]
+        dist.print0(f"step {step} was not recorded; recorded are {', '.join(map(str, near[:4])) or 'none after this'}")
+    elif not different:
+        dist.print0(f"equal bit for bit: {compared} recorded of {step - run.steps_done} steps")
+    return 0 if is_known and not different else DIFFERENT
+
+
+def command(arguments):
+    with dist.ending_together():
+        code = main(arguments)
+        dist.stop_process_group()
+    if code:
+        end_rank(code)
+        raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    run_command(command, may_be_many=True)

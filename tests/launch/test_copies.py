@@ -1,0 +1,70 @@
+"""train.copy_to in real runs: an empty machine continues bit for bit from the copies, whatever was killed."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+
+from minzero.checkpoint_folder import complete_checkpoints
+from minzero.files import write_json
+from minzero.metrics import read_metrics
+from tests.helpers.processes import deepspeed_command, run
+from tests.helpers.s3_server import s3  # noqa: F401
+
+MODEL = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 64}
+TRAIN = {"micro_batch_size": 2, "global_batch_tokens": 64, "max_tokens": 64 * 12, "eval_tokens": 64, "log_every": 1}
+TRAIN |= {"save_every": 4, "eval_every": 0, "lr": 0.01, "save_best": False, "keep_checkpoints": 1}
+
+
+@pytest.fixture
+def config(small_data, tmp_path):
+    write_json(tmp_path / "config.json", {"model": MODEL, "data": {"path": str(small_data)}, "train": TRAIN})
+    return tmp_path / "config.json"
+
+
+def command(config, out, *more):
+    return deepspeed_command("train.py", config, "--train.out_dir", out, *more)
+
+
+def losses(out):
+    return {line["step"]: (line["loss"], line["grad_norm"]) for line in read_metrics(out) if "loss" in line}
+
+
+def last_files(out):
+    path = complete_checkpoints(out / "checkpoints")[-1]
+    return path.name, {file.name: file.read_bytes() for file in path.glob("rank_*")}
+
+
+def test_an_empty_machine_continues_from_s3(config, tmp_path, s3):  # noqa: F811
+    out = tmp_path / "out"
+    copied = command(config, out, "--train.copy_to", "s3://runs/of_two_ranks")
+    done = run([*copied, "--train.max_tokens", 64 * 8], **s3.variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("copied ") == 2
+    assert [path.name for path in complete_checkpoints(out / "checkpoints")] == ["step_00000008"]
+    shutil.rmtree(out)
+    done = run(copied, **s3.variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"fetched s3://runs/of_two_ranks/checkpoints/step_00000008 into {out}/checkpoints" in done.stdout
+    copies = json.loads((out / "copied.json").read_text())["copies"]
+    assert sorted(copies) == [f"step_{step:08d}" for step in (4, 8, 12)]
+    assert sorted(losses(out)) == list(range(1, 13))
+
+
+def test_killed_with_9_and_moved_to_an_empty_folder_it_is_the_same_bit_for_bit(config, tmp_path, start):
+    plain, out, away = tmp_path / "plain", tmp_path / "out", tmp_path / "away"
+    assert run(command(config, plain)).returncode == 0
+    copied = command(config, out, "--train.copy_to", away)
+    process = start([str(word) for word in copied])
+    for line in process.stdout:
+        if line.startswith("copied ") and "step_00000004" in line:
+            break
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    shutil.rmtree(out, ignore_errors=True)
+    done = run(copied)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fetched " in done.stdout
+    assert losses(out) == losses(plain) and last_files(out) == last_files(plain)
