@@ -10,7 +10,7 @@ SlurmctldHost=node1
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=/run/munge/munge.socket.2
+AuthInfo=socket=/run/munge/munge.socket.2,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir=/run/slurmd
