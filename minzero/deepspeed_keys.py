@@ -113,8 +113,8 @@ ACCEPTED = {
     "zero_optimization.zero_hpz_partition_size": Key(
         int,
         1,
-        "stage 3: ranks that keep a second copy of the weights together, of which the backward pass gathers; 1: none; else "
-        "the GPUs of a node",
+        "stage 3: ranks that together keep a second copy of the weights, from which all but the first pass of a step "
+        "gather; 1: no such copy; else the GPUs of a node",
         minimum=1,
         maximum=2**20,
     ),

@@ -1,5 +1,5 @@
-"""Started by test_keys.py under the launcher on two ranks: for each setting of DeepSpeed's keys a run that saves, and
-one that resumes from the plain run's checkpoint at another ZeRO stage, in one process group.
+"""Started by test_keys.py under the launcher on two or four ranks: for each setting of DeepSpeed's keys a run that
+saves, and one that resumes from the plain run's checkpoint at another ZeRO stage, in one process group.
 
     keys.py FOLDER FEW|ALL|HPZ       leaves results.json: [stage, precision, keys, changes, result]
 """
