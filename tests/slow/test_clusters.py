@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
@@ -225,7 +224,7 @@ def check_second_start(slurm, work, job):
     wait_for(lambda: log.read_text().count("continuing from") >= 2, 240, "the second start")
     before = len(steps_of(work))
     wait_for(lambda: len(steps_of(work)) > before + 10, 60, "steps after it")
-    (work / "out/13b/STOP").touch()
+    (work / "out/13b/STOP").touch()  # which queues nothing again
     facts = slurm.wait(job)
     assert int(facts["Restarts"]) >= 1, log.read_text()
 
@@ -239,13 +238,21 @@ def test_slurms_time_limit_saves_and_queues_the_job_again(slurm, work):
     assert found == list(range(1, len(found) + 1)), "each step once"
 
 
+def test_a_rank_that_fails_queues_the_job_again(slurm, nodes, work):
+    job = submit_long(slurm, work)
+    (rank,) = nodes.find(2, "-u train.py") or nodes.find(2, "python train.py")
+    rank.kill()
+    check_second_start(slurm, work, job)
+
+
 def test_a_node_that_fails_queues_the_job_again(slurm, nodes, work):
     job = submit_long(slurm, work)
     nodes.crash(2)
-    time.sleep(2)
+    wait_for(lambda: "down" in slurm.call("sinfo", "-h", "-N", "-n", "node2", "-o", "%T"), 60, "a node that is down")
     nodes.boot(2)
     slurm.begin(2)
     check_second_start(slurm, work, job)
+    assert "requeue" in (slurm.folder / "slurmctld.log").read_text().lower()
 
 
 def test_descriptions_are_valid():
