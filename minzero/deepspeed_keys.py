@@ -110,6 +110,14 @@ ACCEPTED = {
     ),
     "zero_optimization.stage3_use_all_reduce_for_fetch_params": flag(False, "gather weights by an all-reduce"),
     "zero_optimization.stage3_allgather_sequential": flag(False, "gather weights one by one, without a buffer"),
+    "zero_optimization.zero_hpz_partition_size": Key(
+        int,
+        1,
+        "stage 3: ranks that together keep a second copy of the weights, from which all but the first pass of a step "
+        "gather; 1: no such copy; else the GPUs of a node",
+        minimum=1,
+        maximum=2**20,
+    ),
     "zero_optimization.memory_efficient_linear": flag(True, "stage 3: linear layers keep no gathered weights"),
     "zero_optimization.log_trace_cache_warnings": flag(
         False, "with train.verbose, a line each time stage 3 records the order of its weights again"
@@ -229,7 +237,6 @@ REFUSED = {
         "the backward pass of a model with tied embeddings fails with it", (0,)
     ),
     "zero_optimization.zenflow": Refused(LAYOUT, (None,)),
-    "zero_optimization.zero_hpz_partition_size": Refused(LAYOUT, (1,)),
     "zero_optimization.zero_quantized_gradients": Refused(LAYOUT, (False,)),
     "zero_optimization.zero_quantized_nontrainable_weights": Refused(LAYOUT, (False,)),
     "zero_optimization.zero_quantized_weights": Refused(LAYOUT, (False,)),

@@ -114,6 +114,11 @@ def check_stage(deepspeed, precision):
         if device != "none" and stage not in stages:
             expected = " or ".join(map(str, stages))
             raise UserError(f"{key}.device: found {device} at stage {stage}, expected stage {expected}, or none")
+    if (size := zero.get("zero_hpz_partition_size", 1)) > 1 and stage != 3:
+        raise UserError(
+            f"deepspeed.zero_optimization.zero_hpz_partition_size: found {size} at stage {stage}, expected stage 3, or "
+            "1"
+        )
     ratio = offload_ratio(zero)
     device = offload_device(zero, "offload_optimizer")
     if ratio != 1 and (stage != 3 or device != "cpu"):
@@ -193,10 +198,21 @@ def with_auto_values(deepspeed, values):
     return deepspeed
 
 
+def check_second_copy(deepspeed, world_size):
+    """Raises UserError where the ranks do not divide into groups that keep a second copy of the weights each."""
+    size = deepspeed.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    if world_size % min(size, world_size):
+        raise UserError(
+            f"deepspeed.zero_optimization.zero_hpz_partition_size: found {size}, which does not divide {world_size} "
+            "ranks; expected the number of GPUs of a node, or 1"
+        )
+
+
 def deepspeed_config(config, world_size, precision, on_gpu, memory=None):
     """The complete DeepSpeed configuration of this run: the user's keys, "auto" among them replaced, and those that
     follow from the `train` section. precision: bf16, fp16 or fp32. memory: bytes of a rank's device."""
     train = config.train
+    check_second_copy(config.deepspeed, world_size)
     gradient_accumulation_steps = gradient_accumulation(config, world_size)
     adam = {"lr": train.lr, "betas": train.betas, "eps": train.eps, "weight_decay": train.weight_decay}
     # torch's AdamW needs no compiler and resumes bit for bit. DeepSpeed's own vectorised Adam is worth its

@@ -26,6 +26,7 @@ ZERO_KEYS = {
     "sub_group_size": "sub_group_size",
     "contiguous_gradients": "contiguous_gradients",
     "stage3_allgather_sequential": "allgather_sequential",
+    "zero_hpz_partition_size": "second_copy",
 }
 # Keys that `settings_of` reads by other means, and keys that have no effect on memory as it is modelled.
 OTHER_ZERO_KEYS = {"stage", "overlap_comm", "offload_optimizer", "offload_param"}
@@ -54,6 +55,7 @@ class Settings:
     overlap_comm: bool = False
     contiguous_gradients: bool = True  # gradients are copied into a bucket; else they stay until they are reduced
     allgather_sequential: bool = False  # stage 3: each weight is gathered straight into its own tensor
+    second_copy: int = 1  # stage 3: so many ranks keep a second copy of the weights together; 1: none
     reduce_bucket_size: int = 500_000_000
     prefetch_bucket_size: int = 50_000_000
     persistence_threshold: int = 100_000

@@ -194,6 +194,22 @@ def collective_seconds(elements, calls, settings, hardware, rates, code):
     return max(inside, outside) / code.nccl + calls * code.latency * math.log2(ranks)
 
 
+def gathering_seconds(settings, traffic, hardware, rates, code):
+    """Stage 3: gathering weights for one micro-batch, the mean of a step's. Where groups of ranks keep a second copy of
+    them (zero_hpz_partition_size), a weight is gathered over all ranks once a step, and then within the group."""
+    s = settings
+    elements, calls = traffic["gathered"], traffic["gathers"]
+    if s.second_copy <= 1:
+        return collective_seconds(elements, calls, s, hardware, rates, code)
+    first = traffic["gathered_first"] / s.gradient_accumulation_steps
+    first_calls = traffic["gathers_first"] / s.gradient_accumulation_steps
+    ranks = min(s.second_copy, s.world_size)
+    nodes = -(-ranks * hardware.nodes // s.world_size)
+    group, within = replace(s, world_size=ranks), replace(hardware, gpus=ranks, nodes=nodes)
+    seconds = collective_seconds(first, first_calls, s, hardware, rates, code)
+    return seconds + collective_seconds(elements - first, calls - first_calls, group, within, rates, code)
+
+
 def communication_seconds(settings, engine, hardware, rates, code):
     """(of each micro-batch, once a step). Stage 3 gathers the weights of the blocks that it does not keep, as often as
     the replay does, and scatters the gradients, of each micro-batch; those that stay whole are gathered once a step,
@@ -207,7 +223,8 @@ def communication_seconds(settings, engine, hardware, rates, code):
 
     if s.stage == 3:
         traffic = engine.traffic
-        each = seconds(traffic["gathered"], traffic["gathers"]) + seconds(size, traffic["reductions"])
+        gathering = gathering_seconds(s, traffic, hardware, rates, code)
+        each = gathering + seconds(size, traffic["reductions"])
         return each, seconds(persistent_elements(s), 1)
     if s.stage == 2:
         return seconds(size, buckets), seconds(size, buckets)

@@ -17,6 +17,8 @@ class Stage3(Engine):
         self.persistent = {w for w in self.weights if w.size <= s.persistence_threshold}
         if not s.offload_param:
             memory.allocate("parameters", shards * s.bytes)
+            if s.second_copy > 1:  # made in the first forward pass, dropped after the update
+                memory.allocate("parameters", self.size * s.bytes / min(s.second_copy, s.world_size))
         if s.world_size > 1 or s.offload_param:
             memory.allocate("gathered", sum(w.size for w in self.persistent) * s.bytes)
         self.resident_optimizer(shards)
@@ -89,6 +91,7 @@ class Stage3(Engine):
         """The coordinator at the beginning of a forward pass."""
         self.at = 0  # the step of the trace
         self.live = 0  # elements of the weights that are gathered
+        self.copied = set()  # weights that were gathered before: of them there may be a second copy
         self.queue = deque((weight, step) for step, module in enumerate(self.order) for weight in self.needs[module])
         self.fetched_for = {}  # weight -> the last step of the trace that a fetch was meant for
 
@@ -103,6 +106,10 @@ class Stage3(Engine):
         self.live += sum(weight.size for weight in weights)
         self.traffic["gathers"] += 1
         self.traffic["gathered"] += sum(weight.size for weight in weights)
+        first = [weight for weight in weights if weight not in self.copied]
+        self.copied.update(first)
+        self.traffic["gathered_first"] += sum(weight.size for weight in first)
+        self.traffic["gathers_first"] += bool(first)
         sizes = [0 if self.free_gather else self.shard(weight) * s.world_size * s.bytes for weight in weights]
         if len(weights) == 1 or s.world_size == 1 or s.allgather_sequential:
             for weight, size in zip(weights, sizes, strict=True):

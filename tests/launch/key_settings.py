@@ -88,6 +88,23 @@ ALL = [
     ((2,), "fp32", {"comms_logger": {"enabled": True, "debug": True, "verbose": True}}, SAME),
 ]
 
+# On four ranks: two halves, which gather apart from each other.
+HPZ = [
+    ((3,), "fp32", zero(zero_hpz_partition_size=2), SAME),
+    ((3,), "fp32", zero(zero_hpz_partition_size=2, stage3_param_persistence_threshold=0), SAME),
+    ((3,), "fp32", zero(zero_hpz_partition_size=2, stage3_param_persistence_threshold=10**9), SAME),
+    ((3,), "fp32", zero(zero_hpz_partition_size=2, offload_optimizer={"device": "cpu"}), SAME),
+    (
+        (3,),
+        "fp32",
+        zero(zero_hpz_partition_size=2, offload_param={"device": "cpu"}, offload_optimizer={"device": "cpu"}),
+        SAME,
+    ),
+    ((3,), "fp32", zero(zero_hpz_partition_size=2, sub_group_size=1000), SAME),
+    ((3,), "bf16", zero(zero_hpz_partition_size=2, **AUTO["zero_optimization"]), SAME),
+    ((3,), "fp16", zero(zero_hpz_partition_size=4), SAME),
+]
+
 # Of the rest, test_nvme.py runs the files, and partial_offload.py the ratio, which needs DeepSpeed's own Adam.
 ON_NVME = {
     f"zero_optimization.{section}.{key}"

@@ -1,12 +1,13 @@
-"""Started by test_keys.py under the launcher on two ranks: for each setting of DeepSpeed's keys a run that saves, and
-one that resumes from the plain run's checkpoint at another ZeRO stage, in one process group.
+"""Started by test_keys.py under the launcher on two or four ranks: for each setting of DeepSpeed's keys a run that
+saves, and one that resumes from the plain run's checkpoint at another ZeRO stage, in one process group.
 
-    keys.py FOLDER FEW|ALL       leaves results.json: [stage, precision, keys, changes, result]
+    keys.py FOLDER FEW|ALL|HPZ       leaves results.json: [stage, precision, keys, changes, result]
 """
 
 import gc
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import deepspeed
 import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups
 
 from minzero import checkpoint, checkpoint_folder, checkpoint_state, dist
 from minzero.commands import run_command
@@ -30,7 +32,9 @@ FOLDER, LIST = Path(sys.argv[-2]), sys.argv[-1]
 # of sizes that leave parameters at odd addresses, so that parameter_alignment has something to do
 MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 54, "block_size": 32, "vocab_size": 61, "init_std": 0.05}
 # the large epsilon keeps gradients that are nothing but rounding, of the keys' biases, from counting
-BATCH = {"micro_batch_size": 2, "global_batch_tokens": 8 * 32, "max_tokens": 6 * 8 * 32, "lr": 1e-2, "eps": 1e-3}
+RANKS = int(os.environ["WORLD_SIZE"])
+BATCH = {"micro_batch_size": 2, "global_batch_tokens": 4 * RANKS * 32, "lr": 1e-2, "eps": 1e-3}
+BATCH["max_tokens"] = 6 * BATCH["global_batch_tokens"]
 
 
 def engine_of(stage, precision, keys):
@@ -56,7 +60,7 @@ def take_steps(engine, first):
 def saved(engine, name, step):
     """Save a checkpoint: (its path, {(kind, parameter): whole tensor, NaN where no rank saved it})."""
     state = {"step": step, "tokens": 0, "config": Config().to_dict(), "data": {}, "best_val_loss": None}
-    state |= {"world_size": 2, "precision": "fp32", "stage": 0}
+    state |= {"world_size": RANKS, "precision": "fp32", "stage": 0}
     checkpoint.save(engine, FOLDER / name, state, False, 2)
     comm.barrier()
     path, found = FOLDER / name / checkpoint_folder.name_of(step), {}
@@ -101,6 +105,7 @@ def run(stage, precision, keys, name, resumed_from=None):
         runs.append(saved(engine, f"{name}_{first}", first + 3))
         right.append(weights_are(engine, runs[-1][1]))
         engine.destroy()
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # DeepSpeed makes it once a process
         gc.collect()
     return runs, right
 

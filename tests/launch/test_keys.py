@@ -8,7 +8,7 @@ import pytest
 
 from minzero.deepspeed_keys import ACCEPTED
 from tests.helpers.processes import deepspeed_command, run
-from tests.launch.key_settings import ALL, FEW, ON_NVME
+from tests.launch.key_settings import ALL, FEW, HPZ, ON_NVME
 
 SCRIPT = Path(__file__).with_name("keys.py")
 
@@ -22,13 +22,20 @@ def keys_of(section, path=""):
 
 
 def test_every_accepted_key_is_tried():
-    tried = {key for _, _, section, _ in ALL for key in keys_of(section)} | {"zero_optimization.stage"}
+    tried = {key for _, _, section, _ in ALL + HPZ for key in keys_of(section)} | {"zero_optimization.stage"}
     assert tried | ON_NVME == set(ACCEPTED)
 
 
-@pytest.mark.parametrize("name, settings", [("FEW", FEW), pytest.param("ALL", ALL, marks=pytest.mark.slow)])
-def test_a_checkpoint_is_that_of_the_plain_run(tmp_path, name, settings):
-    done = run(deepspeed_command(SCRIPT, tmp_path, name), timeout=3600)
+@pytest.mark.parametrize(
+    "name, settings, ranks",
+    [
+        ("FEW", FEW, 2),
+        pytest.param("ALL", ALL, 2, marks=pytest.mark.slow),
+        pytest.param("HPZ", HPZ, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_is_that_of_the_plain_run(tmp_path, name, settings, ranks):
+    done = run(deepspeed_command(SCRIPT, tmp_path, name, processes=ranks), timeout=3600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results) == sum(len(stages) for stages, *_ in settings)

@@ -95,6 +95,18 @@ def test_13b_on_64_gpus_is_not_bound_by_the_network():
     assert rate == pytest.approx(4800, rel=0.3)
 
 
+def test_a_second_copy_of_the_weights_within_the_nodes():
+    """It takes its memory, and only the first forward pass of a step still crosses a slow network."""
+    words = ["configs/13b.json", "--deepspeed.zero_optimization.stage3_max_reuse_distance", "0"]
+    key, slow = "--deepspeed.zero_optimization.zero_hpz_partition_size", Assumptions(network=1e8)
+    found = [step_of([*words, key, size], on_h100(64, 8), assumptions=slow) for size in ("1", "8")]
+    (plain, settings, first), (less, _, second) = found
+    assert settings.gradient_accumulation_steps == 1
+    assert second.memory.held["parameters"] - first.memory.held["parameters"] == pytest.approx(2 * first.size / 8)
+    # a forward and a backward pass and the gradients, in place of which a backward pass stays within the nodes
+    assert less.communication / plain.communication == pytest.approx(2 / 3, rel=0.03)
+
+
 def test_the_step_is_the_sum_of_what_is_not_hidden():
     step, _, _ = step_of(SMALL, on_h100())
     shown = step.products + step.attention + step.traffic + step.optimizer + step.waiting + step.offload
