@@ -88,7 +88,7 @@ def test_ranks_meet_and_one_that_cannot_take_part_ends_all_with_its_line(monkeyp
 def test_ranks_that_do_not_come_are_named(monkeypatch):
     monkeypatch.setattr(meeting.socket, "gethostname", lambda: "node7")
     lines = in_threads([None, False, None, False, False], seconds=1)
-    assert len(lines) == 3 and len(set(lines.values())) == 1
+    assert lines.keys() == {0, 2} and len(set(lines.values())) == 1
     assert lines[0].startswith("ranks 1, 3 to 4 of 5 did not start within 1 s; 2 did, on node7; look ")
 
 
