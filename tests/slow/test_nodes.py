@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 
 import psutil
 import pytest
@@ -123,28 +124,31 @@ def test_a_cut_cable_ends_both_sides_and_the_command(nodes, place):
 
 
 def test_ranks_in_process_namespaces_of_their_own_save_when_asked_to_stop(place):
-    """Containers of one machine that have its name: each sees its own processes alone."""
+    """Containers of one machine that have its name: process 2 is rank 1 in one of them, and something else in the
+    other, where it ends."""
     helper.skip_without()
     port = free_port()
     ranks = []
-    for rank in (0, 1):
-        place_of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
-        place_of_rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        # other processes come first, so that a rank's id means something else to the other rank
-        script = f'{"true; /bin/true; " * 20 * rank} exec "$@"'
-        words = ["unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "bash", "-c", f"({script})", "bash"]
+    for rank, script in enumerate(('sleep infinity & exec "$@"', '"$@" & wait $!')):
+        variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        words = ["unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "bash", "-c", script, "bash"]
         words += [BIN / "python", ROOT / "train.py", "config.json", "--train.out_dir", "out", *LONG]
         with open(place / f"log{rank}", "w") as log:
-            more = {"cwd": place, "env": environment(**place_of_rank), "stdout": log, "stderr": subprocess.STDOUT}
+            more = {"cwd": place, "env": environment(**variables), "stdout": log, "stderr": subprocess.STDOUT}
             ranks.append(subprocess.Popen([str(word) for word in words], **more))
     try:
         wait_for_text(place / "log0", " 3/")
-        (python,) = [p for p in psutil.Process(ranks[1].pid).children(recursive=True) if "train.py" in p.cmdline()[1]]
-        python.terminate()
-        assert [rank.wait(120) for rank in ranks] == [0, 0], (place / "log1").read_text()
+        inside = psutil.Process(ranks[0].pid).children(recursive=True)
+        (other,) = [process for process in inside if process.name() == "sleep"]
+        other.kill()
+        time.sleep(1)
+        (rank_0,) = [process for process in inside if process.name().startswith("python")]
+        rank_0.terminate()
+        assert [rank.wait(120) for rank in ranks] == [0, 0], (place / "log0").read_text()
     finally:
         for rank in ranks:
             rank.kill()
-    assert "stopped by SIGTERM on rank 1, " in (place / "log0").read_text()
+    assert "stopped by SIGTERM after step " in (place / "log0").read_text()
     found = json.loads((place / "out" / "status.json").read_text())
     assert found["state"] == "stopped" and checkpoint_folder.find(place / "out")
