@@ -54,7 +54,7 @@ from minzero.restore import restore
 from minzero.run import Run, StepResult
 from minzero.run_folder import RunFolder
 from minzero.schedule import learning_rate
-from minzero.watchdog import Watchdog
+from minzero.watchdog import Watchdog, limits
 from minzero.zero import optimizers
 
 LINEAR = "zero_optimization.memory_efficient_linear"
@@ -298,8 +298,9 @@ def main(config, watchdog=None):
     Raises UserError: for what is wrong with the config, the data or the machine before anything is written; later for
     a folder or disk that cannot be written, and for bad steps that end the run. watchdog: notices requests to stop."""
     train = config.train
-    watchdog = watchdog or Watchdog(train.out_dir, train.timeout_seconds)
-    group = dist.start_process_group(train.verbose, group_timeout(train))
+    watchdog = watchdog or Watchdog(train)
+    group = dist.start_process_group(train.verbose, group_timeout(train), meet_within=train.meet_timeout_seconds)
+    watchdog.register_peers()  # from here on a rank that dies or hangs is noticed
     with RunFolder(train.out_dir, group.rank) as folder:
         watchdog.folder = folder
 
@@ -330,7 +331,7 @@ def main(config, watchdog=None):
         # copy and 8 of Adam's moments. ZeRO-1 shards the last 12 over the ranks, -2 the gradients too, -3 all 16
         # (Rajbhandari et al. 2020, arXiv 1910.02054, figure 1)
         engine, not_compiled = make_engine(config, group, setup, start)
-        watchdog.register_peers()  # from here on a rank that hangs is noticed
+        watchdog.heartbeat()
         if start.path:
             checkpoint.load(engine, start.path, start.state, train.seed, watchdog.heartbeat)
             dist.print0(summary.resume_line(start, group, setup))
@@ -363,7 +364,8 @@ def main(config, watchdog=None):
             run.report_uncompiled(step)
 
             if run.should_evaluate(step):
-                validate(run, engine, val_data, step)
+                with watchdog.during("evaluation"):
+                    validate(run, engine, val_data, step)
 
             # 12 bytes a parameter, over all ranks: the weight and Adam's two moments in float32
             if run.should_save(step, result):
@@ -384,25 +386,23 @@ def main(config, watchdog=None):
 
 def group_timeout(train):
     """How long a rank waits for the others: longer than the watchdog, which names the rank that hangs."""
-    return timedelta(seconds=max(1800, 2 * train.timeout_seconds))
+    return timedelta(seconds=max(1800, 2 * max(limits(train).values())))
 
 
 def command(arguments):
     """main from the command line."""
-    dist.init_process()
+    dist.find_place()
     config, fault = None, None
     try:
+        dist.init_process()
         config = load_config(arguments, model_defaults)
     except UserError as error:
-        fault = error  # perhaps of this node's file alone: the other ranks are told
+        fault = str(error)  # perhaps of this node alone: the other ranks are told
     train = config.train if config else TrainConfig(out_dir=".")
-    watchdog = Watchdog(train.out_dir, train.timeout_seconds).start()
+    watchdog = Watchdog(train).start()
     try:
         with dist.ending_together(watchdog.end_alone, watchdog.wait_until_others_know):
-            dist.start_process_group(train.verbose, group_timeout(train))
-            with dist.all_or_none():
-                if fault:
-                    raise fault
+            dist.start_process_group(train.verbose, group_timeout(train), False, train.meet_timeout_seconds, fault)
             main(config, watchdog)
     finally:
         watchdog.stop()

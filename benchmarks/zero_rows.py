@@ -95,7 +95,7 @@ def zero(stage, **keys):
         if config.train.compile and not_compiled:
             raise UserError(f"not compiled: {not_compiled}")
         folder = RunFolder(config.train.out_dir, setting.group.rank)
-        watchdog = Watchdog(config.train.out_dir, config.train.timeout_seconds)
+        watchdog = Watchdog(config.train)
         beginning = {"step": 0, "tokens": 0, "best_val_loss": math.inf}
         run = Run(config, setting.group, folder, watchdog, setup, beginning)
         run.bad_steps = BadSteps(ds_engine, config.train.spike_zscore)

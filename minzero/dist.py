@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import distributed
 
-from minzero import errors
+from minzero import errors, meeting
 from minzero.config.nested import flat
 from minzero.errors import SharedError, UserError
 from minzero.files import ROOT, git_commit
@@ -42,13 +42,18 @@ class Group(NamedTuple):
     world_size: int  # number of ranks
 
 
-def init_process(verbose=False, may_be_alone=False):
-    """Set this process up as one rank of a run: torch's variables in its environment, its GPU, its number of threads,
-    DeepSpeed's log level. Returns its Group. Starts no communication yet. Raises UserError."""
+def find_place(may_be_alone=False):
+    """Set torch's variables of this rank in its environment, and `local_place`. Raises UserError."""
     global local_place
     if local_place == (0, 1):  # a second call finds the number of the GPU in LOCAL_RANK
         os.environ |= find_ranks(dict(os.environ), may_be_alone)
         local_place = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_SIZE"])
+
+
+def init_process(verbose=False, may_be_alone=False):
+    """Set this process up as one rank of a run: torch's variables in its environment, its GPU, its number of threads,
+    DeepSpeed's log level. Returns its Group. Starts no communication yet. Raises UserError."""
+    find_place(may_be_alone)
     rank = int(os.environ["RANK"])
     world_size = int(os.environ["WORLD_SIZE"])
     set_log_level_from_string("info" if verbose else "error")
@@ -95,32 +100,45 @@ def gpu_of(local_rank, gpus):
     return local_rank
 
 
-def start_process_group(verbose=False, timeout=timedelta(seconds=1800), may_be_alone=False):
-    """Bring the ranks together. Returns the Group of this one. timeout: how long a rank waits for the others, at the
-    start and in every communication. A second call finds the group that is there.
+def start_process_group(
+    verbose=False, timeout=timedelta(seconds=1800), may_be_alone=False, meet_within=300, fault=None
+):
+    """Bring the ranks together. Returns the Group of this one. timeout: how long a rank waits for the others in every
+    communication; meet_within: seconds for all to come. fault: why this rank cannot take part, in one line. A second
+    call finds the group that is there.
 
-    A run of one process opens no port to the network. Raises UserError if the ranks do not meet."""
-    group = init_process(verbose, may_be_alone)
-    backend = "gloo"
-    more = {}
+    A run of one process opens no port to the network. Raises UserError if the ranks do not meet, and SharedError on all
+    of them if one cannot take part."""
+    if distributed.is_initialized():
+        return init_process(verbose, may_be_alone)
+    find_place(may_be_alone)
+    try:
+        group = init_process(verbose, may_be_alone)
+    except UserError as error:  # of this machine: the others must know
+        fault = fault or str(error)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = meeting.open_store(rank, world_size, meet_within)
+    meeting.meet(store, rank, world_size, meet_within, fault)
+    connect(group, store, timedelta(seconds=meet_within) if world_size > 1 else timeout)
+    store.set_timeout(timeout)
+    distributed.distributed_c10d._set_pg_timeout(timeout)
+    deepspeed.init_distributed(distributed.get_backend(), timeout=timeout, verbose=verbose)
+    return group
+
+
+def connect(group, store, timeout):
+    """torch's process group of ranks that have met in a store. Its connections go to ports of their own, which may be
+    closed where the store's is open; timeout: for these connections."""
+    backend, more = "gloo", {}
     if group.device.type == "cuda":
         backend = "nccl"
         more = {"device_id": group.device}  # as DeepSpeed does; without it every barrier warns
-    if not distributed.is_initialized():
-        try:
-            if group.world_size == 1:
-                for library in ("GLOO", "NCCL"):
-                    os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
-                more["store"] = distributed.HashStore()
-            more |= {"rank": group.rank, "world_size": group.world_size}
-            distributed.init_process_group(backend, timeout=timeout, **more)
-        except (distributed.DistNetworkError, distributed.DistStoreError) as error:
-            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            reason = str(error).splitlines()[0]
-            remedy = "if another run uses that port, choose one with deepspeed --master_port or MASTER_PORT"
-            raise UserError(f"ranks could not meet at {address} ({reason}); {remedy}") from None
-    deepspeed.init_distributed(backend, timeout=timeout, verbose=verbose)
-    return group
+    if group.world_size == 1:
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+    distributed.init_process_group(
+        backend, store=store, rank=group.rank, world_size=group.world_size, timeout=timeout, **more
+    )
 
 
 def stop_process_group():
@@ -145,6 +163,13 @@ def gather(value):
     everyone = [None] * distributed.get_world_size()
     distributed.all_gather_object(everyone, value)
     return everyone
+
+
+def from_rank_0(value):
+    """What rank 0 passes, on all ranks. Every rank must call this."""
+    values = [value]
+    distributed.broadcast_object_list(values)
+    return values[0]
 
 
 class StepFacts(NamedTuple):
@@ -255,13 +280,8 @@ def all_or_none():
         fault = errors.explain(error)
         if fault is None or is_lost_contact(error):
             raise
-    faults = gather((fault, socket.gethostname()) if fault else None)
-    first = next((rank for rank, found in enumerate(faults) if found), None)
-    if first is None:
-        return
-    fault, host = faults[first]
-    same = all(found and found[0] == fault for found in faults)
-    raise SharedError(fault if same else f"rank {first} on {host}: {fault}") from None
+    if fault := meeting.first_fault(gather((fault, socket.gethostname()) if fault else None)):
+        raise SharedError(fault) from None
 
 
 def differences(mine, first):
@@ -282,10 +302,8 @@ def refuse_different_ranks(facts):
     """Raise UserError on every rank if one rank's facts are not those of rank 0: each would train a part of another
     model. facts: nested dictionaries of plain values, such as the config and the versions. Every rank must call
     this."""
-    first = [flat(facts)]
-    distributed.broadcast_object_list(first)
     host = socket.gethostname()
-    everyone = gather((host, differences(flat(facts), first[0])))
+    everyone = gather((host, differences(flat(facts), from_rank_0(flat(facts)))))
     different = [rank for rank, (_, found) in enumerate(everyone) if found]
     if different:
         rank = different[0]

@@ -3,13 +3,15 @@
 import gc
 import json
 import math
+import socket
 import time
 from typing import NamedTuple
 
-from minzero import checkpoint, checkpoint_folder, copier, dist, loggers, metrics, profiler, restore
+from minzero import checkpoint, checkpoint_folder, copier, dist, loggers, metrics, out_dir, profiler, restore
 from minzero.compiled import failure_in_words
 from minzero.errors import SharedError, UserError
 from minzero.files import write_json
+from minzero.sizes import count_parameters
 
 STEPS_PER_COLLECTION = 50  # of Python's unreachable cycles
 
@@ -64,15 +66,40 @@ class Run:
     def take_folder(self, resumes):
         """Make the run's folder and lock it for this run. resumes: whether it continues from a checkpoint. Raises
         UserError if another run holds it, or has saved into it since this one looked for checkpoints."""
-        for its_turn in (self.group.rank == 0, self.group.rank != 0):  # the other ranks share the lock of rank 0
-            with dist.all_or_none():
-                dist.print0(self.folder.hold() if its_turn else None)
+        is_rank_0 = self.group.rank == 0
+        with dist.all_or_none():
+            if is_rank_0:
+                dist.print0(self.missing_space())
+                dist.print0(self.folder.hold())
+        self.check_folder_is_shared()
+        with dist.all_or_none():  # the other ranks share the lock of rank 0
+            if not is_rank_0:
+                self.folder.hold()
         with dist.all_or_none():
             if self.group.rank == 0 and not resumes and checkpoint_folder.find(self.folder.path):
                 path = self.folder.path
                 raise UserError(f"train.out_dir: another run has just saved into {path}; start again to continue it")
             if self.group.rank == 0:
                 checkpoint_folder.tidy(self.folder.path / "checkpoints")
+
+    def missing_space(self):
+        """A warning where the disk has room for fewer checkpoints than the run keeps, or None. Raises UserError where
+        it has room for none."""
+        train = self.config.train
+        try:
+            parameters, _ = count_parameters(self.config.model)
+        except UserError:  # an option that no formula knows
+            return None
+        saved = len(checkpoint_folder.Saved(self.folder.path / "checkpoints").entries)
+        return out_dir.check_space(self.folder.path, parameters, train.keep_checkpoints + train.save_best + 1, saved)
+
+    def check_folder_is_shared(self):
+        """Raise SharedError if another machine sees another folder in the place of the one that rank 0 has just taken.
+        Every rank must call this."""
+        text, host = dist.from_rank_0((json.dumps(self.folder.holder), socket.gethostname()))
+        with dist.all_or_none():
+            if self.group.rank and dist.local_place[0] == 0:
+                out_dir.check_is_shared(self.folder.path, text, host)
 
     def begin(self, engine, bad_steps, run_info, parameters):
         """Write config.json and open the log. run_info: what config.json and each checkpoint record. parameters: how
@@ -176,6 +203,7 @@ class Run:
         does_more = self.should_evaluate(step) or self.should_save(step, result) or self.should_sample(step, result)
         if does_more or result.facts.ranks_that_wrote or step == self.profiler.last:
             self.clock.pause()
+        self.watchdog.end_start()
         dist.print0(self.profiler.end_step(step, ending=self.is_last(step) or result.facts.stop_requested))
 
     def report_uncompiled(self, step):
@@ -235,6 +263,10 @@ class Run:
     def save(self, step, result):
         """Save a checkpoint. In the background, only a copy is made now, and `finish_saving` is called when all ranks
         have written it, or the next one is due. Raises SharedError on every rank if one cannot save."""
+        with self.watchdog.during("save"):
+            self.save_now(step, result)
+
+    def save_now(self, step, result):
         self.finish_saving()
         with dist.all_or_none():
             self.folder.check_is_there()
@@ -259,8 +291,8 @@ class Run:
         """Commit the checkpoint that is being saved, if there is one."""
         if not self.saving:
             return
-        path, seconds, stalled = self.saving.finish()
-        self.watchdog.heartbeat()
+        with self.watchdog.during("save"):
+            path, seconds, stalled = self.saving.finish()
         dist.print0(f"saved {path} in {seconds:.2f} s, {stalled:.2f} s of them standing still")
         self.write(self.saving.state["step"], {"save_seconds": seconds, "stall_seconds": stalled})
         self.saving = None
@@ -282,8 +314,10 @@ class Run:
         dist.print0(f"{self.folder.path} is complete: {steps}; raise train.max_tokens to train it longer")
 
     def stop(self, step):
-        """The run was asked to stop, and has saved."""
-        reason = self.watchdog.reason or "a signal to another rank"
+        """The run was asked to stop, and has saved. Every rank must call this."""
+        asked = dist.gather((self.watchdog.reason, socket.gethostname()))
+        rank = next(rank for rank, (reason, _) in enumerate(asked) if reason)
+        reason = f"{asked[rank][0]}{f' on rank {rank}, {asked[rank][1]}' if rank else ''}"
         self.folder.report("stopped", step, reason)
         dist.print0(f"stopped by {reason} after step {step}; the same command continues")
 

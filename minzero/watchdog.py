@@ -15,8 +15,12 @@ from torch import distributed
 
 from minzero import checkpoint_folder, dist
 from minzero.errors import UserError
+from minzero.meeting import in_words
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run", "slurmstepd", "orted", "prted", "hydra_pmi_proxy")
+SIGNS_OF_LIFE = 10.0  # seconds from one of a rank to the next, and between two looks at those of the others
+LOST = 120.0  # seconds without one, after which a rank is lost: its machine has crashed, or the network is cut
 
 
 def end_process(reason, code, out_dir, folder=None):
@@ -45,14 +49,44 @@ def is_gone(process):
 
 
 def launchers():
-    """The processes above this one that belong to DeepSpeed's launcher. When somebody ends the `deepspeed`
-    command, the ranks are not told: they are left as orphans."""
+    """The processes above this one that belong to the launcher that started it. When somebody ends the `deepspeed`
+    command, or a node's part of it, the ranks are not told: they are left as orphans."""
     found = []
-    for process in psutil.Process().parents()[:2]:
+    for process in psutil.Process().parents()[:3]:
         with contextlib.suppress(psutil.Error):
-            if any("deepspeed" in os.path.basename(word) for word in process.cmdline()[:4]):
+            words = [os.path.basename(word) for word in process.cmdline()[:4]]
+            if any(name in word for word in words for name in LAUNCHERS):
                 found.append(process)
     return found
+
+
+def is_orphan():
+    """Whether the launcher of this process has ended already, while this one was importing libraries. Both launchers
+    start ranks as children of their own."""
+    if not {"CROSS_RANK", "TORCHELASTIC_RUN_ID"} & os.environ.keys():  # set by DeepSpeed's and torchrun's
+        return False
+    with contextlib.suppress(psutil.Error):
+        parent = psutil.Process().parent()
+        return parent is not None and (parent.pid == 1 or parent.name() == "systemd") and not launchers()
+    return False
+
+
+def machine():
+    """What the processes have in common that see each other by their ids: the machine, by its name, which may repeat,
+    and its boot, and the PID namespace, which a container has of its own."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    is_own_proc = os.readlink("/proc/self") == str(os.getpid())  # else it shows another namespace's processes
+    return socket.gethostname(), boot, os.readlink("/proc/self/ns/pid"), None if is_own_proc else os.getpid()
+
+
+def limits(train):
+    """Seconds without progress after which a run ends, by what it does. train: the train section."""
+    return {
+        "start": train.start_timeout_seconds,
+        "step": train.timeout_seconds,
+        "evaluation": train.eval_timeout_seconds or train.timeout_seconds,
+        "save": train.save_timeout_seconds or train.timeout_seconds,
+    }
 
 
 class Watchdog:
@@ -64,11 +98,13 @@ class Watchdog:
     Python's signal handlers. So it also ends this rank where the loop no longer can: the launcher sends
     SIGTERM as well when a rank has died, and a rank that hangs is named after `timeout` seconds without progress of
     any rank. What counts as progress calls `heartbeat`: a micro-batch, a batch of an evaluation, a tensor that is
-    saved or loaded."""
+    saved or loaded. The thread itself gives a sign of life every ten seconds, whatever its rank does: where there is no
+    progress, a rank without these is lost, long before `timeout`."""
 
-    def __init__(self, out_dir, timeout):
-        self.out_dir = Path(out_dir)
-        self.timeout = timeout  # seconds
+    def __init__(self, train):
+        self.out_dir = Path(train.out_dir)
+        self.limits = limits(train)
+        self.doing = "start"  # a key of `limits`
         self.reason = None  # why the run is asked to stop
         self.rank = int(os.environ.get("RANK") or 0)
         self.folder = None  # the RunFolder, once there is one
@@ -83,12 +119,20 @@ class Watchdog:
         self.heartbeats_of_all = None
         self.last_look = 0.0  # at the heartbeats of all
         self.last_asked = 0.0  # whether another rank has ended
+        self.signs = 0  # of life, of this rank
+        self.last_sign = 0.0  # when it gave one
+        self.hosts = []  # by rank
+        self.last_roll_call = 0.0
+        self.signs_of_all = {}  # {rank: (its signs, when rank 0 saw them)}
+        self.store_answered = 0.0  # when
 
     # -- called by the main thread -------------------------------------------------------------------
 
     def start(self):
         """Catch the signals and start the thread. Returns self."""
         self.launchers = launchers()
+        if is_orphan():
+            self.reason = "the end of its launcher"
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
         signal.set_wakeup_fd(self.writer)
@@ -102,17 +146,40 @@ class Watchdog:
     def register_peers(self):
         """From here on a rank that makes no progress is noticed. Every rank must call this."""
         self.rank = distributed.get_rank()
-        machine = socket.gethostname(), Path("/proc/sys/kernel/random/boot_id").read_text()  # names may repeat
-        here = {rank: pid for rank, (other, pid) in enumerate(dist.gather((machine, os.getpid()))) if other == machine}
+        own = machine()
+        everyone = dist.gather((own, os.getpid()))
+        self.hosts = [other[0] for other, _ in everyone]
         self.publish_heartbeats()
-        self.last_heartbeat = time.monotonic()
-        with contextlib.suppress(psutil.NoSuchProcess):  # it will be missed soon enough
-            self.peers = {rank: psutil.Process(pid) for rank, pid in here.items()}
+        self.last_heartbeat = self.store_answered = time.monotonic()
+        peers = {}
+        for rank, (other, pid) in enumerate(everyone):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it will be missed soon enough
+                if other == own:
+                    peers[rank] = psutil.Process(pid)
+        self.peers = peers
 
     def begin_loop(self):
         """From here on stop requests wait for the end of a step."""
         self.heartbeat()
         self.loop_has_begun = True
+
+    def end_start(self):
+        """The first step is done: what is compiled at first use is compiled."""
+        if self.doing == "start":
+            self.heartbeat()
+            self.doing = "step"
+
+    @contextlib.contextmanager
+    def during(self, doing):
+        """A context for an evaluation or a save, which have a limit of their own."""
+        before = self.doing
+        self.heartbeat()
+        self.doing = doing
+        try:
+            yield
+        finally:
+            self.heartbeat()
+            self.doing = before
 
     def heartbeat(self):
         """This rank makes progress."""
@@ -163,10 +230,14 @@ class Watchdog:
                 published = self.heartbeats
                 self.publish_heartbeats()
             self.end_with_other_rank()
-            if self.seconds_without_progress() > self.timeout / 2:
+            self.give_sign_of_life()
+            self.end_without_lost_rank()
+            timeout = self.timeout
+            if self.seconds_without_progress() > timeout / 2:
                 self.count_progress_of_others()
-            if self.seconds_without_progress() > self.timeout:
-                end_process(f"waited {self.timeout} s: {self.who_hangs()}", 1, self.out_dir, self.folder)
+            if self.seconds_without_progress() > timeout:
+                where = "" if self.doing == "step" else f" in the {self.doing}"
+                end_process(f"waited {timeout} s{where}: {self.who_hangs()}", 1, self.out_dir, self.folder)
 
     def receive(self, number):
         """A signal: a request to stop, or where the loop cannot answer it, the end of this rank."""
@@ -190,8 +261,53 @@ class Watchdog:
                 self.reason = self.reason or str(file)
                 file.unlink()
 
+    @property
+    def timeout(self):
+        return self.limits[self.doing]
+
     def seconds_without_progress(self):
         return time.monotonic() - self.last_heartbeat
+
+    def give_sign_of_life(self):
+        now = time.monotonic()
+        if now - self.last_sign > SIGNS_OF_LIFE and len(self.hosts) > 1:
+            self.last_sign = now
+            self.signs += 1
+            if dist.ask_store(lambda store: store.set(f"sign/{self.rank}", str(self.signs)) or True):
+                self.store_answered = now
+
+    def end_without_lost_rank(self):
+        """End this rank where another is lost. Rank 0 looks at all signs of life and tells the others, which look
+        whether rank 0's machine still answers."""
+        if self.seconds_without_progress() < 2 * SIGNS_OF_LIFE or len(self.hosts) < 2:
+            self.signs_of_all = {}
+            return
+        now = time.monotonic()
+        if self.rank:
+            if now - self.store_answered > LOST and not self.is_stopped:
+                self.end_lost([0])
+            return
+        if now - self.last_roll_call < SIGNS_OF_LIFE:
+            return
+        self.last_roll_call = now
+        keys = [f"sign/{rank}" for rank in range(len(self.hosts))]
+        signs = dist.ask_store(lambda store: store.multi_get(keys)) or []
+        for rank, sign in enumerate(signs):
+            if rank not in self.signs_of_all or self.signs_of_all[rank][0] != sign:
+                self.signs_of_all[rank] = sign, now
+        lost = [rank for rank, (_, seen) in self.signs_of_all.items() if now - seen > LOST]
+        if lost and not self.is_stopped:
+            dist.ask_store(lambda store: store.set("lost", "1"))
+            time.sleep(max(3, len(self.hosts) / 50))  # until the others have read it in the store, which ends with this
+            self.end_lost(lost)
+
+    def end_lost(self, ranks):
+        """End this rank without others, which are lost. Of each machine one rank says so."""
+        hosts = ", ".join(sorted({self.hosts[rank] for rank in ranks})[:8])
+        if dist.local_place[0]:
+            os._exit(1)
+        words = f"lost contact with {in_words(ranks)} on {hosts}: no sign of life for {LOST:g} s"
+        end_process(f"{words}; look at that machine and its network", 1, self.out_dir, self.folder)
 
     def end_with_other_rank(self):
         """End this rank, without a word, where another has ended by a fault, which that one prints."""
@@ -200,6 +316,8 @@ class Watchdog:
             self.last_asked = now
             if (fault := dist.published_fault()) and fault.said_by != self.rank and not self.is_stopped:
                 os._exit(2)
+            if self.rank and dist.ask_store(lambda store: store.check(["lost"])) and not self.is_stopped:
+                os._exit(1)
 
     def publish_heartbeats(self):
         dist.ask_store(lambda store: store.set(f"beat/{self.rank}", str(self.heartbeats)))
@@ -227,4 +345,5 @@ class Watchdog:
         last = [rank for rank, count in enumerate(heartbeats) if count == min(heartbeats)]
         if len(last) == len(heartbeats):
             return "no rank makes progress"
-        return f"rank {', '.join(map(str, last))} hangs"
+        elsewhere = sorted({self.hosts[rank] for rank in last} - {socket.gethostname()}) if self.hosts else []
+        return f"rank {', '.join(map(str, last))} hangs{' on ' if elsewhere else ''}{', '.join(elsewhere)}"

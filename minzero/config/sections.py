@@ -396,9 +396,15 @@ class TrainConfig:
         maximum=1e6,
     )
     max_bad_steps: int = key(10, "end the run after this many bad steps in a row", minimum=1, maximum=10**9)
+    meet_timeout_seconds: float = key(300.0, "seconds for all ranks to come at the start", minimum=1, maximum=10**9)
+    start_timeout_seconds: float = key(
+        1500.0, "as timeout_seconds, from there to the end of the first step", minimum=1, maximum=10**9
+    )
     timeout_seconds: float = key(
         1500.0, "end the run when it has made no progress for this many seconds", minimum=1, maximum=10**9
     )
+    eval_timeout_seconds: float = key(0.0, "the same for evaluations; 0: timeout_seconds", minimum=0, maximum=10**9)
+    save_timeout_seconds: float = key(0.0, "the same for saves; 0: timeout_seconds", minimum=0, maximum=10**9)
     allow_changed: list[str] = key(
         [],
         "keys in which a resumed run may differ from its checkpoint",

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 
@@ -186,6 +187,53 @@ def test_ranks_that_differ_are_refused_with_what_differs_and_where(place, train,
     errors = [line for _, text in said for line in text.splitlines() if "error: " in line]
     assert len(errors) == 1 and f"rank 1 on {socket.gethostname()}" in errors[0] and expected in errors[0], errors
     assert not (place / "out").exists()
+
+
+def test_a_folder_that_is_not_shared_is_refused_before_the_first_step(place, train):
+    """Two nodes with a copy of everything each, and `out` among it."""
+    other = place / "other_node"
+    shutil.copytree(place / "data", other / "data")
+    shutil.copy(place / "config.json", other)
+    port = free_port()
+    first_of_node = {"LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+    folders = enumerate((place, other))
+    ranks = [train(cwd=folder, **(two_ranks(rank, port) | first_of_node)) for rank, folder in folders]
+    said = [ended(rank) for rank in ranks]
+    assert [code for code, _ in said] == [2, 2], said
+    errors = [line for _, text in said for line in text.splitlines() if "error: " in line]
+    assert len(errors) == 1 and f"rank 1 on {socket.gethostname()}: train.out_dir: {other}/out is not" in errors[0], (
+        said
+    )
+    assert not (other / "out").exists() and not (place / "out" / "checkpoints").exists()
+    assert status(place)["state"] == "failed"
+    assert not any("| loss " in text for _, text in said)
+
+
+def test_ranks_that_do_not_start_are_named_within_the_limit(place, train):
+    """Of three, the last never comes."""
+    port = free_port()
+    size = {"WORLD_SIZE": "3", "LOCAL_SIZE": "3"}
+    limit = ["--train.meet_timeout_seconds", 5]
+    said = [ended(rank) for rank in [train(*limit, **(two_ranks(rank, port) | size)) for rank in (0, 1)]]
+    assert [code for code, _ in said] == [2, 2], said
+    errors = [line for _, text in said for line in text.splitlines() if "error: " in line]
+    expected = f"rank 2 of 3 did not start within 5 s; 2 did, on {socket.gethostname()}; "
+    assert len(errors) == 1 and expected in errors[0], said
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(place, train):
+    disk = place / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20k", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount a small file system")
+    try:
+        code, said = ended(train("--train.out_dir", disk / "run"))
+        assert code == 2 and "| loss " not in said, said
+        assert "train.out_dir: " in said and "GiB are free, and a checkpoint takes " in said, said
+        assert not (disk / "run").exists(), "nothing was written"
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(place, train):

@@ -122,7 +122,7 @@ class Store:
 
 def test_progress_of_another_rank_is_no_hang_and_none_of_any_is(monkeypatch, tmp_path):
     monkeypatch.setattr(watchdog.distributed, "get_world_size", lambda: 3)
-    watch = watchdog.Watchdog(tmp_path, timeout=10)
+    watch = watchdog.Watchdog(TrainConfig(out_dir=str(tmp_path), timeout_seconds=10))
     store = Store({"beat/0": 5, "beat/1": 5, "beat/2": 4})
     monkeypatch.setattr(dist, "ask_store", lambda action: action(store))
     long_ago = watch.last_heartbeat - 9
