@@ -151,6 +151,32 @@ class RunFolder:
         self.is_ours = False
 
 
+def holder_of(folder):
+    """The process that holds a run's folder, in words; None if none does, or the folder's file system has no locks. The
+    lock is taken for a moment to find out, for which a run that starts just then waits."""
+    try:
+        file = os.fdopen(os.open(Path(folder) / "lock", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW), "r+")
+    except OSError:
+        return None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return describe_holder(file.read(1000)).strip(" ()") or "a process that has not written its name"
+        except OSError:
+            return None
+    return None
+
+
+def read_status(folder):
+    """status.json of a run's folder as a dictionary; empty where it is missing or damaged."""
+    try:
+        status = json.loads((Path(folder) / "status.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
 def describe_holder(holder):
     """The text of a lock file in words. Empty where the text is empty, damaged, or of a run that has ended: a run that
     has just begun has not written it yet."""

@@ -12,7 +12,7 @@ from tests.helpers.processes import ROOT
 ORDER = """
     errors files nearest launchers commands flags deepspeed_keys cards config.values config.sections config.nested
     sizes config.auto config.deepspeed config.hints config.build config.help
-    hf.settings hf.families config.load dist run_folder loss
+    hf.settings hf.families config.load dist run_folder checkpoint_names nodes supervise loss
     experts recompute rotary zero tensor_files
     data.order data.meta data.shards data.mixture data.text data.tokenizer_files data.tokenizer data.fast_encoding
     data.documents data.local_files data.sources data.conversations data.output data.clean
