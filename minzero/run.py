@@ -3,13 +3,15 @@
 import gc
 import json
 import math
+import socket
 import time
 from typing import NamedTuple
 
-from minzero import checkpoint, checkpoint_folder, dist, loggers, metrics, profiler
+from minzero import checkpoint, checkpoint_folder, dist, goodput, loggers, metrics, profiler
 from minzero.compiled import failure_in_words
 from minzero.errors import SharedError, UserError
 from minzero.files import write_json
+from minzero.run_folder import read_status
 
 STEPS_PER_COLLECTION = 50  # of Python's unreachable cycles
 
@@ -26,10 +28,11 @@ class Run:
     """One training run, on one rank: its folder, its log, its best loss, the checkpoint that is being saved.
 
     Steps are optimizer steps, counted from 1. The number of steps done is all that a run needs to continue.
-    folder: the run's RunFolder. setup: train.py's Setup. state: of the checkpoint that the run starts from. Every rank
-    has a Run and calls its methods in the same order; rank 0 alone writes and prints."""
+    folder: the run's RunFolder. setup: train.py's Setup. state: of the checkpoint that the run starts from. time_use:
+    a goodput.TimeUse that has run since the start. Every rank has a Run and calls its methods in the same order; rank 0
+    alone writes and prints."""
 
-    def __init__(self, config, group, folder, watchdog, setup, state):
+    def __init__(self, config, group, folder, watchdog, setup, state, time_use=None):
         train = config.train
         self.config = config
         self.group = group
@@ -56,6 +59,8 @@ class Run:
         # ---- measurements
         self.log = None  # the MetricsLog, on rank 0
         self.clock = metrics.Stopwatch(group.device)
+        self.time_use = time_use or goodput.TimeUse()
+        self.own_time = goodput.OwnTime(group.device)
         self.profiler = profiler.Profiler(folder.path, train.profile_steps if group.rank == 0 else None)
 
     # -- the beginning -------------------------------------------------------------------------------
@@ -85,6 +90,8 @@ class Run:
                 self.write_config()
                 names = self.config.train.loggers
                 self.log = loggers.MetricsLog(self.folder.path, self.steps_done, names, self.config.to_dict())
+                self.time_use.continue_from(read_status(self.folder.path), self.log.file.kept, self.steps_done)
+                self.folder.more = self.time_use.for_status
             self.folder.report("running", self.steps_done)
 
     def write_config(self):
@@ -97,6 +104,7 @@ class Run:
     def steps(self):
         """Yields the number of each step that is still to be done, and starts to measure it."""
         self.saved_at = time.monotonic()
+        self.time_use.mark("start")
         self.watchdog.begin_loop()
         gc.collect()
         gc.disable()  # a collection in the middle of a step of one rank makes the others wait
@@ -148,9 +156,17 @@ class Run:
     def should_log(self, step):
         return step % self.config.train.log_every == 0 or step == 1 or self.is_last(step)
 
+    def count_step(self, step, result):
+        """The time since the last mark went into this step."""
+        first = step == self.steps_done + 1
+        kind = "compile" if first and self.run_info["compiled"] else "productive"
+        self.time_use.mark("lost" if result.fault else kind)
+
     def log_step(self, step, rate, result):
-        """Write and print a line of metrics: averages over the steps since the last one."""
+        """Write and print a line of metrics: averages over the steps since the last one. Every rank must call this."""
         seconds = self.clock.read()
+        self.count_step(step, result)
+        measured = dist.gather((*self.own_time.read(seconds["data_seconds"]), socket.gethostname()))
         device = self.setup.versions["device"]
         line = {"loss": result.facts.loss, "lr": rate}
         line |= {"grad_norm": result.grad_norm, "skipped": self.bad_steps.skipped}
@@ -158,6 +174,9 @@ class Run:
         line |= metrics.throughput(self.config, seconds["step_seconds"], self.group.world_size, device, self.parameters)
         line |= metrics.peak_memory()
         line |= metrics.expert_loads(self.engine.module.take_routing(), self.config.model.balance_over == "layer")
+        line |= self.time_use.for_step()
+        if slowest := goodput.slowest(measured, seconds["step_seconds"]):
+            line["slowest"] = slowest
         self.folder.report("running", step)
         self.write(step, line)
         dist.print0(metrics.console_line(line | {"step": step}, self.total_steps))
@@ -167,6 +186,7 @@ class Run:
         does_more = self.should_evaluate(step) or self.should_save(step, result) or self.should_sample(step, result)
         if does_more or result.facts.ranks_that_wrote or step == self.profiler.last:
             self.clock.pause()
+        self.count_step(step, result)
         dist.print0(self.profiler.end_step(step, ending=self.is_last(step) or result.facts.stop_requested))
 
     def report_uncompiled(self, step):
@@ -213,6 +233,7 @@ class Run:
         """Log and print a text that the model wrote."""
         dist.print0(f"step {step}: the model writes: {json.dumps(text, ensure_ascii=False)}")
         self.write(step, {"sample": text})
+        self.time_use.mark("evaluation")
 
     # -- checkpoints ---------------------------------------------------------------------------------
 
@@ -233,6 +254,7 @@ class Run:
         state = self.run_info | {"step": step, "tokens": self.tokens_at(step), "best_val_loss": self.best_val_loss}
         state |= {"val_loss": self.val_loss if self.evaluated_at == step else None, "bad_steps": self.bad_steps.state()}
         self.saved_at = time.monotonic()
+        self.time_use.at_save = self.time_use.totals()
         self.saving = checkpoint.Saving(
             self.engine,
             self.folder.path / "checkpoints",
@@ -244,6 +266,7 @@ class Run:
         )
         if self.is_last(step) or result.facts.stop_requested or not train.save_in_background:
             self.finish_saving()
+        self.time_use.mark("save")
 
     def finish_saving(self):
         """Commit the checkpoint that is being saved, if there is one."""
@@ -252,8 +275,10 @@ class Run:
         path, seconds, stalled = self.saving.finish()
         self.watchdog.heartbeat()
         dist.print0(f"saved {path} in {seconds:.2f} s, {stalled:.2f} s of them standing still")
-        self.write(self.saving.state["step"], {"save_seconds": seconds, "stall_seconds": stalled})
+        line = {"save_seconds": seconds, "stall_seconds": stalled} | self.time_use.at_save
+        self.write(self.saving.state["step"], line)
         self.saving = None
+        self.time_use.mark("save")
 
     # -- the end -------------------------------------------------------------------------------------
 
@@ -281,5 +306,6 @@ class Run:
             dist.comm.log_summary()  # rank 0 prints; the others are asked
         if self.log:
             self.log.close()
+        dist.print0(f"goodput {metrics.goodput_in_words(self.time_use.totals())}")
         if self.is_last(step):
             self.bad_steps.check_end(step, self.config.train)
