@@ -83,6 +83,7 @@ def test_a_run_comes_back_from_every_failure_bit_for_bit(start, small_data, tmp_
     disturbances = ["kill -9 of a rank", "kill -9 inside a save", "kill -9 of the launcher", "kill -9 of all"]
     disturbances += ["SIGTERM to a rank", "kill -9 of the supervisor", "SIGTERM to the supervisor"]
     for what in disturbances:
+        wait_for_step(process, "supervise.py: start ")
         wait_for_step(process)
         wait_for_step(process, "saved ")
         process = disturb(what, process, out, start, command)
@@ -91,7 +92,11 @@ def test_a_run_comes_back_from_every_failure_bit_for_bit(start, small_data, tmp_
     assert f"{len(disturbances) + 1} starts, {len(disturbances) - 1} failures" in rest, rest
     assert "Traceback" not in rest, rest
     chaos.check_same(whole, out, STEPS)
-    print(rest[rest.index("supervise.py: complete") :])
+    status = read_status(out)
+    assert 0 < status["goodput"] < 1 and all(
+        status["seconds"][kind] > 0 for kind in ("start", "resume", "lost", "down")
+    )
+    print(rest[rest.index("goodput ") :])
 
     again = run(supervised(command))
     assert again.returncode == 0 and "is complete: 500 of 500 steps" in again.stdout
