@@ -98,7 +98,17 @@ class OwnTime:
 
     def __init__(self, device):
         self.device = device
+        self.seconds = 0.0  # busy, in the steps since the last reading
+        self.before = None  # `busy` at the beginning of the step that is running
+
+    def start_step(self):
         self.before = self.busy()
+
+    def end_step(self):
+        """What follows is no part of a step. A second call counts nothing."""
+        if self.before is not None:
+            self.seconds += self.busy() - self.before
+        self.before = None
 
     def busy(self):
         """Seconds in which this thread has run or was ready to run."""
@@ -114,8 +124,9 @@ class OwnTime:
         of a step, since the last reading."""
         if self.device.type == "cuda":
             return data_seconds, matrix_product_seconds(self.device)
-        before, self.before = self.before, self.busy()
-        return 0.0, self.before - before
+        self.end_step()
+        seconds, self.seconds = self.seconds, 0.0
+        return 0.0, seconds
 
 
 def matrix_product_seconds(device, size=2048, times=10):

@@ -19,7 +19,7 @@ LINE = re.compile(r"(\S+)\s+slots=([1-9][0-9]{0,5})\s*(#.*)?")
 NAMES_NODE = (
     re.compile(r"^pdsh@\S+: (?P<node>\S+): ssh exited with exit code 255"),
     re.compile(r"^(?P<node>\S+): .*exits with return code = -\d+"),
-    re.compile(r"\brank \d+ on (?P<node>[\w.-]+)(?: |:)"),
+    re.compile(r"train\.py: error: rank \d+ on (?P<node>[\w.-]+)[: ]"),
 )
 NAMES_RANK = re.compile(r"\brank (?P<rank>\d+) (?:hangs|is gone)")
 

@@ -111,6 +111,7 @@ class Run:
         try:
             for step in range(self.steps_done + 1, self.total_steps + 1):
                 self.clock.start_step()
+                self.own_time.start_step()
                 self.profiler.start_step(step)
                 yield step
                 if step % STEPS_PER_COLLECTION == 0:
@@ -186,6 +187,7 @@ class Run:
         does_more = self.should_evaluate(step) or self.should_save(step, result) or self.should_sample(step, result)
         if does_more or result.facts.ranks_that_wrote or step == self.profiler.last:
             self.clock.pause()
+        self.own_time.end_step()
         self.count_step(step, result)
         dist.print0(self.profiler.end_step(step, ending=self.is_last(step) or result.facts.stop_requested))
 

@@ -15,7 +15,7 @@ from tests import chaos
 from tests.helpers.processes import run
 from tests.launch.test_launch import wait_for_step
 
-STEPS = 500
+STEPS = 300
 
 
 def supervised(command):
@@ -99,7 +99,7 @@ def test_a_run_comes_back_from_every_failure_bit_for_bit(start, small_data, tmp_
     print(rest[rest.index("goodput ") :])
 
     again = run(supervised(command))
-    assert again.returncode == 0 and "is complete: 500 of 500 steps" in again.stdout
+    assert again.returncode == 0 and "is complete: 300 of 300 steps" in again.stdout
 
 
 @pytest.mark.slow

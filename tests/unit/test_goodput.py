@@ -114,10 +114,17 @@ def test_waiting_is_not_a_ranks_own_time():
     import torch
 
     own = OwnTime(torch.device("cpu"))
+    own.start_step()
     time.sleep(0.3)
     _, waited = own.read(0.0)
+    own.start_step()
     until = time.perf_counter() + 0.3
     while time.perf_counter() < until:
         pass
+    own.end_step()
+    until = time.perf_counter() + 0.3
+    while time.perf_counter() < until:  # as in an evaluation
+        pass
+    own.end_step()
     _, worked = own.read(0.0)
-    assert waited < 0.1 < 0.25 < worked
+    assert waited < 0.1 < 0.25 < worked < 0.5

@@ -271,7 +271,7 @@ LOGS = [
     ("node1: train.py: error: rank 2 on node2: data/x: no such file", {"node2"}),
     ("node1: train.py: error: rank 2 on elsewhere: data/x: no such file", set()),
     ("node1: train.py: rank 0 waited 5.0 s: rank 99 hangs; resume from x", set()),
-    ("node1: step 3/10 | loss 3.0", set()),
+    ("node1: step 3/10 | loss 3.0 | ETA 0:11 | rank 0 on node1 is 36% slower than the median", set()),
 ]
 
 
