@@ -146,16 +146,16 @@ def matrix_product_seconds(device, size=2048, times=10):
 
 
 def slowest(measured, step_seconds):
-    """The slowest rank in words, where it is more than SLOW times as slow as the median; else None. measured: for each
-    rank (seconds, number) of `OwnTime.read` and its host; step_seconds: of a step, with all waiting."""
+    """(the slowest rank, that in words) where it is more than SLOW times as slow as the median; else (None, None).
+    measured: for each rank (seconds, number) of `OwnTime.read` and its host; step_seconds: of a step, with waiting."""
     usual = statistics.median_low([number for _, number, _ in measured])
     data = statistics.median_low([seconds for seconds, _, _ in measured])
     if len(measured) < 2 or not usual > 0:
-        return None
+        return None, None
     rest = max(step_seconds - data, 1e-9)
     own = [seconds + rest * number / usual for seconds, number, _ in measured]
     rank = max(range(len(own)), key=own.__getitem__)
     ratio = own[rank] / statistics.median_low(own)
     if not (math.isfinite(ratio) and ratio > SLOW):
-        return None
-    return f"rank {rank} on {measured[rank][2]} is {ratio - 1:.0%} slower than the median"
+        return None, None
+    return rank, f"rank {rank} on {measured[rank][2]} is {ratio - 1:.0%} slower than the median"

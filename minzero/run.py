@@ -61,6 +61,7 @@ class Run:
         self.clock = metrics.Stopwatch(group.device)
         self.time_use = time_use or goodput.TimeUse()
         self.own_time = goodput.OwnTime(group.device)
+        self.slowest = None  # the rank that was clearly slower than the others at the last line of the log
         self.profiler = profiler.Profiler(folder.path, train.profile_steps if group.rank == 0 else None)
 
     # -- the beginning -------------------------------------------------------------------------------
@@ -176,8 +177,10 @@ class Run:
         line |= metrics.peak_memory()
         line |= metrics.expert_loads(self.engine.module.take_routing(), self.config.model.balance_over == "layer")
         line |= self.time_use.for_step()
-        if slowest := goodput.slowest(measured, seconds["step_seconds"]):
-            line["slowest"] = slowest
+        slowest, in_words = goodput.slowest(measured, seconds["step_seconds"])
+        if slowest is not None and slowest == self.slowest:  # twice: another program may have disturbed it once
+            line["slowest"] = in_words
+        self.slowest = slowest
         self.folder.report("running", step)
         self.write(step, line)
         dist.print0(metrics.console_line(line | {"step": step}, self.total_steps))

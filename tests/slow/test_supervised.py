@@ -87,7 +87,7 @@ def test_a_run_comes_back_from_every_failure_bit_for_bit(start, small_data, tmp_
         wait_for_step(process)
         wait_for_step(process, "saved ")
         process = disturb(what, process, out, start, command)
-    rest = process.communicate(timeout=120)[0]
+    rest = process.communicate(timeout=600)[0]
     assert process.returncode == 0, rest
     assert f"{len(disturbances) + 1} starts, {len(disturbances) - 1} failures" in rest, rest
     assert "Traceback" not in rest, rest

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from minzero import goodput
+from minzero import goodput, report
 from minzero.goodput import KINDS, OwnTime, TimeUse, slowest
 from minzero.metrics import NUMBERS, goodput_in_words, is_line
 
@@ -94,6 +94,8 @@ def test_the_line_of_a_checkpoint_says_where_the_time_went(clock):
     line = {"step": 3, "tokens": 3} | found.totals()
     assert is_line(line) and line.keys() - {"step", "tokens"} <= NUMBERS
     assert goodput_in_words(line) == "97.3% of 1:01:40 (start 1:40)"
+    assert report.facts_of_time([{"step": 1}, line, {"step": 4}]) == {"goodput": "97.3% of 1:01:40 (start 1:40)"}
+    assert report.facts_of_time([{"step": 1}]) == {}
     assert goodput_in_words({"step": 3}) is None and goodput_in_words({"run_seconds": 5}) == "0.0% of 0:05"
 
 
@@ -102,12 +104,13 @@ def test_the_line_of_a_checkpoint_says_where_the_time_went(clock):
 
 def test_a_rank_is_named_only_if_it_is_clearly_slower_than_the_median():
     usual = [(0.0, 1.0, "node1"), (0.0, 1.05, "node1"), (0.0, 0.95, "node2")]
-    assert slowest([*usual, (0.0, 1.08, "node2")], 2.0) is None
-    assert slowest([*usual, (0.0, 1.3, "node2")], 2.0) == "rank 3 on node2 is 30% slower than the median"
-    assert slowest([(0.0, 1.5, "a"), (0.0, 1.0, "b")], 1.0) == "rank 0 on a is 50% slower than the median"
-    assert slowest([(0.0, 5.0, "a")], 1.0) is None and slowest([(0.0, 0.0, "a")] * 2, 1.0) is None
+    nobody = (None, None)
+    assert slowest([*usual, (0.0, 1.08, "node2")], 2.0) == nobody
+    assert slowest([*usual, (0.0, 1.3, "node2")], 2.0) == (3, "rank 3 on node2 is 30% slower than the median")
+    assert slowest([(0.0, 1.5, "a"), (0.0, 1.0, "b")], 1.0) == (0, "rank 0 on a is 50% slower than the median")
+    assert slowest([(0.0, 5.0, "a")], 1.0) == nobody and slowest([(0.0, 0.0, "a")] * 2, 1.0) == nobody
     waits_for_data = [(0.1, 1.0, "a"), (0.1, 1.0, "b"), (0.6, 1.0, "c")]
-    assert slowest(waits_for_data, 1.1) == "rank 2 on c is 45% slower than the median"
+    assert slowest(waits_for_data, 1.1) == (2, "rank 2 on c is 45% slower than the median")
 
 
 def test_waiting_is_not_a_ranks_own_time():
