@@ -124,7 +124,9 @@ class Supervisor:
             self.record = self.read_record()
             if self.orders.again:
                 self.record |= {"without_progress": 0, "failures": [], "failures_of_nodes": {}}
-            if newest_step(self.folder) > self.record["step"]:  # it went on without a supervisor
+            if (
+                not self.record["running"] and newest_step(self.folder) > self.record["step"]
+            ):  # it went on without a supervisor
                 self.record |= {"step": newest_step(self.folder), "without_progress": 0}
             code = None
             if self.record["running"]:
@@ -424,7 +426,7 @@ def in_words(failure):
 def telling_line(lines):
     """The line of a log that says best why a start failed; None if it is empty."""
     lines = [line.strip() for line in lines if line.strip()]
-    for words in ("train.py: ", "Error", "error:", "exits with return code"):
+    for words in ("train.py: ", "stopped by ", "Error", "error:", "exits with return code"):
         if found := [line for line in lines if words in line]:
             return found[-1]
     return lines[-1] if lines else None

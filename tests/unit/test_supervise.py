@@ -164,7 +164,7 @@ def test_a_supervisor_killed_with_9_is_replaced_and_starts_no_second_run(supervi
     assert holder_of(tmp_path / "run") is not None, "the run lives on"
     code, text = ended(supervise(None))
     assert code == 0 and "found start 2 of this run" in text and text.count("supervise.py: start ") == 1, text
-    assert "start 2, " in text and "saved step 2" in text, "the failure that it saw is counted"
+    assert "start 2, " in text and "saved step 2: second start" in text, "the failure that it saw is counted"
     assert record(tmp_path)["attempts"] == 3 and len(record(tmp_path)["failures"]) == 2
 
 
@@ -329,5 +329,6 @@ def test_the_telling_line():
         "[ERROR] [launch.py:1] [x] exits with return code = -9",
         "",
     ]
+    assert telling_line(["stopped by SIGTERM after step 3", "goodput 5%"]) == "stopped by SIGTERM after step 3"
     assert telling_line(lines) == "node1: train.py: rank 0 lost contact"
     assert telling_line(lines[:1] + lines[2:]) == lines[2] and telling_line([" "]) is None
