@@ -46,6 +46,7 @@ from minzero.engine import (
 )
 from minzero.errors import UserError
 from minzero.evaluate_loss import validation_loss
+from minzero.goodput import TimeUse
 from minzero.init_from import model_defaults
 from minzero.loss import equal_weights
 from minzero.planner.gpus import Hardware
@@ -270,6 +271,7 @@ def validate(run, engine, data, step):
     if run.group.rank == 0:
         draw_loss(run.folder.path)
         run.watchdog.heartbeat()
+    run.time_use.mark("evaluation")
 
 
 def show_sample(run, engine, tokenizer, step):
@@ -299,6 +301,7 @@ def main(config, watchdog=None):
     a folder or disk that cannot be written, and for bad steps that end the run. watchdog: notices requests to stop."""
     train = config.train
     watchdog = watchdog or Watchdog(train)
+    time_use = TimeUse()
     group = dist.start_process_group(train.verbose, group_timeout(train), meet_within=train.meet_timeout_seconds)
     watchdog.register_peers()  # from here on a rank that dies or hangs is noticed
     with RunFolder(train.out_dir, group.rank) as folder:
@@ -318,10 +321,12 @@ def main(config, watchdog=None):
             tokenizer = sampling.open_tokenizer(config)
             facts = facts_in_common(config, setup, start, train_data, val_data)
         dist.refuse_different_ranks(facts)
+        time_use.mark("start")
         start = skip_damaged_checkpoints(config, train_data, start)
+        time_use.mark("resume")
 
         # ---- the run takes its folder, and writes from here on
-        run = Run(config, group, folder, watchdog, setup, start.state)
+        run = Run(config, group, folder, watchdog, setup, start.state, time_use)
         if run.is_complete():
             run.report_complete(start)
             return run.best_val_loss
@@ -332,8 +337,10 @@ def main(config, watchdog=None):
         # (Rajbhandari et al. 2020, arXiv 1910.02054, figure 1)
         engine, not_compiled = make_engine(config, group, setup, start)
         watchdog.heartbeat()
+        time_use.mark("start")
         if start.path:
             checkpoint.load(engine, start.path, start.state, train.seed, watchdog.heartbeat)
+            time_use.mark("resume")
             dist.print0(summary.resume_line(start, group, setup))
             dist.print0(summary.changed_settings(start.state, config, setup.auto, run.tokens_before))
         elif start.init_source:

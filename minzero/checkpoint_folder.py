@@ -22,48 +22,16 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from minzero.checkpoint_names import complete_checkpoints, folders_of_run, is_complete, name_of, step_and_suffix
 from minzero.checkpoint_state import RANK_FILE, state_if_whole
 from minzero.errors import UserError
 from minzero.files import write_atomically
 from minzero.tensor_files import open_plain_file
 
-FOLDER = re.compile(r"step_([0-9]{8,15})(|\.tmp|\.old\.tmp|\.deleted\.tmp)")
 TRIES = 100  # of a reader while a run deletes and replaces checkpoints
 
 
-def name_of(step):
-    return f"step_{step:08d}"
-
-
-def step_and_suffix(path):
-    """(step, suffix or "") of the name of a folder that a run made; (None, "") for any other name."""
-    match = FOLDER.fullmatch(path.name)
-    if match and path.name == name_of(int(match[1])) + match[2]:
-        return int(match[1]), match[2]
-    return None, ""
-
-
 # -- which are there -------------------------------------------------------------------------------
-
-
-def folders_of_run(folder):
-    """[(path, step, suffix)] of the folders in out/<run>/checkpoints that a run has named, sorted by name. Empty if
-    there is no such folder."""
-    try:
-        paths = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
-    except OSError:
-        return []
-    found = [(path, *step_and_suffix(path)) for path in paths]
-    return [entry for entry in found if entry[1] is not None]
-
-
-def is_complete(path):
-    return (path / "state.json").is_file()
-
-
-def complete_checkpoints(folder):
-    """The complete checkpoints in out/<run>/checkpoints, by step."""
-    return [path for path, _, suffix in folders_of_run(folder) if not suffix and is_complete(path)]
 
 
 def read_mark(mark):

@@ -12,6 +12,7 @@ from pathlib import Path
 from minzero.cards import peak_flops
 from minzero.errors import UserError
 from minzero.files import is_number, write_atomically
+from minzero.goodput import KINDS
 from minzero.sizes import count_parameters, flops_per_token, recomputed_flops_per_token
 
 # The keys of a line of metrics.jsonl that hold a number, besides `step` and `tokens`.
@@ -39,6 +40,9 @@ NUMBERS = {
     "router_z_loss",
     "expert_load_max",
     "expert_load_min",
+    "goodput",
+    "run_seconds",
+    *(f"run_{kind}_seconds" for kind in KINDS),
 }
 
 
@@ -216,6 +220,17 @@ def duration(seconds):
     return f"{minutes}:{seconds:02d}"
 
 
+def goodput_in_words(line):
+    """A line of metrics.jsonl with the keys of `TimeUse.totals` as text; None for one without."""
+    everything = line.get("run_seconds")
+    if not everything:
+        return None
+    rest = {kind: line.get(f"run_{kind}_seconds") or 0 for kind in KINDS if kind != "productive"}
+    parts = ", ".join(f"{kind} {duration(seconds)}" for kind, seconds in rest.items() if seconds >= 0.5)
+    share = (line.get("run_productive_seconds") or 0) / everything
+    return f"{share:.1%} of {duration(everything)}{f' ({parts})' if parts else ''}"
+
+
 def console_line(line, total_steps):
     """One logged step as text. line: of metrics.jsonl."""
     step = f"{line['step']:>{len(str(total_steps))}}"
@@ -233,6 +248,8 @@ def console_line(line, total_steps):
         parts.append(f"mfu {line['mfu']:.1%}")
     parts.append(f"memory {line['peak_memory_bytes'] / 2**30:.2f} GiB")
     parts.append(f"ETA {duration(remaining_seconds)}")
+    if "slowest" in line:
+        parts.append(line["slowest"])
     return " | ".join(parts)
 
 

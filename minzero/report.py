@@ -13,7 +13,7 @@ import numpy as np
 from minzero import plot
 from minzero.curves import number_of, panels_of, read_config_if_whole
 from minzero.files import cannot_write
-from minzero.metrics import duration
+from minzero.metrics import duration, goodput_in_words
 
 # Sizes of pictures on the page: (inches, font size in points). The text of a picture has at least 14 px where its
 # column is 372 px wide (narrow: on a phone, or one of three) or 575 px wide (wide: one of two on a large screen).
@@ -107,7 +107,14 @@ def facts_of_steps(run):
         "MFU (last)": number_text(last, "mfu", ".1%", "unknown"),
         "peak memory": f"{memory / 2**30:.2f} GiB",
         "bad steps": str(bad_steps),
-    }
+    } | facts_of_time(run.lines)
+
+
+def facts_of_time(lines):
+    """The row of `facts` about where the run's time went; none for a run that does not say."""
+    totals = [line for line in lines if "run_down_seconds" in line]
+    words = totals and goodput_in_words(totals[-1])
+    return {"goodput": words} if words else {}
 
 
 def number_text(line, key, form, missing):

@@ -7,10 +7,11 @@ import socket
 import time
 from typing import NamedTuple
 
-from minzero import checkpoint, checkpoint_folder, copier, dist, loggers, metrics, out_dir, profiler, restore
+from minzero import checkpoint, checkpoint_folder, copier, dist, goodput, loggers, metrics, out_dir, profiler, restore
 from minzero.compiled import failure_in_words
 from minzero.errors import SharedError, UserError
 from minzero.files import write_json
+from minzero.run_folder import read_status
 from minzero.sizes import count_parameters
 
 STEPS_PER_COLLECTION = 50  # of Python's unreachable cycles
@@ -28,10 +29,11 @@ class Run:
     """One training run, on one rank: its folder, its log, its best loss, the checkpoint that is being saved.
 
     Steps are optimizer steps, counted from 1. The number of steps done is all that a run needs to continue.
-    folder: the run's RunFolder. setup: train.py's Setup. state: of the checkpoint that the run starts from. Every rank
-    has a Run and calls its methods in the same order; rank 0 alone writes and prints."""
+    folder: the run's RunFolder. setup: train.py's Setup. state: of the checkpoint that the run starts from. time_use:
+    a goodput.TimeUse that has run since the start. Every rank has a Run and calls its methods in the same order; rank 0
+    alone writes and prints."""
 
-    def __init__(self, config, group, folder, watchdog, setup, state):
+    def __init__(self, config, group, folder, watchdog, setup, state, time_use=None):
         train = config.train
         self.config = config
         self.group = group
@@ -59,6 +61,9 @@ class Run:
         # ---- measurements
         self.log = None  # the MetricsLog, on rank 0
         self.clock = metrics.Stopwatch(group.device)
+        self.time_use = time_use or goodput.TimeUse()
+        self.own_time = goodput.OwnTime(group.device)
+        self.slowest = None  # the rank that was clearly slower than the others at the last line of the log
         self.profiler = profiler.Profiler(folder.path, train.profile_steps if group.rank == 0 else None)
 
     # -- the beginning -------------------------------------------------------------------------------
@@ -114,6 +119,8 @@ class Run:
                 names = self.config.train.loggers
                 self.log = loggers.MetricsLog(self.folder.path, self.steps_done, names, self.config.to_dict())
                 self.begin_copies()
+                self.time_use.continue_from(read_status(self.folder.path), self.log.file.kept, self.steps_done)
+                self.folder.more = self.time_use.for_status
             self.folder.report("running", self.steps_done)
 
     def begin_copies(self):
@@ -133,12 +140,14 @@ class Run:
     def steps(self):
         """Yields the number of each step that is still to be done, and starts to measure it."""
         self.saved_at = time.monotonic()
+        self.time_use.mark("start")
         self.watchdog.begin_loop()
         gc.collect()
         gc.disable()  # a collection in the middle of a step of one rank makes the others wait
         try:
             for step in range(self.steps_done + 1, self.total_steps + 1):
                 self.clock.start_step()
+                self.own_time.start_step()
                 self.profiler.start_step(step)
                 yield step
                 if step % STEPS_PER_COLLECTION == 0:
@@ -184,9 +193,17 @@ class Run:
     def should_log(self, step):
         return step % self.config.train.log_every == 0 or step == 1 or self.is_last(step)
 
+    def count_step(self, step, result):
+        """The time since the last mark went into this step."""
+        first = step == self.steps_done + 1
+        kind = "compile" if first and self.run_info["compiled"] else "productive"
+        self.time_use.mark("lost" if result.fault else kind)
+
     def log_step(self, step, rate, result):
-        """Write and print a line of metrics: averages over the steps since the last one."""
+        """Write and print a line of metrics: averages over the steps since the last one. Every rank must call this."""
         seconds = self.clock.read()
+        self.count_step(step, result)
+        measured = dist.gather((*self.own_time.read(seconds["data_seconds"]), socket.gethostname()))
         device = self.setup.versions["device"]
         line = {"loss": result.facts.loss, "lr": rate}
         line |= {"grad_norm": result.grad_norm, "skipped": self.bad_steps.skipped}
@@ -194,6 +211,11 @@ class Run:
         line |= metrics.throughput(self.config, seconds["step_seconds"], self.group.world_size, device, self.parameters)
         line |= metrics.peak_memory()
         line |= metrics.expert_loads(self.engine.module.take_routing(), self.config.model.balance_over == "layer")
+        line |= self.time_use.for_step()
+        slowest, in_words = goodput.slowest(measured, seconds["step_seconds"])
+        if slowest is not None and slowest == self.slowest:  # twice: another program may have disturbed it once
+            line["slowest"] = in_words
+        self.slowest = slowest
         self.folder.report("running", step)
         self.write(step, line)
         dist.print0(metrics.console_line(line | {"step": step}, self.total_steps))
@@ -204,6 +226,8 @@ class Run:
         if does_more or result.facts.ranks_that_wrote or step == self.profiler.last:
             self.clock.pause()
         self.watchdog.end_start()
+        self.own_time.end_step()
+        self.count_step(step, result)
         dist.print0(self.profiler.end_step(step, ending=self.is_last(step) or result.facts.stop_requested))
 
     def report_uncompiled(self, step):
@@ -250,6 +274,7 @@ class Run:
         """Log and print a text that the model wrote."""
         dist.print0(f"step {step}: the model writes: {json.dumps(text, ensure_ascii=False)}")
         self.write(step, {"sample": text})
+        self.time_use.mark("evaluation")
 
     # -- checkpoints ---------------------------------------------------------------------------------
 
@@ -274,6 +299,7 @@ class Run:
         state = self.run_info | {"step": step, "tokens": self.tokens_at(step), "best_val_loss": self.best_val_loss}
         state |= {"val_loss": self.val_loss if self.evaluated_at == step else None, "bad_steps": self.bad_steps.state()}
         self.saved_at = time.monotonic()
+        self.time_use.at_save = self.time_use.totals()
         self.saving = checkpoint.Saving(
             self.engine,
             self.folder.path / "checkpoints",
@@ -286,6 +312,7 @@ class Run:
         )
         if self.is_last(step) or result.facts.stop_requested or not train.save_in_background:
             self.finish_saving()
+        self.time_use.mark("save")
 
     def finish_saving(self):
         """Commit the checkpoint that is being saved, if there is one."""
@@ -294,10 +321,12 @@ class Run:
         with self.watchdog.during("save"):
             path, seconds, stalled = self.saving.finish()
         dist.print0(f"saved {path} in {seconds:.2f} s, {stalled:.2f} s of them standing still")
-        self.write(self.saving.state["step"], {"save_seconds": seconds, "stall_seconds": stalled})
+        line = {"save_seconds": seconds, "stall_seconds": stalled} | self.time_use.at_save
+        self.write(self.saving.state["step"], line)
         self.saving = None
         if self.copier:
             self.copier.add(path.name)
+        self.time_use.mark("save")
 
     # -- the end -------------------------------------------------------------------------------------
 
@@ -332,5 +361,6 @@ class Run:
                 dist.print0(line)
             folder, keep = self.folder.path / "checkpoints", self.config.train.keep_checkpoints
             checkpoint_folder.prune(folder, keep, self.copier.is_copied)
+        dist.print0(f"goodput {metrics.goodput_in_words(self.time_use.totals())}")
         if self.is_last(step):
             self.bad_steps.check_end(step, self.config.train)

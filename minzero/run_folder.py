@@ -1,7 +1,7 @@
 """A run's folder: held by one run at a time, with a status that everyone can read.
 
     out/<run>/lock          locked by every rank of the run that holds the folder; its text names the holder
-    out/<run>/status.json   state, step, reason, host, process, since
+    out/<run>/status.json   state, step, reason, host, process, since, and where the run's seconds went (goodput.py)
 
 The lock is the operating system's (flock): it is released when the last process of the run ends, however it ends, and
 it holds across machines wherever the file system supports that (NFS 4, Lustre mounted with flock, GPFS, CephFS). The
@@ -57,6 +57,7 @@ class RunFolder:
         self.holder = {"host": socket.gethostname(), "process": os.getpid(), "since": now()}
         self.status = {"state": None, "step": None, "reason": None}
         self.written_at = -STATUS_SECONDS
+        self.more = dict  # gives what else status.json says
 
     def __enter__(self):
         return self
@@ -126,7 +127,7 @@ class RunFolder:
         self.status = {"state": state, "step": self.status["step"] if step is None else step, "reason": reason}
         if not is_new:
             return
-        content = self.status | self.holder | {"written": now()}
+        content = self.status | self.holder | {"written": now()} | self.more()
         write_atomically(self.path / "status.json", (json.dumps(content, indent=2) + "\n").encode())
         self.written_at = time.monotonic()
 
@@ -149,6 +150,32 @@ class RunFolder:
             self.lock.close()
         self.lock = None
         self.is_ours = False
+
+
+def holder_of(folder):
+    """The process that holds a run's folder, in words; None if none does, or the folder's file system has no locks. The
+    lock is taken for a moment to find out, for which a run that starts just then waits."""
+    try:
+        file = os.fdopen(os.open(Path(folder) / "lock", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW), "r+")
+    except OSError:
+        return None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return describe_holder(file.read(1000)).strip(" ()") or "a process that has not written its name"
+        except OSError:
+            return None
+    return None
+
+
+def read_status(folder):
+    """status.json of a run's folder as a dictionary; empty where it is missing or damaged."""
+    try:
+        status = json.loads((Path(folder) / "status.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return status if isinstance(status, dict) else {}
 
 
 def describe_holder(holder):

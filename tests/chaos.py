@@ -76,6 +76,19 @@ def start_and_kill(command, out, moment, generator):
     return process.wait() == -signal.SIGKILL
 
 
+def check_same(whole, killed, steps):
+    """Fail unless two runs of `command_of` have equal last checkpoints and losses, each step once."""
+    last = [
+        checkpoint_state.read_state(path / "checkpoints" / checkpoint_folder.name_of(steps)) for path in (whole, killed)
+    ]
+    assert last[0]["files"] == last[1]["files"], "weights, moments and random state, by checksum"
+    losses = [
+        [(line["step"], line["loss"]) for line in read_metrics(path) if "loss" in line] for path in (whole, killed)
+    ]
+    assert losses[0] == losses[1] and [step for step, _ in losses[1]] == list(range(1, steps + 1))
+    assert last[1]["tokens"] == steps * 8 * 32 and last[1]["optimizer_steps"] == steps
+
+
 def main(folder, kills, inside_a_save, steps):
     folder, generator = Path(folder), random.Random(1)
     data, whole, killed = write_small_data(folder), folder / "whole", folder / "killed"
@@ -95,15 +108,7 @@ def main(folder, kills, inside_a_save, steps):
     done = run(command_of(data, killed, steps), timeout=3600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
-    last = [
-        checkpoint_state.read_state(path / "checkpoints" / checkpoint_folder.name_of(steps)) for path in (whole, killed)
-    ]
-    assert last[0]["files"] == last[1]["files"], "weights, moments and random state, by checksum"
-    losses = [
-        [(line["step"], line["loss"]) for line in read_metrics(path) if "loss" in line] for path in (whole, killed)
-    ]
-    assert losses[0] == losses[1] and [step for step, _ in losses[1]] == list(range(1, steps + 1))
-    assert last[1]["tokens"] == steps * 8 * 32 and last[1]["optimizer_steps"] == steps
+    check_same(whole, killed, steps)
     print(f"{count} kills, {inside} inside a save; {steps} steps, each once; last checkpoint equal bit for bit")
 
 

@@ -71,7 +71,8 @@ def test_every_log_of_an_interrupted_run_holds_each_step_once(resumed_run):
 def test_a_line_says_where_the_time_went(resumed_run):
     lines = [line for line in read_metrics(resumed_run[0]) if "loss" in line]
     keys = "step tokens loss lr grad_norm skipped step_seconds data_seconds forward_backward_seconds optimizer_seconds "
-    keys += "tokens_per_second tflops mfu hfu peak_memory_bytes peak_reserved_bytes peak_cpu_bytes"
+    keys += "tokens_per_second tflops mfu hfu peak_memory_bytes peak_reserved_bytes peak_cpu_bytes "
+    keys += "goodput run_seconds run_productive_seconds"
     assert all(list(line) == keys.split() for line in lines)
     parts = ("data_seconds", "forward_backward_seconds", "optimizer_seconds")
     assert all(line[part] > 0 for line in lines for part in parts)

@@ -73,6 +73,13 @@ ELSEWHERE |= dict.fromkeys(
 ELSEWHERE["deepspeed --num_gpus 8 train.py configs/mine.json --train.init_from hf/llama --data.path data/mine"] = (
     "test_foreign_start, with a small Llama"
 )
+ELSEWHERE |= dict.fromkeys(
+    (
+        "python supervise.py deepspeed --num_gpus 8 train.py configs/1p5b.json",
+        "python supervise.py --hostfile hosts --nodes 4 deepspeed train.py configs/70b.json",
+    ),
+    "test_supervised, with a small model",
+)
 CONTINUE = "deepspeed --num_gpus 1 train.py smollm2.json"  # of docs/continue.md
 ELSEWHERE |= {
     CONTINUE: "needs a network; test_hf continues small models",

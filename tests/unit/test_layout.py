@@ -14,14 +14,15 @@ ORDER = """
     errors files store copier nearest launchers commands flags deepspeed_keys cards
     config.values config.sections config.nested
     sizes config.auto config.deepspeed config.hints config.build config.help
-    hf.settings hf.families config.load meeting dist run_folder out_dir loss
+    hf.settings hf.families config.load meeting dist run_folder out_dir checkpoint_names nodes supervise loss
     experts recompute rotary zero tensor_files
     data.order data.meta data.shards data.mixture data.text data.tokenizer_files data.tokenizer data.fast_encoding
     data.documents data.local_files data.sources data.conversations data.output data.clean
     data.encode data.pipeline data.learn_tokenizer data.scripts data.verify data.foreign data.convert
     checkpoint_state checkpoint_folder checkpoint resume restore model hf.weights
     hf.comparison hf.read trained init_from compiled
-    engine schedule watchdog bad_steps metrics loggers profiler curves plot report hf.card hf.write hf.gguf summary run
+    engine schedule watchdog bad_steps goodput metrics loggers profiler curves plot report hf.card hf.write hf.gguf
+    summary run
     evaluate_loss sampling evaluate generate
     planner.units planner.gpus planner.batches planner.settings planner.activations planner.replay planner.stage3
     planner.memory planner.speed planner.search planner.plan planner.stage planner.fitting planner.report

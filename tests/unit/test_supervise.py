@@ -1,0 +1,334 @@
+"""supervise.py with a command that fails as it is told to. With train.py itself: tests/slow/test_supervised.py."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from minzero.errors import UserError
+from minzero.nodes import choose, nodes_that_failed, read_hostfile
+from minzero.run_folder import RunFolder, holder_of
+from minzero.supervise import Orders, Supervisor, telling_line
+from tests.helpers.processes import ROOT, environment
+
+FAKE = ROOT / "tests" / "helpers" / "fake_run.py"
+COMPLETE = "state complete ; exit 0"
+
+
+@pytest.fixture
+def supervise(tmp_path, start):
+    """Start supervise.py with the fake run that does as the lines say."""
+    (tmp_path / "run").mkdir()
+
+    def begin(lines, *flags, after=()):
+        if lines is not None:
+            (tmp_path / "plan").write_text("\n".join(lines))
+        flags = [*flags, "--folder", tmp_path / "run"]
+        flags += [] if "--pause" in flags else ["--pause", 0]
+        command = [sys.executable, "supervise.py", *flags, *after, sys.executable, FAKE, tmp_path / "run"]
+        return start([str(word) for word in [*command, tmp_path / "plan"]])
+
+    return begin
+
+
+def ended(process, seconds=60):
+    """(exit code, what it printed)"""
+    text = process.communicate(timeout=seconds)[0]
+    assert "Traceback" not in text, text
+    return process.returncode, text
+
+
+def record(tmp_path):
+    return json.loads((tmp_path / "run" / "supervise.json").read_text())
+
+
+def printed(tmp_path):
+    log = tmp_path / "run" / "supervise.log"
+    return log.read_text() if log.exists() else ""
+
+
+def wait_until(condition, seconds=30):
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds
+        time.sleep(0.05)
+
+
+# -- again, or no more -----------------------------------------------------------------------------
+
+
+def test_a_run_that_gets_further_is_started_again_until_it_is_complete(supervise, tmp_path):
+    lines = [f"state running ; save {step} ; say train.py: rank 0 lost contact ; exit 1" for step in range(1, 6)]
+    code, text = ended(supervise([*lines, COMPLETE], "--tries", 2))
+    assert code == 0 and text.count("supervise.py: start ") == 6 and "6 starts, 5 failures:" in text, text
+    assert "start 2, " in text and "saved step 2, code 1: train.py: rank 0 lost contact" in text
+    assert record(tmp_path)["attempts"] == 6 and record(tmp_path)["without_progress"] == 0
+
+
+def test_it_gives_up_with_what_failed_when_and_where(supervise, tmp_path):
+    lines = ["save 7 ; say first ; exit 1", "say second ; kill", "say third ; exit 0", "say never ; exit 0"]
+    code, text = ended(supervise(lines, "--tries", 2))
+    assert code == 3 and "never" not in text
+    assert "gives up: 2 failures, and no checkpoint after step 7" in text
+    summary = text[text.index("gives up") :]
+    assert "saved step 7, code 1: first" in summary and "saved step 7 as before, code -9: second" in summary
+    assert "code 0: third" in summary, "a launcher's 0 alone does not make a run complete"
+    code, text = ended(supervise(None, "--tries", 2))
+    assert code == 3 and "start 4" not in text, "nor does another supervisor try it again"
+    code, text = ended(supervise([COMPLETE], "--tries", 2, "--again"))
+    assert code == 0 and "start 4" in text and "0 failures" in text
+
+
+def test_the_pauses_grow(supervise, tmp_path):
+    assert ended(supervise(["exit 1"] * 3, "--tries", 3, "--pause", 1.5))[0] == 3
+    starts = [failure["began"] for failure in record(tmp_path)["failures"]]
+    assert 1.4 < starts[1] - starts[0] < 4 and 2.9 < starts[2] - starts[1] < 6
+
+
+@pytest.mark.parametrize(
+    ("line", "again"),
+    [
+        ("train.py: error: x.json: found 1, expected 2", False),
+        ("train.py: rank 3: error: data/x: no such file", False),
+        ("train.py: error: out/x: could not be written (No space left on device); fix that", True),
+        ("train.py: error: train.out_dir: out/x is held by another run; wait for its end", True),
+    ],
+)
+def test_what_train_refuses_is_not_tried_again_unless_it_may_pass(supervise, line, again):
+    code, text = ended(supervise([f"say {line} ; exit 2", COMPLETE]))
+    assert code == (0 if again else 2) and ("start 2" in text) == again, text
+
+
+def test_a_launcher_that_hides_the_code_does_not_hide_the_refusal(supervise):
+    code, text = ended(supervise(["say node1: train.py: error: x.json: found 1 ; exit 1", COMPLETE]))
+    assert code == 2 and "start 2" not in text
+
+
+def test_once_leaves_the_next_start_to_a_scheduler_that_counts_through_the_file(supervise):
+    assert ended(supervise(["exit 1", "exit 1", "exit 1"], "--once", "--tries", 2))[0] == 1
+    assert ended(supervise(None, "--once", "--tries", 2))[0] == 3
+    assert ended(supervise(None, "--once", "--tries", 2))[0] == 3
+
+
+def test_a_command_that_is_complete_already_ends_it(supervise, tmp_path):
+    assert ended(supervise([COMPLETE]))[0] == 0
+    code, text = ended(supervise(["say out/run is complete: 5 of 5 steps ; exit 0"]))
+    assert code == 0 and "start 2" in text
+
+
+# -- stopped on purpose ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_asks_the_run_in_its_loop_to_save(supervise, tmp_path, number):
+    process = supervise(["state running ; say in the loop ; sleep 30 ; save 3 ; state stopped ; exit 0", COMPLETE])
+    wait_until(lambda: "in the loop" in printed(tmp_path))
+    process.send_signal(number)
+    code, text = ended(process)
+    assert code == 128 + number and "asks the run to save and end" in text and "start 2" not in text
+    assert not (tmp_path / "run" / "STOP").exists() and record(tmp_path)["step"] == 3
+    assert record(tmp_path)["failures"] == []
+    assert ended(supervise(None))[0] == 0, "the same command continues"
+
+
+def test_a_signal_before_the_loop_goes_to_the_command(supervise, tmp_path):
+    process = supervise(["trap ; say begins ; sleep 2 ; exit 1", COMPLETE])
+    wait_until(lambda: "begins" in printed(tmp_path))
+    process.terminate()
+    code, text = ended(process)
+    assert code == 143 and "heard SIGTERM" in text and "start 2" not in text
+
+
+def test_a_signal_or_a_stop_file_in_the_pause_ends_it(supervise, tmp_path):
+    for asked, expected in (("signal", 143), ("file", 0)):
+        process = supervise(["exit 1", COMPLETE], "--pause", 300, "--again")
+        wait_until(lambda: (tmp_path / "run" / "supervise.json").exists() and record(tmp_path)["failures"])
+        time.sleep(0.5)
+        process.terminate() if asked == "signal" else (tmp_path / "run" / "STOP").touch()
+        assert ended(process, 10)[0] == expected
+        assert not (tmp_path / "run" / "STOP").exists()
+
+
+# -- replaced --------------------------------------------------------------------------------------
+
+
+def test_a_supervisor_killed_with_9_is_replaced_and_starts_no_second_run(supervise, tmp_path):
+    first = supervise(["save 1 ; exit 1", "state running ; say second start ; sleep 4 ; save 2 ; exit 1", COMPLETE])
+    wait_until(lambda: "second start" in printed(tmp_path))
+    first.kill()
+    first.wait()
+    assert holder_of(tmp_path / "run") is not None, "the run lives on"
+    code, text = ended(supervise(None))
+    assert code == 0 and "found start 2 of this run" in text and text.count("supervise.py: start ") == 1, text
+    assert "start 2, " in text and "saved step 2: second start" in text, "the failure that it saw is counted"
+    assert record(tmp_path)["attempts"] == 3 and len(record(tmp_path)["failures"]) == 2
+
+
+def test_a_stop_reaches_a_run_that_another_supervisor_began(supervise, tmp_path):
+    first = supervise(["trap ; say begins ; sleep 3 ; exit 1"])
+    wait_until(lambda: "begins" in printed(tmp_path))
+    first.kill()
+    second = supervise(None)
+    wait_until(lambda: second.stdout.readline().startswith("supervise.py: found start 1"))
+    second.terminate()
+    code, text = ended(second)
+    assert code == 143 and "heard SIGTERM" in text
+
+
+def test_there_is_one_supervisor(supervise, tmp_path):
+    first = supervise(["say begins ; sleep 30 ; exit 1"])
+    wait_until(lambda: (tmp_path / "run" / "supervise.log").exists())
+    code, text = ended(supervise(None))
+    assert code == 2 and f"found a supervisor (process {first.pid} on " in text
+
+
+def test_it_waits_for_a_run_that_somebody_else_has_started(supervise, tmp_path):
+    folder = RunFolder(tmp_path / "run", 0)
+    folder.hold()
+    process = supervise([COMPLETE])
+    wait_until(lambda: f"is held by a run (process {os.getpid()} on" in process.stdout.readline())
+    time.sleep(1)
+    assert not (tmp_path / "run" / "supervise.log").exists()
+    folder.release()
+    assert ended(process)[0] == 0
+
+
+def test_ranks_without_a_launcher_are_waited_for(supervise, tmp_path):
+    code = "import os, sys, time; os.fork() and os._exit(1); time.sleep(3); print('a rank ends', flush=True)"
+    (tmp_path / "run").mkdir(exist_ok=True)
+    command = [sys.executable, "supervise.py", "--tries", "1", "--folder", tmp_path / "run", sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3 and done.stdout.index("a rank ends") < done.stdout.index("failed: "), done.stdout
+
+
+def test_ranks_that_hang_without_a_launcher_are_killed(tmp_path):
+    code = "import os, time; os.fork() and os._exit(1); time.sleep(300)"
+    began = time.monotonic()
+    supervisor = Supervisor(Orders([sys.executable, "-c", code], tmp_path, 1, 0.0, 2.0))
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)]
+    try:
+        assert supervisor.run() == 3 and time.monotonic() - began < 30
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP), before, strict=True):
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "[" * 100_000, '{"attempts": "x"}'])
+def test_a_damaged_record_is_a_new_one(supervise, tmp_path, content):
+    (tmp_path / "run" / "supervise.json").write_text(content)
+    assert ended(supervise([COMPLETE]))[0] == 0 and record(tmp_path)["attempts"] == 1
+
+
+# -- nodes -----------------------------------------------------------------------------------------
+
+HOSTS = {"node1": 2, "node2": 2, "node3": 2, "node4": 2}
+
+
+@pytest.mark.parametrize(
+    ("failures", "silent", "expected", "words"),
+    [
+        ({}, set(), ["node1", "node2", "node3"], "3 nodes: node1"),
+        ({"node1": 1}, set(), ["node1", "node2", "node3"], "3 nodes"),
+        ({"node1": 2}, set(), ["node2", "node3", "node4"], "(node1 failed 2 times)"),
+        ({}, {"node2"}, ["node1", "node3", "node4"], "(node2 does not answer)"),
+        (
+            {"node1": 2},
+            {"node2"},
+            ["node3", "node4"],
+            "2 nodes instead of 3: node3, node4 (node1 failed 2 times, node2",
+        ),
+        ({"node1": 2, "node3": 4}, {"node2"}, ["node4"], "1 nodes instead of 3"),
+        ({}, {*HOSTS}, [], "no node can be used (node1 does not answer"),
+    ],
+)
+def test_a_node_that_failed_twice_is_left_out_for_a_spare(failures, silent, expected, words):
+    chosen, line = choose(HOSTS, 3, failures, {*HOSTS} - silent, lambda ranks: 12 % ranks == 0)
+    assert list(chosen) == expected and words in line
+
+
+def test_fewer_nodes_only_where_the_batch_divides():
+    chosen, _ = choose(HOSTS, 4, {"node4": 2}, {*HOSTS}, lambda ranks: 8 % ranks == 0)
+    assert list(chosen) == ["node1", "node2"], "6 ranks do not divide, 4 do"
+    chosen, line = choose(HOSTS, 4, {"node4": 2}, {*HOSTS}, lambda ranks: ranks == 8)
+    assert not chosen and "3 of 4 nodes can be used (node4 failed 2 times)" in line
+    assert "does not divide by 2 or 4 or 6 ranks" in line
+
+
+# as pdsh, DeepSpeed's launcher and train.py print them
+LOGS = [
+    ("pdsh@node1: node2: ssh exited with exit code 255", {"node2"}),
+    ("pdsh@node1: node2: ssh exited with exit code 1", set()),
+    (
+        "node2: [2026-11-26 14:00:00,000] [ERROR] [launch.py:325:sigkill_handler] [x] exits with return code = -9",
+        {"node2"},
+    ),
+    ("node2: [2026-11-26 14:00:00,000] [ERROR] [launch.py:325:sigkill_handler] [x] exits with return code = 1", set()),
+    ("node1: train.py: rank 0 waited 5.0 s: rank 3 hangs; resume from x", {"node2"}),
+    ("node1: train.py: error: rank 2 on node2: data/x: no such file", {"node2"}),
+    ("node1: train.py: error: rank 2 on elsewhere: data/x: no such file", set()),
+    ("node1: train.py: rank 0 waited 5.0 s: rank 99 hangs; resume from x", set()),
+    ("node1: step 3/10 | loss 3.0 | ETA 0:11 | rank 0 on node1 is 36% slower than the median", set()),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), LOGS)
+def test_the_launchers_log_names_the_node_that_failed(line, expected):
+    assert nodes_that_failed(["something", line], {"node1": 2, "node2": 2}) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "names no node"),
+        ("node1", r"line 1: found 'node1', expected a node and its slots"),
+        ("node1 slots=0", "line 1: found"),
+        ("# two\n\nnode1 slots=1\nnode1 slots=2", "line 4: node1 stands twice"),
+    ],
+)
+def test_a_hostfile_says_what_is_wrong(tmp_path, text, fault):
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(UserError, match=fault):
+        read_hostfile(tmp_path / "hosts")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        ([], "COMMAND: found nothing"),
+        (["bash", "job.sh"], "bash: found no train.py"),
+        (["--nodes", "2", "deepspeed", "train.py"], "--nodes: found without --hostfile"),
+        (["--hostfile", "{hosts}", "python", "train.py"], "--hostfile: found with the command python"),
+        (["--hostfile", "{hosts}", "deepspeed", "--include=x", "train.py"], "--include=x: found with --hostfile"),
+        (
+            ["--hostfile", "{hosts}", "--nodes", "5", "deepspeed", "train.py"],
+            "--nodes: found 5, expected at most the 2",
+        ),
+        (["--hostfile", "{hosts}", "deepspeed", "train.py", "configs/tiny.json"], "train.global_batch_tokens: "),
+        (["deepspeed", "train.py", "configs/tiny.json", "--train.lr", "x"], "--train.lr|train.lr"),
+        (["--tries", "0", "deepspeed", "train.py"], "--tries: found 0, expected 1 or more"),
+    ],
+)
+def test_a_call_that_cannot_work_is_refused_before_anything_is_written(tmp_path, arguments, fault):
+    import supervise as command
+
+    (tmp_path / "hosts").write_text("a slots=3\nb slots=4\n")
+    arguments = [word.replace("{hosts}", str(tmp_path / "hosts")) for word in arguments]
+    with pytest.raises(UserError, match=fault):
+        command.main(arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["hosts"]
+
+
+def test_the_telling_line():
+    lines = [
+        "step 1",
+        "node1: train.py: rank 0 lost contact",
+        "[ERROR] [launch.py:1] [x] exits with return code = -9",
+        "",
+    ]
+    assert telling_line(["stopped by SIGTERM after step 3", "goodput 5%"]) == "stopped by SIGTERM after step 3"
+    assert telling_line(lines) == "node1: train.py: rank 0 lost contact"
+    assert telling_line(lines[:1] + lines[2:]) == lines[2] and telling_line([" "]) is None
