@@ -397,12 +397,8 @@ class TrainConfig:
     )
     max_bad_steps: int = key(10, "end the run after this many bad steps in a row", minimum=1, maximum=10**9)
     meet_timeout_seconds: float = key(300.0, "seconds for all ranks to come at the start", minimum=1, maximum=10**9)
-    start_timeout_seconds: float = key(
-        1500.0, "as timeout_seconds, from there to the end of the first step", minimum=1, maximum=10**9
-    )
-    timeout_seconds: float = key(
-        1500.0, "end the run when it has made no progress for this many seconds", minimum=1, maximum=10**9
-    )
+    timeout_seconds: float = key(1500.0, "end the run after so many seconds without progress", minimum=1, maximum=10**9)
+    start_timeout_seconds: float = key(1500.0, "the same until the first step has ended", minimum=1, maximum=10**9)
     eval_timeout_seconds: float = key(0.0, "the same for evaluations; 0: timeout_seconds", minimum=0, maximum=10**9)
     save_timeout_seconds: float = key(0.0, "the same for saves; 0: timeout_seconds", minimum=0, maximum=10**9)
     allow_changed: list[str] = key(
@@ -411,9 +407,7 @@ class TrainConfig:
         ["data.path", "train.seed", "train.global_batch_tokens"],
     )
     loggers: list[str] = key([], "where metrics go besides metrics.jsonl", ["tensorboard", "wandb"])
-    profile: str | None = key(
-        None, "FIRST:LAST: steps that torch's profiler records on rank 0, into the run's folder; null: none"
-    )
+    profile: str | None = key(None, "FIRST:LAST: steps that torch's profiler records on rank 0; null: none")
     verbose: bool = key(False, "show DeepSpeed's own log")
 
     def check(self):
