@@ -136,7 +136,7 @@ def prepare(run_path, path, state, settings, group):
             start = train.Start(path, state, *train.trained.open_weights(config.train.init_from, config.model))
     if path and (fault := checkpoint.fault_of(path, state)):
         raise SharedError(fault)
-    watchdog = Watchdog(run_path, config.train.timeout_seconds)  # never started: only its heartbeats are asked for
+    watchdog = Watchdog(config.train)  # never started: only its heartbeats are asked for
     run = Run(config, group, RunFolder(run_path, group.rank), watchdog, setup, state)
     run.engine, not_compiled = train.make_engine(config, group, setup, start)
     if path:

@@ -103,7 +103,9 @@ def test_validation_and_gradient_norms_agree_between_stages_and_ranks(folder):
         for ranks in (1, 2):
             found = steps_and_evaluations(folder / f"fp32_stage{stage}_none_ranks{ranks}")
             for ours, theirs in zip(found, reference, strict=True):
-                assert ours.keys() == theirs.keys()
+                assert ours.keys() - {"slowest"} == theirs.keys() - {"slowest"}, (
+                    "which rank is slow is up to the machine"
+                )
                 for key in theirs.keys() & {"val_loss", "grad_norm", "lr", "tokens"}:
                     assert ours[key] == pytest.approx(theirs[key], rel=1e-5), f"{key}, stage {stage}, {ranks} ranks"
 

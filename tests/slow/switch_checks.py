@@ -93,8 +93,9 @@ def blocks_in_parts():
 
 def collection_at_any_time():
     SWITCHES["collection_at_any_time"]()
-    passive = types.SimpleNamespace(begin_loop=lambda: None, start_step=lambda *_: None)
-    of_run = {"watchdog": passive, "clock": passive, "profiler": passive, "steps_done": 0, "total_steps": 2}
+    passive = types.SimpleNamespace(begin_loop=lambda: None, start_step=lambda *_: None, mark=lambda *_: None)
+    of_run = dict.fromkeys(("watchdog", "clock", "profiler", "time_use", "own_time"), passive)
+    of_run |= {"steps_done": 0, "total_steps": 2}
     steps = Run.steps(types.SimpleNamespace(**of_run))
     assert [gc.isenabled() for _ in steps] == [True, True]
 
