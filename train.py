@@ -8,7 +8,6 @@
 above it, in the order in which it calls them. What the run remembers from step to step is in minzero/run.py.
 """
 
-from minzero.cards import card_of_device
 from minzero.commands import begin
 
 if __name__ == "__main__":
@@ -30,6 +29,7 @@ import torch
 
 from minzero import checkpoint, dist, resume, sampling, summary, trained
 from minzero.bad_steps import BadSteps
+from minzero.cards import card_of_device
 from minzero.compiled import why_not_compiled
 from minzero.config.deepspeed import auto_values, deepspeed_config, gradient_accumulation, zero_stage
 from minzero.config.load import load_config
