@@ -183,7 +183,7 @@ def plan_one(options, rest, given):
         more["command"] = train_command(rest, given, config, hardware)
     config = with_chosen_stage(config, hardware)
     plan = planned(config) | more
-    print(plan_text(plan, config, hardware, notes_on(config, hardware.gpus)))
+    print(plan_text(plan, config, hardware, notes_on(config)))
     if not plan["fits"]:
         lines, plan["cheapest_change"], plan["enough_gpus"] = suggest_fix(config, hardware.gpus, planned)
         print("\n".join(["", *lines]))

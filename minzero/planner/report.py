@@ -4,12 +4,12 @@ import functools
 import json
 import shlex
 
-from minzero.config.deepspeed import gradient_accumulation, offload_device
+from minzero.config.deepspeed import offload_device
 from minzero.config.sections import Recomputation
-from minzero.errors import UserError
 from minzero.planner.gpus import COMFORTABLE, PROCESS, USABLE, GiB
 from minzero.planner.search import anything_fits, cheapest_change, enough_gpus, overrides
 from minzero.planner.settings import OTHER_ZERO_KEYS, WITHOUT_EFFECT, ZERO_KEYS
+from minzero.planner.speed import StepTime
 from minzero.planner.units import in_count, in_digits, in_money, in_percent, in_round_units, in_time, in_units, rounded
 from minzero.sizes import expert_sizes, wide_heads
 
@@ -140,7 +140,7 @@ def speed_lines(plan, config, hardware):
 def parts_line(plan):
     """The parts of a step, and which is the largest."""
     parts = {name: in_time(seconds) for name, seconds in plan["step_parts"].items()}
-    compute = sum(plan["step_parts"][name] for name in ("products", "attention", "traffic", "optimizer"))
+    compute = StepTime(**plan["step_parts"]).compute
     hidden = f" ({parts['hidden']} of it hidden)" if plan["step_parts"]["hidden"] else ""
     reached = ""
     if plan["mfu"]:
@@ -180,7 +180,7 @@ def rests_on(plan, config, hardware):
     ]
 
 
-def notes_on(config, gpus):
+def notes_on(config):
     """Notes on settings that the plan ignores or approximates, as sentences."""
     notes = []
     zero = config.deepspeed.get("zero_optimization", {})
@@ -193,10 +193,6 @@ def notes_on(config, gpus):
         notes.append("what is offloaded to NVMe is not in the node's RAM; its drives' 5 GB/s are assumed: --nvme")
     if heads := wide_heads(config.model):
         notes.append(heads)
-    try:
-        gradient_accumulation(config, gpus)
-    except UserError as error:
-        notes.append(f"train.py will refuse this batch: {error}")
     return notes
 
 

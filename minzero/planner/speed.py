@@ -109,15 +109,20 @@ class StepTime:
         return self.products + self.attention + self.traffic
 
     @property
+    def compute(self):
+        """Of the GPU, with the optimizer's step."""
+        return self.forward_backward + self.optimizer
+
+    @property
     def seconds(self):
         exposed = self.communication - self.hidden
-        return self.forward_backward + self.waiting + self.optimizer + exposed + self.offload
+        return self.compute + self.waiting + exposed + self.offload
 
     @property
     def bound_by(self):
         """The largest part, in one word."""
         parts = {
-            "compute": self.forward_backward + self.optimizer,
+            "compute": self.compute,
             "communication": self.communication - self.hidden,
             "offload": self.offload,
             "host": self.host if self.waiting else 0,

@@ -41,6 +41,15 @@ def deepspeed(nodes, *arguments):
     return [*launcher, ROOT / "train.py", "config.json", "--train.out_dir", "out", *arguments]
 
 
+def run_with_another_folder(nodes, place, own, name):
+    """The ended run of two nodes, of which the second sees the folder `own` in place of `name`."""
+    nodes.bind(2, place / own, place / name)
+    try:
+        return nodes.run(1, deepspeed(nodes), cwd=place)
+    finally:
+        nodes.run(2, ["umount", place / name])
+
+
 def errors_in(said):
     return [line for line in said.splitlines() if "train.py: " in line]
 
@@ -52,11 +61,7 @@ def wait_for_text(file, text, seconds=240):
 def test_a_folder_that_nodes_do_not_share_is_found_before_the_first_step(nodes, place):
     (place / "own").mkdir()
     (place / "out").mkdir()
-    nodes.bind(2, place / "own", place / "out")
-    try:
-        done = nodes.run(1, deepspeed(nodes), cwd=place)
-    finally:
-        nodes.run(2, ["umount", place / "out"])
+    done = run_with_another_folder(nodes, place, "own", "out")
     errors = errors_in(done.stdout)
     assert done.returncode == 2 and len(errors) == 1, done.stdout
     assert "rank 1 on node2: train.out_dir: " in errors[0] and "not the folder that rank 0 sees on node1" in errors[0]
@@ -66,11 +71,7 @@ def test_a_folder_that_nodes_do_not_share_is_found_before_the_first_step(nodes, 
 
 def test_data_on_one_node_only_ends_both_with_a_line(nodes, place):
     (place / "empty").mkdir()
-    nodes.bind(2, place / "empty", place / "data")
-    try:
-        done = nodes.run(1, deepspeed(nodes), cwd=place)
-    finally:
-        nodes.run(2, ["umount", place / "data"])
+    done = run_with_another_folder(nodes, place, "empty", "data")
     errors = errors_in(done.stdout)
     assert done.returncode == 2 and len(errors) == 1 and "rank 1 on node2: data" in errors[0], done.stdout
     assert not (place / "out").exists()

@@ -378,7 +378,7 @@ def test_a_checkpoint_written_in_the_background_is_copied():
 
 @pytest.mark.parametrize("name, wide", [("10b.json", True), ("45b.json", True), ("13b.json", False)])
 def test_heads_that_the_fast_kernels_do_not_take_are_noted(name, wide):
-    notes = " ".join(notes_on(load_config([f"configs/{name}"]), 8))
+    notes = " ".join(notes_on(load_config([f"configs/{name}"])))
     assert ("heads of 512 channels" in notes) == wide
 
 
