@@ -33,6 +33,13 @@ def is_free(port):
     return True
 
 
+def ended(process, seconds=120):
+    """(exit code, the rest of what it said); no traceback in it."""
+    said = process.communicate(timeout=seconds)[0]
+    assert "Traceback" not in said, said
+    return process.returncode, said
+
+
 def environment(**more):
     inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # a test's own client
     return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more

@@ -16,20 +16,13 @@ import pytest
 from minzero import checkpoint_folder, checkpoint_state
 from minzero.files import write_json
 from minzero.metrics import read_metrics
-from tests.helpers.processes import ROOT, environment, free_port
-
-MODEL = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 64}
-TRAIN = {"micro_batch_size": 2, "global_batch_tokens": 64, "max_tokens": 192, "eval_tokens": 64, "log_every": 1}
-TRAIN |= {"save_every": 0, "eval_every": 0, "lr": 0.01}
-LONG = ["--train.max_tokens", 64 * 100_000]
+from tests.helpers.processes import ROOT, ended, environment, free_port
+from tests.helpers.small_run import LONG, write_small_run
 
 
 @pytest.fixture
 def place(small_data, tmp_path):
-    shutil.copytree(small_data, tmp_path / "data")
-    zero = {"zero_optimization": {"stage": 1}}
-    write_json(tmp_path / "config.json", {"model": MODEL, "data": {"path": "data"}, "train": TRAIN, "deepspeed": zero})
-    return tmp_path
+    return write_small_run(tmp_path, small_data)
 
 
 @pytest.fixture
@@ -50,13 +43,6 @@ def wait_for(process, word):
         if word in line:
             return
     raise AssertionError(f"ended without {word!r}: {''.join(said)[-2000:]}")
-
-
-def ended(process, seconds=120):
-    """(exit code, the rest of what it said); no traceback in it."""
-    said = process.communicate(timeout=seconds)[0]
-    assert "Traceback" not in said, said
-    return process.returncode, said
 
 
 def status(place):

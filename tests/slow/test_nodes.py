@@ -3,7 +3,6 @@ of them ends the run on both, with one line."""
 
 import json
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -12,10 +11,9 @@ import psutil
 import pytest
 
 from minzero import checkpoint_folder
-from minzero.files import write_json
 from tests.helpers import nodes as helper
 from tests.helpers.processes import BIN, ROOT, environment, free_port
-from tests.launch.test_one_run import LONG, MODEL, TRAIN
+from tests.helpers.small_run import LONG, write_small_run
 
 pytestmark = pytest.mark.slow
 KEEPALIVE = {"PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=5 -o ServerAliveCountMax=2"}
@@ -30,10 +28,7 @@ def nodes(tmp_path_factory):
 
 @pytest.fixture
 def place(small_data, tmp_path):
-    shutil.copytree(small_data, tmp_path / "data")
-    zero = {"zero_optimization": {"stage": 1}}
-    write_json(tmp_path / "config.json", {"model": MODEL, "data": {"path": "data"}, "train": TRAIN, "deepspeed": zero})
-    return tmp_path
+    return write_small_run(tmp_path, small_data)
 
 
 def deepspeed(nodes, *arguments):

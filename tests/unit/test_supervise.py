@@ -1,5 +1,6 @@
 """supervise.py with a command that fails as it is told to. With train.py itself: tests/slow/test_supervised.py."""
 
+import functools
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from minzero.errors import UserError
 from minzero.nodes import choose, nodes_that_failed, read_hostfile
 from minzero.run_folder import RunFolder, holder_of
 from minzero.supervise import Orders, Supervisor, telling_line
+from tests.helpers import processes
 from tests.helpers.processes import ROOT, environment
 
 FAKE = ROOT / "tests" / "helpers" / "fake_run.py"
@@ -35,11 +37,7 @@ def supervise(tmp_path, start):
     return begin
 
 
-def ended(process, seconds=60):
-    """(exit code, what it printed)"""
-    text = process.communicate(timeout=seconds)[0]
-    assert "Traceback" not in text, text
-    return process.returncode, text
+ended = functools.partial(processes.ended, seconds=60)
 
 
 def record(tmp_path):
