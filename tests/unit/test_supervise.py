@@ -147,7 +147,7 @@ def test_a_signal_or_a_stop_file_in_the_pause_ends_it(supervise, tmp_path):
         wait_until(lambda: (tmp_path / "run" / "supervise.json").exists() and record(tmp_path)["failures"])
         time.sleep(0.5)
         process.terminate() if asked == "signal" else (tmp_path / "run" / "STOP").touch()
-        assert ended(process, 10)[0] == expected
+        assert ended(process, seconds=10)[0] == expected
         assert not (tmp_path / "run" / "STOP").exists()
 
 
