@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -40,10 +41,19 @@ LOOK = 0.2  # seconds from one look at the command to the next
 TAIL = 1 << 18  # bytes at the end of the log in which the reason of a failure is looked for
 LARGEST_LOG = 1 << 26  # bytes; a larger one is renamed to supervise.log.1 before the next start
 NEW = {"attempts": 0, "step": -1, "without_progress": 0, "failures": [], "failures_of_nodes": {}}
+FULL = 1 << 20  # bytes; on a disk with less room the last lines of a log may be missing
+# ssh ends, and pdsh with it, when a node has not answered for so long, as where a cable is cut
+KEEPALIVE = {"PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # train.py refuses with one line and code 2; these are of the machine, and may pass.
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH)
-MAY_PASS = (*map(os.strerror, PASSING), "could not meet", "is held by another run", "lost contact")
+MAY_PASS = (
+    *map(os.strerror, PASSING),
+    "are free, and a checkpoint takes",
+    "could not meet",
+    "is held by another run",
+    "lost contact",
+)
 TIMES = (("began", "%Y-%m-%d %H:%M:%S"), ("ended", "%H:%M:%S"))
 REFUSAL = re.compile(r"\btrain\.py: (?:rank \d+: )?error: ")
 
@@ -71,6 +81,7 @@ class Supervisor:
         self.orders = orders
         self.folder = orders.folder
         self.log = self.folder / "supervise.log"
+        self.hostfile = self.folder / "supervise.hosts"
         self.copied = 0  # bytes of the log that were printed
         self.signals = []  # that came, in their order
         self.passed_on = 0  # how many of them
@@ -84,8 +95,13 @@ class Supervisor:
         with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
             found = json.loads((self.folder / "supervise.json").read_bytes())
             if all(type(found.get(key)) is type(value) for key, value in NEW.items()):
-                return {"running": None} | found
-        return copy.deepcopy(NEW) | {"running": None, "began": time.time(), "step": newest_step(self.folder)}
+                return {"running": None, "nodes_without_progress": {}} | found
+        return copy.deepcopy(NEW) | {
+            "running": None,
+            "nodes_without_progress": {},
+            "began": time.time(),
+            "step": newest_step(self.folder),
+        }
 
     def write_record(self):
         """Write supervise.json. On a full disk the run matters more."""
@@ -108,9 +124,10 @@ class Supervisor:
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+            with contextlib.suppress(OSError):  # a full disk
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
             yield
 
     # -- the whole -----------------------------------------------------------------------------------
@@ -123,7 +140,8 @@ class Supervisor:
         with self.alone():
             self.record = self.read_record()
             if self.orders.again:
-                self.record |= {"without_progress": 0, "failures": [], "failures_of_nodes": {}}
+                self.record |= {"without_progress": 0, "failures": []}
+                self.record |= {"failures_of_nodes": {}, "nodes_without_progress": {}}
             if (
                 not self.record["running"] and newest_step(self.folder) > self.record["step"]
             ):  # it went on without a supervisor
@@ -145,7 +163,10 @@ class Supervisor:
         if code is None:
             self.record["attempts"] += 1
             nodes, line = self.choose_nodes()
-            if nodes is None:
+            fault = self.write_hostfile(nodes) if nodes else None
+            if fault:
+                code = self.fail([], None, fault)
+            elif nodes is None:
                 code = self.fail([], None, line)
             else:
                 tell(f"start {self.record['attempts']}{f' on {line}' if nodes else ''}")
@@ -184,17 +205,20 @@ class Supervisor:
         """Start the command. nodes: {node: slots}, empty without a hostfile. Returns its Popen. Raises UserError."""
         command = list(self.orders.command)
         if nodes:
-            hostfile = self.folder / "supervise.hosts"
-            write_atomically(hostfile, hostfile_text(nodes).encode())
             place = next(place for place, word in enumerate(command) if os.path.basename(word) == "deepspeed")
-            command[place + 1 : place + 1] = ["--hostfile", str(hostfile), "--force_multi"]
+            command[place + 1 : place + 1] = ["--hostfile", str(self.hostfile), "--force_multi"]
         if self.log.exists() and self.log.stat().st_size > LARGEST_LOG:
             os.replace(self.log, self.folder / "supervise.log.1")
         with open(self.log, "ab") as log:
             self.copied = log.tell()
             try:
                 process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                    command,
+                    env=(KEEPALIVE if nodes else {}) | os.environ,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
                 )
             except OSError as error:
                 raise UserError(f"{command[0]}: {error.strerror}; expected a command that can be run") from None
@@ -215,15 +239,29 @@ class Supervisor:
         if not self.orders.nodes:
             return {}, None
         answering = that_answer(self.orders.nodes, self.orders.ssh_port)
-        failures = self.record["failures_of_nodes"]
-        chosen, line = choose(self.orders.nodes, self.orders.wanted, failures, answering, self.orders.divides)
+        failures, ever = self.record["nodes_without_progress"], self.record["failures_of_nodes"]
+        chosen, line = choose(self.orders.nodes, self.orders.wanted, failures, answering, self.orders.divides, ever)
         return chosen or None, line
+
+    def write_hostfile(self, nodes):
+        """Write the hostfile of a start, if it is another one. Returns why it could not be written, as on a full disk;
+        else None. nodes: {node: slots}."""
+        text = hostfile_text(nodes).encode()
+        try:
+            if not self.hostfile.exists() or self.hostfile.read_bytes() != text:
+                write_atomically(self.hostfile, text)
+        except (UserError, OSError) as error:
+            return one_line(str(error))
+        return None
 
     def processes(self):
         """The processes of the command that is running, on this machine: those of its session."""
         running = self.record["running"]
         if running["host"] != socket.gethostname():
             return []
+        with contextlib.suppress(psutil.Error):  # the numbers of processes begin anew with a machine or a container
+            if psutil.Process(1).create_time() > running["began"] + 1:
+                return []
         found = []
         for pid in psutil.pids():
             with contextlib.suppress(OSError, psutil.Error):
@@ -359,7 +397,8 @@ class Supervisor:
         step = newest_step(self.folder)
         further = step > self.record["step"]
         self.record |= {"running": None, "ended": time.time(), "code": code, "step": max(step, self.record["step"])}
-        self.record["without_progress"] *= not further
+        if further:
+            self.record |= {"without_progress": 0, "nodes_without_progress": {}}
         self.write_record()
         return further
 
@@ -367,18 +406,23 @@ class Supervisor:
         """Record a failure. lines: of the log; reason: in words, where the log says nothing. Returns the exit code if
         the run must not be started again."""
         running = self.record["running"] or {"began": time.time(), "nodes": {}}
+        had_begun = bool(self.record["running"] and self.status())
         line = one_line(telling_line(lines) or reason or "it printed nothing")
+        if self.disk_is_full():
+            line = f"no space left in {self.folder}; {line}"
         nodes = nodes_that_failed(lines, running["nodes"])
         further = self.finish(code)
         self.record["without_progress"] += not further
         failure = {"attempt": self.record["attempts"], "began": running["began"], "ended": time.time(), "code": code}
         failure |= {"step": self.record["step"], "further": further, "nodes": sorted(nodes), "line": line}
         self.record["failures"] = [*self.record["failures"][-99:], failure]
-        for node in nodes:
-            self.record["failures_of_nodes"][node] = self.record["failures_of_nodes"].get(node, 0) + 1
+        for counts in ("failures_of_nodes", *([] if further else ["nodes_without_progress"])):
+            self.record[counts] |= {node: self.record[counts].get(node, 0) + 1 for node in nodes}
         self.write_record()
         tell(f"failed: {in_words(failure)}")
-        refused = code == REFUSED or any(REFUSAL.search(line) for line in lines)
+        # A run that had begun, or had no room for its line, may end with this code by a full disk.
+        alone = code == REFUSED and not had_begun and not self.disk_is_full()
+        refused = alone or any(REFUSAL.search(line) for line in lines)
         if refused and not nodes and not any(words in line for words in MAY_PASS):
             tell("train.py refuses this run, so it is not started again")
             return REFUSED
@@ -392,6 +436,13 @@ class Supervisor:
                 return log.read().decode(errors="replace").splitlines()
         except OSError:
             return []
+
+    def disk_is_full(self):
+        """Whether the disk of the run's folder has no room for the lines that the command prints."""
+        with contextlib.suppress(OSError):
+            usage = shutil.disk_usage(self.folder)
+            return usage.total > 0 and usage.free < FULL
+        return False
 
     def give_up(self):
         count = self.record["without_progress"]
