@@ -20,8 +20,8 @@ NAMES_NODE = (
     re.compile(r"^pdsh@\S+: (?P<node>\S+): ssh exited with exit code 255"),
     re.compile(r"^(?P<node>\S+): .*exits with return code = -\d+"),
     re.compile(r"train\.py: error: rank \d+ on (?P<node>[\w.-]+)[: ]"),
-    re.compile(r"train\.py: rank \d+ lost contact with ranks? .* on (?P<node>[\w.-]+): no sign of life"),
 )
+NAMES_NODES = re.compile(r"train\.py: rank \d+ lost contact with ranks? .* on (?P<nodes>[\w., -]+): no sign of life")
 NAMES_RANK = re.compile(r"\brank (?P<rank>\d+) (?:hangs|is gone)")
 
 
@@ -114,6 +114,8 @@ def nodes_that_failed(lines, nodes):
     found = set()
     for line in lines:
         found |= {match["node"] for pattern in NAMES_NODE if (match := pattern.search(line))}
+        if match := NAMES_NODES.search(line):
+            found |= {*match["nodes"].split(", ")}
         if match := NAMES_RANK.search(line):
             rank = int(match["rank"])
             found |= {of_rank[rank]} if rank < len(of_rank) else set()

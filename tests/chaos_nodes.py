@@ -1,6 +1,7 @@
 """Disturb a supervised run on two nodes again and again, and compare it with one that was left alone.
 
-    python tests/chaos_nodes.py [--minutes 30] [--mean_seconds 60] [--steps 6000] [--seed 1]
+    python tests/chaos_nodes.py [--minutes 30] [--mean_seconds 60] [--steps 5000] [--seed 1]
+    python tests/chaos_nodes.py --short
 
 Nodes are namespaces of this machine with one CPU rank each (tests/helpers/nodes.py), so it needs root. The supervisor
 runs on node1, and is started again when it was killed, as a service manager does. The run's folder is on a disk of its
@@ -35,6 +36,7 @@ from tests.helpers.processes import BIN, ROOT, free_port, run, write_small_data
 DISK = 150 << 20  # bytes of the disk with the run's folder: four checkpoints and more
 AWAY = 2.0  # seconds until a node, or the supervisor, is started again
 FULL_FOR, CUT_FOR = 60.0, 400.0  # seconds that the disk is full, or the cable cut, at most: until a start fails
+PATIENT = ("--pause", 5, "--tries", 10)  # at this rate some starts in a row do not come to a checkpoint
 DISTURBANCES = (
     "kill -9 of a rank",
     "kill -9 inside a save",
@@ -62,14 +64,15 @@ def disk(path, size=DISK):
 class Place:
     """A context: nodes, a data set and a small disk in a folder, and a supervised run on them."""
 
-    def __init__(self, folder, steps, count=2, flags=(), seed=1):
-        """count: of nodes in the hostfile; flags: of supervise.py."""
-        self.folder, self.steps, self.flags = Path(folder), steps, flags
+    def __init__(self, folder, steps, count=2, flags=(), seed=1, has_disk=True):
+        """count: of nodes in the hostfile; flags: of supervise.py; has_disk: the run's folder has a small disk."""
+        self.folder, self.steps, self.flags, self.has_disk = Path(folder), steps, flags, has_disk
         self.whole, self.out, self.log = (self.folder / name for name in ("whole", "disk/out", "log"))
         self.filler = self.folder / "disk/filler"
         self.generator = random.Random(seed)
         self.data = write_small_data(self.folder)
         self.nodes = Nodes(self.folder / "nodes", count)
+        self.train_flags = []  # besides those of tests/chaos.py
         self.supervisor = None
         self.killed_at = None  # when we killed it, until it is started again
         self.is_cut = False  # node2's cable
@@ -86,7 +89,8 @@ class Place:
         variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         (self.folder / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
         with contextlib.ExitStack() as stack:
-            stack.enter_context(disk(self.folder / "disk"))
+            if self.has_disk:
+                stack.enter_context(disk(self.folder / "disk"))
             stack.enter_context(self.nodes)
             self.stack = stack.pop_all()
         return self
@@ -104,8 +108,9 @@ class Place:
     def start(self):
         """Start the supervisor on node1."""
         command = [BIN / "deepspeed", "-q", "--master_port", free_port(), ROOT / "train.py", ROOT / "configs/tiny.json"]
-        command += chaos.flags_of(self.data, self.out, self.steps, background=True)
-        words = [BIN / "python", ROOT / "supervise.py", "--hostfile", self.nodes.hostfile(), *self.flags, *command]
+        command += [*chaos.flags_of(self.data, self.out, self.steps, background=True), *self.train_flags]
+        flags = [*(self.flags or PATIENT), "--hostfile", self.nodes.hostfile()]
+        words = [BIN / "python", ROOT / "supervise.py", *flags, *command]
         self.killed_at = None
         self.supervisor = self.nodes.start(1, words, self.log, cwd=self.folder, DS_ACCELERATOR="cpu")
 
@@ -204,8 +209,11 @@ class Place:
         self.done[what] += 1
         print(f"{what}, start {self.starts}", flush=True)
         if what != "kill -9 of the supervisor":  # after which no start must follow
-            self.waiting.append((what, time.monotonic(), self.starts))
+            self.expect_a_start(what)
         return True
+
+    def expect_a_start(self, what):
+        self.waiting.append((what, time.monotonic(), self.starts))
 
     def disturb_now(self, what, found):
         if what.startswith("kill -9 of node"):
@@ -225,6 +233,18 @@ class Place:
         if kind == "supervisor":
             self.killed_at = time.monotonic()
         return True
+
+    def kill_rank(self, number):
+        """kill -9 of the rank on a node."""
+        on_node = self.nodes.processes(number)
+        (rank,) = [process for process in self.processes()["ranks"] if process in on_node]
+        rank.kill()
+        self.expect_a_start("kill -9 of a rank")
+
+    def lose(self, number):
+        """kill -9 of a node, which stays away."""
+        self.crash(number, back=False)
+        self.expect_a_start(f"kill -9 of node{number}")
 
     def crash(self, number, back=True):
         """kill -9 of a node, if it is up. back: it is booted again."""
@@ -309,7 +329,7 @@ def print_table(place):
 
 def main(folder, steps, minutes=30, mean_seconds=60, seed=1, disturbances=()):
     """disturbances: do these instead, each when the run does steps again."""
-    with Place(folder, steps, flags=("--pause", 5, "--tries", 10), seed=seed) as place:
+    with Place(folder, steps, seed=seed) as place:
         place.start()
         began = time.monotonic()
         if disturbances:
@@ -318,9 +338,8 @@ def main(folder, steps, minutes=30, mean_seconds=60, seed=1, disturbances=()):
                 place.wait(lambda what=what: place.disturb(what))
         else:
             disturb_at_random(place, minutes, mean_seconds)
-        passed = time.monotonic() - began
-        count = sum(place.done.values())
-        print(f"{count} disturbances in {passed:.0f} s, one every {passed / count:.0f} s; the rest is left alone")
+        passed, count = time.monotonic() - began, sum(place.done.values())
+        print(f"{count} disturbances in {passed:.0f} s, one every {passed / count:.0f} s; then it is left alone")
         code = place.end()
         assert code == 0, f"ended with {code}: {place.tail()}"
         print_table(place)
@@ -332,12 +351,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--mean_seconds", type=float, default=60)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, help="default: 5000, or 400")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--short", action="store_true", help="one of each but for the cable, each when it trains again")
     parser.add_argument("--keep", help="a new folder for all that was written, in place of a temporary one")
     args = parser.parse_args()
     if not os.environ.get("CHAOS_NODES"):  # the small disk is mounted in a namespace of its own
         words = ["unshare", "--mount", sys.executable, *sys.argv]
         os.execvpe(words[0], words, os.environ | {"CHAOS_NODES": "1"})
     with tempfile.TemporaryDirectory() as temporary:
-        main(args.keep or temporary, args.steps, args.minutes, args.mean_seconds, args.seed)
+        short = [what for what in DISTURBANCES if what != "a cut cable" and args.short]
+        steps = args.steps or (400 if args.short else 5000)
+        main(args.keep or temporary, steps, args.minutes, args.mean_seconds, args.seed, short)
