@@ -53,7 +53,7 @@ def test_a_spare_is_taken_and_without_one_fewer_nodes(tmp_path):
 def test_it_gives_up_and_says_where_it_failed(tmp_path):
     skip_without("pdsh")
     place = chaos_nodes.Place(tmp_path, 10**5, flags=("--tries", 2, "--pause", 1), has_disk=False)
-    place.train_flags = ["--train.save_every", "0"]
+    place.train_flags += ["--train.save_every", "0"]
     with place:
         place.start()
         for _ in range(2):
