@@ -11,17 +11,14 @@ is from its checkpoints; the launchers' exit codes differ (`deepspeed` returns 0
 
 import contextlib
 import copy
-import errno
 import json
 import os
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,13 +27,14 @@ import psutil
 from minzero.checkpoint_names import newest_step
 from minzero.commands import REFUSED
 from minzero.errors import UserError, one_line
+from minzero.failures import MAY_PASS, NODE_ENDED, REFUSAL, in_words, telling_line
 from minzero.files import write_atomically, write_json
 from minzero.nodes import choose, hostfile_text, nodes_that_failed, that_answer
 from minzero.run_folder import NO_LOCKS, holder_of, lock_within, read_status
 
 FAILED, GAVE_UP = 1, 3  # exit codes, besides 0 (complete, or stopped by STOP), 2 (refused) and 128 + a signal's number
 LONGEST_PAUSE = 600  # seconds
-LAUNCHER_SECONDS = 60  # that a launcher may live on when the last rank has released the folder
+LAUNCHER_SECONDS = 60  # that a launcher may live on: without ranks, or at the start without one of its nodes
 LOOK = 0.2  # seconds from one look at the command to the next
 TAIL = 1 << 18  # bytes at the end of the log in which the reason of a failure is looked for
 LARGEST_LOG = 1 << 26  # bytes; a larger one is renamed to supervise.log.1 before the next start
@@ -45,17 +43,6 @@ FULL = 1 << 20  # bytes; on a disk with less room the last lines of a log may be
 # ssh ends, and pdsh with it, when a node has not answered for so long, as where a cable is cut
 KEEPALIVE = {"PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-# train.py refuses with one line and code 2; these are of the machine, and may pass.
-PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH)
-MAY_PASS = (
-    *map(os.strerror, PASSING),
-    "are free, and a checkpoint takes",
-    "could not meet",
-    "is held by another run",
-    "lost contact",
-)
-TIMES = (("began", "%Y-%m-%d %H:%M:%S"), ("ended", "%H:%M:%S"))
-REFUSAL = re.compile(r"\btrain\.py: (?:rank \d+: )?error: ")
 
 
 class Orders(NamedTuple):
@@ -287,7 +274,8 @@ class Supervisor:
         """Watch a start to its end: its processes are gone and the folder is free. process: its Popen, or None where
         another supervisor started it. Returns its exit code, None where that is not known."""
         alone_since = free_since = None  # since when the launcher is gone; since when no rank holds the folder any more
-        was_held = False
+        fewer_since = None  # since when one of the nodes is gone that were to begin together
+        was_held = asked = False
         looked = 0.0
         while True:
             self.pass_signals_on()
@@ -306,17 +294,34 @@ class Supervisor:
                 free_since = (free_since or now) if was_held and not is_held else None
                 if alone_since and now - alone_since > self.orders.patience:
                     self.kill(left, f"still there {self.orders.patience:.0f} s after their launcher")
+                fewer_since = (fewer_since or now) if self.a_node_has_ended() else None
+                if fewer_since and now - fewer_since > 2 * LAUNCHER_SECONDS:
+                    self.kill(left, f"still there {LAUNCHER_SECONDS} s after SIGTERM")
+                elif fewer_since and now - fewer_since > LAUNCHER_SECONDS and not asked:
+                    asked = True
+                    tell(
+                        f"ends this start: a node's ranks ended {LAUNCHER_SECONDS} s ago, and the others wait for them"
+                    )
+                    self.send(left, signal.SIGTERM)
                 if free_since and now - free_since > LAUNCHER_SECONDS:
                     self.kill(left, f"still there {LAUNCHER_SECONDS} s after the last rank")
             time.sleep(LOOK)
         self.print_log()
         return code
 
+    def a_node_has_ended(self):
+        """Whether a node has ended before the run has begun. The others then wait for it, as long as they may."""
+        return not self.status() and any(map(NODE_ENDED.search, self.lines_of_log()))
+
     def kill(self, processes, why):
         tell(f"kills {len(processes)} processes: {why}")
+        self.send(processes, signal.SIGKILL)
+
+    def send(self, processes, number):
+        """Send a signal to some processes."""
         for process in processes:
             with contextlib.suppress(psutil.Error):
-                process.kill()
+                process.send_signal(number)
 
     def print_log(self):
         """Print what the command has printed since the last call."""
@@ -342,9 +347,7 @@ class Supervisor:
                 tell(f"{name}: asks the run to save and end; once more passes it on to the command")
                 continue
             tell(f"{name}: passes it on to the command")
-            for process in self.processes():
-                with contextlib.suppress(psutil.Error):
-                    process.send_signal(number)
+            self.send(self.processes(), number)
 
     def write_stop_file(self):
         try:
@@ -462,22 +465,3 @@ def tell(line):
     """Print a line of the supervisor's own."""
     with contextlib.suppress(OSError, ValueError):  # a lost terminal must not cost the run
         print(f"supervise.py: {one_line(line)}", flush=True)
-
-
-def in_words(failure):
-    """A failure as one line: which start, when, how far, where, and the last thing that it said."""
-    times = [datetime.fromtimestamp(failure[key]).strftime(form) for key, form in TIMES]
-    nodes = f", {', '.join(failure['nodes'])}" if failure["nodes"] else ""
-    code = "" if failure["code"] is None else f", code {failure['code']}"
-    saved = f"saved step {failure['step']}" if failure["step"] >= 0 else "nothing saved"
-    further = "" if failure["further"] else " as before"
-    return f"start {failure['attempt']}, {times[0]} to {times[1]}, {saved}{further}{code}{nodes}: {failure['line']}"
-
-
-def telling_line(lines):
-    """The line of a log that says best why a start failed; None if it is empty."""
-    lines = [line.strip() for line in lines if line.strip()]
-    for words in ("train.py: ", "stopped by ", "Error", "error:", "exits with return code"):
-        if found := [line for line in lines if words in line]:
-            return found[-1]
-    return lines[-1] if lines else None

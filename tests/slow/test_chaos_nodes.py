@@ -50,6 +50,25 @@ def test_a_spare_is_taken_and_without_one_fewer_nodes(tmp_path):
     print(said)
 
 
+def test_a_node_that_ends_before_the_ranks_have_met_keeps_the_others_for_a_minute(tmp_path):
+    skip_without("pdsh")
+    place = chaos_nodes.Place(tmp_path, 10, flags=("--pause", 5), has_disk=False)
+    with place:
+        place.start()
+        place.wait(lambda: place.processes()["ranks"])
+        assert place.crash(2)
+        place.expect_a_start("kill -9 of node2")
+        place.wait_for_steps(0)
+        assert place.end() == 0, place.tail()
+    said = place.log.read_text()
+    assert "did not start within" not in said and "Traceback" not in said, said
+    failures = json.loads((place.out / "supervise.json").read_text())["failures"]
+    assert [failure["nodes"] for failure in failures] == [["node2"]]
+    seconds = failures[0]["ended"] - failures[0]["began"]
+    assert seconds < 200, "it waited for train.meet_timeout_seconds"  # 300
+    print(f"{seconds:.0f} s")
+
+
 def test_it_gives_up_and_says_where_it_failed(tmp_path):
     skip_without("pdsh")
     place = chaos_nodes.Place(tmp_path, 10**5, flags=("--tries", 2, "--pause", 1), has_disk=False)

@@ -14,7 +14,7 @@ ORDER = """
     errors files store copier nearest launchers commands flags deepspeed_keys cards
     config.values config.sections config.nested
     sizes config.auto config.deepspeed config.hints config.build config.help
-    hf.settings hf.families config.load meeting dist run_folder out_dir checkpoint_names nodes supervise loss
+    hf.settings hf.families config.load meeting dist run_folder out_dir checkpoint_names nodes failures supervise loss
     experts recompute rotary zero tensor_files
     data.order data.meta data.shards data.mixture data.text data.tokenizer_files data.tokenizer data.fast_encoding
     data.documents data.local_files data.sources data.conversations data.output data.clean

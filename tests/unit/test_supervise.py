@@ -1,5 +1,6 @@
 """supervise.py with a command that fails as it is told to. With train.py itself: tests/slow/test_supervised.py."""
 
+import contextlib
 import functools
 import json
 import os
@@ -12,10 +13,12 @@ import time
 import psutil
 import pytest
 
+from minzero import supervise as supervise_module
 from minzero.errors import UserError
+from minzero.failures import telling_line
 from minzero.nodes import choose, nodes_that_failed, read_hostfile
 from minzero.run_folder import RunFolder, holder_of
-from minzero.supervise import Orders, Supervisor, telling_line
+from minzero.supervise import Orders, Supervisor
 from tests.helpers import processes
 from tests.helpers.processes import ROOT, environment
 
@@ -49,6 +52,17 @@ def record(tmp_path):
 def printed(tmp_path):
     log = tmp_path / "run" / "supervise.log"
     return log.read_text() if log.exists() else ""
+
+
+@contextlib.contextmanager
+def signals_as_before():
+    """A context after which this process handles signals as before: a supervisor handles them in its own way."""
+    before = {number: signal.getsignal(number) for number in supervise_module.SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def wait_until(condition, seconds=30):
@@ -217,12 +231,8 @@ def test_ranks_that_hang_without_a_launcher_are_killed(tmp_path):
     code = "import os, time; os.fork() and os._exit(1); time.sleep(300)"
     began = time.monotonic()
     supervisor = Supervisor(Orders([sys.executable, "-c", code], tmp_path, 1, 0.0, 2.0))
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)]
-    try:
+    with signals_as_before():
         assert supervisor.run() == 3 and time.monotonic() - began < 30
-    finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP), before, strict=True):
-            signal.signal(number, handler)
 
 
 def test_a_machine_that_was_started_again_has_none_of_the_commands_processes(tmp_path):
@@ -319,6 +329,20 @@ LOGS = [
 @pytest.mark.parametrize(("line", "expected"), LOGS)
 def test_the_launchers_log_names_the_node_that_failed(line, expected):
     assert nodes_that_failed(["something", line], NODES) == expected
+
+
+@pytest.mark.parametrize("hears", ["SIGTERM", "nothing"])
+def test_a_start_that_one_node_has_left_is_ended(tmp_path, monkeypatch, capfd, hears):
+    """The ranks of the other nodes wait for its ranks, for minutes."""
+    monkeypatch.setattr(supervise_module, "LAUNCHER_SECONDS", 1)
+    code = "import signal, sys, time; print('pdsh@node1: node2: ssh exited with exit code 255', flush=True)"
+    code += "; signal.signal(signal.SIGTERM, signal.SIG_IGN)" if hears == "nothing" else ""
+    began = time.monotonic()
+    supervisor = Supervisor(Orders([sys.executable, "-c", f"{code}; time.sleep(60)"], tmp_path, 1, 0.0, 300.0))
+    with signals_as_before():
+        assert supervisor.run() == 3 and time.monotonic() - began < 30
+    assert supervisor.record["failures"][0]["code"] == (-9 if hears == "nothing" else -15)
+    assert "ends this start: a node's ranks ended" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("own", [None, "-o ConnectTimeout=3"])
