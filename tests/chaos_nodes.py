@@ -352,7 +352,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--mean_seconds", type=float, default=60)
-    parser.add_argument("--steps", type=int, help="default: 5000, or 400")
+    parser.add_argument("--steps", type=int, help="default: 5000, or 300")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--short", action="store_true", help="one of each but for the cable, each when it trains again")
     parser.add_argument("--keep", help="a new folder for all that was written, in place of a temporary one")
@@ -362,5 +362,5 @@ if __name__ == "__main__":
         os.execvpe(words[0], words, os.environ | {"CHAOS_NODES": "1"})
     with tempfile.TemporaryDirectory() as temporary:
         short = [what for what in DISTURBANCES if what != "a cut cable" and args.short]
-        steps = args.steps or (400 if args.short else 5000)
+        steps = args.steps or (300 if args.short else 5000)
         main(args.keep or temporary, steps, args.minutes, args.mean_seconds, args.seed, short)
