@@ -301,7 +301,7 @@ def disturb_at_random(place, minutes, mean_seconds):
         for what in bag:
             if place.disturb(what):
                 bag.remove(what)
-                due += place.generator.expovariate(1 / mean_seconds)
+                due += place.generator.uniform(0, 2 * mean_seconds)
                 break
 
 
