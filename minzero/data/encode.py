@@ -1,7 +1,7 @@
 """Documents -> tokens, in worker processes. The result does not depend on the number of workers.
 
 Before and after each document stand the ids that its tokenizer wants there (tokenizer.begin, tokenizer.end). With a
-loss mask (conversations.py), NO_LOSS is set in each token that is read but not learned.
+loss mask (conversations.py), NO_LOSS is set in each token that is read but not learned, and STARTS in the first one.
 """
 
 import multiprocessing
@@ -21,7 +21,7 @@ import numpy as np
 from minzero.data.conversations import LEARNED
 from minzero.data.documents import BadDocument, Dropped
 from minzero.data.fast_encoding import BulkEncoder
-from minzero.data.shards import NO_LOSS, token_dtype
+from minzero.data.shards import MARKS, NO_LOSS, STARTS, token_dtype
 from minzero.data.text import cut_for_tokenizer, cut_small, to_utf8
 from minzero.errors import UserError, describe, panics_as_exceptions
 
@@ -105,7 +105,7 @@ def joined(arrays):
         while arrays and len(some) < 1024 and len(some[-1]) < JOINED_AT_ONCE:
             some.append(arrays.pop())
         some = np.concatenate(some)
-        largest = (some & ~NO_LOSS if with_loss_mask else some).max(initial=0)
+        largest = (some & ~MARKS if with_loss_mask else some).max(initial=0)
         if largest >= n_vocab:
             raise UserError(f"--tokenizer: {encoder.tokenizer.name} gave id {largest}, expected below {n_vocab}")
         tokens[place : place + len(some)] = some
@@ -129,7 +129,15 @@ def encode_document(key, text):
             size += len(piece)
         else:
             arrays += (part | NO_LOSS for part in encode_text(key, piece))
-    return arrays, size
+    return marked_start(arrays), size
+
+
+def marked_start(arrays):
+    """The same uint32 arrays of a conversation's tokens, with STARTS set in the first token."""
+    first = next(number for number, array in enumerate(arrays) if len(array))
+    arrays[first] = arrays[first].copy()
+    arrays[first][0] |= STARTS
+    return arrays
 
 
 def encode_answer(key, text):
