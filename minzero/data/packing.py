@@ -106,8 +106,9 @@ def mean_attended(lengths):
 
 
 class PackedStream(DocumentStream):
-    """Conversations packed into windows: each is whole in one window, as long as it has no more than block_size + 1
-    tokens, and what is longer is cut at the end. One of which that leaves no learned token is left out. Windows are filled by `best_fit`; the rest of one does not count.
+    """Conversations packed into windows by `best_fit`: each is whole in one window, as long as it has no more than
+    block_size + 1 tokens, and what is longer is cut at the end. One of which that leaves no learned token is left out.
+    What is left of a window does not count.
 
     A conversation of n tokens takes n - 1 places, because its last token is only a target."""
 
