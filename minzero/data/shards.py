@@ -392,7 +392,7 @@ class TokenStream:
 
     def check_vocabulary(self, vocab_size, samples=64):
         """Raise UserError if the vocabulary of meta.json is larger than the model's, or a token in one of `samples`
-        windows is outside it. Later reads compare with it too."""
+        places is outside it. Later reads compare with it too."""
         if self.meta and self.meta["vocab_size"] > vocab_size:
             raise UserError(
                 f"model.vocab_size: {vocab_size}, but {self.folder} has token ids up to "
@@ -401,8 +401,9 @@ class TokenStream:
             )
         if not self.meta:
             self.vocab_size = vocab_size
-        for window in self.validation_windows(samples):
-            self.read(int(window) * self.block_size, self.block_size + 1)
+        length = min(self.block_size + 1, self.tokens)
+        for place in validation_windows(self.tokens // length, samples):
+            self.read(int(place) * self.block_size, length)
 
     def verify(self, share=0, of=1):
         """Read shards number share, share + of, share + 2 * of, ... as a whole. Raises UserError if a checksum is not

@@ -241,6 +241,12 @@ def test_a_conversation_of_several_turns_is_one_document(data):
     assert set(turns) == {1, 2, 3}, "ends of text that are learned"
 
 
+def test_a_split_of_fewer_tokens_than_a_window(tmp_path):
+    folder = prepared(tmp_path / "few", talks(8), loss_mask=True)
+    mixture = Mixture(str(folder), "val", 4096, 270, 1)
+    assert mixture.windows == 1 and mixture.streams[0].tokens < 4096
+
+
 def test_the_order_of_packed_conversations_is_that_of_any_other_data(data):
     mixture = Mixture(str(data), "train", 96, 270, 1)
     whole = list(mixture.batches(0, 0, 1, 6, 2))
