@@ -47,6 +47,7 @@ from minzero.engine import (
 from minzero.errors import UserError
 from minzero.evaluate_loss import validation_loss
 from minzero.goodput import TimeUse
+from minzero.hf import peft
 from minzero.init_from import model_defaults
 from minzero.loss import equal_weights
 from minzero.planner.gpus import Hardware
@@ -125,21 +126,38 @@ class Start(NamedTuple):
     state: dict  # its state.json
     init_source: str | None = None  # train.init_from in words, where its weights are taken
     load_weights: Callable | None = None  # as trained.open_weights gives it
+    base: dict | None = None  # with adapters: whose weights stay as they are, as trained.identity_of gives it
+    load_adapters: Callable | None = None  # as peft.open_adapter gives it
 
 
 def choose_start(config, train_data):
     """Start of this run, by train.resume and train.init_from. Raises UserError."""
     path, state = resume.where_to_start(config, train_data)
+    if config.lora.rank:
+        return with_adapters(config, path, state)
     if config.train.init_from and not path:
         init_source, load_weights = trained.open_weights(config.train.init_from, config.model)
         return Start(path, state, init_source, load_weights)
     return Start(path, state)
 
 
+def with_adapters(config, path, state):
+    """Start of a run that trains adapters: the weights of train.init_from are needed also where it is resumed."""
+    if path:
+        base = state["base"]
+        init_source, load_weights = trained.open_base(base, config.model, path)
+        return Start(path, state, init_source, load_weights, base)
+    base = trained.identity_of(config.train.init_from)
+    init_source, load_weights = trained.open_weights(config.train.init_from, config.model)
+    load_adapters = peft.open_adapter(config.lora, config.model) if config.lora.init_from else None
+    return Start(path, state, init_source, load_weights, base, load_adapters)
+
+
 def facts_in_common(config, setup, start, train_data, val_data):
     """What must be the same on all ranks, as nested dictionaries."""
     facts = config.to_dict()
     facts |= {"precision": setup.precision, "kernels": setup.kernels, "checkpoint": str(start.path)}
+    facts["base"] = start.base
     facts["versions"] = {name: setup.versions[name] for name in ("python", "torch", "deepspeed")}
     facts["code"] = dist.code_digests()
     facts["tokens"] = train_data.content_digests() | val_data.content_digests()
@@ -180,13 +198,14 @@ def make_engine(config, group, setup, start):
             f"train.activation_checkpointing: found {recomputation}, which the compiler obeys, but the model is not "
             f"compiled: {not_compiled}; set train.compile to true, or this to true, a number k of blocks or selective"
         )
-    engine = build_engine(config, setup.ds_config, device, setup.kernels, compiled, start.load_weights)
+    loads = start.load_weights, start.load_adapters
+    engine = build_engine(config, setup.ds_config, device, setup.kernels, compiled, *loads)
     torch.manual_seed(config.train.seed + 1 + group.rank)  # each rank drops other activations
     return engine, not_compiled
 
 
-def info_of(config, group, setup, train_data, compiled):
-    """What config.json and each checkpoint record of a run."""
+def info_of(config, group, setup, train_data, compiled, base=None):
+    """What config.json and each checkpoint record of a run. base: of Start."""
     auto = dict(setup.auto)
     if compiled and LINEAR in auto:
         auto[LINEAR] = False  # see build_engine
@@ -201,7 +220,7 @@ def info_of(config, group, setup, train_data, compiled):
         "compiled": compiled,
         "deepspeed_auto": auto,
         "attended_tokens": train_data.attended(),
-    }
+    } | ({"base": base} if base else {})
 
 
 # ---- the parts of a step
@@ -261,8 +280,9 @@ def train_step(run, engine, data, step):
 
 
 def own_grad_norm(engine):
-    """The norm of the gradient over all parameters, where this rank has all of it."""
-    return float(torch.nn.utils.get_total_norm([parameter.grad for parameter in engine.module.parameters()]))
+    """The norm of the gradient over all parameters that are trained, where this rank has all of it."""
+    trained = (parameter.grad for parameter in engine.module.parameters() if parameter.requires_grad)
+    return float(torch.nn.utils.get_total_norm(list(trained)))
 
 
 def validate(run, engine, data, step):
@@ -353,7 +373,7 @@ def main(config, watchdog=None):
                 for line in trained.doubts_about_data(train.init_from, train_data.folders):
                     dist.print0(line)
         bad_steps = BadSteps(engine, train.spike_zscore, start.state.get("bad_steps"))
-        info = info_of(config, group, setup, train_data, compiled=not_compiled is None)
+        info = info_of(config, group, setup, train_data, not_compiled is None, start.base)
         run.begin(engine, bad_steps, info, count_real_parameters(engine.module))
         for line in summary.start_lines(run, train_data, not_compiled):
             dist.print0(line)

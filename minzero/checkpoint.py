@@ -31,7 +31,7 @@ from torch import distributed
 
 from minzero import errors
 from minzero.checkpoint_folder import Saved, is_ours, name_of, prune, remove_unfinished, write_marks
-from minzero.checkpoint_state import SCALER, as_saved, read_state, state_checksum
+from minzero.checkpoint_state import SCALER, as_saved, lora_of, read_state, state_checksum
 from minzero.config.build import build
 from minzero.config.sections import DataConfig, TrainConfig
 from minzero.errors import SharedError, UserError
@@ -46,6 +46,7 @@ from minzero.zero import (
     optimizer_steps,
     refresh_weights,
     set_optimizer_steps,
+    trained_parameters,
 )
 
 
@@ -210,14 +211,14 @@ def tensors_to_save(engine):
 def description(engine):
     """The fields of state.json that describe the engine."""
     scaler = loss_scaler(engine) if engine.fp16_enabled() else None
-    parameters = dict(engine.module.named_parameters())
+    parameters = dict(trained_parameters(engine))
     names = {id(parameter): name for name, parameter in parameters.items()}
     with_duplicates = engine.module.named_parameters(remove_duplicate=False)
     return {
         "optimizer_steps": optimizer_steps(engine),
         "loss_scaler": {key: getattr(scaler, key) for key in SCALER if hasattr(scaler, key)},
         "parameters": shapes_of(parameters),
-        "tied": {name: names[id(p)] for name, p in with_duplicates if name != names[id(p)]},
+        "tied": {name: names[id(p)] for name, p in with_duplicates if name != names.get(id(p), name)},
     }
 
 
@@ -326,7 +327,7 @@ def load(engine, path, state, seed, progress=lambda: None):
 
     Each rank opens only the files that hold what it needs. state: of `read_state`; progress: called for each fragment.
     Raises UserError."""
-    refuse_other_parameters(path, state, shapes_of(dict(engine.module.named_parameters())))
+    refuse_other_parameters(path, state, shapes_of(dict(trained_parameters(engine))))
     saved = SavedPieces(path, state)
     for fragment, parts, adam in fragments_in_memory(engine, local_fragments(engine), changed=True):
         progress()
@@ -379,6 +380,7 @@ def open_weights(path):
     of_data = state["config"]["data"]
     config.data = DataConfig(of_data["path"], document_mask=of_data.get("document_mask", "auto"))
     config.train = as_saved(state, vars(TrainConfig()))
+    config.lora = lora_of(state)
     saved = SavedPieces(path, state, verify=True)
     if os.environ.get("RANK", "0") == "0":  # it reads for the other ranks
         saved.hold()

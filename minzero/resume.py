@@ -7,7 +7,7 @@ from minzero.checkpoint import as_rank_0, fault_of
 from minzero.checkpoint_folder import Saved, find, folders_of_run, is_complete, restore_replaced
 from minzero.checkpoint_state import SHAPES_THE_RATE, as_saved, read_state, state_if_whole
 from minzero.config.nested import flat
-from minzero.config.sections import Config, ModelConfig, TrainConfig
+from minzero.config.sections import Config, LoraConfig, ModelConfig, TrainConfig
 from minzero.config.values import in_short
 from minzero.data.mixture import check_same_data
 from minzero.dist import print0
@@ -129,6 +129,8 @@ def check_same_run(path, state, config):
     defaults = vars(ModelConfig())  # of keys that are younger than the checkpoint
     pairs = [(f"model.{name}", saved["model"].get(name, defaults[name]), v) for name, v in now["model"].items()]
     pairs = [pair for pair in pairs if pair[0] != "model.family"]  # of exports alone
+    before = vars(LoraConfig()) | saved.get("lora", {})
+    pairs += [(f"lora.{name}", before[name], now["lora"][name]) for name in ("rank", "alpha", "matrices")]
     for key in ("data.path", "train.seed", "train.global_batch_tokens"):
         section, name = key.split(".")
         if key not in config.train.allow_changed:
@@ -136,7 +138,7 @@ def check_same_run(path, state, config):
     different = [f"{name} {in_short(was)} -> {in_short(value)}" for name, was, value in pairs if was != value]
     if different:
         remedy = "set them back, or start another run with --train.out_dir"
-        if not any(name.startswith("model.") for name in different):
+        if not any(name.startswith(("model.", "lora.")) for name in different):
             remedy += ", or name them in train.allow_changed"
         raise UserError(f"{path}: was saved with other settings: {'; '.join(different)}; {remedy}")
 

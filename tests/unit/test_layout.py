@@ -16,11 +16,11 @@ ORDER = """
     sizes config.auto config.deepspeed config.hints config.build config.help
     hf.settings hf.families config.load meeting dist run_folder out_dir checkpoint_names nodes supervise loss
     document_attention experts recompute rotary zero tensor_files
-    data.order data.meta data.shards data.packing data.mixture data.text data.tokenizer_files data.tokenizer data.fast_encoding
-    data.documents data.local_files data.sources data.conversations data.output data.clean
+    data.order data.meta data.shards data.packing data.mixture data.text data.tokenizer_files data.tokenizer
+    data.fast_encoding data.documents data.local_files data.sources data.conversations data.output data.clean
     data.encode data.pipeline data.learn_tokenizer data.scripts data.verify data.foreign data.convert
     checkpoint_state checkpoint_folder checkpoint resume restore model hf.weights
-    hf.comparison hf.read trained init_from compiled
+    hf.comparison hf.read lora hf.peft trained init_from compiled
     engine schedule watchdog bad_steps goodput metrics loggers profiler curves plot report hf.card hf.write hf.gguf
     summary run
     evaluate_loss sampling evaluate generate
