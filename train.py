@@ -143,6 +143,11 @@ def choose_start(config, train_data):
 
 def with_adapters(config, path, state):
     """Start of a run that trains adapters: the weights of train.init_from are needed also where it is resumed."""
+    if not config.train.init_from:
+        raise UserError(
+            f"lora.rank: found {config.lora.rank} without train.init_from, which names the model that gets adapters; "
+            "set it, or lora.rank to null"
+        )
     if path:
         base = state["base"]
         init_source, load_weights = trained.open_base(base, config.model, path)

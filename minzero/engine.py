@@ -114,7 +114,8 @@ def least_memory(config, ds_config, on_gpu, world_size):
     if offload_device(zero, "offload_param") in in_device_memory:
         weights = parameters * width // (world_size if stage == 3 else 1)
     if offload_device(zero, "offload_optimizer") in in_device_memory:
-        moments = parameters * 8 // (world_size if stage else 1)  # Adam's two in float32
+        trained = lora.count_adapters(model, config.lora) or parameters
+        moments = trained * 8 // (world_size if stage else 1)  # Adam's two in float32
     if stage and zero.get("contiguous_gradients", True):
         bucket = zero.get("reduce_bucket_size", 5 * 10**8)  # elements
 

@@ -240,16 +240,11 @@ class LoraConfig:
         None, "start from the adapter in this folder, as PEFT writes it; null: from products that are zero"
     )
 
-    def check(self, model, train):
+    def check(self, model):
         if self.rank is None:
             if self.init_from:
                 raise UserError(f"lora.init_from: found {self.init_from}, but lora.rank is null; set it as there")
             return
-        if not train.init_from:
-            raise UserError(
-                f"lora.rank: found {self.rank} without train.init_from, which names the model that gets adapters; set "
-                "it, or lora.rank to null"
-            )
         if not self.matrices or len(set(self.matrices)) < len(self.matrices):
             raise UserError(f"lora.matrices: found {in_short(self.matrices)}, expected at least one, and each once")
         experts = [name for name in self.matrices if name in ("up", "down")]

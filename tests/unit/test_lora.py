@@ -204,7 +204,6 @@ def test_the_digest_of_a_published_base_sees_one_changed_byte(tmp_path):
 @pytest.mark.parametrize(
     "lora_section, more, message",
     [
-        ({"rank": 4}, {}, "lora.rank: found 4 without train.init_from"),
         ({"init_from": "a"}, {}, "lora.init_from: found a, but lora.rank is null"),
         ({"rank": 4, "matrices": []}, {"init_from": "x"}, r"lora.matrices: found \[\]"),
         ({"rank": 4, "matrices": ["qkv", "qkv"]}, {"init_from": "x"}, "each once"),
