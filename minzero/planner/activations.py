@@ -140,6 +140,9 @@ class Trace:
         s = self.settings
         parts = [[self.norm("norm"), self.attention(number)], [self.norm("norm"), self.mlp()]]
         parts[1][0].named = self.stream
+        for (norm, _), matrix in zip(parts, ("qkv", "up"), strict=True):
+            if not self.keeps_input(matrix):
+                without_output(norm, self.stream)
         if s.model.norm_position == "after":
             parts = [self.norm_after(*part) for part in parts]
         sums = [Module("sum", kept=self.stream, hooked=False) for _ in parts]
@@ -194,6 +197,12 @@ class Trace:
         sizes = {"kept": qkv, "named": qkv, "cached": qkv, "backward": qkv + self.narrow}
         qkv = self.linear("qkv", self.width, fan_out, self.settings.model.biased_qkv, **sizes)
         return [qkv, *self.adapter("qkv", self.settings.tokens)]
+
+    def keeps_input(self, matrix):
+        """Whether the input of a matrix is kept: for the gradients of the matrix or of its adapter. DeepSpeed's linear
+        function, which stage 3 takes unless it is compiled, keeps it anyway."""
+        s = self.settings
+        return not s.adapters or matrix in s.lora.matrices or (s.stage == 3 and not s.compiled)
 
     def adapter(self, matrix, rows):
         """lora.py's products beside a matrix, if it has some: A's outputs are kept, and a dropped input; B's are added
@@ -275,6 +284,9 @@ class Trace:
             activation["kept"] = hidden
         elif gated:
             activation["backward"] = 2 * up  # of gate and value, and both once more in one tensor
+        if not self.keeps_input("down"):
+            activation["kept"] -= hidden
+            activation["forward"] = hidden
         of_up = {"kept": up, "cached": up, "backward": up + narrow}
         return [
             self.linear("up", self.width, fan_out, biased, matrices, **of_up),
