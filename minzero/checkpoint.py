@@ -37,7 +37,7 @@ from minzero.config.build import build
 from minzero.config.sections import DataConfig, TrainConfig
 from minzero.errors import SharedError, UserError
 from minzero.files import cannot_write, make_way, write_json
-from minzero.tensor_files import SavedPieces, check_sums, damaged, index_of, pieces_in, write_tensors
+from minzero.tensor_files import SavedPieces, check_sums, damaged, index_of, merged, pieces_in, write_tensors
 from minzero.zero import (
     KINDS,
     fragments_in_memory,
@@ -152,26 +152,23 @@ class Saving:
         waited_from = time.perf_counter()
         if self.writer:
             self.writer.join()
-        is_rank_0 = distributed.get_rank() == 0
-        everyone = [None] * distributed.get_world_size() if is_rank_0 else None
-        distributed.gather_object((self.file, self.written, self.pieces), everyone)
+        own = {self.file: self.written}, index_of([self.pieces])
+        of_all = dist.merge_on_rank_0(own, merged)
         try:
-            as_rank_0(lambda: self.commit(everyone))
+            as_rank_0(lambda: self.commit(*of_all))
         except SharedError:
-            if is_rank_0:
+            if distributed.get_rank() == 0:
                 shutil.rmtree(self.temporary, ignore_errors=True)  # it would only take space
             raise
         now = time.perf_counter()
         return self.folder / self.name, now - self.began, self.stalled + now - waited_from
 
-    def commit(self, everyone):
-        """Rank 0's part of `finish`. everyone: (file, written, pieces) of each rank. Raises UserError."""
-        for file, written, _ in everyone:
+    def commit(self, files, pieces):
+        """Rank 0's part of `finish`. files: {file: `written`} of all ranks; pieces: their `index_of`. Raises
+        UserError."""
+        for file, written in files.items():
             if not isinstance(written, dict):
                 raise UserError(written or f"{self.temporary / file}: was not written")
-        everyone = sorted(everyone, key=lambda entry: entry[0])
-        files = {file: written for file, written, _ in everyone}
-        pieces = index_of(own for _, _, own in everyone)
         try:
             commit(self.folder, self.name, self.state | {"files": files, "pieces": pieces}, self.best)
             prune(self.folder, self.keep, self.is_copied)

@@ -186,9 +186,27 @@ def gather_numbers(*numbers):
     """Some numbers of every rank, as a tensor (ranks, numbers) in float64. Every rank must call this."""
     device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
     own = torch.tensor(numbers, dtype=torch.float64, device=device)
-    everyone = own.new_empty(distributed.get_world_size(), len(own))
+    everyone = own.new_empty(distributed.get_world_size() * len(own))
     distributed.all_gather_into_tensor(everyone, own)
-    return everyone
+    return everyone.view(-1, len(own))
+
+
+def merge_on_rank_0(value, merge):
+    """The values of all ranks merged into one, on rank 0; None elsewhere. Every rank must call this. merge(left, right)
+    gives that of a range of ranks, and of the range after it, as one. Along a binary tree: a rank receives from at most
+    log2(ranks) others, while a gather opens a connection to rank 0 for each."""
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    distance = 1
+    while distance < ranks:
+        if rank % (2 * distance):
+            distributed.send_object_list([value], dst=rank - distance)
+            return None
+        if rank + distance < ranks:
+            received = [None]
+            distributed.recv_object_list(received, src=rank + distance)
+            value = merge(value, received[0])
+        distance *= 2
+    return value
 
 
 def from_rank(rank, value):

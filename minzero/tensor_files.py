@@ -255,22 +255,32 @@ def index_of(pieces):
     last one perhaps fewer. So the index does not grow with the number of ranks: at stage 3 it is one entry a parameter.
 
     pieces: `pieces_in` of each file, in the order of their names."""
-    found = defaultdict(list)
+    index = defaultdict(list)
     for file, own in enumerate(pieces):
         for parameter, start, length in own:
-            found[parameter].append((start, length, file))
-    index = {}
-    for parameter, parts in found.items():
-        rows = index[parameter] = []
-        for start, length, file in sorted(parts):
-            if rows:
-                first_file, first, each, total = rows[-1]
-                follows = start == first + total and file == first_file + total // each
-                if follows and total % each == 0 and length <= each:
-                    rows[-1][3] += length
-                    continue
-            rows.append([file, start, length, length])
-    return index
+            index[parameter].append([file, start, length, length])
+    return {parameter: joined(rows) for parameter, rows in index.items()}
+
+
+def joined(rows):
+    """Rows of the index of one parameter, as few as say the same."""
+    found = []
+    for row in sorted(rows, key=lambda row: (row[1], row[3], row[0])):
+        if found:
+            file, first, each, total = found[-1]
+            follows = row[1] == first + total and row[0] == file + total // each and total % each == 0
+            if follows and (row[2] == each or row[3] <= each):
+                found[-1][3] += row[3]
+                continue
+        found.append([*row])
+    return found
+
+
+def merged(left, right):
+    """({file: its entry}, index) of some files, and those of the files whose names follow, as one."""
+    (files, index), (more, other) = left, right
+    rows = {name: [[file + len(files), *rest] for file, *rest in rows] for name, rows in other.items()}
+    return files | more, index | {name: joined(index.get(name, []) + own) for name, own in rows.items()}
 
 
 def fault_of_index(index, elements, files):
