@@ -28,7 +28,7 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", to
 MOMENTS = ("F32", "BF16", "F16")
 ALLOWED = {"random": ("U8",), "fp32": ("F32",), "exp_avg": MOMENTS, "exp_avg_sq": MOMENTS}  # {kind: dtypes}
 MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-MOST_OPEN_FILES = 512
+MOST_OPEN_FILES = 1 << 14
 CHUNK = 1 << 22  # bytes read at a time where only their checksum is needed
 
 
@@ -302,6 +302,16 @@ def is_row(value):
     return isinstance(value, list) and [type(number) for number in value] == 4 * [int]
 
 
+def may_be_open(files):
+    """How many of these files may be open at a time: half of the system's limit at most, which is raised as far as it
+    may be. A file that must be closed for another is opened, and its header read, again for each parameter."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < 2 * files:
+        soft = 2 * files if hard == resource.RLIM_INFINITY else min(hard, 2 * files)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return files if soft == resource.RLIM_INFINITY else max(1, min(files, soft // 2))
+
+
 class SavedPieces:
     """The parameters in a checkpoint's files, read wherever their pieces lie. Opens only the files that hold what it is
     asked for, and at most MOST_OPEN_FILES at a time. path: the checkpoint; state: its state.json; verify: compare the
@@ -313,8 +323,7 @@ class SavedPieces:
         self.verify = verify
         self.names = sorted(state["files"])
         self.open = {}  # {number of a file: TensorFile}, least recently used first
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self.most = MOST_OPEN_FILES if soft == resource.RLIM_INFINITY else max(1, min(MOST_OPEN_FILES, soft // 2))
+        self.most = may_be_open(min(MOST_OPEN_FILES, len(self.names)))
         self.index = state.get("pieces")
         if self.index is None:  # saved by older code
             files = (TensorFile(self.path / name, self.entries[name]) for name in self.names)
