@@ -85,6 +85,7 @@ class Run:
         self.group, self.store = join(ranks)
         self.engine = Engine(names, ranks)
         use(self.engine, patch)
+        patch(watchdog, "machine", lambda: (f"node{self.group.number // 8}", "boot", "namespace", None))
         patch(dist, "common_store", lambda: self.store)
         patch(dist, "ask_store", lambda action, seconds=5: action(self.store))
 
@@ -95,7 +96,6 @@ class Run:
 
     def find_peers(self):
         """The ranks of a machine learn of each other; eight are on each."""
-        watchdog.machine = lambda: (f"node{self.group.number // 8}", "boot", "namespace", None)
         watchdog.Watchdog(self.config.train).register_peers()
 
     def agree(self):
@@ -200,9 +200,9 @@ PARTS = {
 }
 
 
-def measured(ranks, config, names, folder):
-    """{part: (Counts of rank 0, of the other rank)} and "all weights": (Counts of one process,)."""
-    run = Run(folder, config, names, ranks)
+def measured(ranks, config, names, folder, patch=setattr):
+    """{part: (Counts of rank 0, of the other rank)} and "all weights": (Counts of one process,). patch: as setattr."""
+    run = Run(folder, config, names, ranks, patch)
     try:
         found = {part: measure(run) for part, measure in PARTS.items()}
         return found | {"all weights": (run.measure_weights(),)}

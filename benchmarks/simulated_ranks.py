@@ -98,6 +98,12 @@ class Ranks(distributed.ProcessGroup):
 
     _allgather_base = all_gather_single
 
+    def allgather(self, outputs, own, opts=None):
+        self.receive(own[0], self.ranks)
+        for output in outputs[0]:
+            output.copy_(own[0])
+        return done(outputs)
+
     def broadcast(self, tensors, opts=None):
         if self.number == 0:
             self.said_by_0.append(tensors[0].clone())
