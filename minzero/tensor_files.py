@@ -269,7 +269,7 @@ def joined(rows):
         if found:
             file, first, each, total = found[-1]
             follows = row[1] == first + total and row[0] == file + total // each and total % each == 0
-            if follows and (row[2] == each or row[3] <= each):
+            if follows and (row[2] == each or row[3] == row[2] < each):  # a single piece may be shorter
                 found[-1][3] += row[3]
                 continue
         found.append([*row])
