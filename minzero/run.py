@@ -237,7 +237,7 @@ class Run:
         some rank. Every rank must call this."""
         if step > self.steps_done + 1 or not self.run_info["compiled"]:
             return
-        found = dist.first(failure_in_words() or None)
+        found = dist.first(failure_in_words())
         if found is None:
             return
         dist.print0("warning: not compiled on rank {}: {}".format(*found))
