@@ -383,7 +383,7 @@ def open_weights(path, state=None):
     def pieces():
         # files of older code have no checksum of each tensor: they are verified here as a whole
         check_sums(path, {name: entry for name, entry in state["files"].items() if "header_crc32" not in entry})
-        return SavedPieces(path, state, verify=True)
+        return SavedPieces(path, state, verify=True, kinds=["fp32"])
 
     if reads_weights():
         pieces().hold()

@@ -142,6 +142,10 @@ class TensorFile:
         if expected and not all(found for *_, found in self.tensors.values()):
             raise damaged(path, "its header holds no checksums")
 
+    def keep(self, kinds):
+        """Forget the tensors of other kinds, of which many open files would take memory."""
+        self.tensors = {name: entry for name, entry in self.tensors.items() if name.partition("/")[0] in kinds}
+
     def elements(self):
         """{name: number of elements} of its tensors."""
         return {name: elements for name, (_, _, elements, _) in self.tensors.items()}
@@ -315,12 +319,13 @@ def may_be_open(files):
 class SavedPieces:
     """The parameters in a checkpoint's files, read wherever their pieces lie. Opens only the files that hold what it is
     asked for, and at most MOST_OPEN_FILES at a time. path: the checkpoint; state: its state.json; verify: compare the
-    checksums of all that is read. Raises UserError."""
+    checksums of all that is read; kinds: those that are asked for, if not all. Raises UserError."""
 
-    def __init__(self, path, state, verify=False):
+    def __init__(self, path, state, verify=False, kinds=None):
         self.path = Path(path)
         self.entries = state["files"]
         self.verify = verify
+        self.kinds = kinds
         self.names = sorted(state["files"])
         self.open = {}  # {number of a file: TensorFile}, least recently used first
         self.most = may_be_open(min(MOST_OPEN_FILES, len(self.names)))
@@ -340,6 +345,8 @@ class SavedPieces:
                 self.open.pop(next(iter(self.open))).file.close()
             name = self.names[number]
             file = TensorFile(self.path / name, self.entries[name])
+            if self.kinds:
+                file.keep(self.kinds)
         self.open[number] = file
         return file
 
