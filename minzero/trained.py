@@ -104,8 +104,9 @@ def holds_model(path):
 
 
 def model_of(found):
-    """The ModelConfig of a checkpoint, without its weights. Raises UserError if it holds parameters of another."""
-    state = checkpoint.read_state(found)
+    """(the ModelConfig of a checkpoint, its state), without its weights. Raises UserError if it holds parameters of
+    another."""
+    state = checkpoint.read_state(found, look_at_files=checkpoint.reads_weights())
     model = build({"model": state["config"]["model"]}, found / "state.json").model
     parameters = state["parameters"]
     if model.n_layer > len(parameters):  # which would take long to build
@@ -116,17 +117,18 @@ def model_of(found):
     except RuntimeError as error:  # torch's, of sizes that no number holds
         raise UserError(f"{found}/state.json: config.model: {describe(error)}") from None
     checkpoint.refuse_other_parameters(found, state, expected)
-    return model
+    return model, state
 
 
 def open_checkpoint(found):
     """A checkpoint's folder -> ModelSource. Raises UserError."""
-    model = model_of(found)  # before the weights are looked at
-    state, config, read = checkpoint.open_weights(found)
+    model, state = model_of(found)  # before the weights are looked at
+    state, config, read = checkpoint.open_weights(found, state)
     folders = sorted(data_weights(state["config"]["data"]["path"]))
     if not config.lora.rank:
         return ModelSource(found, str(found), model, lambda: read, state, config, folders)
-    _, load_base = open_base(state["base"], model, found)
+    check_base(state["base"], found)
+    _, load_base = open_weights(state["base"]["path"], model)
 
     def load():
         return lora.merged(model, config.lora, load_base(), read)
@@ -184,7 +186,7 @@ def model_to_start_from(source, like):
         published = read_model_config(folder)
         refuse_other_model(folder, like(published), published)
         return published
-    found, saved = checkpoint_folder.reading(folder, "best", lambda found: (found, model_of(found)))
+    found, saved = checkpoint_folder.reading(folder, "best", lambda found: (found, model_of(found)[0]))
     refuse_differences(found, like(saved), saved)
     return saved
 
@@ -197,7 +199,7 @@ def open_weights(source, model: ModelConfig):
     if is_published(folder):
         description, _, load = open_published(folder, model)
         return description.replace(str(folder), source, 1), load
-    found, saved = checkpoint_folder.reading(folder, "best", lambda found: (found, model_of(found)))
+    found, saved = checkpoint_folder.reading(folder, "best", lambda found: (found, model_of(found)[0]))
     refuse_differences(found, model, saved)
     return str(found), open_checkpoint(found).load
 
@@ -222,9 +224,9 @@ def identity_of(source):
     return {"path": str(folder.resolve()), "digest": digest.hexdigest()[:16]}
 
 
-def open_base(base, model: ModelConfig, where):
-    """As `open_weights`, of the model whose adapters are in the checkpoint `where`. base: as `identity_of` gave it.
-    Raises UserError if it is not there any more, or is another."""
+def check_base(base, where):
+    """Raises UserError if the model whose adapters are in the checkpoint `where` is not there any more, or is another.
+    base: as `identity_of` gave it."""
     try:
         now = identity_of(base["path"])
     except UserError as error:
@@ -234,7 +236,6 @@ def open_base(base, model: ModelConfig, where):
             f"{where}: its adapters belong to the weights that were in {base['path']}, and there are others now (found "
             f"{now['digest']}, expected {base['digest']}); put them back"
         )
-    return open_weights(base["path"], model)
 
 
 def doubts_about_data(source, folders):
