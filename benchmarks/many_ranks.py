@@ -49,7 +49,7 @@ class Engine:
 
     def __init__(self, names, ranks):
         self.ranks = ranks
-        shape = SimpleNamespace(shape=[ranks])
+        shape = SimpleNamespace(shape=[ranks], requires_grad=True)
         self.parameters = dict.fromkeys(names, shape)
         self.module = SimpleNamespace(named_parameters=lambda **_: self.parameters.items())
         self.tensor = torch.zeros(1)

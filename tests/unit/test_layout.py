@@ -20,8 +20,8 @@ ORDER = """
     data.fast_encoding data.documents data.local_files data.sources data.conversations data.output data.clean
     data.encode data.pipeline data.learn_tokenizer data.scripts data.verify data.foreign data.convert
     checkpoint_state checkpoint_folder checkpoint resume restore model hf.weights
-    hf.comparison hf.read lora hf.peft trained init_from compiled
-    engine schedule watchdog bad_steps goodput metrics loggers profiler curves plot report hf.card hf.write hf.gguf
+    hf.comparison hf.read lora trained init_from compiled
+    engine schedule watchdog bad_steps goodput metrics loggers profiler curves plot report hf.card hf.write hf.peft hf.gguf
     summary run
     evaluate_loss sampling evaluate generate
     planner.units planner.gpus planner.batches planner.settings planner.activations planner.replay planner.stage3
@@ -70,7 +70,15 @@ def test_a_file_imports_only_files_above_it(name):
 
 
 def test_the_model_knows_no_engine_and_no_files():
-    assert imported(ROOT / "model.py") <= {"config.sections", "sizes", "loss", "recompute", "rotary", "experts"}
+    assert imported(ROOT / "model.py") <= {
+        "config.sections",
+        "sizes",
+        "loss",
+        "recompute",
+        "rotary",
+        "experts",
+        "document_attention",
+    }
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.relative_to(ROOT).as_posix())
