@@ -21,8 +21,8 @@ ORDER = """
     data.encode data.pipeline data.learn_tokenizer data.scripts data.verify data.foreign data.convert
     checkpoint_state checkpoint_folder checkpoint resume restore model hf.weights
     hf.comparison hf.read lora trained init_from compiled
-    engine schedule watchdog bad_steps goodput metrics loggers profiler curves plot report hf.card hf.write hf.peft hf.gguf
-    summary run
+    engine schedule watchdog bad_steps goodput metrics loggers profiler curves plot report hf.card hf.write
+    hf.peft hf.gguf summary run
     evaluate_loss sampling evaluate generate
     planner.units planner.gpus planner.batches planner.settings planner.activations planner.replay planner.stage3
     planner.memory planner.speed planner.search planner.plan planner.stage planner.fitting planner.report
