@@ -103,6 +103,7 @@ class Saving:
                 make_room(self.folder, self.name)
             except OSError as error:
                 fault = str(cannot_write(self.temporary, error))
+        progress()
         distributed.barrier()
         sizes, tensors = tensors_to_save(engine)
         self.pieces = pieces_in({name: elements for name, (_, elements) in sizes.items()})
@@ -153,6 +154,7 @@ class Saving:
             self.writer.join()
         is_rank_0 = distributed.get_rank() == 0
         everyone = [None] * distributed.get_world_size() if is_rank_0 else None
+        self.progress()
         distributed.gather_object((self.file, self.written, self.pieces), everyone)
         try:
             as_rank_0(lambda: self.commit(everyone))

@@ -151,6 +151,10 @@ def stop_process_group():
 # -- what they tell each other ---------------------------------------------------------------------
 
 
+def begins_exchange():
+    """Called before each exchange with all others; the Watchdog puts its heartbeat in this place."""
+
+
 def print0(line):
     """Print a line on rank 0, if there is one to print."""
     if line and (os.environ.get("RANK") or "0") == "0":
@@ -160,6 +164,7 @@ def print0(line):
 
 def gather(value):
     """What every rank passes, as a list by rank. Every rank must call this."""
+    begins_exchange()
     everyone = [None] * distributed.get_world_size()
     distributed.all_gather_object(everyone, value)
     return everyone
@@ -167,6 +172,7 @@ def gather(value):
 
 def from_rank_0(value):
     """What rank 0 passes, on all ranks. Every rank must call this."""
+    begins_exchange()
     values = [value]
     distributed.broadcast_object_list(values)
     return values[0]
@@ -187,6 +193,7 @@ def share_step(loss, stop_requested, save_due, checkpoint_is_written):
     call this."""
     flags = loss.new_tensor((stop_requested, save_due, checkpoint_is_written))
     totals = torch.cat((loss.double().view(1), flags))
+    begins_exchange()
     distributed.all_reduce(totals)
     loss_sum, stopping, saving, written = totals.tolist()
     return StepFacts(loss_sum / distributed.get_world_size(), stopping > 0, saving > 0, int(written))
