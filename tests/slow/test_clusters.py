@@ -24,11 +24,17 @@ CONFIG = {
     "train": {"micro_batch_size": 8, "global_batch_tokens": STEP, "warmup_tokens": 0, "lr": 1e-3, "eval_tokens": 512},
 }
 SHORT = {"log_every": 1, "eval_every": 10, "save_every": 5}
-# In place of train.py: keeps the environment of each rank, then is train.py.
+# In place of train.py: keeps the environment of each rank and all command lines of its node, then is train.py.
 TRAIN = f"""
-import json, os, runpy, socket, sys
+import glob, json, os, runpy, socket, sys
 with open(f"environ_{{socket.gethostname()}}.json", "w") as file:
     json.dump(dict(os.environ), file)
+with open(f"lines_{{socket.gethostname()}}", "wb") as file:
+    for name in glob.glob("/proc/[0-9]*/cmdline"):
+        try:
+            file.write(open(name, "rb").read().replace(b"\\0", b" ") + b"\\n")
+        except OSError:  # it has ended
+            pass
 sys.path.insert(0, {str(ROOT)!r})
 sys.argv[0] = {str(ROOT / "train.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -40,6 +46,8 @@ VARIABLES = {
     "GLOO_SOCKET_IFNAME": "eth0",
     "WANDB_MODE": "off",
 }
+SECRETS = {"WANDB_API_KEY": "topsecret1", "HF_TOKEN": "topsecret2", "AWS_SECRET_ACCESS_KEY": "topsecret3"}
+SECRETS |= {"MLFLOW_TRACKING_PASSWORD": "topsecret4"}
 QUIET = {"DS_ACCELERATOR": "cpu", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 ROOT_MAY = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
@@ -90,7 +98,7 @@ def work(place, nodes, request):
     """A copy of the run at step 5, with the recipes and a hostfile of two nodes with one rank each."""
     work = place / re.sub(r"\W+", "_", request.node.name)
     shutil.copytree(place / "start", work)
-    for name in work.glob("environ_*"):
+    for name in [*work.glob("environ_*"), *work.glob("lines_*")]:
         name.unlink()
     write_config(work, 10)
     shutil.copytree(ROOT / "clusters", work / "clusters")
@@ -132,13 +140,16 @@ def check(work, output, place, variables=tuple(VARIABLES)):
     environs = {name: json.loads((work / f"environ_{name}.json").read_text()) for name in ("node1", "node2")}
     for environ in environs.values():
         assert {name: environ.get(name) for name in variables} == {name: VARIABLES[name] for name in variables}
+    for node in ("node1", "node2"):
+        seen = (work / f"lines_{node}").read_text()
+        assert "train.py" in seen and "topsecret" not in seen, seen
     assert losses_of(work) == losses_of(place / "whole"), output
     assert len(losses_of(work)) == 10
     assert own_lines(output) == own_lines((place / "whole/lines").read_text())
 
 
 def run_recipe(nodes, work, *words):
-    done = nodes.run(1, words, cwd=work, **QUIET, **VARIABLES, **ROOT_MAY)
+    done = nodes.run(1, words, cwd=work, **QUIET, **VARIABLES, **SECRETS, **ROOT_MAY)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -146,6 +157,9 @@ def run_recipe(nodes, work, *words):
 @pytest.mark.parametrize("name", ["pdsh.sh", "mpi.sh", "mpi_deepspeed.sh"])
 def test_recipes_with_a_hostfile(name, nodes, work, place):
     check(work, run_recipe(nodes, work, f"clusters/{name}"), place)
+    environ = json.loads((work / "environ_node2.json").read_text())
+    secrets = [key for key in SECRETS if not key.startswith("MLFLOW")]
+    assert [environ.get(key) for key in secrets] == [SECRETS[key] if "mpi" in name else None for key in secrets]
 
 
 def test_torchrun_is_started_on_each_node(nodes, work, place):
@@ -206,7 +220,7 @@ SMALL = ("--nodes 8 --ntasks-per-node 8 --gpus-per-node 8 --cpus-per-task 12", "
 @pytest.mark.parametrize("name", ["slurm.sbatch", "slurm_deepspeed.sbatch"])
 def test_slurm(name, slurm, work, place):
     change(work, name, SMALL, *([("slots=8", "slots=1")] if "deepspeed" in name else []))
-    job = slurm.submit(f"clusters/{name}", cwd=work, **QUIET, **VARIABLES)
+    job = slurm.submit(f"clusters/{name}", cwd=work, **QUIET, **VARIABLES, **SECRETS)
     slurm.wait(job, ("COMPLETED", "FAILED"))
     output = (work / f"13b_{job}.log").read_text()
     assert slurm.job(job)["JobState"] == "COMPLETED", output
