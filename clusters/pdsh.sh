@@ -6,6 +6,6 @@ export PATH=$PWD/.venv/bin:$PATH TORCH_CPP_LOG_LEVEL=ERROR
 # which all can read, so keys, tokens and passwords stay here.
 unset "${!MLFLOW_@}"
 env | grep -E '^(AWS_|DS_|GLOO_|HF_|OMP_|TIKTOKEN_|TORCH_|WANDB_)' |
-    grep -vE '^[^=]*(KEY|TOKEN|SECRET|PASS)' > .deepspeed_env
+    grep -vE '^[^=]*_(KEY|TOKEN|SECRET|PASS)' > .deepspeed_env
 # -N: no "node1: " in front of lines. The second --quiet is for the launchers on the nodes, which -q does not reach.
 exec deepspeed -q --hostfile hosts --launcher_args=-N -- --quiet train.py configs/13b.json
