@@ -14,12 +14,13 @@ if __name__ == "__main__":
 
 from minzero.commands import run_command
 from minzero.files import check_can_write
-from minzero.flags import FlagParser, a_checkpoint, a_path
+from minzero.flags import FlagParser, a_checkpoint, a_model, a_path
 
 
 def main(arguments):
     parser = FlagParser(__doc__)
-    parser.add_argument("path", type=a_path, help="a run's folder, as out/tiny, or a checkpoint in it")
+    what = "a run's folder, as out/tiny, a checkpoint in it, or an address of train.copy_to"
+    parser.add_argument("path", type=a_model, help=what)
     parser.add_argument("folder", type=a_path, help="where to write; must not be there yet, or be empty")
     parser.add_argument("--checkpoint", type=a_checkpoint, default="best", help="best, latest or a step")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -30,7 +31,8 @@ def main(arguments):
     from minzero.trained import open_checkpoint, with_checkpoint
 
     def write(checkpoint):
-        return f"{checkpoint} -> {args.folder}: {write_model(open_checkpoint(checkpoint), args.folder, args.dtype)}"
+        source = open_checkpoint(checkpoint)
+        return f"{source.description} -> {args.folder}: {write_model(source, args.folder, args.dtype)}"
 
     print(with_checkpoint(args.path, args.checkpoint, write))
 

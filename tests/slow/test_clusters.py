@@ -118,10 +118,11 @@ def change(work, name, *pairs):
 
 def own_lines(text):
     """The lines of a run without their numbers, so that two runs print the same; without the rank that was slow, which
-    is up to the machine, and without the warnings that torchrun and mpirun give now and then: that a node has closed the
+    is up to the machine, and without warnings that torchrun and mpirun give now and then: that a node has closed the
     rendezvous before another, and that a process group was set by the child before the parent could."""
     text = re.sub(r"\S*/(out/|data)", r"\1", text)
     text = re.sub(r" \| rank \d+ on \S+ is \d+% slower than the median", "", text)
+    text = re.sub(r"^(goodput .*) \(.*\)$", r"\1", text, flags=re.MULTILINE)  # of where time went, what is a second
     text = re.sub(r"^\[\w+:\d+\] plm:rsh: Warning: setpgid.*\n?", "", text, flags=re.MULTILINE)
     text = re.sub(r"^W\d.*has failed to shutdown the rendezvous.*\n?", "", text, flags=re.MULTILINE)
     return [re.sub(r"\d[\d.,:e+-]*", "#", line) for line in text.splitlines()]
