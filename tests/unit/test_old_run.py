@@ -44,4 +44,3 @@ def test_replay_reads_the_config_of_a_run_of_older_code():
     settings = replay.settings_of(OLD_RUN / "run", {"step": 0}, [])
     (folder,) = settings["data"]
     assert settings["config"]["data"] == {"path": folder}
-    assert replay.config_of(OLD_RUN / "run", settings).data.path == folder
