@@ -22,6 +22,7 @@ NAMES_NODE = (
     re.compile(r"train\.py: error: rank \d+ on (?P<node>[\w.-]+)[: ]"),
 )
 NAMES_RANK = re.compile(r"\brank (?P<rank>\d+) (?:hangs|is gone)")
+HANG_ON = re.compile(r"\branks? [\d, to]+ hangs? on (?P<nodes>[\w.-]+(?:, [\w.-]+)*)")
 
 
 def read_hostfile(path):
@@ -106,6 +107,8 @@ def nodes_that_failed(lines, nodes):
     found = set()
     for line in lines:
         found |= {match["node"] for pattern in NAMES_NODE if (match := pattern.search(line))}
+        if match := HANG_ON.search(line):
+            found |= set(match["nodes"].split(", "))
         if match := NAMES_RANK.search(line):
             rank = int(match["rank"])
             found |= {of_rank[rank]} if rank < len(of_rank) else set()

@@ -19,7 +19,7 @@ ORDER = """
     data.order data.meta data.shards data.packing data.mixture data.text data.tokenizer_files data.tokenizer
     data.fast_encoding data.documents data.local_files data.sources data.conversations data.output data.clean
     data.encode data.pipeline data.learn_tokenizer data.scripts data.verify data.foreign data.convert
-    checkpoint_state checkpoint_folder checkpoint resume restore model hf.weights
+    checkpoint_state checkpoint_folder checkpoint resume restore fetch model hf.weights
     hf.comparison hf.read lora trained init_from compiled
     engine schedule watchdog bad_steps goodput metrics loggers profiler curves plot report hf.card hf.write
     hf.peft hf.gguf summary run
