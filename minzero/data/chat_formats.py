@@ -36,10 +36,12 @@ class Conversation(NamedTuple):
 
 def recognise(row, columns=LISTS):
     """(format, the column of its messages or None) of a row, a dict, or None if it has none of the formats. columns:
-    those that may hold messages."""
+    those that may hold messages; if it is a single one, nothing else is a conversation."""
     for name in columns:
         if isinstance(row.get(name), list):
             return kind_of_list(row[name]), name
+    if len(columns) == 1:
+        return None
     if "instruction" in row and "output" in row:
         return "alpaca", None
     if "prompt" in row and "completion" in row:

@@ -432,7 +432,7 @@ def report(splits, skipped, args, by_hash):
         if count:
             print(f"skipped {plural(count, 'document')} {words}, named in {skipped.path}")
     if cut := sum(split.cut for split in splits.values()):
-        print(f"cut {plural(cut, 'conversation')} after the last whole answer within --max_tokens {args.max_tokens}")
+        print(f"cut {plural(cut, 'conversation')} after the last whole answer within --max_tokens")
     share = splits["val"].bytes / sum(split.bytes for split in splits.values())
     if by_hash and 0 < args.val_fraction < 1 and is_far(share, args.val_fraction):
         print(
