@@ -65,16 +65,20 @@ class PrepareScript:
 
 
 class ConversationScript(PrepareScript):
-    """A prepare script for conversations. documents: args -> a source of rows (each a dict) or of lists of messages."""
+    """A prepare script for conversations. documents: args -> a source of rows (each a dict) or of lists of messages.
+    tokenizer: the default of --tokenizer, a path relative to the script's folder; None: gpt2."""
 
-    def __init__(self, file, about, documents, column="messages", **defaults):
+    def __init__(self, file, about, documents, tokenizer=None, column="messages", **defaults):
         super().__init__(file, about, self.conversations, loss_mask=True, column=column, **defaults)
         self.rows = documents
+        self.tokenizer = tokenizer
 
     def add_flags(self, parser):
         from minzero.data.conversations import add_flags
 
         add_flags(parser)
+        if self.tokenizer:
+            parser.set_defaults(tokenizer=os.path.relpath(os.path.join(self.folder, self.tokenizer)))
 
     def conversations(self, args):
         from minzero.data.chat_formats import LISTS
@@ -133,6 +137,13 @@ def standard_library(args):
     from minzero.data.sources import StandardLibrary
 
     return StandardLibrary(args.input)
+
+
+def docstrings(args):
+    """Questions and answers about Python's standard library, of this Python or in the folders of --input."""
+    from minzero.data.docstrings import Docstrings
+
+    return Docstrings(args.input)
 
 
 # -- tokenizers of a data set's own --------------------------------------------------------------
