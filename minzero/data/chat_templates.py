@@ -80,13 +80,13 @@ class ChatTemplate:
         return {"name": self.name, "text": self.text, "end_of_turn": end}
 
     def render(self, messages, tools=None, add_generation_prompt=False):
-        """(the text of messages, in which no special token's name is but the template's; the [start, end) of what is
-        marked in it). Raises whatever a template raises."""
+        """(the text of `guarded` messages, in which no special token's name is but the template's; the [start, end) of
+        what is marked in it). Raises whatever a template raises."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         rendered, spans = render_jinja_template(
-            conversations=[self.guarded(messages)],
-            tools=self.guarded(tools),
+            conversations=[messages],
+            tools=tools,
             chat_template=self.text,
             return_assistant_tokens_mask=self.marked,
             add_generation_prompt=add_generation_prompt,
@@ -114,7 +114,7 @@ class ChatTemplate:
     def prompt(self, messages):
         """The text, for a TemplateEncoder, after which the assistant answers. Raises UserError."""
         try:
-            return self.with_names(self.render(messages, add_generation_prompt=True)[0])
+            return self.with_names(self.render(self.guarded(messages), add_generation_prompt=True)[0])
         except Exception as error:  # a template may raise anything
             raise UserError(f"prompt: the chat template does not take it ({describe(error)})") from None
 
@@ -123,9 +123,11 @@ class ChatTemplate:
         conversation goes on, one for each answer. Raises BadDocument."""
         if not self.knows_tools:
             conversation = tools_as_text(conversation)
+        messages, tools = self.guarded(conversation.messages), self.guarded(conversation.tools)
+        conversation = conversation._replace(messages=messages, tools=tools)
         try:
-            whole, spans = self.render(conversation.messages, conversation.tools)
-            self.check_complete(key, conversation.messages, whole)
+            whole, spans = self.render(messages, tools)
+            self.check_complete(key, messages, whole)
             if self.marked:
                 found = [(whole, self.marked_answers(key, conversation, spans))]
             else:
@@ -139,7 +141,7 @@ class ChatTemplate:
     def check_complete(self, key, messages, text):
         """Raise BadDocument if the template leaves a message out, as some do with roles that they do not know."""
         for number, message in enumerate(messages, 1):
-            if message["role"] in ("system", "user") and self.guarded(message["content"]).strip() not in text:
+            if message["role"] in ("system", "user") and message["content"].strip() not in text:
                 raise BadDocument(
                     key,
                     f"message {number}: the chat template leaves out this message of the {message['role']}",

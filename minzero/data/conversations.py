@@ -19,6 +19,7 @@ from minzero.data.chat_formats import FORMATS, LISTS, column_of, read_messages, 
 from minzero.data.chat_templates import LEARNED, ChatTemplate
 from minzero.data.documents import BadDocument, checked_value, printable
 from minzero.data.meta import chat_template_of, holds_conversations
+from minzero.data.tokenizer import HuggingFaceTokenizer
 from minzero.data.tokenizer_files import END_OF_TEXT
 from minzero.errors import UserError
 from minzero.flags import at_least
@@ -92,18 +93,20 @@ def open_template(name, tokenizer):
     Raises UserError."""
     if name == "own":
         return None
-    theirs = tokenizer.as_transformers(None)
     if name not in ("auto", "base"):
         try:
-            return ChatTemplate(theirs, Path(name).read_text(encoding="utf-8"), name)
+            text = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
             raise UserError(f"--chat_template: {name}: {reason}; expected own, base or a file in Jinja") from None
-    text = theirs.chat_template
-    if isinstance(text, dict):  # several, by purpose
-        text = text.get("default")
-    if text:
-        return ChatTemplate(theirs, text, f"that of tokenizer {tokenizer.name}")
+        return ChatTemplate(tokenizer.as_transformers(None), text, name)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        theirs = tokenizer.as_transformers()
+        text = theirs.chat_template
+        if isinstance(text, dict):  # several, by purpose
+            text = text.get("default")
+        if text:
+            return ChatTemplate(theirs, text, f"that of tokenizer {tokenizer.name}")
     if name == "base":
         raise UserError(f"--chat_template: base: {tokenizer.name} comes with no chat template; choose own, or a file")
     return None
