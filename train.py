@@ -64,12 +64,14 @@ LINEAR = "zero_optimization.memory_efficient_linear"
 
 
 def open_data(config):
-    """The training and the validation split. Each gives inputs and targets (micro_batch_size, block_size)."""
+    """The training and the validation split. Each gives inputs, targets and, where attention is within documents,
+    positions in these, (micro_batch_size, block_size)."""
     path = config.data.path
     block_size = config.model.block_size
     vocab_size = config.model.vocab_size
     verify = dist.local_place if config.data.verify else None  # the ranks of a machine share the reading
-    return [Mixture(path, split, block_size, vocab_size, config.train.seed, verify) for split in ("train", "val")]
+    more = config.train.seed, verify, config.data.document_mask
+    return [Mixture(path, split, block_size, vocab_size, *more) for split in ("train", "val")]
 
 
 def machine_of_all(group):
@@ -198,6 +200,7 @@ def info_of(config, group, setup, train_data, compiled):
         "kernels": setup.kernels,
         "compiled": compiled,
         "deepspeed_auto": auto,
+        "attended_tokens": train_data.attended(),
     }
 
 
@@ -219,14 +222,14 @@ def to_device(arrays, device):
 
 
 def micro_batches(run, data, step):
-    """Yields this rank's micro-batches of a step, read when it is their turn: (inputs and targets, loss weight)."""
+    """Yields this rank's micro-batches of a step, read when it is their turn: (batch of the data, loss weight)."""
     group = run.group
     accumulation = run.setup.gradient_accumulation_steps
     micro_batch_size = run.config.train.micro_batch_size
     first_sample = run.tokens_before // data.block_size
     batches = data.batches(step - 1, group.rank, group.world_size, micro_batch_size, accumulation, first_sample)
     weights = [1.0] * accumulation
-    if data.loss_mask:  # micro-batches with different numbers of tokens that count
+    if data.is_uneven:  # micro-batches with different numbers of tokens that count
         batches = list(batches)
         weights = equal_weights(batches, group.world_size, group.device)
     yield from zip(batches, weights, strict=True)
@@ -239,10 +242,11 @@ def train_step(run, engine, data, step):
     mean_loss = torch.zeros((), device=run.group.device)  # of this rank
     for micro_step, (batch, weight) in enumerate(micro_batches(run, data, step), start=1):
         run.watchdog.heartbeat()
-        inputs, targets = to_device(batch, run.group.device)
+        inputs, targets = to_device(batch[:2], run.group.device)
+        positions = map(torch.from_numpy, batch[2:])  # the model wants these on the CPU
         run.clock.mark("data")
 
-        micro_loss = engine(inputs, targets) * weight
+        micro_loss = engine(inputs, targets, *positions) * weight
         engine.backward(micro_loss)
         mean_loss += micro_loss.detach() / accumulation
         if micro_step == accumulation:  # before engine.step() clips the gradients, updates, and frees them

@@ -376,7 +376,8 @@ def open_weights(path):
     # files of older code have no checksum of each tensor: they are verified here as a whole
     check_sums(path, {name: entry for name, entry in state["files"].items() if "header_crc32" not in entry})
     config = build({"model": state["config"]["model"]}, path / "state.json")
-    config.data = DataConfig(state["config"]["data"]["path"])
+    of_data = state["config"]["data"]
+    config.data = DataConfig(of_data["path"], document_mask=of_data.get("document_mask", "auto"))
     config.train = as_saved(state, vars(TrainConfig()))
     saved = SavedPieces(path, state, verify=True)
     if os.environ.get("RANK", "0") == "0":  # it reads for the other ranks

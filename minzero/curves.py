@@ -115,8 +115,9 @@ def read_run(folder, x="tokens", name=None):
     folder = Path(folder)
     scale = 1
     if x == "flops":
-        model = build({"model": read_config(folder)["model"]}, folder / "config.json").model
-        scale = flops_per_token(model)
+        found = read_config(folder)
+        model = build({"model": found["model"]}, folder / "config.json").model
+        scale = flops_per_token(model, number_of(found, "attended_tokens", None))
     lines, skipped = good_lines(folder)
     points = {}  # key -> {step: (x, y)}
     bad_steps = []

@@ -89,9 +89,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 def equal_weights(batches, world_size, device):
     """The loss weight of each of this rank's micro-batches in one step, as a list: with them, every target of the
     global batch that is not IGNORE_INDEX counts the same. Without them, a target of a micro-batch with few others would
-    count more. batches: pairs of inputs and targets. Every rank must call this."""
+    count more. batches: tuples, the targets second. Every rank must call this."""
     counts = torch.tensor(
-        [(targets != IGNORE_INDEX).sum() for _, targets in batches], dtype=torch.float64, device=device
+        [(targets != IGNORE_INDEX).sum() for _, targets, *_ in batches], dtype=torch.float64, device=device
     )
     total = counts.sum()
     distributed.all_reduce(total)

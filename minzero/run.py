@@ -208,7 +208,8 @@ class Run:
         line = {"loss": result.facts.loss, "lr": rate}
         line |= {"grad_norm": result.grad_norm, "skipped": self.bad_steps.skipped}
         line |= seconds
-        line |= metrics.throughput(self.config, seconds["step_seconds"], self.group.world_size, device, self.parameters)
+        whole = self.group.world_size, device, self.parameters, self.run_info["attended_tokens"]
+        line |= metrics.throughput(self.config, seconds["step_seconds"], *whole)
         line |= metrics.peak_memory()
         line |= metrics.expert_loads(self.engine.module.take_routing(), self.config.model.balance_over == "layer")
         line |= self.time_use.for_step()

@@ -40,6 +40,7 @@ def start_lines(run, data, not_compiled=None):
     tokens = run.tokens_at(run.total_steps)
     done = f", {run.steps_done:,} of them done" if run.steps_done else ""
     lines.append(f"{run.total_steps:,} steps{done}; {tokens:,} tokens: {epochs(tokens, data)}")
+    lines += [line for stream in data.streams if (line := stream.summary())]
     lines.append(f"run in {run.folder.path}: all settings and versions in its config.json, numbers in metrics.jsonl")
     lines.append("to stop: Ctrl-C or SIGTERM saves and ends after the step; the same command continues")
     if train.warmup_tokens > train.max_tokens:
@@ -58,7 +59,7 @@ def epochs(tokens, data):
     """How often each folder of a training Mixture is read in so many tokens of a run, in words."""
     parts = []
     for folder, stream, count in zip(data.folders, data.streams, data.schedule.counts, strict=True):
-        number = tokens * count / data.schedule.period / stream.tokens
+        number = tokens * count / data.schedule.period / stream.epoch_tokens
         text = f"{number:,.2f}" if number >= 0.1 else f"{number:.2g}"
         parts.append(f"{text} epochs of {folder} ({stream.tokens:,} tokens)")
     return ", ".join(parts)

@@ -1,8 +1,8 @@
 """Documents -> tokens, in worker processes. The result does not depend on the number of workers.
 
 Before and after each document stand the ids that its tokenizer wants there (tokenizer.begin, tokenizer.end). With a
-loss mask (conversations.py), NO_LOSS is set in each token that is read but not learned; what stands around a
-conversation is its chat template's.
+loss mask (conversations.py), NO_LOSS is set in each token that is read but not learned, and STARTS in the first one;
+what stands around a conversation is its chat template's.
 """
 
 import multiprocessing
@@ -24,7 +24,7 @@ from minzero.data.chat_templates import LEARNED, TemplateEncoder, without_marks
 from minzero.data.conversations import NOT_LEARNED, ChatEncoding
 from minzero.data.documents import BadDocument, Dropped
 from minzero.data.fast_encoding import BulkEncoder
-from minzero.data.shards import NO_LOSS, token_dtype
+from minzero.data.shards import MARKS, NO_LOSS, STARTS, token_dtype
 from minzero.data.text import cut_for_tokenizer, cut_small, to_utf8
 from minzero.errors import UserError, describe, panics_as_exceptions
 
@@ -115,7 +115,7 @@ def joined(arrays):
         while arrays and len(some) < 1024 and len(some[-1]) < JOINED_AT_ONCE:
             some.append(arrays.pop())
         some = np.concatenate(some)
-        largest = (some & ~NO_LOSS if with_loss_mask else some).max(initial=0)
+        largest = (some & ~MARKS if with_loss_mask else some).max(initial=0)
         if largest >= n_vocab:
             raise UserError(f"--tokenizer: {encoder.tokenizer.name} gave id {largest}, expected below {n_vocab}")
         tokens[place : place + len(some)] = some
@@ -133,11 +133,11 @@ def encode_document(key, text):
     arrays, ends, sizes = (encode_by_template if chat.by_template else encode_own_form)(key, text)
     tokens = sum(map(len, arrays))
     if chat.max_tokens is None or tokens <= chat.max_tokens:
-        return arrays, sum(sizes), False
+        return marked_start(arrays), sum(sizes), False
     fitting = [end for end in ends if end <= chat.max_tokens]
     if not fitting:
         return Dropped("too_long", f"{tokens} tokens, and no whole answer within {chat.max_tokens}"), 0, False
-    return [np.concatenate(arrays)[: fitting[-1]]], sum(sizes[: len(fitting)]), True
+    return marked_start([np.concatenate(arrays)[: fitting[-1]]]), sum(sizes[: len(fitting)]), True
 
 
 def encode_own_form(key, text):
@@ -172,7 +172,17 @@ def encode_by_template(key, text):
             found = template_encoder.encode(text)
     except Exception as error:
         raise BadDocument(key, f"could not be tokenized ({describe(error)})", "choose another --tokenizer") from None
+    if not len(found.ids):
+        raise BadDocument(key, "the chat template writes nothing", "choose another --chat_template")
     return [np.where(found.learned, found.ids, found.ids | NO_LOSS)], found.ends, found.sizes
+
+
+def marked_start(arrays):
+    """The same uint32 arrays of a conversation's tokens, with STARTS set in the first token."""
+    first = next(number for number, array in enumerate(arrays) if len(array))
+    arrays[first] = arrays[first].copy()
+    arrays[first][0] |= STARTS
+    return arrays
 
 
 def encode_answer(key, text):

@@ -36,7 +36,13 @@ def read_meta(folder):
         expect(kind is bool or value.isprintable(), f"tokenizer.{name}", value, "printable text")
     end = meta.get("end_of_text", 0)
     expect(is_count(end) and end < vocab_size, "end_of_text", end, f"a token id below vocab_size {vocab_size}")
-    expect(isinstance(meta.get("loss_mask", False), bool), "loss_mask", meta.get("loss_mask"), "true or false")
+    for name in ("loss_mask", "document_starts"):
+        expect(isinstance(meta.get(name, False), bool), name, meta.get(name), "true or false")
+    document = meta.get("document", {})
+    expect(isinstance(document, dict), "document", document, "an object")
+    for name, ids in document.items():
+        known = isinstance(ids, list) and all(is_count(number) and number < vocab_size for number in ids)
+        expect(known and name in ("begin", "end"), f"document.{name}", ids, "a list of token ids")
     expect(isinstance(meta.get("settings", {}), dict), "settings", meta.get("settings"), "an object")
     template = meta.get("chat_template", {"name": "", "text": ""})
     is_template = isinstance(template, dict) and all(isinstance(template.get(name), str) for name in ("name", "text"))

@@ -179,6 +179,8 @@ class Preparation:
         self.document = {"begin": list(tokenizer.begin), "end": list(tokenizer.end)}  # ids before and after each
         if tokenizer.end:  # else as always: the end of text before each document
             self.settings["document"] = self.document
+        if loss_mask:  # not so in data of earlier versions
+            self.settings["document_starts"] = True
         self.settings |= getattr(documents, "settings", {})
         self.chat = getattr(documents, "chat", None)  # a ChatEncoding
         self.duplicates = Duplicates(args.out) if args.dedup == "exact" else None
@@ -335,6 +337,7 @@ class Preparation:
             "end_of_text": self.tokenizer.end_of_text,
             "document": self.document,
             "loss_mask": self.loss_mask,
+            "document_starts": self.loss_mask,
             "settings": self.settings,
             "skipped": self.skipped.unusable,
             **self.skipped.dropped,

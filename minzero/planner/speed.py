@@ -144,11 +144,10 @@ def product_seconds(settings, card):
 
 
 def attention_seconds(settings, card):
-    """Attention's own two products of a micro-batch. Flash attention skips the masked half; under the mask of a sliding
-    window nothing is skipped."""
+    """Attention's own two products of a micro-batch."""
     s = settings
-    halves = sum(2 if s.has_mask(layer) else 1 for layer in range(s.model.n_layer))
-    flops = 4 * s.model.n_head * s.model.head_size * s.length / 2 * halves * (ATTENTION_PASSES + recomputed_blocks(s))
+    compared = sum(map(s.compared, range(s.model.n_layer)))
+    flops = 4 * s.model.n_head * s.model.head_size * compared * (ATTENTION_PASSES + recomputed_blocks(s))
     return flops * s.tokens / (peak_of(s, card) * card.attention)
 
 
