@@ -27,7 +27,7 @@ if __name__ == "__main__":
     run_command(help_if_asked, may_be_many=True, is_last=False)  # before the imports that take seconds
 import torch
 
-from minzero import checkpoint, dist, resume, sampling, summary, trained
+from minzero import checkpoint, checkpoint_folder, dist, resume, sampling, summary, trained
 from minzero.bad_steps import BadSteps
 from minzero.cards import card_of_device
 from minzero.compiled import why_not_compiled
@@ -79,8 +79,8 @@ def machine_of_all(group):
     nodes = max(1, group.world_size // dist.local_place[1])
     name = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else ""
     memory = memory_per_rank(group.device)
-    found = dist.gather(Hardware(group.world_size, nodes, memory, card_of_device(name)))
-    return dataclasses.replace(found[0], memory_bytes=min(one.memory_bytes for one in found))
+    found = dist.from_rank_0(Hardware(group.world_size, nodes, memory, card_of_device(name)))
+    return dataclasses.replace(found, memory_bytes=dist.reduce(memory, torch.distributed.ReduceOp.MIN))
 
 
 class Setup(NamedTuple):
@@ -128,7 +128,7 @@ class Start(NamedTuple):
 
 
 def choose_start(config, train_data):
-    """Start of this run, by train.resume and train.init_from. Raises UserError."""
+    """Start of this run, by train.resume and train.init_from. Every rank must call this. Raises UserError."""
     path, state = resume.where_to_start(config, train_data)
     if config.train.init_from and not path:
         init_source, load_weights = trained.open_weights(config.train.init_from, config.model)
@@ -139,7 +139,8 @@ def choose_start(config, train_data):
 def facts_in_common(config, setup, start, train_data, val_data):
     """What must be the same on all ranks, as nested dictionaries."""
     facts = config.to_dict()
-    facts |= {"precision": setup.precision, "kernels": setup.kernels, "checkpoint": str(start.path)}
+    seen = start.path and checkpoint_folder.is_complete(start.path)  # as on rank 0, which has chosen it
+    facts |= {"precision": setup.precision, "kernels": setup.kernels, "checkpoint": str(start.path if seen else None)}
     facts["versions"] = {name: setup.versions[name] for name in ("python", "torch", "deepspeed")}
     facts["code"] = dist.code_digests()
     facts["tokens"] = train_data.content_digests() | val_data.content_digests()
@@ -321,6 +322,7 @@ def main(config, watchdog=None):
             precision = resolve_precision(train.precision, group.device)
             config = with_chosen_stage(config, hardware, precision)
             setup = choose_setup(config, group, precision, hardware.memory_bytes)
+        with dist.all_or_none():  # begins with what rank 0 has chosen, so a rank that fails above must not skip it
             start = choose_start(config, train_data)
             tokenizer = sampling.open_tokenizer(config)
             facts = facts_in_common(config, setup, start, train_data, val_data)

@@ -19,17 +19,16 @@ HOW_IT_RESUMES = ("train.out_dir", "train.copy_to", "train.resume", "train.allow
 
 
 def where_to_start(config, data, known_faults=None):
-    """The checkpoint to continue from and its state: (path, state), or (None, the state of step 0).
+    """The checkpoint to continue from and its state: (path, state), or (None, the state of step 0). Rank 0 looks for it
+    and tells the others, so every rank must call this.
 
-    data: the run's training Mixture. known_faults: {path: fault} of checkpoints already found damaged, the newest last;
-    with any, rank 0 chooses for all ranks, and every rank must call this. Rank 0 prints a line for each checkpoint that
-    is ignored. Raises UserError if the run folder holds a run that must not be continued or overwritten."""
+    data: the run's training Mixture. known_faults: {path: fault} of checkpoints already found damaged, the newest last.
+    Rank 0 prints a line for each checkpoint that is ignored. Raises UserError if the run folder holds a run that must
+    not be continued or overwritten."""
+    found, state, ignored = as_rank_0(lambda: choose_start(config.train, known_faults or {}))
     if known_faults:
-        found, state, ignored = as_rank_0(lambda: choose_start(config.train, known_faults))
         latest_fault = list(known_faults)[-1]  # the others were printed by earlier calls
         ignored = [line for line in ignored if str(latest_fault) in line]
-    else:
-        found, state, ignored = choose_start(config.train)
     for line in ignored:
         print0(line)
     if found is None:
@@ -54,7 +53,8 @@ def saved_model(train):
 
 
 def choose_start(train, known_faults=()):
-    """The candidate of `where_to_start`, as `newest_usable` returns it. train: the train section. Raises UserError."""
+    """The candidate of `where_to_start`, as `newest_usable` returns it. train: the train section. For rank 0 alone.
+    Raises UserError."""
     run = Path(train.out_dir)
     resume = train.resume
     if resume == "never" and find(run):

@@ -100,8 +100,9 @@ def holds_model(path):
 
 
 def model_of(found):
-    """The ModelConfig of a checkpoint, without its weights. Raises UserError if it holds parameters of another."""
-    state = checkpoint.read_state(found)
+    """(the ModelConfig of a checkpoint, its state), without its weights. Raises UserError if it holds parameters of
+    another."""
+    state = checkpoint.read_state(found, look_at_files=checkpoint.reads_weights())
     model = build({"model": state["config"]["model"]}, found / "state.json").model
     parameters = state["parameters"]
     if model.n_layer > len(parameters):  # which would take long to build
@@ -111,13 +112,13 @@ def model_of(found):
     except RuntimeError as error:  # torch's, of sizes that no number holds
         raise UserError(f"{found}/state.json: config.model: {describe(error)}") from None
     checkpoint.refuse_other_parameters(found, state, expected)
-    return model
+    return model, state
 
 
 def open_checkpoint(found):
     """A checkpoint's folder -> ModelSource. Raises UserError."""
-    model = model_of(found)  # before the weights are looked at
-    state, config, read = checkpoint.open_weights(found)
+    model, state = model_of(found)  # before the weights are looked at
+    state, config, read = checkpoint.open_weights(found, state)
     folders = sorted(data_weights(state["config"]["data"]["path"]))
     return ModelSource(found, str(found), model, lambda: read, state, config, folders)
 
@@ -172,7 +173,7 @@ def model_to_start_from(source, like):
         published = read_model_config(folder)
         refuse_other_model(folder, like(published), published)
         return published
-    found, saved = checkpoint_folder.reading(folder, "best", lambda found: (found, model_of(found)))
+    found, saved = checkpoint_folder.reading(folder, "best", lambda found: (found, model_of(found)[0]))
     refuse_differences(found, like(saved), saved)
     return saved
 
@@ -185,7 +186,7 @@ def open_weights(source, model: ModelConfig):
     if is_published(folder):
         description, _, load = open_published(folder, model)
         return description.replace(str(folder), source, 1), load
-    found, saved = checkpoint_folder.reading(folder, "best", lambda found: (found, model_of(found)))
+    found, saved = checkpoint_folder.reading(folder, "best", lambda found: (found, model_of(found)[0]))
     refuse_differences(found, model, saved)
     return str(found), lambda: checkpoint.open_weights(found)[2]
 
