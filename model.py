@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minzero.config.sections import ModelConfig, Recomputation
+from minzero.document_attention import Documents, attention_within, window_mask
 from minzero.experts import ExpertLinear, Experts, router_losses
 from minzero.loss import LinearCrossEntropy, cross_entropy
 from minzero.recompute import recompute
@@ -46,11 +47,6 @@ def rotate(x, angles):
     first, second = x.float().chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(rest)
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
-
-
-def window_mask(T, window, device):
-    """Which tokens each token attends to, (T, T): itself and those before it, at most `window` of them."""
-    return torch.ones(T, T, dtype=torch.bool, device=device).tril_().triu_(1 - window)
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls it, and does not trace it
@@ -87,7 +83,8 @@ class Attention(nn.Module):
         self.proj.writes_to_residual = True
 
     def forward(self, x, angles, mask):
-        """angles: of rotary positions, mask: of a sliding window, where this layer has them."""
+        """angles: of rotary positions, where this layer has them. mask: of a sliding window or of documents, or
+        Documents, or None."""
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_size)
         q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
@@ -98,12 +95,17 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        preferred = attention_backends(q.device)
-        with sdpa_kernel(preferred, set_priority=True) if preferred else contextlib.nullcontext():
-            options = {"dropout_p": self.dropout if self.training else 0.0, "enable_gqa": self.n_head != self.n_kv_head}
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)
+        y = self.attend(q, k, v, mask, self.dropout if self.training else 0.0)
         y = self.proj(y.transpose(1, 2).reshape(B, T, -1))
         return F.dropout(y, self.dropout, self.training)
+
+    def attend(self, q, k, v, mask, dropout):
+        if isinstance(mask, Documents):
+            return mask.attend(q, k, v, dropout)
+        preferred = attention_backends(q.device)
+        with sdpa_kernel(preferred, set_priority=True) if preferred else contextlib.nullcontext():
+            options = {"dropout_p": dropout, "enable_gqa": self.n_head != self.n_kv_head}
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)
 
 
 def activate(x, kind):
@@ -183,7 +185,10 @@ class Head(nn.Linear):
 
 class GPT(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean cross-entropy in nats over
-    the targets that are not IGNORE_INDEX, as a float32 scalar (0 if none counts)."""
+    the targets that are not IGNORE_INDEX, as a float32 scalar (0 if none counts).
+
+    positions: (B, T) int64, of each token in its document, where rows hold several: a document begins where a position
+    is 0, and no token attends to another document's. Preferably on the CPU, also for a model on a GPU."""
 
     def __init__(
         self, config: ModelConfig, seed=1337, activation_checkpointing=0, activation_offload=False, kernels="torch"
@@ -194,6 +199,7 @@ class GPT(nn.Module):
         self.config = config
         self.recomputation = Recomputation.of(activation_checkpointing)
         self.activation_offload = activation_offload
+        self.is_compiled = False
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
@@ -234,6 +240,7 @@ class GPT(nn.Module):
         loop over chunks, which would be unrolled."""
         # the part of the activations that a graph keeps, of those that its backward pass would read; 1: all
         functorch_config.activation_memory_budget = self.recomputation.budget
+        self.is_compiled = True
         for block in self.blocks:
             if self.activation_offload:  # the inputs that wait in CPU memory, and no weights, are kept by checkpoint
                 block.compute = torch.compile(block.compute)
@@ -241,25 +248,26 @@ class GPT(nn.Module):
                 block.forward = torch.compile(block.forward)
         self.head.cross_entropy = torch.compile(cross_entropy)
 
-    def forward(self, tokens, targets=None):
+    def forward(self, tokens, targets=None, positions=None):
         config = self.config
         T = tokens.shape[1]
         if config.block_size < T:
             raise ValueError(f"{T} tokens are more than the model's block_size {config.block_size}")
         x = self.token_embedding(tokens)  # (B, T, C)
-        angles = mask = None
+        places = torch.arange(T, device=x.device) if positions is None else positions.to(x.device, non_blocking=True)
+        angles = None
         if config.position == "learned":
-            x = x + self.position_embedding(torch.arange(T, device=tokens.device))
+            x = x + self.position_embedding(places)
         else:
-            angles = rotary_angles(config, T, tokens.device)
-        if config.sliding_window and config.sliding_window < T:
-            mask = window_mask(T, config.sliding_window, tokens.device)
+            angles = rotary_angles(config, T, x.device)
+            if positions is not None:
+                angles = tuple(part[places][:, None] for part in angles)  # (B, 1, T, R / 2)
+        masks = self.masks(x, positions)
         x = F.dropout(x, config.dropout, self.training)
         routings = []  # of each block
         for layer, block in enumerate(self.blocks):
             layer_angles = angles if config.has_rotary(layer) else None
-            layer_mask = mask if config.window_of(layer) else None
-            x, routing = block(x, layer_angles, layer_mask)
+            x, routing = block(x, layer_angles, masks[config.window_of(layer)])
             routings.append(routing)
         x = self.final_norm(x)
         if targets is None:
@@ -268,6 +276,16 @@ class GPT(nn.Module):
         if config.n_expert and self.training:
             loss = self.with_router_losses(loss, torch.stack(routings))
         return loss
+
+    def masks(self, x, positions):
+        """{sliding window of a layer: the mask that its attention takes}. x: embeddings, (B, T, C)."""
+        config = self.config
+        windows = {config.window_of(layer) for layer in range(config.n_layer)}
+        if positions is not None:
+            dropout = config.dropout if self.training else 0.0
+            return attention_within(positions, windows, x, config.head_size, dropout, self.is_compiled)
+        T = x.shape[1]
+        return {window: window_mask(T, window, x.device) if window and window < T else None for window in windows}
 
     def with_router_losses(self, loss, routing):
         """The same value with the gradient of the router's losses added to it: what is reported stays the loss of

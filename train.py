@@ -27,9 +27,10 @@ if __name__ == "__main__":
     run_command(help_if_asked, may_be_many=True, is_last=False)  # before the imports that take seconds
 import torch
 
-from minzero import checkpoint, dist, resume, sampling, summary, trained
+from minzero import checkpoint, checkpoint_folder, dist, resume, sampling, summary, trained
 from minzero.bad_steps import BadSteps
 from minzero.cards import card_of_device
+from minzero.checkpoint import as_rank_0
 from minzero.compiled import why_not_compiled
 from minzero.config.deepspeed import auto_values, deepspeed_config, gradient_accumulation, zero_stage
 from minzero.config.load import load_config
@@ -47,6 +48,7 @@ from minzero.engine import (
 from minzero.errors import UserError
 from minzero.evaluate_loss import validation_loss
 from minzero.goodput import TimeUse
+from minzero.hf import peft
 from minzero.init_from import model_defaults
 from minzero.loss import equal_weights
 from minzero.planner.gpus import Hardware
@@ -64,12 +66,14 @@ LINEAR = "zero_optimization.memory_efficient_linear"
 
 
 def open_data(config):
-    """The training and the validation split. Each gives inputs and targets (micro_batch_size, block_size)."""
+    """The training and the validation split. Each gives inputs, targets and, where attention is within documents,
+    positions in these, (micro_batch_size, block_size)."""
     path = config.data.path
     block_size = config.model.block_size
     vocab_size = config.model.vocab_size
     verify = dist.local_place if config.data.verify else None  # the ranks of a machine share the reading
-    return [Mixture(path, split, block_size, vocab_size, config.train.seed, verify) for split in ("train", "val")]
+    more = config.train.seed, verify, config.data.document_mask
+    return [Mixture(path, split, block_size, vocab_size, *more) for split in ("train", "val")]
 
 
 def machine_of_all(group):
@@ -77,8 +81,8 @@ def machine_of_all(group):
     nodes = max(1, group.world_size // dist.local_place[1])
     name = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else ""
     memory = memory_per_rank(group.device)
-    found = dist.gather(Hardware(group.world_size, nodes, memory, card_of_device(name)))
-    return dataclasses.replace(found[0], memory_bytes=min(one.memory_bytes for one in found))
+    found = dist.from_rank_0(Hardware(group.world_size, nodes, memory, card_of_device(name)))
+    return dataclasses.replace(found, memory_bytes=dist.reduce(memory, torch.distributed.ReduceOp.MIN))
 
 
 class Setup(NamedTuple):
@@ -123,21 +127,45 @@ class Start(NamedTuple):
     state: dict  # its state.json
     init_source: str | None = None  # train.init_from in words, where its weights are taken
     load_weights: Callable | None = None  # as trained.open_weights gives it
+    base: dict | None = None  # with adapters: whose weights stay as they are, as trained.identity_of gives it
+    load_adapters: Callable | None = None  # as peft.open_adapter gives it
 
 
 def choose_start(config, train_data):
-    """Start of this run, by train.resume and train.init_from. Raises UserError."""
+    """Start of this run, by train.resume and train.init_from. Every rank must call this. Raises UserError."""
     path, state = resume.where_to_start(config, train_data)
+    if config.lora.rank:
+        return with_adapters(config, path, state)
     if config.train.init_from and not path:
         init_source, load_weights = trained.open_weights(config.train.init_from, config.model)
         return Start(path, state, init_source, load_weights)
     return Start(path, state)
 
 
+def with_adapters(config, path, state):
+    """Start of a run that trains adapters: the weights of train.init_from are needed also where it is resumed."""
+    if not config.train.init_from:
+        raise UserError(
+            f"lora.rank: found {config.lora.rank} without train.init_from, which names the model that gets adapters; "
+            "set it, or lora.rank to null"
+        )
+    if path:
+        base = state["base"]
+        as_rank_0(lambda: trained.check_base(base, path))
+        init_source, load_weights = trained.open_weights(base["path"], config.model)
+        return Start(path, state, init_source, load_weights, base)
+    base = as_rank_0(lambda: trained.identity_of(config.train.init_from))
+    init_source, load_weights = trained.open_weights(config.train.init_from, config.model)
+    load_adapters = peft.open_adapter(config.lora, config.model) if config.lora.init_from else None
+    return Start(path, state, init_source, load_weights, base, load_adapters)
+
+
 def facts_in_common(config, setup, start, train_data, val_data):
     """What must be the same on all ranks, as nested dictionaries."""
     facts = config.to_dict()
-    facts |= {"precision": setup.precision, "kernels": setup.kernels, "checkpoint": str(start.path)}
+    seen = start.path and checkpoint_folder.is_complete(start.path)  # as on rank 0, which has chosen it
+    facts |= {"precision": setup.precision, "kernels": setup.kernels, "checkpoint": str(start.path if seen else None)}
+    facts["base"] = start.base
     facts["versions"] = {name: setup.versions[name] for name in ("python", "torch", "deepspeed")}
     facts["code"] = dist.code_digests()
     facts["tokens"] = train_data.content_digests() | val_data.content_digests()
@@ -178,13 +206,14 @@ def make_engine(config, group, setup, start):
             f"train.activation_checkpointing: found {recomputation}, which the compiler obeys, but the model is not "
             f"compiled: {not_compiled}; set train.compile to true, or this to true, a number k of blocks or selective"
         )
-    engine = build_engine(config, setup.ds_config, device, setup.kernels, compiled, start.load_weights)
+    loads = start.load_weights, start.load_adapters
+    engine = build_engine(config, setup.ds_config, device, setup.kernels, compiled, *loads)
     torch.manual_seed(config.train.seed + 1 + group.rank)  # each rank drops other activations
     return engine, not_compiled
 
 
-def info_of(config, group, setup, train_data, compiled):
-    """What config.json and each checkpoint record of a run."""
+def info_of(config, group, setup, train_data, compiled, base=None):
+    """What config.json and each checkpoint record of a run. base: of Start."""
     auto = dict(setup.auto)
     if compiled and LINEAR in auto:
         auto[LINEAR] = False  # see build_engine
@@ -198,7 +227,8 @@ def info_of(config, group, setup, train_data, compiled):
         "kernels": setup.kernels,
         "compiled": compiled,
         "deepspeed_auto": auto,
-    }
+        "attended_tokens": train_data.attended(),
+    } | ({"base": base} if base else {})
 
 
 # ---- the parts of a step
@@ -219,14 +249,14 @@ def to_device(arrays, device):
 
 
 def micro_batches(run, data, step):
-    """Yields this rank's micro-batches of a step, read when it is their turn: (inputs and targets, loss weight)."""
+    """Yields this rank's micro-batches of a step, read when it is their turn: (batch of the data, loss weight)."""
     group = run.group
     accumulation = run.setup.gradient_accumulation_steps
     micro_batch_size = run.config.train.micro_batch_size
     first_sample = run.tokens_before // data.block_size
     batches = data.batches(step - 1, group.rank, group.world_size, micro_batch_size, accumulation, first_sample)
     weights = [1.0] * accumulation
-    if data.loss_mask:  # micro-batches with different numbers of tokens that count
+    if data.is_uneven:  # micro-batches with different numbers of tokens that count
         batches = list(batches)
         weights = equal_weights(batches, group.world_size, group.device)
     yield from zip(batches, weights, strict=True)
@@ -239,10 +269,11 @@ def train_step(run, engine, data, step):
     mean_loss = torch.zeros((), device=run.group.device)  # of this rank
     for micro_step, (batch, weight) in enumerate(micro_batches(run, data, step), start=1):
         run.watchdog.heartbeat()
-        inputs, targets = to_device(batch, run.group.device)
+        inputs, targets = to_device(batch[:2], run.group.device)
+        positions = map(torch.from_numpy, batch[2:])  # the model wants these on the CPU
         run.clock.mark("data")
 
-        micro_loss = engine(inputs, targets) * weight
+        micro_loss = engine(inputs, targets, *positions) * weight
         engine.backward(micro_loss)
         mean_loss += micro_loss.detach() / accumulation
         if micro_step == accumulation:  # before engine.step() clips the gradients, updates, and frees them
@@ -257,8 +288,9 @@ def train_step(run, engine, data, step):
 
 
 def own_grad_norm(engine):
-    """The norm of the gradient over all parameters, where this rank has all of it."""
-    return float(torch.nn.utils.get_total_norm([parameter.grad for parameter in engine.module.parameters()]))
+    """The norm of the gradient over all parameters that are trained, where this rank has all of it."""
+    trained = (parameter.grad for parameter in engine.module.parameters() if parameter.requires_grad)
+    return float(torch.nn.utils.get_total_norm(list(trained)))
 
 
 def validate(run, engine, data, step):
@@ -317,6 +349,7 @@ def main(config, watchdog=None):
             precision = resolve_precision(train.precision, group.device)
             config = with_chosen_stage(config, hardware, precision)
             setup = choose_setup(config, group, precision, hardware.memory_bytes)
+        with dist.all_or_none():  # begins with what rank 0 has chosen, so a rank that fails above must not skip it
             start = choose_start(config, train_data)
             tokenizer = sampling.open_tokenizer(config)
             facts = facts_in_common(config, setup, start, train_data, val_data)
@@ -349,7 +382,7 @@ def main(config, watchdog=None):
                 for line in trained.doubts_about_data(train.init_from, train_data.folders):
                     dist.print0(line)
         bad_steps = BadSteps(engine, train.spike_zscore, start.state.get("bad_steps"))
-        info = info_of(config, group, setup, train_data, compiled=not_compiled is None)
+        info = info_of(config, group, setup, train_data, not_compiled is None, start.base)
         run.begin(engine, bad_steps, info, count_real_parameters(engine.module))
         for line in summary.start_lines(run, train_data, not_compiled):
             dist.print0(line)

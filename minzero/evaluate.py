@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from minzero.config.values import did_you_mean
 from minzero.data.mixture import content_digest
+from minzero.data.packing import open_stream
 from minzero.data.pipeline import tokenizer_of
-from minzero.data.shards import open_stream
 from minzero.errors import UserError, describe
 from minzero.evaluate_loss import count_passes, window_losses
 from minzero.hf.weights import own_shapes
@@ -61,7 +61,8 @@ def evaluate(model, streams, batch_size=16, device=None, rank=0, world_size=1, p
 
 def open_streams(source: ModelSource, folders):
     """The validation splits of these folders. Raises UserError if this model cannot be evaluated on one."""
-    streams = [open_stream(folder, "val", source.model.block_size) for folder in folders]
+    document_mask = source.config.data.document_mask if source.config else "auto"
+    streams = [open_stream(folder, "val", source.model.block_size, document_mask) for folder in folders]
     for stream in streams:
         stream.check_vocabulary(source.model.vocab_size)
         source.check_tokenizer(stream.folder)

@@ -17,14 +17,16 @@ def windows_of(stream, wanted_tokens=None):
     so that every token but the first is predicted once; with wanted_tokens about that many tokens of a TokenStream or
     Mixture in whole windows, the same at every call."""
     if wanted_tokens is None:
-        return list(range(math.ceil((stream.tokens - 1) / stream.block_size)))
+        return list(range(stream.windows_and_rest))
     return stream.validation_windows(wanted_tokens // stream.block_size).tolist()
 
 
 def read_windows(stream, windows, rows):
-    """Inputs and targets of these windows, both (rows, block_size) int64. Targets past the windows are IGNORE_INDEX."""
+    """Inputs, targets and, where attention is within documents, positions of these windows, each (rows, block_size)
+    int64. Targets past the windows are IGNORE_INDEX."""
     inputs = torch.zeros(rows, stream.block_size, dtype=torch.long)
     targets = torch.full_like(inputs, IGNORE_INDEX)
+    positions = torch.arange(stream.block_size).repeat(rows, 1)
     for row, window in enumerate(windows):
         first = window * stream.block_size
         is_short = isinstance(stream, TokenStream) and window >= stream.windows
@@ -32,9 +34,9 @@ def read_windows(stream, windows, rows):
             found = stream.example(first, stream.tokens - 1 - first)
         else:
             found = (part[0] for part in stream.batch([window]))
-        for out, part in zip((inputs, targets), found, strict=True):
+        for out, part in zip((inputs, targets, positions), found, strict=False):
             out[row, : len(part)] = torch.from_numpy(part)
-    return inputs, targets
+    return (inputs, targets, positions) if stream.has_documents else (inputs, targets)
 
 
 def count_passes(stream, batch_size, world_size=1, wanted_tokens=None):
@@ -89,13 +91,13 @@ def window_losses(
     count = torch.zeros(1, dtype=torch.float64, device=device)
     with loss_of_each_token(model) as token_losses:
         for first in range(0, len(windows), batch_size * world_size):
-            progress()
             start = first + rank * batch_size
             mine = windows[start : start + batch_size]
             # a rank without windows still runs a forward pass: ZeRO-3's gathers are collective
-            inputs, targets = read_windows(stream, mine, rows)
+            inputs, targets, *positions = read_windows(stream, mine, rows)
+            progress()  # after the reading, which may hang on one rank: the others wait for it in the forward pass
             token_losses.clear()
-            model(inputs.to(device), targets.to(device))
+            model(inputs.to(device), targets.to(device), *positions)
             sums = torch.cat(token_losses).double().view(targets.shape).sum(dim=1)
             losses[start : start + len(mine)] = sums[: len(mine)]
             count += (targets != IGNORE_INDEX).sum()

@@ -55,6 +55,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             weight = F.pad(weight, (0, 0, 0, padding))
         all_logits = x.new_empty(min(chunk, len(x)), len(weight))
         grad_x = torch.empty_like(x) if with_gradient else None
+        of_weight = with_gradient and ctx.needs_input_grad[1]  # not where it is frozen
         grad_weight = None
         for first in range(0, len(x), chunk):
             rows = slice(first, first + chunk)
@@ -66,6 +67,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad = logits  # what cross_entropy has made of them
                 counts = wanted != IGNORE_INDEX
                 torch.mm(grad, weight, out=grad_x[rows]).mul_(counts)  # rows that do not count
+                if not of_weight:
+                    continue
                 counted = x[rows] * counts
                 if first == 0:
                     grad_weight = grad.t() @ counted
@@ -73,7 +76,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 # summed in float32; the product has no name, so it is freed before the next is made
                 grad_weight = grad_weight.float().add_(grad.t() @ counted)
         if with_gradient:
-            ctx.save_for_backward(grad_x, grad_weight[:vocab_size])
+            ctx.save_for_backward(grad_x, grad_weight[:vocab_size] if of_weight else None)
             ctx.weight_dtype = weight.dtype
         return total
 
@@ -82,16 +85,17 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         # sums over all tokens may exceed fp16 before they are scaled, so the types are narrowed last
         grad_x = (grad_x * grad_total).to(grad_x.dtype)
-        grad_weight = torch.mul(grad_weight, grad_total, out=torch.empty_like(grad_weight, dtype=ctx.weight_dtype))
+        if grad_weight is not None:
+            grad_weight = torch.mul(grad_weight, grad_total, out=torch.empty_like(grad_weight, dtype=ctx.weight_dtype))
         return grad_x, grad_weight, None, None, None, None
 
 
 def equal_weights(batches, world_size, device):
     """The loss weight of each of this rank's micro-batches in one step, as a list: with them, every target of the
     global batch that is not IGNORE_INDEX counts the same. Without them, a target of a micro-batch with few others would
-    count more. batches: pairs of inputs and targets. Every rank must call this."""
+    count more. batches: tuples, the targets second. Every rank must call this."""
     counts = torch.tensor(
-        [(targets != IGNORE_INDEX).sum() for _, targets in batches], dtype=torch.float64, device=device
+        [(targets != IGNORE_INDEX).sum() for _, targets, *_ in batches], dtype=torch.float64, device=device
     )
     total = counts.sum()
     distributed.all_reduce(total)

@@ -13,6 +13,7 @@ from minzero.cards import peak_flops
 from minzero.errors import UserError
 from minzero.files import is_number, write_atomically
 from minzero.goodput import KINDS
+from minzero.lora import count_adapters
 from minzero.sizes import count_parameters, flops_per_token, recomputed_flops_per_token
 
 # The keys of a line of metrics.jsonl that hold a number, besides `step` and `tokens`.
@@ -61,10 +62,11 @@ def formula_fault(model, parameters):
     return None
 
 
-def throughput(config, step_seconds, devices, device_name, parameters=None):
+def throughput(config, step_seconds, devices, device_name, parameters=None, attended=None):
     """The speed of a step, as metrics.jsonl has it.
 
-    config: of the run; devices: how many took part; parameters: the number of parameters of the real model.
+    config: of the run; devices: how many took part; parameters: the number of parameters of the real model; attended:
+    see sizes.attention_flops_per_token.
     tflops: model FLOPs per second of one device, in 10^12 (PaLM, https://arxiv.org/abs/2204.02311, appendix B);
     mfu, hfu: model FLOPs, and those with recomputation, over the device's peak. mfu and hfu are None for a device
     whose peak is not known, and all three for a model that the formulas do not describe."""
@@ -73,13 +75,14 @@ def throughput(config, step_seconds, devices, device_name, parameters=None):
     if parameters is not None and formula_fault(config.model, parameters):
         return speed
 
-    model_flops = flops_per_token(config.model)
+    model_flops = flops_per_token(config.model, attended, count_adapters(config.model, config.lora))
     flops_per_second = tokens_per_second * model_flops / devices
     speed["tflops"] = flops_per_second / 1e12
 
     peak = peak_flops(device_name)
     if peak:
-        recomputed_flops = recomputed_flops_per_token(config.model, config.train.activation_checkpointing)
+        recomputation = config.train.activation_checkpointing
+        recomputed_flops = recomputed_flops_per_token(config.model, recomputation, attended)
         speed["mfu"] = flops_per_second / peak
         speed["hfu"] = speed["mfu"] * (model_flops + recomputed_flops) / model_flops
     return speed

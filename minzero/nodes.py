@@ -21,7 +21,10 @@ NAMES_NODE = (
     re.compile(r"^(?P<node>\S+): .*exits with return code = -\d+"),
     re.compile(r"train\.py: error: rank \d+ on (?P<node>[\w.-]+)[: ]"),
 )
-NAMES_NODES = re.compile(r"train\.py: rank \d+ lost contact with ranks? .* on (?P<nodes>[\w., -]+): no sign of life")
+NAMES_NODES = (
+    re.compile(r"train\.py: rank \d+ lost contact with ranks? .* on (?P<nodes>[\w., -]+): no sign of life"),
+    re.compile(r"\branks? [\d, to]+ hangs? on (?P<nodes>[\w.-]+(?:, [\w.-]+)*)"),
+)
 NAMES_RANK = re.compile(r"\brank (?P<rank>\d+) (?:hangs|is gone)")
 
 
@@ -114,8 +117,9 @@ def nodes_that_failed(lines, nodes):
     found = set()
     for line in lines:
         found |= {match["node"] for pattern in NAMES_NODE if (match := pattern.search(line))}
-        if match := NAMES_NODES.search(line):
-            found |= {*match["nodes"].split(", ")}
+        for pattern in NAMES_NODES:
+            if match := pattern.search(line):
+                found |= {*match["nodes"].split(", ")}
         if match := NAMES_RANK.search(line):
             rank = int(match["rank"])
             found |= {of_rank[rank]} if rank < len(of_rank) else set()

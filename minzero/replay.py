@@ -79,10 +79,13 @@ def settings_of(run, before, later):
     if later:
         return later[0]
     found = read_json(run / "config.json")
-    if not isinstance(found, dict) or not {*SECTIONS, "stage", "precision", "world_size", "data"} <= found.keys():
+    if not isinstance(found, dict) or not {*SECTIONS, "stage", "precision", "world_size"} <= found.keys():
         raise UserError(f"{run}/config.json: expected what a run writes there; steps after the last checkpoint need it")
-    # its "data" says what was found in the folders, and not with which weights they were mixed
-    config = {name: found[name] for name in SECTIONS} | {"data": before.get("config", {}).get("data")}
+    config = {name: found[name] for name in SECTIONS}
+    if "data_found" in found:
+        return found | {"config": config, "data": found["data_found"]}
+    # a run of older code: its "data" is what was found in the folders, and does not say how they were mixed
+    config["data"] = before.get("config", {}).get("data")
     if config["data"] is None and len(found["data"]) == 1:
         config["data"] = {"path": next(iter(found["data"]))}
     if config["data"] is None:
@@ -120,6 +123,7 @@ def config_of(run, settings):
 def prepare(run_path, path, state, settings, group):
     """A Run with its engine at a checkpoint, and its training data, as train.py's main makes them. Writes nothing.
     Raises UserError."""
+    memory = train.machine_of_all(group).memory_bytes
     with dist.all_or_none():
         config = config_of(run_path, settings)
         if settings["world_size"] != group.world_size:
@@ -129,7 +133,6 @@ def prepare(run_path, path, state, settings, group):
             )
         data, _ = train.open_data(config)
         check_same_data(settings["data"], data, path or run_path)
-        memory = train.machine_of_all(group).memory_bytes
         setup = train.choose_setup(config, group, settings["precision"], memory)
         start = train.Start(path, state)
         if config.train.init_from and not path:

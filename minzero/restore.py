@@ -11,9 +11,10 @@ from pathlib import Path
 from torch import distributed
 
 from minzero.checkpoint import as_rank_0, fault_of, put_in_place
-from minzero.checkpoint_folder import Saved, name_of, step_and_suffix, tidy, write_marks
+from minzero.checkpoint_folder import Saved, tidy, write_marks
+from minzero.checkpoint_names import is_name, name_of
 from minzero.checkpoint_state import read_state
-from minzero.dist import all_or_none, gather, print0
+from minzero.dist import all_or_none, first, print0
 from minzero.errors import SharedError, UserError
 from minzero.files import is_count, is_regular, make_folder, write_atomically
 from minzero.resume import check_same_run
@@ -90,11 +91,6 @@ def copies_to_try(config, store):
     return sorted(newer, key=lambda name: (numbers[name], name), reverse=True)
 
 
-def is_name(name):
-    step, suffix = step_and_suffix(Path(name))
-    return step is not None and not suffix
-
-
 def fetch(store, checkpoints, name, config):
     """Fetch one copy and the run's small files. Returns whether it is whole and in place; if not, a line says why.
     Every rank must call this. Raises SharedError for a copy of other settings, for a store that does not answer, and
@@ -107,7 +103,8 @@ def fetch(store, checkpoints, name, config):
         rank, ranks = distributed.get_rank(), distributed.get_world_size()
         with all_or_none():
             missing = store.fetch(name, sorted(state["files"])[rank::ranks], temporary)
-        fault = next(filter(None, gather(missing)), None) or fault_of(temporary, state)
+        found = first(missing)
+        fault = found[1] if found else fault_of(temporary, state)
     if fault:
         print0(f"ignored {where}: {fault}")
     as_rank_0(lambda: shutil.rmtree(temporary, ignore_errors=True) if fault else complete(store, temporary, name))

@@ -115,24 +115,26 @@ def count_parameters(config: ModelConfig):
     return total, config.n_layer * matrices + config.vocab_size * config.n_embd
 
 
-def attention_flops_per_token(config: ModelConfig):
+def attention_flops_per_token(config: ModelConfig, attended=None):
     """FLOPs of attention's two products in a forward pass, per token: 4 for each channel of a query and each token that
     it is compared with, with the masked half included. A sliding window shortens that, although the products that it
-    masks are computed."""
-    tokens = sum(
-        min(config.window_of(layer) or config.block_size, config.block_size) for layer in range(config.n_layer)
-    )
+    masks are computed. attended: the mean number of tokens of a token's document, where attention is within documents;
+    None: block_size."""
+    most = attended or config.block_size
+    tokens = sum(min(config.window_of(layer) or most, most) for layer in range(config.n_layer))
     return 4 * config.n_head * config.head_size * tokens
 
 
-def flops_per_token(config: ModelConfig):
+def flops_per_token(config: ModelConfig, attended=None, adapters=0):
     """Model FLOPs per training token: 6 for each parameter that multiplies an activation (2 forward, 4 backward), and
     attention's products, which are 12 n_layer n_embd block_size where nothing shortens them (PaLM: Chowdhery et al.
-    2022, arXiv 2204.02311, appendix B)."""
-    return 6 * count_parameters(config)[1] + 3 * attention_flops_per_token(config)
+    2022, arXiv 2204.02311, appendix B). attended: as of `attention_flops_per_token`. adapters: the number of parameters
+    that are trained in place of the model's own (lora.py); these then have no gradients, so 4 for each."""
+    own = (4 if adapters else 6) * count_parameters(config)[1]
+    return own + 6 * adapters + 3 * attention_flops_per_token(config, attended)
 
 
-def recomputed_flops_per_token(config: ModelConfig, activation_checkpointing):
+def recomputed_flops_per_token(config: ModelConfig, activation_checkpointing, attended=None):
     """FLOPs per training token that train.activation_checkpointing adds. A block that is recomputed: its forward pass
     once more. Selective: only the product after attention, and the experts' down product, whose output the gradient of
     the routing weights reads. A part b of the activations kept: 1 - b of the forward pass, though the compiler drops
@@ -147,4 +149,4 @@ def recomputed_flops_per_token(config: ModelConfig, activation_checkpointing):
     blocks = -(-config.n_layer // recomputation.every) if recomputation.every else 0
     share = blocks / config.n_layer + 1 - recomputation.budget
     matrices = count_parameters(config)[1] - config.vocab_size * config.n_embd
-    return share * (2 * matrices + attention_flops_per_token(config))
+    return share * (2 * matrices + attention_flops_per_token(config, attended))

@@ -4,6 +4,7 @@ import json
 
 from minzero import checkpoint_state, metrics, resume
 from minzero.config.deepspeed import with_auto_values
+from minzero.lora import count_adapters
 from minzero.schedule import learning_rate
 from minzero.sizes import count_parameters, wide_heads
 
@@ -23,6 +24,9 @@ def start_lines(run, data, not_compiled=None):
         chosen = ", ".join(f"{key} {json.dumps(value)}" for key, value in setup.auto.items())
         lines.append(f'"auto" of deepspeed: {chosen or "nothing"}')
     active = f" ({count_parameters(model)[1]:,} active per token)" if model.n_expert else ""
+    if adapters := count_adapters(model, config.lora):
+        matrices = ", ".join(config.lora.matrices)
+        active += f", frozen, and {adapters:,} in adapters of rank {config.lora.rank} beside {matrices}"
     lines.append(
         f"{run.parameters:,} parameters{active}, {model.n_layer} layers of width {model.n_embd}, {model.n_head} heads, "
         f"vocabulary {model.vocab_size:,}, context {model.block_size:,} tokens"
@@ -40,6 +44,7 @@ def start_lines(run, data, not_compiled=None):
     tokens = run.tokens_at(run.total_steps)
     done = f", {run.steps_done:,} of them done" if run.steps_done else ""
     lines.append(f"{run.total_steps:,} steps{done}; {tokens:,} tokens: {epochs(tokens, data)}")
+    lines += [line for stream in data.streams if (line := stream.summary())]
     lines.append(f"run in {run.folder.path}: all settings and versions in its config.json, numbers in metrics.jsonl")
     lines.append("to stop: Ctrl-C or SIGTERM saves and ends after the step; the same command continues")
     if train.warmup_tokens > train.max_tokens:
@@ -58,7 +63,7 @@ def epochs(tokens, data):
     """How often each folder of a training Mixture is read in so many tokens of a run, in words."""
     parts = []
     for folder, stream, count in zip(data.folders, data.streams, data.schedule.counts, strict=True):
-        number = tokens * count / data.schedule.period / stream.tokens
+        number = tokens * count / data.schedule.period / stream.epoch_tokens
         text = f"{number:,.2f}" if number >= 0.1 else f"{number:.2g}"
         parts.append(f"{text} epochs of {folder} ({stream.tokens:,} tokens)")
     return ", ".join(parts)

@@ -1,12 +1,24 @@
-"""Checks of single JSON values against a type, a range and choices, and the words for them in error messages."""
+"""Keys of a configuration: JSON values are checked against a type, a range and choices, and errors put in words."""
 
 import difflib
 import json
 import math
 import types
 import typing
+from dataclasses import field
 
 from minzero.errors import UserError
+
+
+def key(default, meaning, choices=None, minimum=None, maximum=None, off=None):
+    """A configuration key: its default, its meaning with the unit, and the values it may take.
+
+    off: for keys of the model section, the value with which the model computes the same as without this key (see
+    `switched_on`)."""
+    metadata = {"meaning": meaning, "choices": choices, "minimum": minimum, "maximum": maximum, "off": off}
+    if isinstance(default, list):  # each Config gets its own copy
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def convert(where, value, expected, meta):

@@ -12,7 +12,7 @@ import numpy as np
 
 from minzero.config.sections import data_weights
 from minzero.data.order import Schedule, sample_numbers, windows_of
-from minzero.data.shards import open_stream
+from minzero.data.packing import open_stream
 from minzero.errors import UserError
 
 DIGEST_TOKENS = 1 << 20  # read for a digest of the content
@@ -24,19 +24,20 @@ class Mixture:
 
     path: a folder, or {folder: weight} in any order. Each folder has its own epochs. verify: None, or (number of this
     rank, number of ranks) on this machine, whose ranks then share the work of reading every shard and comparing its
-    checksum. Raises UserError for shards that are broken, too short, made with different tokenizers, or with ids at or
-    above `vocab_size`."""
+    checksum. document_mask: as data.document_mask. Raises UserError for shards that are broken, too short, made with
+    different tokenizers, or with ids at or above `vocab_size`, and for documents that cannot be told apart."""
 
-    def __init__(self, path, split, block_size, vocab_size, seed, verify=None):
+    def __init__(self, path, split, block_size, vocab_size, seed, verify=None, document_mask="auto"):
         weights = data_weights(path)
         self.folders = sorted(weights)
         self.block_size = block_size
         self.seed = seed
-        self.streams = [open_stream(folder, split, block_size) for folder in self.folders]
+        self.streams = [open_stream(folder, split, block_size, document_mask) for folder in self.folders]
         self.schedule = Schedule([weights[folder] for folder in self.folders])
         self.first_windows = np.cumsum([0] + [stream.windows for stream in self.streams])
         self.windows = int(self.first_windows[-1])
-        self.loss_mask = any(stream.loss_mask for stream in self.streams)
+        self.is_uneven = any(stream.is_uneven for stream in self.streams)
+        self.has_documents = any(stream.has_documents for stream in self.streams)
         known = {}  # fingerprint of a tokenizer -> the first folder made with it
         for folder, stream in zip(self.folders, self.streams, strict=True):
             stream.check_vocabulary(vocab_size)
@@ -68,17 +69,27 @@ class Mixture:
             yield self.batch(self.windows_of(samples + first_sample))
 
     def batch(self, windows):
-        """Window numbers (k,) -> inputs and targets, both (k, block_size) int64."""
+        """Window numbers (k,) -> inputs, targets and, where attention is within documents, positions in them, each
+        (k, block_size) int64."""
         if len(self.streams) == 1:
             return self.streams[0].batch(windows)
         windows = np.asarray(windows)
-        inputs = np.empty((len(windows), self.block_size), dtype=np.int64)
-        targets = np.empty_like(inputs)
+        parts = np.empty((3 if self.has_documents else 2, len(windows), self.block_size), dtype=np.int64)
+        parts[2:] = np.arange(self.block_size)  # of folders without: each window is one document
         sets = np.searchsorted(self.first_windows, windows, side="right") - 1
         for number in set(sets.tolist()):
             mine = np.flatnonzero(sets == number)
-            inputs[mine], targets[mine] = self.streams[number].batch(windows[mine] - self.first_windows[number])
-        return inputs, targets
+            found = self.streams[number].batch(windows[mine] - self.first_windows[number])
+            for part, of_stream in zip(parts, found, strict=False):
+                part[mine] = of_stream
+        return tuple(parts)
+
+    def attended(self):
+        """The mean number of tokens that attention compares a token with, the masked half included: its document's, or
+        block_size."""
+        total = self.schedule.period
+        shares = zip(self.streams, self.schedule.counts, strict=True)
+        return sum(count / total * stream.attended() for stream, count in shares)
 
     def validation_windows(self, wanted):
         """Window numbers for an evaluation, the same each time: about `wanted`, shared among the folders by weight and

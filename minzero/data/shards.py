@@ -24,18 +24,20 @@ from minzero.data.meta import read_meta
 from minzero.data.order import validation_windows
 from minzero.errors import UserError
 from minzero.files import checksum, open_regular, write_atomically
-from minzero.nearest import suggesting
 from minzero.sizes import IGNORE_INDEX
 
 HEADER_BYTES = 256 * 4
 FORMATS = {np.dtype("<u2"): (20240520, 1), np.dtype("<u4"): (20240801, 7)}  # dtype: (magic, version)
 OPEN_FILES = 128  # of a process: data sets have thousands of shards, and the usual limit is 1,024 open files
 HEADERS_AT_START = 64  # shards of a data set whose headers are read at the start; of the others, the sizes
-NO_LOSS = np.uint32(1 << 31)  # set in a token that is read but not a target, if meta.json says loss_mask
+# Set in a token if meta.json says loss_mask: it is read but not a target, and it is the first of a conversation.
+NO_LOSS = np.uint32(1 << 31)
+STARTS = np.uint32(1 << 30)
+MARKS = NO_LOSS | STARTS
 
 
 def token_dtype(vocab_size, loss_mask=False):
-    """The smaller of the two token types that holds every id of the vocabulary, and NO_LOSS if there is a mask."""
+    """The smaller of the two token types that holds every id of the vocabulary, and MARKS if there is a mask."""
     return np.dtype("<u2") if vocab_size <= 65536 and not loss_mask else np.dtype("<u4")
 
 
@@ -162,13 +164,6 @@ def holds_data(path):
     return path.is_dir() and any((path / name).exists() for name in ("meta.json", "val_000000.bin", "val.bin"))
 
 
-def open_stream(folder, split, block_size):
-    """The TokenStream of a folder that a person named. Its errors name the nearest folder of token shards where
-    `folder` is none."""
-    with suggesting(folder, holds_data):
-        return TokenStream(folder, split, block_size)
-
-
 class TokenStream:
     """The shards of one split, in the order of their names, read as one long array of tokens.
 
@@ -183,6 +178,8 @@ class TokenStream:
     they say how many tokens there are. Ids are compared with the vocabulary on every read.
 
     Raises UserError if a shard is missing, broken, or the split is shorter than one window."""
+
+    has_documents = False  # whether `batch` has positions in documents, see packing.py
 
     def __init__(self, folder, split, block_size):
         self.folder = Path(folder)
@@ -201,15 +198,35 @@ class TokenStream:
         self.paths = [self.folder / entry["file"] for entry in self.entries]
         self.measure_shards()
         self.tokens = self.starts[-1]
-        self.windows = (self.tokens - 1) // block_size
-        if self.windows < 1:
-            raise UserError(
-                f"data.path: the {split} split of {folder} has {self.tokens} tokens, fewer than one window of "
-                f"model.block_size + 1 = {block_size + 1}; prepare more data or lower model.block_size"
-            )
+        self.windows = self.count_windows()
         self.files = SHARED_FILES
         self.number = next(STREAMS)
         weakref.finalize(self, SHARED_FILES.close, self.number)
+
+    def count_windows(self):
+        """The number of whole windows. Raises UserError if there is none."""
+        windows = (self.tokens - 1) // self.block_size
+        if windows < 1:
+            raise UserError(
+                f"data.path: the {self.split} split of {self.folder} has {self.tokens} tokens, fewer than one window "
+                f"of model.block_size + 1 = {self.block_size + 1}; prepare more data or lower model.block_size"
+            )
+        return windows
+
+    @property
+    def windows_and_rest(self):
+        """The number of windows with the last one, which may be short."""
+        return -(-(self.tokens - 1) // self.block_size)
+
+    @property
+    def epoch_tokens(self):
+        """Tokens of a run's batches in which all windows are read once."""
+        return self.tokens
+
+    @property
+    def is_uneven(self):
+        """Whether windows have different numbers of targets that count."""
+        return self.loss_mask
 
     def check_prepared(self):
         """Raise UserError if the preparation of the folder is not finished, or gave this split no shards."""
@@ -314,7 +331,7 @@ class TokenStream:
     def ids(self, tokens, position):
         """Stored tokens -> their ids, of the same dtype. position: index into the flat array -> token of the stream.
         Raises UserError that names shard and place if an id is not below the vocabulary size."""
-        ids = tokens & ~NO_LOSS if self.loss_mask else tokens
+        ids = tokens & ~MARKS if self.loss_mask else tokens
         if self.vocab_size is not None and ids.size and ids.max() >= self.vocab_size:
             start = position(int(ids.argmax()))
             shard = bisect.bisect_right(self.starts, start) - 1
@@ -345,13 +362,37 @@ class TokenStream:
             targets[tokens[..., 1:] >= NO_LOSS] = IGNORE_INDEX
         return inputs, targets
 
+    def summary(self):
+        """A line on how the windows were made, or None."""
+        return
+
+    def attended(self):
+        """The mean number of tokens that attention compares a token with: all of its window."""
+        return self.block_size
+
+    # -- documents
+
+    def begins_document(self, tokens):
+        """Which of these stored tokens, (..., n), begin a document, as an array of bool. Where an id after each
+        document tells, the first of a row is not known, and False. meta.json must satisfy `knows_documents`."""
+        if self.meta.get("document_starts"):
+            return tokens & STARTS != 0
+        begin, end = document_of(self.meta)
+        if begin:
+            return tokens == (begin[0] | NO_LOSS if self.loss_mask else begin[0])
+        after_end = np.zeros(tokens.shape, dtype=bool)
+        after_end[..., 1:] = tokens[..., :-1] == end[-1]
+        return after_end
+
+    # -- checks
+
     def validation_windows(self, wanted):
         """`wanted` windows spread evenly over the stream, or all of them: the same at every evaluation."""
         return validation_windows(self.windows, wanted)
 
     def check_vocabulary(self, vocab_size, samples=64):
         """Raise UserError if the vocabulary of meta.json is larger than the model's, or a token in one of `samples`
-        windows is outside it. Later reads compare with it too."""
+        places is outside it. Later reads compare with it too."""
         if self.meta and self.meta["vocab_size"] > vocab_size:
             raise UserError(
                 f"model.vocab_size: {vocab_size}, but {self.folder} has token ids up to "
@@ -360,8 +401,9 @@ class TokenStream:
             )
         if not self.meta:
             self.vocab_size = vocab_size
-        for window in self.validation_windows(samples):
-            self.read(int(window) * self.block_size, self.block_size + 1)
+        length = min(self.block_size + 1, self.tokens)
+        for place in validation_windows(self.tokens // length, samples):
+            self.read(int(place) * self.block_size, length)
 
     def verify(self, share=0, of=1):
         """Read shards number share, share + of, share + 2 * of, ... as a whole. Raises UserError if a checksum is not
@@ -379,6 +421,23 @@ class TokenStream:
             "tokens": self.tokens,
             "shards": hashlib.sha256(json.dumps([known, self.starts]).encode()).hexdigest()[:16],
         }
+
+
+def document_of(meta):
+    """The ids before and after each document of a data set, two lists. meta: its meta.json or None."""
+    meta = meta or {}
+    end_of_text = [meta["end_of_text"]] if "end_of_text" in meta else []
+    found = meta.get("document", {"begin": end_of_text})
+    return found.get("begin", []), found.get("end", [])
+
+
+def knows_documents(meta):
+    """Whether the shards of a data set tell where its documents begin. Conversations have an end of text after each
+    answer, so that where no id is before them only STARTS tells. meta: meta.json or None."""
+    begin, end = document_of(meta)
+    if begin or not meta:
+        return bool(begin)
+    return bool(meta.get("document_starts") or (end and not meta.get("loss_mask")))
 
 
 def shards_of(folder, split, meta):
@@ -410,7 +469,7 @@ def verify_shard(path, entry, vocab_size=None, loss_mask=False):
                 count -= count % dtype.itemsize  # if the file is cut short meanwhile
                 ids = np.frombuffer(part[:count], dtype)
                 if loss_mask:
-                    ids = ids & ~NO_LOSS
+                    ids = ids & ~MARKS
                 if largest is None or ids.max() > largest:
                     largest = int(ids.max())
                     place = (done - offset) // dtype.itemsize + int(ids.argmax())

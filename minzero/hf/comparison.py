@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from minzero import checkpoint
-from minzero.config.sections import ModelConfig, is_chosen
+from minzero.config.model_section import ModelConfig, is_chosen
 from minzero.errors import UserError
 from minzero.hf.families import FAMILIES, family_of, transformers_config
 from minzero.hf.weights import from_transformers, has_in_ours, own_shapes, their_names, to_transformers

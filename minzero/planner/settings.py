@@ -1,7 +1,9 @@
 """One training setting as the planner sees it: the keys of a configuration that change memory or speed."""
 
 import dataclasses
-from dataclasses import dataclass
+import functools
+import json
+from dataclasses import dataclass, field
 
 from minzero.config.deepspeed import (
     auto_values,
@@ -11,9 +13,13 @@ from minzero.config.deepspeed import (
     with_auto_values,
     zero_stage,
 )
-from minzero.config.sections import ModelConfig, Recomputation
+from minzero.config.sections import LoraConfig, ModelConfig, Recomputation
+from minzero.data.mixture import Mixture
 from minzero.errors import UserError
+from minzero.lora import count_adapters
+from minzero.sizes import MOST_HEAD_SIZE
 
+LARGEST_VOCABULARY = 2**31  # of any data
 MOST_LAYERS = 2**12  # a model with more is not planned: each layer is replayed
 
 # key of deepspeed.zero_optimization -> field of Settings
@@ -64,9 +70,16 @@ class Settings:
     sub_group_size: int = 1_000_000_000
     accumulation_bytes: int | None = None  # of an accumulated gradient; None: as wide as the weights
     compiled: bool = False  # the loss keeps no probabilities, and SwiGLU not the activated gate
+    attended: float | None = None  # tokens of the mean token's document, where attention is within documents
+    lora: LoraConfig = field(default_factory=LoraConfig)  # with a rank: adapters are trained, and nothing else
     save_in_background: bool = False  # a copy of the optimizer is in CPU memory while a checkpoint is written
     master_bytes: int = 4
     moment_bytes: int = 8  # both of Adam's moments
+
+    @property
+    def adapters(self):
+        """Parameters of adapters, which then are all that is trained; 0: none, and all weights are trained."""
+        return count_adapters(self.model, self.lora)
 
     @property
     def recomputation(self):
@@ -88,20 +101,51 @@ class Settings:
         """Width of the weights and of the residual stream."""
         return {"bf16": 2, "fp16": 2, "fp32": 4}[self.precision]
 
+    @property
+    def varlen(self):
+        """Whether attention takes one document after the other (document_attention.py)."""
+        model = self.model
+        return bool(self.attended and self.bytes == 2 and not model.dropout and model.head_size <= MOST_HEAD_SIZE)
+
     def has_mask(self, layer):
-        """Whether a sliding window hides tokens of a sequence from others in this layer."""
+        """Whether a mask hides tokens of a sequence from others in this layer: of documents or a sliding window."""
+        if self.attended:
+            return not self.varlen
         return (self.model.window_of(layer) or self.length) < self.length
 
     @property
     def mask_bytes(self):
-        """Bytes of the mask that all layers with a sliding window share: one for each pair of tokens."""
-        return self.length**2 if any(map(self.has_mask, range(self.model.n_layer))) else 0
+        """Bytes of the masks that layers share, one for each pair of tokens: that of a sliding window is the same in
+        all sequences, and that of documents another in each."""
+        masked = filter(self.has_mask, range(self.model.n_layer))
+        kinds = len({self.model.window_of(layer) for layer in masked})
+        return kinds * self.length**2 * (self.micro_batch_size if self.attended else 1)
+
+    def compared(self, layer):
+        """Tokens that attention computes products with for the mean token of this layer. Flash attention skips the
+        masked half; under a mask nothing is skipped."""
+        if self.has_mask(layer):
+            return self.length
+        return min(self.model.window_of(layer) or self.length, self.attended or self.length) / 2
 
     @property
     def product_bytes(self):
         """Width of the inputs and outputs of matrix products: the weights' own, as nothing here casts
         (torch.autocast would)."""
         return self.bytes
+
+
+@functools.cache
+def attended_tokens(path, block_size, document_mask):
+    """The mean length in tokens of a token's document, where attention is within documents, as the data says if it is
+    here; else None. path: data.path in JSON. document_mask: data.document_mask."""
+    if document_mask is False:
+        return None
+    try:
+        data = Mixture(json.loads(path), "train", block_size, LARGEST_VOCABULARY, 0, None, document_mask)
+    except UserError:  # train.py says what is wrong with it
+        return None
+    return data.attended() if data.has_documents else None
 
 
 def gradient_accumulation_steps(config, gpus):
@@ -147,6 +191,8 @@ def settings_of(config, gpus, memory, card=None):
         compiled=train.compile is True or (train.compile == "auto" and not (card and card.is_cpu)),
         # checkpoint.py copies no optimizer that lives on NVMe: memory may not hold it
         save_in_background=train.save_in_background and offload_device(zero, "offload_optimizer") != "nvme",
+        lora=config.lora,
+        attended=attended_tokens(json.dumps(config.data.path), config.model.block_size, config.data.document_mask),
         accumulation_bytes={"fp32": 4, "bf16": 2, "fp16": 2}.get(accumulated_type),
         **{field: zero[key] for key, field in ZERO_KEYS.items() if key in zero},
     )

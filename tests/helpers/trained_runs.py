@@ -84,7 +84,7 @@ def write_file(path, tensors):
     return write_tensors(path, sizes, tensors.values())
 
 
-def write_run(run, config, data, step=5, read=None):
+def write_run(run, config, data, step=5, read=None, document_mask="auto"):
     """Write a run's folder with one checkpoint, each parameter cut in two: of `random_model`, or of the weights that
     read(name) gives. Returns the model."""
     model = random_model(config)
@@ -102,12 +102,13 @@ def write_run(run, config, data, step=5, read=None):
             tensors[f"fp32/{key}/{rank * cut}"] = (flat[cut:] if rank else flat[:cut]).contiguous()
         file = f"rank_{rank:05d}.safetensors"
         files[file] = write_file(folder / f"{name}.tmp" / file, tensors)
-    everything = {"model": config, "data": DataConfig(data)}
+    everything = {"model": config, "data": DataConfig(data, document_mask=document_mask)}
     state = {"step": step, "tokens": step * 1024, "optimizer_steps": step, "files": files, "loss_scaler": {}}
     state |= {"config": Config(**everything).to_dict(), "world_size": 2, "stage": 3, "precision": "fp32"}
     state |= {"parameters": {key: list(parameter.shape) for key, parameter in parameters.items()}}
     state |= {"tied": {"head.weight": "token_embedding.weight"} if config.tie_embeddings else {}}
-    state |= {"data": Mixture(data, "train", config.block_size, config.vocab_size, 1).fingerprint()}
+    mixture = Mixture(data, "train", config.block_size, config.vocab_size, 1, document_mask=document_mask)
+    state |= {"data": mixture.fingerprint()}
     state |= {"versions": {"torch": torch.__version__, "git": "abc1234", "device": "cpu"}, "best_val_loss": 5.0}
     checkpoint.commit(folder, name, state, best=True)
     line = {"step": step, "tokens": step * 1024}

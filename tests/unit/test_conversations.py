@@ -117,8 +117,8 @@ def test_parquet_and_the_hub_give_the_same_conversations(tmp_path):
 
 def test_a_mixture_of_text_and_conversations(data, tmp_path):
     text = write_data(tmp_path / "text")
-    mixture = Mixture({str(data): 1, text: 1}, "train", 16, 270, 1)
-    assert mixture.loss_mask and not Mixture(text, "train", 16, 270, 1).loss_mask
+    mixture = Mixture({str(data): 1, text: 1}, "train", 16, 270, 1, document_mask=False)
+    assert mixture.is_uneven and not Mixture(text, "train", 16, 270, 1).is_uneven
     inputs, targets = mixture.batch(np.arange(mixture.windows))
     masked = (targets == IGNORE_INDEX).any(axis=1)
     assert 0 < masked.sum() <= TokenStream(data, "train", 16).windows < len(inputs) and inputs.max() < 270
@@ -126,10 +126,10 @@ def test_a_mixture_of_text_and_conversations(data, tmp_path):
 
 def one_batch_at_a_time(data, micro_batch_size, ranks):
     """Gradient and loss of a global batch of 12 windows, summed as train.py does."""
-    mixture, model = Mixture(str(data), "train", 16, 270, 1), GPT(GPT2)
+    mixture, model = Mixture(str(data), "train", 16, 270, 1, document_mask=False), GPT(GPT2)
     accumulation, total = 12 // micro_batch_size // ranks, 0
     everyone = [list(mixture.batches(0, rank, ranks, micro_batch_size, accumulation)) for rank in range(ranks)]
-    counts = [sum((targets != IGNORE_INDEX).sum() for _, targets in batches) for batches in everyone]
+    counts = [sum((targets != IGNORE_INDEX).sum() for _, targets, *_ in batches) for batches in everyone]
     for batches in everyone:
         with pytest.MonkeyPatch.context() as patch:  # the other ranks' part of the sum
             patch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.fill_(float(sum(counts))))
@@ -143,7 +143,7 @@ def one_batch_at_a_time(data, micro_batch_size, ranks):
 
 @pytest.mark.parametrize("micro_batch_size, ranks", [(1, 1), (2, 3), (6, 2), (12, 1)])
 def test_every_answered_token_counts_the_same_in_any_split_of_the_batch(data, micro_batch_size, ranks):
-    mixture, model = Mixture(str(data), "train", 16, 270, 1), GPT(GPT2)
+    mixture, model = Mixture(str(data), "train", 16, 270, 1, document_mask=False), GPT(GPT2)
     (batch,) = mixture.batches(0, 0, 1, 12, 1)
     inputs, targets = map(torch.from_numpy, batch)
     expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
@@ -155,7 +155,7 @@ def test_every_answered_token_counts_the_same_in_any_split_of_the_batch(data, mi
 
 
 def test_evaluation_counts_the_answers_alone(data, tmp_path, capsys):
-    model = write_run(tmp_path / "run", GPT2, str(data))
+    model = write_run(tmp_path / "run", GPT2, str(data), document_mask=False)
     eval.main([str(tmp_path / "run"), "--json", "--batch_size", "3"])
     output = capsys.readouterr().out
     found = json.loads(output.splitlines()[-1])
@@ -171,7 +171,9 @@ def test_evaluation_counts_the_answers_alone(data, tmp_path, capsys):
     assert found["tokens"] == sum(counts) < stream.tokens / 2 and "the assistant's words count" in output
     assert found["val_loss"] == pytest.approx(sum(losses) / sum(counts), rel=1e-6)
     whole = slice(0, stream.windows)  # what train.py takes
-    during = validation_loss(model, Mixture(str(data), "val", 16, 270, 1), 10**6, 3, torch.device("cpu"))
+    during = validation_loss(
+        model, Mixture(str(data), "val", 16, 270, 1, document_mask=False), 10**6, 3, torch.device("cpu")
+    )
     with pytest.raises(UserError, match="--gzip"):
         eval.main([str(tmp_path / "run"), "--gzip"])
     assert during == pytest.approx(sum(losses[whole]) / sum(counts[whole]), rel=1e-6)
@@ -187,15 +189,17 @@ def test_a_validation_split_in_which_nothing_counts(data, tmp_path):
     meta["splits"]["val"]["shards"] = [entry]
     (folder / "meta.json").write_text(json.dumps(meta))
     model = GPT(GPT2)
-    during = validation_loss(model, Mixture(str(folder), "val", 16, 270, 1), 10**6, 3, torch.device("cpu"))
+    during = validation_loss(
+        model, Mixture(str(folder), "val", 16, 270, 1, document_mask=False), 10**6, 3, torch.device("cpu")
+    )
     assert math.isnan(during) and model.training
-    write_run(tmp_path / "run", GPT2, str(folder))
+    write_run(tmp_path / "run", GPT2, str(folder), document_mask=False)
     with pytest.raises(UserError, match=r"no token of the validation split counts, so there is no loss; give other"):
         eval.main([str(tmp_path / "run")])
 
 
 def test_sampling_and_the_exported_template_begin_as_the_data_does(data, tmp_path, capsys):
-    write_run(tmp_path / "run", LLAMA, str(data))
+    write_run(tmp_path / "run", LLAMA, str(data), document_mask=False)
     export.main([str(tmp_path / "run"), str(tmp_path / "hf")])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     stream = TokenStream(data, "train", 16)
@@ -217,7 +221,7 @@ def test_sampling_and_the_exported_template_begin_as_the_data_does(data, tmp_pat
 
 def test_the_template_masks_what_is_learned_and_refuses_what_is_no_conversation(data, tmp_path):
     """Token by token what is stored for training; in other versions: tests/slow/test_transformers_versions.py."""
-    write_run(tmp_path / "run", LLAMA, str(data))
+    write_run(tmp_path / "run", LLAMA, str(data), document_mask=False)
     export.main([str(tmp_path / "run"), str(tmp_path / "hf")])
     tokenizer, encoding = AutoTokenizer.from_pretrained(tmp_path / "hf"), load_tokenizer("bytes")
     odd = [{"role": "assistant", "content": ""}, {"role": "user", "content": "{{ bos_token }} \n"}, TALK[2]]

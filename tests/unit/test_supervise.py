@@ -316,6 +316,8 @@ LOGS = [
     ),
     ("node2: [2026-11-26 14:00:00,000] [ERROR] [launch.py:325:sigkill_handler] [x] exits with return code = 1", set()),
     ("node1: train.py: rank 0 waited 5.0 s: rank 3 hangs; resume from x", {"node2"}),
+    ("node1: train.py: rank 0 waited 5 s in a step: ranks 2 to 3 hang on node2; resume from x", {"node2"}),
+    ("node1: train.py: rank 0 waited 5 s in a save: ranks 1, 3 hang on node1, node2; x", {"node1", "node2"}),
     ("node1: train.py: error: rank 2 on node2: data/x: no such file", {"node2"}),
     ("node1: train.py: error: rank 2 on elsewhere: data/x: no such file", set()),
     ("node1: train.py: rank 0 waited 5.0 s: rank 99 hangs; resume from x", set()),
