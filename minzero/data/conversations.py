@@ -13,6 +13,7 @@ from minzero.data.tokenizer_files import END_OF_TEXT
 HEADINGS = {"system": "### System:\n", "user": "### User:\n", "assistant": "### Assistant:\n"}
 # The assistant's text is wrapped in a pair of these (ASCII's record separator). The tokenizer never sees them.
 LEARNED = "\x1e"
+PAIR = "\x1c"  # between the two conversations of a pair, see preferences.py
 
 
 def template(begin, end):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minzero.data.conversations import LEARNED
+from minzero.data.conversations import LEARNED, PAIR
 from minzero.data.documents import BadDocument, Dropped
 from minzero.data.fast_encoding import BulkEncoder
 from minzero.data.shards import MARKS, NO_LOSS, STARTS, token_dtype
@@ -120,6 +120,12 @@ def encode_document(key, text):
     if not with_loss_mask:
         end = np.array(encoder.tokenizer.end, dtype=np.uint32)
         return [begin, *encode_text(key, text), end], len(text)
+    found = [encode_conversation(key, part, begin) for part in text.split(PAIR.encode())]
+    return [array for arrays, _ in found for array in arrays], sum(size for _, size in found)
+
+
+def encode_conversation(key, text, begin):
+    """As `encode_document`, one conversation. begin: the ids before it."""
     end_of_text = np.array([encoder.tokenizer.end_of_text], dtype=np.uint32)
     arrays = [begin | NO_LOSS]
     size = 0

@@ -180,6 +180,7 @@ class Preparation:
             self.settings["document"] = self.document
         if loss_mask:  # not so in data of earlier versions
             self.settings["document_starts"] = True
+        self.settings |= getattr(documents, "settings", {})
         self.duplicates = Duplicates(args.out) if args.dedup == "exact" else None
         self.evaluation_files = evaluation_files(args.decontaminate or [])
         if self.evaluation_files:
@@ -337,6 +338,7 @@ class Preparation:
             "settings": self.settings,
             "skipped": self.skipped.unusable,
             **self.skipped.dropped,
+            **getattr(self.documents, "meta", {}),
             "splits": {
                 name: {
                     "tokens": split.tokens,
