@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from minzero import dist
 from minzero.checkpoint import as_rank_0
 from minzero.errors import UserError, describe
 from minzero.evaluate_pairs import answer_log_probabilities
@@ -44,6 +43,8 @@ def compute(model, streams, *how, **more):
 def provide(run, engine, start, streams):
     """Give PairStreams of the training and the validation split their reference: computed by the engine at the start of
     a run, else as the run has it. Returns the digest of its file. Every rank must call this. Raises SharedError."""
+    from minzero import dist  # it alone needs DeepSpeed, which eval.py in one process does not
+
     if start.path:
         digest = start.state.get("reference")
         content = as_rank_0(lambda: read([run.folder.path, start.path.parents[1]], digest))
@@ -90,9 +91,9 @@ def read(folders, digest):
     )
 
 
-def attach(content, streams):
-    """Set the reference of PairStreams by the bytes of the file. Raises UserError if they are not those of these
-    answers."""
+def attach(content, streams, remedy="start again from train.init_from with another --train.out_dir"):
+    """Set the reference of PairStreams by the bytes of the file. Raises UserError, which ends with a remedy, if they
+    are not those of these answers."""
     from safetensors.numpy import load
 
     try:
@@ -104,6 +105,6 @@ def attach(content, streams):
         if reference is None or reference.shape != stream.reference.shape:
             raise UserError(
                 f"{REFERENCE}: holds nothing of the {stream.split} split of {stream.folder} as it is now; restore "
-                "those data, or start again from train.init_from with another --train.out_dir"
+                f"those data, or {remedy}"
             )
         stream.reference = reference.astype(np.float32)

@@ -1,0 +1,100 @@
+"""Preference tuning against the installed TRL: the same small model, data and batch; its own trainer computes."""
+
+import numpy as np
+import pytest
+import torch
+
+from minzero import reference
+from minzero.config.sections import ModelConfig
+from minzero.data.conversations import chat_template
+from minzero.data.packing import PairStream
+from minzero.data.tokenizer import load_tokenizer
+from minzero.hf.comparison import build_transformers
+from minzero.hf.weights import to_transformers
+from minzero.preference import LOSSES, Preference
+from tests.helpers.pairs import rows, write_pairs
+from tests.helpers.trained_runs import LLAMA, random_model
+
+trl = pytest.importorskip("trl", reason="TRL is not installed: pip install --no-deps trl==1.16.0")
+BETA = 0.3
+KINDS = {"dpo": "sigmoid", "ipo": "ipo", "dpo_norm": "sigmoid_norm"}  # ours and TRL's
+CONFIG = ModelConfig(**vars(LLAMA) | {"block_size": 256})
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return str(write_pairs(tmp_path_factory.mktemp("pairs") / "data", val_fraction=0))
+
+
+def models():
+    """The reference and the model that is tuned, which differ."""
+    return random_model(CONFIG, seed=1), random_model(CONFIG, seed=2)
+
+
+def ours(data, kind, change=lambda arrays: arrays):
+    """Loss, METRICS' sums and gradients of all pairs at once. change: of the arrays of the batch."""
+    base, model = models()
+    stream = PairStream(data, "train", CONFIG.block_size)
+    base.preference, model.preference = Preference(kind, BETA), Preference(kind, BETA)
+    reference.compute(base, [stream], 4, CPU)
+    arrays = change([torch.from_numpy(part) for part in stream.batch(range(stream.windows))])
+    loss = model.train()(*arrays)
+    loss.backward()
+    return loss.item(), model.preference.take(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def theirs(kind, folder):
+    """The same of TRL's DPOTrainer."""
+    from datasets import Dataset
+
+    tokenizer = load_tokenizer("bytes")
+    config = trl.DPOConfig(
+        str(folder),
+        loss_type=KINDS[kind],
+        beta=BETA,
+        use_cpu=True,
+        bf16=False,
+        max_length=None,
+        report_to=[],
+        per_device_train_batch_size=len(rows()),
+        disable_dropout=True,
+        gradient_checkpointing=False,
+    )
+    base, model = (build_transformers(CONFIG, dict(m.named_parameters()).__getitem__) for m in models())
+    template = chat_template(tokenizer)
+    trainer = trl.DPOTrainer(
+        model,
+        base,
+        config,
+        train_dataset=Dataset.from_list(rows()),
+        processing_class=tokenizer.as_transformers(template),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    model.train()
+    loss = trainer.compute_loss(model, batch)
+    loss.backward()
+    found = {name: np.mean(values) for name, values in trainer._metrics["train"].items()}
+    return loss.item(), found, {name: p.grad for name, p in model.named_parameters()}
+
+
+def compare(mine, other):
+    """The largest difference of loss, rewards and gradients, each relative to its size."""
+    loss, sums, gradients = mine
+    loss_of_trl, metrics, gradients_of_trl = other
+    found = {"loss": abs(loss - loss_of_trl) / abs(loss_of_trl)}
+    pairs = sums[-1].item()
+    names = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+    for place, name in enumerate(names, start=1):
+        found[name] = abs(sums[place].item() / pairs - metrics[name]) / max(1, abs(metrics[name]))
+    for name, gradient in to_transformers(CONFIG, gradients.__getitem__):
+        expected = gradients_of_trl[name]
+        found[name] = ((gradient - expected).abs().max() / expected.abs().max()).item()
+    assert len(found) == 5 + len(gradients_of_trl)
+    return found
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_loss_rewards_and_gradients_are_those_of_trl(kind, data, tmp_path):
+    found = compare(ours(data, kind), theirs(kind, tmp_path))
+    assert max(found.values()) < 1e-5, found
