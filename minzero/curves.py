@@ -22,8 +22,8 @@ PANELS = {
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second",
     "expert_load_max": "busiest expert's load",  # over an equal share
-    "reward_accuracy": "pairs whose better answer wins",  # as a part of all
-    "reward_margin": "margin of rewards",
+    "reward_accuracy": "reward accuracy",  # the part of the pairs whose preferred answer has the higher reward
+    "reward_margin": "reward margin",
 }
 ONLY_OF_SOME = ("expert_load_max", "reward_accuracy", "reward_margin")  # panels of runs with experts, or of pairs
 VALIDATION = {"reward_accuracy": "val_accuracy", "reward_margin": "val_margin"}  # what is drawn into the same panel

@@ -361,12 +361,14 @@ def draw_detail(axes, runs, x, begin):
 
 def draw_panels(runs, x):
     """A figure with the loss, the learning rate, the gradient norm and the throughput of runs, and where there are
-    experts the busiest one's part."""
+    experts the busiest one's part, or where there are pairs of answers their rewards."""
     begin = detail_begin(runs)
     keys = list(panels_of(runs))
     left = ["loss"] + ["loss" if begin is None else "detail"] * (len(keys) - 1)
     rows = [list(row) for row in zip(left, keys, strict=True)]
-    figure, panels = pyplot().subplot_mosaic(rows, figsize=(13, 7.5), width_ratios=[3, 2], layout="constrained")
+    figure, panels = pyplot().subplot_mosaic(
+        rows, figsize=(13, max(7.5, 1.9 * len(keys))), width_ratios=[3, 2], layout="constrained"
+    )
     explain_kinds(panels["loss"], draw_loss(panels["loss"], runs, x))
     if begin is not None:
         draw_detail(panels["detail"], runs, x, begin)

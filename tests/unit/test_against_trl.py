@@ -12,8 +12,9 @@ from minzero.data.tokenizer import load_tokenizer
 from minzero.hf.comparison import build_transformers
 from minzero.hf.weights import to_transformers
 from minzero.preference import LOSSES, Preference
+from minzero.sizes import IGNORE_INDEX
 from tests.helpers.pairs import rows, write_pairs
-from tests.helpers.trained_runs import LLAMA, random_model
+from tests.helpers.trained_runs import LLAMA, one_number_changed, random_model
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install --no-deps trl==1.16.0")
 BETA = 0.3
@@ -32,9 +33,12 @@ def models():
     return random_model(CONFIG, seed=1), random_model(CONFIG, seed=2)
 
 
-def ours(data, kind, change=lambda arrays: arrays):
-    """Loss, METRICS' sums and gradients of all pairs at once. change: of the arrays of the batch."""
+def ours(data, kind, change=lambda arrays: arrays, wrong_weight=False):
+    """Loss, METRICS' sums and gradients of all pairs at once. change: of the arrays of the batch. wrong_weight: change
+    one number of a weight of the model."""
     base, model = models()
+    if wrong_weight:
+        next(one_number_changed(model, 0.1))
     stream = PairStream(data, "train", CONFIG.block_size)
     base.preference, model.preference = Preference(kind, BETA), Preference(kind, BETA)
     reference.compute(base, [stream], 4, CPU)
@@ -94,7 +98,52 @@ def compare(mine, other):
     return found
 
 
-@pytest.mark.parametrize("kind", LOSSES)
-def test_loss_rewards_and_gradients_are_those_of_trl(kind, data, tmp_path):
-    found = compare(ours(data, kind), theirs(kind, tmp_path))
+@pytest.fixture(scope="module", params=LOSSES)
+def expected(request, tmp_path_factory):
+    """(name of a loss, what TRL's trainer finds)."""
+    return request.param, theirs(request.param, tmp_path_factory.mktemp("trl"))
+
+
+def test_loss_rewards_and_gradients_are_those_of_trl(expected, data):
+    kind, of_trl = expected
+    found = compare(ours(data, kind), of_trl)
     assert max(found.values()) < 1e-5, found
+
+
+def without_a_target(arrays):
+    inputs, targets, *others = arrays
+    row, place = (targets != IGNORE_INDEX).nonzero()[0]
+    targets[row, place] = IGNORE_INDEX
+    return inputs, targets, *others
+
+
+def with_a_prompt_learned(arrays):
+    inputs, targets, *others = arrays
+    targets[0, 0] = inputs[0, 1]
+    return inputs, targets, *others
+
+
+def without_positions(arrays):
+    """Answers that see the one before."""
+    inputs, targets, positions, by_reference = arrays
+    return inputs, targets, torch.arange(positions.shape[1]).expand_as(positions), by_reference
+
+
+def with_another_reference(arrays):
+    inputs, targets, positions, by_reference = arrays
+    by_reference[0, 0] += 0.01
+    return inputs, targets, positions, by_reference
+
+
+CHANGES = [without_a_target, with_a_prompt_learned, without_positions, with_another_reference]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_mask_or_a_number_that_is_wrong_is_seen(change, expected, data):
+    kind, of_trl = expected
+    assert max(compare(ours(data, kind, change), of_trl).values()) > 1e-4
+
+
+def test_one_weight_that_is_wrong_is_seen(expected, data):
+    kind, of_trl = expected
+    assert max(compare(ours(data, kind, wrong_weight=True), of_trl).values()) > 1e-4
