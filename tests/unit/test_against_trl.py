@@ -131,7 +131,7 @@ def without_positions(arrays):
 
 def with_another_reference(arrays):
     inputs, targets, positions, by_reference = arrays
-    by_reference[0, 0] += 0.01
+    by_reference[0, 0] += 0.1
     return inputs, targets, positions, by_reference
 
 
