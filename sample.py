@@ -6,6 +6,9 @@
     python sample.py hf/llama --prompt "Once"         # a folder in transformers' format, ours or published
     python sample.py out/chat --chat                  # after fine-tuning on conversations: questions and answers
 
+With --chat the prompts are one conversation; a prompt "/new" begins another. Where the context is full, its oldest
+questions and answers are forgotten.
+
 The model continues the prompt; an empty prompt is the start of a document. Where the context is full, it continues
 from the last half of it. A folder in transformers' format is read by transformers' own tokenizer, and its
 generation_config.json and chat template count; temperature, top_k and top_p are the flags' alone.
@@ -23,6 +26,7 @@ from minzero.commands import run_command
 from minzero.errors import UserError
 from minzero.flags import FlagParser, a_checkpoint, a_number, a_path, at_least
 
+NEW_CONVERSATION = "/new"  # the prompt that begins another
 LEAST_TEMPERATURE = 1e-6  # logits over less overflow
 
 
@@ -40,7 +44,8 @@ def read_prompts(args):
             raise UserError(f"--file: {args.file}: found no prompt, expected one a line; for none: --prompt ''")
         yield from (line for line in lines if line.strip())
     elif sys.stdin.isatty():
-        print("A prompt a line; Ctrl-D ends.", file=sys.stderr)
+        new = f" {NEW_CONVERSATION} begins another conversation;" if args.chat else ""
+        print(f"A prompt a line;{new} Ctrl-D ends.", file=sys.stderr)
         while True:
             try:
                 yield input("> ")
@@ -63,7 +68,7 @@ def parse(arguments):
     parser.add_argument("--data", type=a_path, help="data made with the model's tokenizer; default: the run's own")
     parser.add_argument("--prompt", help="text to continue; empty: the start of a document")
     parser.add_argument("--file", type=a_path, help="a file of prompts, one a line")
-    parser.add_argument("--chat", action="store_true", help="each prompt is what a user says; the assistant answers")
+    parser.add_argument("--chat", action="store_true", help="each prompt is a user's; the assistant answers")
     parser.add_argument("--tokens", type=at_least(1), default=200, help="how many to write at most")
     parser.add_argument("--temperature", type=a_number(0), default=0.8, help="0: always the most likely token")
     parser.add_argument("--top_k", type=top_k, default=50, help="choose among the k likeliest; 0: among all")
@@ -87,6 +92,9 @@ def main(arguments):
     source = open_trained(args.path, args.checkpoint)
     writer = Writer(source, args.data, args.chat, args.temperature, args.top_k, args.top_p)
     for prompt in read_prompts(args):
+        if args.chat and prompt.strip() == NEW_CONVERSATION:
+            writer.history.clear()
+            continue
         writer.write(prompt, args.tokens, args.samples, args.seed)
 
 

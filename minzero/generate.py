@@ -1,5 +1,6 @@
 """Text from a trained model, token by token, by transformers' `generate`."""
 
+import functools
 import sys
 
 import torch
@@ -7,7 +8,9 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, Pr
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutput
 
+from minzero.data.chat_templates import ChatTemplate, TemplateEncoder
 from minzero.data.conversations import CHAT_TEMPLATE
+from minzero.data.meta import stops_of
 from minzero.data.tokenizer import tokens_around
 from minzero.errors import UserError, describe
 from minzero.files import read_json
@@ -72,11 +75,16 @@ class Terminal(BaseStreamer):
         self.prompt_follows = True
         # the clean-up of English text, as " ." to ".", may change the last characters once the next have come
         self.held_back = 8 if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
-        self.printed = 0 if echo else len(self.text())
+        self.prompt_length = len(self.text())
+        self.printed = 0 if echo else self.prompt_length
         self.write(self.text())
 
     def text(self):
         return self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+
+    def answer(self):
+        """The text of what was written after the prompt."""
+        return self.text()[self.prompt_length :]
 
     def put(self, value):
         if self.prompt_follows:  # `generate` hands it over first
@@ -133,10 +141,12 @@ def generate(model, tokens, max_new_tokens, block_size, streamer, **settings):
 
 class Writer:
     """A trained model that writes to the terminal. data: a folder made with the model's tokenizer, in place of the
-    run's own; chat: prompts are messages of a user; temperature: 0 for the most likely token. Raises UserError."""
+    run's own; chat: prompts are messages of a user, in one conversation; temperature: 0 for the most likely token.
+    Raises UserError."""
 
     def __init__(self, source: ModelSource, data=None, chat=False, temperature=0.8, top_k=50, top_p=1.0):
         self.source, self.chat = source, chat
+        self.history = []  # the messages of the conversation so far
         self.model = load_generator(source)
         self.tokenizer, self.tokenizer_of_data = open_tokenizer(source, data)
         self.settings = {"do_sample": temperature > 0}
@@ -144,7 +154,7 @@ class Writer:
             self.settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         if self.tokenizer_of_data:
             self.settings |= {
-                "eos_token_id": list(self.tokenizer_of_data.stops) or None,
+                "eos_token_id": stops_of(self.tokenizer_of_data, [data] if data else source.data) or None,
                 "pad_token_id": self.tokenizer_of_data.pad,
             }
             # embeddings are often made wider than the vocabulary: nobody could read those tokens
@@ -156,9 +166,9 @@ class Writer:
             self.start = self.tokenizer.bos_token_id if start is None else start  # of a document
         self.end = tokens_around(self.tokenizer)[1]  # put after each text, as T5's does
 
-    def encode(self, prompt):
-        """The ids of a text or, in a chat, of a user's message, as transformers' own code gives them. Raises UserError
-        for text that the tokenizer cannot encode."""
+    def encode(self, prompt, max_new_tokens=1):
+        """The ids of a text or, in a chat, of the conversation with a user's next message, as transformers' own code
+        gives them. max_new_tokens: see `encode_message`. Raises UserError for text that the tokenizer cannot encode."""
         if odd := [
             char for char in prompt if "\ud800" <= char <= "\udfff"
         ]:  # Python's stand-in for a byte that is not UTF-8
@@ -166,7 +176,7 @@ class Writer:
         if self.tokenizer_of_data and (missing := self.tokenizer_of_data.missing_characters(prompt)):
             raise UserError(f"prompt: found {missing[0]!r}, expected characters that the model's tokenizer has")
         if self.chat:
-            return self.encode_message(prompt)
+            return self.encode_message(prompt, max_new_tokens)
         tokens = self.tokenizer(prompt, verbose=False)["input_ids"]
         tokens = tokens[: len(tokens) - len(self.end)]  # a text that is to be continued has no end
         if not tokens and self.start is None:
@@ -175,21 +185,38 @@ class Writer:
             )
         return tokens or [self.start]
 
-    def encode_message(self, prompt):
+    @functools.cached_property
+    def template(self):
+        """(ChatTemplate, TemplateEncoder) of the model's tokenizer."""
         tokenizer = self.tokenizer
         if tokenizer.chat_template is None:
             print("the tokenizer has no chat template; the questions take this project's form", file=sys.stderr)
             tokenizer.chat_template = CHAT_TEMPLATE
-        if tokenizer.chat_template == CHAT_TEMPLATE and tokenizer.bos_token is None:
+        text = tokenizer.get_chat_template()
+        if text == CHAT_TEMPLATE and tokenizer.bos_token is None:
             raise UserError(
                 "prompt: --chat needs a token for the start of a document, which this tokenizer does not have"
             )
-        asked = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+        if not tokenizer.is_fast:
+            raise UserError("prompt: --chat needs a tokenizer with a tokenizer.json, which this model does not have")
+        return ChatTemplate(tokenizer, text, "its own"), TemplateEncoder(tokenizer.backend_tokenizer.to_str())
+
+    def encode_message(self, prompt, max_new_tokens):
+        """The conversation so far, as long as it leaves room in the context for max_new_tokens, at most half of it:
+        else the oldest turns are forgotten."""
+        template, encoder = self.template
+        room = self.source.model.block_size - min(max_new_tokens, self.source.model.block_size // 2)
+        while True:
+            asked = [*self.history, {"role": "user", "content": prompt}]
+            tokens = encoder.encode(template.prompt(asked)).ids.tolist()
+            if len(tokens) <= room or not self.history:
+                return tokens
+            del self.history[:2]  # a question and its answer
 
     def write(self, prompt, max_new_tokens=200, samples=1, seed=1337):
-        """Print a continuation of a prompt, or several with `samples`, each with a seed of its own."""
-        tokens = self.encode(prompt)
+        """Print a continuation of a prompt, or several with `samples`, each with a seed of its own. A conversation goes
+        on from the last of them."""
+        tokens = self.encode(prompt, max_new_tokens)
         block_size = self.source.model.block_size
         if len(tokens) > block_size:
             print(f"the model sees the last {block_size} of the prompt's {len(tokens)} tokens", file=sys.stderr)
@@ -206,3 +233,6 @@ class Writer:
                 path = self.source.path
                 raise UserError(f"{path}: the model's predictions are not finite; are its weights?") from None
             terminal.finish()
+        if self.chat:
+            answer = {"role": "assistant", "content": terminal.answer()}
+            self.history += [{"role": "user", "content": prompt}, answer]

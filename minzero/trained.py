@@ -19,8 +19,8 @@ import torch
 from minzero import checkpoint, checkpoint_folder
 from minzero.config.build import build
 from minzero.config.sections import Config, ModelConfig, data_weights
-from minzero.data.conversations import chat_template
-from minzero.data.meta import holds_conversations, read_meta
+from minzero.data.conversations import chat_template, learned_template
+from minzero.data.meta import read_meta
 from minzero.data.pipeline import tokenizer_of
 from minzero.data.shards import holds_data
 from minzero.data.tokenizer import HuggingFaceTokenizer, from_folder
@@ -262,8 +262,9 @@ def open_tokenizer(source: ModelSource, data=None):
         where = folders[0]
         with suggesting(where, holds_data):
             of_data = tokenizer_of(where)
-        # a model that learned conversations learned them in this project's form, whatever the tokenizer came with
-        tokenizer = of_data.as_transformers(chat_template(of_data), replace=holds_conversations(folders))
+        # a model that learned conversations learned them in the data's form, whatever the tokenizer came with
+        template = learned_template(of_data, folders)
+        tokenizer = of_data.as_transformers(template or chat_template(of_data), replace=template is not None)
     else:
         where = source.path / "tokenizer.json"
         try:

@@ -1,10 +1,10 @@
 """Conversations for supervised fine-tuning, in which only the assistant's words are learned: lilLM's, or your own.
 
 python data/chat/prepare.py --tokenizer tokenizers/simple
-python data/chat/prepare.py --input 'mine/*.jsonl' --column messages --out data/mine --tokenizer gpt2
+python data/chat/prepare.py --input 'mine/*.jsonl' --out data/mine --tokenizer models/Qwen2.5-0.5B
 
-Each row holds a list of messages, {"role": "system", "user" or "assistant", "content": "..."}. Take the tokenizer that
-the model was trained with.
+Rows are recognised as messages, ShareGPT, Alpaca or prompt and completion (docs/chat.md). Take the tokenizer that the
+model was trained with: conversations are written in its chat template, where it has one.
 """
 
 import sys
@@ -12,13 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from minzero.data.scripts import PrepareScript, conversations, hub
+from minzero.data.scripts import ConversationScript, hub
 
-script = PrepareScript(
+script = ConversationScript(
     __file__,
     __doc__,
-    conversations(hub("CohleM/lillm-sft-dataset-v1", kind=list)),
-    loss_mask=True,
+    hub("CohleM/lillm-sft-dataset-v1", kind=dict),
     column="conversation",
     val_fraction=0.02,
 )

@@ -31,8 +31,8 @@ class BadDocument(UserError):
 
 
 class Dropped(NamedTuple):
-    """Stands in place of the text of a usable document that is left out by --dedup or --decontaminate (see clean.py).
-    kind: "duplicates" or "contaminated", the name of its count in meta.json. reason: for skipped.jsonl."""
+    """Stands in place of the text of a usable document that is left out by --dedup, --decontaminate or --max_tokens.
+    kind: "duplicates", "contaminated" or "too_long", the name of its count in meta.json. reason: for skipped.jsonl."""
 
     kind: str
     reason: str
@@ -74,15 +74,17 @@ class UsableTexts:
 def checked_value(where, value, column, kind, columns=None):
     """The value of a row's column, or a BadDocument if it is not of the expected type.
 
-    kind: the expected type, str or list. columns: the names in the row, for the message if `column` is not among
-    them."""
+    kind: the expected type, str or list; dict for a whole row. columns: the names in the row, for the message if
+    `column` is not among them."""
     if isinstance(value, kind):
         return value
+    found = "nothing" if value is None else type(value).__name__
+    if kind is dict:
+        return BadDocument(where, f"no conversation: found {found}, expected a row, an object")
     if kind is str:
         missing, expected = "text", "a string"
     else:
         missing, expected = "conversation", "a list of messages"
-    found = "nothing" if value is None else type(value).__name__
     row_has = ""
     if columns is not None:
         names = ", ".join(json.dumps(name)[1:-1] for name in list(columns)[:20])  # escaped: it must be one line

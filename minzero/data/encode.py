@@ -1,12 +1,14 @@
 """Documents -> tokens, in worker processes. The result does not depend on the number of workers.
 
 Before and after each document stand the ids that its tokenizer wants there (tokenizer.begin, tokenizer.end). With a
-loss mask (conversations.py), NO_LOSS is set in each token that is read but not learned, and STARTS in the first one.
+loss mask (conversations.py), NO_LOSS is set in each token that is read but not learned, and STARTS in the first one;
+what stands around a conversation is its chat template's.
 """
 
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import tempfile
 import threading
@@ -18,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minzero.data.conversations import LEARNED, PAIR
+from minzero.data.chat_templates import LEARNED, TemplateEncoder, without_marks
+from minzero.data.conversations import NOT_LEARNED, PAIR, ChatEncoding
 from minzero.data.documents import BadDocument, Dropped
 from minzero.data.fast_encoding import BulkEncoder
 from minzero.data.shards import MARKS, NO_LOSS, STARTS, token_dtype
@@ -28,6 +31,7 @@ from minzero.errors import UserError, describe, panics_as_exceptions
 BATCH = 1 << 20  # bytes sent to a worker at a time: enough to hide the cost of sending
 BATCH_DOCUMENTS = 1 << 14  # and at most this many documents: even empty ones take memory
 JOINED_AT_ONCE = 1 << 20  # tokens
+ANSWERS = re.compile(f"([{LEARNED}{NOT_LEARNED}])(.*?)\\1".encode(), re.DOTALL)  # in this project's form
 
 
 # -- in the workers ------------------------------------------------------------------------------
@@ -37,30 +41,33 @@ def start_worker(settings):
     """Make a worker process ready. settings: a file of `encode_batches`, in a folder for the results too."""
     global folder
     folder = settings.parent
-    tokenizer, use_gigatoken, loss_mask, evaluation_texts = pickle.loads(settings.read_bytes())
-    use_encoder(BulkEncoder(tokenizer, use_gigatoken), loss_mask, evaluation_texts)
+    tokenizer, use_gigatoken, *how = pickle.loads(settings.read_bytes())
+    use_encoder(BulkEncoder(tokenizer, use_gigatoken), *how)
     parent = multiprocessing.parent_process()
     if parent is not None:
         # a worker whose parent was killed would wait for work for ever
         threading.Thread(target=lambda: connection.wait([parent.sentinel]) and os._exit(1), daemon=True).start()
 
 
-def use_encoder(bulk_encoder, loss_mask=False, evaluation_texts=None):
+def use_encoder(bulk_encoder, loss_mask=False, evaluation_texts=None, chat_encoding=None):
     """Make this process encode with a BulkEncoder. loss_mask: the texts have separators, see conversations.py.
-    evaluation_texts: a clean.Evaluation, whose text is left out, or None."""
-    global encoder, with_loss_mask, evaluation
+    evaluation_texts: a clean.Evaluation, whose text is left out, or None. chat_encoding: a ChatEncoding, or None for
+    its defaults."""
+    global encoder, with_loss_mask, evaluation, chat, template_encoder
     encoder = bulk_encoder
     with_loss_mask = loss_mask
     evaluation = evaluation_texts
+    chat = chat_encoding or ChatEncoding()
+    template_encoder = TemplateEncoder(encoder.tokenizer.to_json()) if chat.by_template else None
 
 
 def encode_batch(batch):
-    """[(split, key, text in UTF-8, BadDocument or Dropped)] -> {split: (tokens, documents, bytes of text)}
-    and [(key, BadDocument or Dropped)] of those that are left out, in order."""
+    """[(split, key, text in UTF-8, BadDocument or Dropped)] -> {split: (tokens, documents, bytes of text, documents
+    that were cut)} and [(key, BadDocument or Dropped)] of those that are left out, in order."""
     if evaluation is not None:
         batch = evaluation.mark(batch)
     parts = {}  # split -> arrays of tokens
-    counts = {}  # split -> (documents, bytes)
+    counts = {}  # split -> (documents, bytes, documents that were cut)
     left_out = []
     for split, key, text in batch:
         if isinstance(text, Dropped):
@@ -69,13 +76,16 @@ def encode_batch(batch):
         try:
             if isinstance(text, BadDocument):
                 raise text
-            arrays, size = encode_document(key, text)
+            arrays, size, is_cut = encode_document(key, text)
         except BadDocument as error:
             left_out.append((key, error))
             continue
+        if isinstance(arrays, Dropped):
+            left_out.append((key, arrays))
+            continue
         parts.setdefault(split, []).extend(arrays)
-        documents, size_before = counts.get(split, (0, 0))
-        counts[split] = documents + 1, size_before + size
+        documents, size_before, cut = counts.get(split, (0, 0, 0))
+        counts[split] = documents + 1, size_before + size, cut + is_cut
     return {split: (joined(arrays), *counts[split]) for split, arrays in parts.items()}, left_out
 
 
@@ -114,28 +124,53 @@ def joined(arrays):
 
 
 def encode_document(key, text):
-    """A document's tokens, as a list of uint32 arrays, and the bytes of its text that are learned. text: in UTF-8.
+    """A document's tokens, as a list of uint32 arrays; the bytes of its text that are learned; whether it was cut.
+    text: in UTF-8. Of a conversation of which nothing is left under max_tokens, a Dropped in place of the arrays.
     Raises BadDocument."""
-    begin = np.array(encoder.tokenizer.begin, dtype=np.uint32)
     if not with_loss_mask:
-        end = np.array(encoder.tokenizer.end, dtype=np.uint32)
-        return [begin, *encode_text(key, text), end], len(text)
-    found = [encode_conversation(key, part, begin) for part in text.split(PAIR.encode())]
-    return [array for arrays, _ in found for array in arrays], sum(size for _, size in found)
+        begin, end = (np.array(ids, dtype=np.uint32) for ids in (encoder.tokenizer.begin, encoder.tokenizer.end))
+        return [begin, *encode_text(key, text), end], len(text), False
+    found = [encode_conversation(key, part) for part in text.split(PAIR.encode())]
+    if len(found) == 1:
+        return found[0]
+    for arrays, _, is_cut in found:
+        if is_cut or isinstance(arrays, Dropped):  # of a pair, both answers are kept whole or none
+            return Dropped("too_long", f"more than {chat.max_tokens} tokens of an answer and its prompt"), 0, False
+    return [array for arrays, _, _ in found for array in arrays], sum(size for _, size, _ in found), False
 
 
-def encode_conversation(key, text, begin):
-    """As `encode_document`, one conversation. begin: the ids before it."""
+def encode_conversation(key, text):
+    """As `encode_document`, one conversation."""
+    arrays, ends, sizes = (encode_by_template if chat.by_template else encode_own_form)(key, text)
+    tokens = sum(map(len, arrays))
+    if chat.max_tokens is None or tokens <= chat.max_tokens:
+        return marked_start(arrays), sum(sizes), False
+    fitting = [end for end in ends if end <= chat.max_tokens]
+    if not fitting:
+        return Dropped("too_long", f"{tokens} tokens, and no whole answer within {chat.max_tokens}"), 0, False
+    return marked_start([np.concatenate(arrays)[: fitting[-1]]]), sum(sizes[: len(fitting)]), True
+
+
+def encode_own_form(key, text):
+    """A conversation in this project's form: its tokens, as a list of uint32 arrays; for each learned answer, the
+    number of tokens up to its end; for each, its bytes of text. Raises BadDocument."""
     end_of_text = np.array([encoder.tokenizer.end_of_text], dtype=np.uint32)
-    arrays = [begin | NO_LOSS]
-    size = 0
-    for number, piece in enumerate(text.split(LEARNED.encode())):
-        if number % 2:  # between two separators: learned, and so is the end of text after it
-            arrays += *encode_answer(key, piece), end_of_text
-            size += len(piece)
+    arrays = [np.array(encoder.tokenizer.begin, dtype=np.uint32) | NO_LOSS]
+    ends = []
+    sizes = []
+    place = 0
+    for answer in ANSWERS.finditer(text):
+        arrays += (part | NO_LOSS for part in encode_text(key, text[place : answer.start()]))
+        place = answer.end()
+        tokens = [*encode_answer(key, answer[2]), end_of_text]  # the end of text after it is learned as well
+        if answer[1] == LEARNED.encode():
+            arrays += tokens
+            ends.append(sum(map(len, arrays)))
+            sizes.append(len(answer[2]))
         else:
-            arrays += (part | NO_LOSS for part in encode_text(key, piece))
-    return marked_start(arrays), size
+            arrays += (part | NO_LOSS for part in tokens)
+    arrays += (part | NO_LOSS for part in encode_text(key, text[place:]))
+    return arrays, ends, sizes
 
 
 def marked_start(arrays):
@@ -144,6 +179,19 @@ def marked_start(arrays):
     arrays[first] = arrays[first].copy()
     arrays[first][0] |= STARTS
     return arrays
+
+
+def encode_by_template(key, text):
+    """As `encode_own_form`, for a text of a ChatTemplate."""
+    text = text.decode()
+    if unknown := "".join(encoder.tokenizer.missing_characters(without_marks(text))[:20]):
+        raise BadDocument(key, f"could not be tokenized (no token for {unknown!r})", "choose another --tokenizer")
+    try:
+        with panics_as_exceptions():
+            found = template_encoder.encode(text)
+    except Exception as error:
+        raise BadDocument(key, f"could not be tokenized ({describe(error)})", "choose another --tokenizer") from None
+    return [np.where(found.learned, found.ids, found.ids | NO_LOSS)], found.ends, found.sizes
 
 
 def encode_answer(key, text):
@@ -196,17 +244,17 @@ def make_batches(documents, most, side):
         yield batch
 
 
-def encode_batches(batches, workers, encoder, loss_mask=False, evaluation=None):
+def encode_batches(batches, workers, encoder, *how):
     """Yield `encode_batch` of each batch, in order. At most 4 batches a worker are in memory. encoder: a BulkEncoder,
-    of which each worker makes its own; loss_mask, evaluation: see `use_encoder`."""
+    of which each worker makes its own; how: the other arguments of `use_encoder`."""
     if workers == 1:
-        use_encoder(encoder, loss_mask, evaluation)
+        use_encoder(encoder, *how)
         yield from map(encode_batch, batches)
         return
     with tempfile.TemporaryDirectory() as folder:
         # in a file: the pipe to a worker that dies at its start would take no more than a few kilobytes, and block
         settings = Path(folder) / "settings"
-        settings.write_bytes(pickle.dumps((encoder.tokenizer, encoder.quick is not None, loss_mask, evaluation)))
+        settings.write_bytes(pickle.dumps((encoder.tokenizer, encoder.quick is not None, *how)))
         yield from encode_in_workers(batches, workers, settings)
 
 

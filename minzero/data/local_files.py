@@ -33,19 +33,21 @@ class Files(Source):
     .zst. The case of a suffix does not matter. A folder gives its files of these kinds; a file of another kind is read
     as text if it, or a glob, was named.
 
-    patterns: files, folders and globs. kind: the type of the column's values, str or list. `summary`: one line on the
-    files that were found and passed over. Raises UserError if nothing matches."""
+    patterns: files, folders and globs. kind: the type of the column's values, str or list; dict for whole rows, which
+    are read from .json as well. `summary`: one line on the files that were found and passed over. Raises UserError if
+    nothing matches."""
 
     def __init__(self, patterns, column="text", kind=str):
         self.column = column
         self.kind = kind
+        self.readers = READERS | {".json": read_json} if kind is dict else READERS
         self.cuts = frozenset()  # names of the files that are cut in two; see cut_large
         found = []
         passed_over = collections.Counter()
         if isinstance(patterns, str | Path):
             patterns = [patterns]
         for pattern in patterns:
-            found += find_files(os.fspath(pattern), passed_over)
+            found += find_files(os.fspath(pattern), passed_over, self.readers)
         # a file named twice, as a.txt and x/../a.txt, is read once
         self.paths = sorted({os.path.abspath(path): path for path in sorted(found, reverse=True)}.values())
         self.root = os.path.commonpath([path.parent for path in self.paths])
@@ -55,7 +57,7 @@ class Files(Source):
             raise UserError(f"--input: {printable(error.filename)}: {error.strerror}; remove it or try again") from None
         self.bytes_read = 0
         self.description = f"{len(self.paths)} files, {sum(self.sizes)} bytes, column {column}"
-        self.summary = summary(self.paths, self.sizes, passed_over)
+        self.summary = summary(self.paths, self.sizes, passed_over, self.readers)
 
     @property
     def fraction(self):
@@ -109,7 +111,7 @@ class Files(Source):
     def __iter__(self):
         before = 0  # bytes of the files already read
         for path, size in zip(self.paths, self.sizes, strict=True):
-            reader = READERS.get(kind_of(path), read_text)
+            reader = self.readers.get(kind_of(path, self.readers), read_text)
             name = self.name(path)
             row = 0
             position = 0
@@ -139,7 +141,7 @@ def bytes_in_val(name, size, split_of):
 # -- finding files -------------------------------------------------------------------------------
 
 
-def find_files(pattern, passed_over):
+def find_files(pattern, passed_over, readers):
     """The files, a list of Path, that one value of --input names.
 
     passed_over: a Counter by suffix, to which a folder's files of other kinds are added. Raises UserError if there is
@@ -148,7 +150,7 @@ def find_files(pattern, passed_over):
     if "\0" in pattern:
         raise UserError(f"--input: {shown}: a path holds no NUL byte; name files, folders or globs")
     if os.path.isdir(pattern):
-        return files_in_folder(pattern, passed_over)
+        return files_in_folder(pattern, passed_over, readers)
     # a file may really be called "a[1].txt"
     matches = [pattern] if os.path.lexists(pattern) else sorted(expand(pattern))
     found = [Path(path) for path in matches if os.path.isfile(path)]
@@ -162,12 +164,12 @@ def find_files(pattern, passed_over):
         if not os.path.isdir(os.path.dirname(pattern) or "."):
             missing = f" (nearest existing folder: {printable(os.path.abspath(nearest(pattern)))})"
         raise UserError(
-            f"--input: {shown} matches no file{missing}; name files, folders of {', '.join(READERS)}, or globs"
+            f"--input: {shown} matches no file{missing}; name files, folders of {', '.join(readers)}, or globs"
         )
     return found
 
 
-def files_in_folder(folder, passed_over):
+def files_in_folder(folder, passed_over, readers):
     """The files of known kinds below a folder. Links to folders are not followed: they may lead in circles."""
     found = []
     others = collections.Counter()
@@ -183,7 +185,7 @@ def files_in_folder(folder, passed_over):
             path = Path(parent, name)
             if not os.path.isfile(path):
                 others[type_of_path(path)] += 1
-            elif kind_of(path):
+            elif kind_of(path, readers):
                 found.append(path)
             else:
                 suffix = path.suffix.lower()
@@ -192,7 +194,7 @@ def files_in_folder(folder, passed_over):
                 others[suffix] += 1
     if not found:
         raise UserError(
-            f"--input: {printable(folder)} matches no file of a known kind ({', '.join(READERS)}); {left_out(+others)}"
+            f"--input: {printable(folder)} matches no file of a known kind ({', '.join(readers)}); {left_out(+others)}"
         )
     passed_over.update(others)
     return found
@@ -254,9 +256,9 @@ def left_out(counts):
     return f"passed over {sum(counts.values()):,} ({by_count(counts)}): name them with a glob to read them as text"
 
 
-def summary(paths, sizes, passed_over):
+def summary(paths, sizes, passed_over, readers):
     """ "read 3 .txt files, passed over 12 (.md 8, .py 4): ..."."""
-    kinds = collections.Counter(kind_of(path) or path.suffix.lower() or "without suffix" for path in paths)
+    kinds = collections.Counter(kind_of(path, readers) or path.suffix.lower() or "without suffix" for path in paths)
     if len(kinds) == 1:
         read = plural(len(paths), f"{next(iter(kinds))} file")
     else:
@@ -270,10 +272,10 @@ def summary(paths, sizes, passed_over):
 # -- reading files -------------------------------------------------------------------------------
 
 
-def kind_of(path):
-    """The suffix in READERS by which a file is read, or None."""
+def kind_of(path, readers=None):
+    """The suffix in readers, by default READERS, by which a file is read, or None."""
     name = path.name.lower()
-    return next((suffix for suffix in READERS if name.endswith(suffix)), None)
+    return next((suffix for suffix in readers or READERS if name.endswith(suffix)), None)
 
 
 def compression(path):
@@ -326,7 +328,7 @@ def read_jsonl(path, column, kind):
             try:
                 content = parse_json(line)
                 line = None  # two copies of a large document are enough
-                text = content[column]
+                text = content if kind is dict else content[column]
             except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, numbers too long, nested too deeply
                 text = BadDocument(f"{path} row {row}", f"could not be read ({describe(error)})")
             except (KeyError, TypeError, IndexError):  # no such column, or no object
@@ -347,6 +349,21 @@ def parse_json(line):
         return json.loads(line)
 
 
+def read_json(path, column, kind):
+    """As `read_jsonl`, of a file that is one list of rows, which is in memory as a whole. Another is read line by line:
+    many files of JSON lines have this suffix."""
+    with opened(path) as (content, file):
+        if content.peek(64)[:64].lstrip()[:1] != b"[":
+            yield from read_jsonl(path, column, kind)
+            return
+        rows = parse_json(content.read())
+        size = file.tell()
+    for row, found in enumerate(rows, 1):
+        if not isinstance(found, dict):
+            found = checked_value(f"{path} row {row}", found, column, kind)
+        yield row, found, size * row // len(rows)
+
+
 def without_column(where, content, column, kind):
     """The BadDocument for a row of JSON that is no object, or has no such column."""
     if isinstance(content, dict):
@@ -360,13 +377,13 @@ def read_parquet(path, column, kind):
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
-        if column not in file.schema_arrow.names:
+        if kind is not dict and column not in file.schema_arrow.names:
             raise missing_column(path, column, file.schema_arrow.names)
         row = 0
         rows = file.metadata.num_rows
         size = path.stat().st_size
-        for batch in file.iter_batches(batch_size=256, columns=[column]):
-            values = batch.column(0)
+        for batch in file.iter_batches(batch_size=256, columns=None if kind is dict else [column]):
+            values = batch.to_struct_array() if kind is dict else batch.column(0)
             batch = None
             try:
                 texts = values.to_pylist()

@@ -46,7 +46,12 @@ def read_meta(folder):
         known = isinstance(ids, list) and all(is_count(number) and number < vocab_size for number in ids)
         expect(known and name in ("begin", "end"), f"document.{name}", ids, "a list of token ids")
     expect(isinstance(meta.get("settings", {}), dict), "settings", meta.get("settings"), "an object")
-    for name in ("skipped", "duplicates", "contaminated"):
+    template = meta.get("chat_template", {"name": "", "text": ""})
+    is_template = isinstance(template, dict) and all(isinstance(template.get(name), str) for name in ("name", "text"))
+    end = template.get("end_of_turn") if is_template else None
+    is_template = is_template and (end is None or (is_count(end) and end < vocab_size))
+    expect(is_template, "chat_template", template, "an object with name, text and end_of_turn, an id")
+    for name in ("skipped", "duplicates", "contaminated", "too_long"):
         expect(is_count(meta.get(name, 0)), name, meta.get(name), "a number of documents")
     expect(isinstance(meta["splits"], dict), "splits", meta["splits"], "an object")
     for split, content in meta["splits"].items():
@@ -57,6 +62,22 @@ def read_meta(folder):
 def holds_conversations(folders):
     """Whether any of these data folders holds conversations, as `loss_mask` of meta.json tells. Raises UserError."""
     return any((read_meta(folder) or {}).get("loss_mask") for folder in folders)
+
+
+def chat_template_of(folders):
+    """The chat template of a tokenizer's own, or of a file, that the conversations of the first of these data folders
+    with any are in: {"name", "text", "end_of_turn"} of meta.json. None if they have this project's form, or there are
+    none. Raises UserError."""
+    metas = [read_meta(folder) or {} for folder in folders]
+    return next((meta.get("chat_template") for meta in metas if meta.get("loss_mask")), None)
+
+
+def stops_of(tokenizer, folders):
+    """The ids after which a model that learned from these data folders stops, a list: the tokenizer's own, and the one
+    that ends a turn in the conversations' chat template."""
+    entry = chat_template_of(folders) or {}
+    end_of_turn = entry.get("end_of_turn")
+    return list(dict.fromkeys([*tokenizer.stops, *([] if end_of_turn is None else [end_of_turn])]))
 
 
 def check_progress(path):
@@ -97,7 +118,7 @@ def check_split(path, where, content):
     shards = content.get("shards") if isinstance(content, dict) else None
     if not isinstance(shards, list):
         raise damaged(path, where, content, "an object with a list of shards")
-    for name in ("tokens", "documents", "bytes", "waiting"):
+    for name in ("tokens", "documents", "bytes", "cut", "waiting"):
         if not is_count(content.get(name, 0)):
             raise damaged(path, f"{where}.{name}", content[name], "a number from 0 on")
     names = set()

@@ -14,6 +14,8 @@ from minzero.data.shards import HEADER_BYTES, shard_header, shard_layout
 from minzero.errors import UserError
 from minzero.files import cannot_write, checksum, is_regular, make_folder, make_way
 
+DROPPED = ("duplicates", "contaminated", "too_long")  # kinds of documents.Dropped
+
 
 @contextlib.contextmanager
 def locked(folder):
@@ -49,6 +51,7 @@ class SplitWriter:
         self.waiting = progress.get("waiting", 0)  # tokens in the .tmp file
         self.documents = progress.get("documents", 0)
         self.bytes = progress.get("bytes", 0)  # of text
+        self.cut = progress.get("cut", 0)  # documents
 
     @property
     def path(self):
@@ -74,8 +77,9 @@ class SplitWriter:
                 raise cut_short(self.temporary, size)
             os.truncate(self.temporary, size)  # what was appended after the last record is made again
 
-    def add(self, tokens, documents, size):
-        """Append tokens (n,), which come from this many documents and bytes of text, to the .tmp file."""
+    def add(self, tokens, documents, size, cut=0):
+        """Append tokens (n,), which come from this many documents and bytes of text, to the .tmp file. cut: how many of
+        the documents were cut."""
         new = not self.waiting
         try:
             with open(self.temporary, "wb" if new else "ab") as file:
@@ -87,6 +91,7 @@ class SplitWriter:
         self.waiting += len(tokens)
         self.documents += documents
         self.bytes += size
+        self.cut += cut
 
     def flush(self, finish):
         """Flush the .tmp file to the disk. finish: as a whole shard. Returns the entry for progress.json."""
@@ -106,6 +111,7 @@ class SplitWriter:
         return {
             "documents": self.documents,
             "bytes": self.bytes,
+            "cut": self.cut,
             "waiting": self.waiting,
             "shards": self.shards,
         }
@@ -128,7 +134,7 @@ class SkippedLog:
         self.path = folder / "skipped.jsonl"
         self.documents = progress.get("documents", 0)
         self.size = progress.get("bytes", 0)
-        self.dropped = {kind: progress.get(kind, 0) for kind in ("duplicates", "contaminated")}  # among the documents
+        self.dropped = {kind: progress.get(kind, 0) for kind in DROPPED}  # among the documents
 
     @property
     def unusable(self):

@@ -141,7 +141,8 @@ def prepare(documents, tokenizer, args, side=None, loss_mask=False):
     args: as parsed by `options`. side: key -> "train" or "val"; default: `split_of`. loss_mask: the texts have
     separators (conversations.py), and the loss is of the text between them alone. Raises UserError on bad input;
     finished shards stay and are not made again."""
-    tokenizer = load_tokenizer(tokenizer)
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = load_tokenizer(tokenizer)
     if tokenizer.end_of_text is None:
         raise UserError(f"--tokenizer: {tokenizer.name} has no token that ends a text; choose one that has, as gpt2")
     try:
@@ -181,6 +182,7 @@ class Preparation:
         if loss_mask:  # not so in data of earlier versions
             self.settings["document_starts"] = True
         self.settings |= getattr(documents, "settings", {})
+        self.chat = getattr(documents, "chat", None)  # a ChatEncoding
         self.duplicates = Duplicates(args.out) if args.dedup == "exact" else None
         self.evaluation_files = evaluation_files(args.decontaminate or [])
         if self.evaluation_files:
@@ -276,11 +278,12 @@ class Preparation:
         """Tokenize and write the documents that are left."""
         args = self.args
         batches = make_batches(self.documents_to_do(), min(BATCH, args.shard_tokens), self.side)
-        encoder = BulkEncoder(self.tokenizer, use_gigatoken=args.encoder == "fast")
+        by_template = self.chat is not None and self.chat.by_template  # which is not gigatoken's work
+        encoder = BulkEncoder(self.tokenizer, use_gigatoken=args.encoder == "fast" and not by_template)
         if encoder.notice:
             print(encoder.notice)
         workers = args.workers or default_workers(work_is_light=encoder.quick is not None and not self.evaluation)
-        results = encode_batches(batches, workers, encoder, self.loss_mask, self.evaluation)
+        results = encode_batches(batches, workers, encoder, self.loss_mask, self.evaluation, self.chat)
         tokens = sum(split.tokens for split in self.splits.values())
         bar = tqdm(initial=tokens, unit=" tokens", unit_scale=True, desc=str(args.out), mininterval=0.5)
         with bar, contextlib.closing(results):
@@ -290,8 +293,8 @@ class Preparation:
                     raise bad[0]
                 if left_out:
                     self.skipped.add(left_out)
-                for name, (new, documents, size) in result.items():
-                    self.splits[name].add(new, documents, size)
+                for name, (new, *counts) in result.items():
+                    self.splits[name].add(new, *counts)
                     tokens += len(new)
                 if fraction := self.fraction_done():
                     bar.total = max(tokens, int(tokens / fraction))  # an estimate, for the time left
@@ -344,6 +347,7 @@ class Preparation:
                     "tokens": split.tokens,
                     "documents": split.documents,
                     "bytes": split.bytes,
+                    "cut": split.cut,
                     "shards": split.shards,
                 }
                 for name, split in splits.items()
@@ -426,9 +430,12 @@ def report(splits, skipped, args, by_hash):
         (skipped.unusable, "that could not be used"),
         (skipped.dropped["duplicates"], "whose text an earlier one has"),
         (skipped.dropped["contaminated"], f"sharing {WORDS} words in a row with the evaluation texts"),
+        (skipped.dropped["too_long"], "with no whole answer within --max_tokens"),
     ):
         if count:
             print(f"skipped {plural(count, 'document')} {words}, named in {skipped.path}")
+    if cut := sum(split.cut for split in splits.values()):
+        print(f"cut {plural(cut, 'conversation')} after the last whole answer within --max_tokens")
     share = splits["val"].bytes / sum(split.bytes for split in splits.values())
     if by_hash and 0 < args.val_fraction < 1 and is_far(share, args.val_fraction):
         print(

@@ -45,6 +45,7 @@ class PrepareScript:
         default = "gpt2" if self.learn_tokenizer is None else None
         parser = pipeline.options(self.about, self.folder, tokenizer=default, **self.defaults)
         parser.set_defaults(column=self.column)
+        self.add_flags(parser)
         args = parser.parse_args(arguments)
         documents = self.documents(args)
         tokenizer = args.tokenizer
@@ -52,12 +53,62 @@ class PrepareScript:
             tokenizer = self.own_tokenizer(documents, args)
         pipeline.prepare(documents, tokenizer, args, self.side, self.loss_mask)
 
+    def add_flags(self, parser):
+        """Further flags, of a kind of script."""
+
     def own_tokenizer(self, documents, args):
         """The tokenizer of this data set alone, beside the shards; learned unless it is there."""
         from minzero.data.learn_tokenizer import own_tokenizer
 
         vocab_size = getattr(args, "vocab_size", None)
         return own_tokenizer(args.out / "tokenizer", lambda: self.learn_tokenizer(documents, args), vocab_size)
+
+
+class ConversationScript(PrepareScript):
+    """A prepare script for conversations. documents: args -> a source of rows (each a dict) or of lists of messages.
+    tokenizer: the default of --tokenizer, a path relative to the script's folder; None: gpt2."""
+
+    def __init__(self, file, about, documents, tokenizer=None, column="messages", **defaults):
+        super().__init__(file, about, self.conversations, loss_mask=True, column=column, **defaults)
+        self.rows = documents
+        self.tokenizer = tokenizer
+
+    def add_flags(self, parser, **more):
+        from minzero.data.conversations import add_flags
+
+        add_flags(parser, **more)
+        if self.tokenizer:
+            parser.set_defaults(tokenizer=os.path.relpath(os.path.join(self.folder, self.tokenizer)))
+
+    def conversations(self, args):
+        from minzero.data.chat_formats import LISTS
+        from minzero.data.conversations import Conversations
+
+        template = self.template(args)
+        named = args.column != self.column
+        columns = (args.column,) if named else (args.column, *LISTS)
+        return Conversations(self.rows(args), template, args.format, columns, args.max_tokens)
+
+    def template(self, args):
+        """The ChatTemplate that --chat_template names, or None."""
+        from minzero.data.conversations import open_template
+        from minzero.data.tokenizer import load_tokenizer
+
+        # `main` takes it from here: a tokenizer is not loaded twice
+        args.tokenizer = load_tokenizer(args.tokenizer)
+        return open_template(args.chat_template, args.tokenizer)
+
+
+class PreferenceScript(ConversationScript):
+    """A prepare script for pairs of answers. documents: args -> a source of rows, each a dict."""
+
+    def add_flags(self, parser):
+        super().add_flags(parser, formats=None)
+
+    def conversations(self, args):
+        from minzero.data.preferences import Preferences
+
+        return Preferences(self.rows(args), self.template(args), args.max_tokens)
 
 
 # -- sources -------------------------------------------------------------------------------------
@@ -70,17 +121,6 @@ def hub(name, config=None, **more):
         from minzero.data.sources import open_source
 
         return open_source(args, name, config, **more)
-
-    return documents
-
-
-def conversations(source):
-    """A source of lists of messages as a source of texts for supervised fine-tuning."""
-
-    def documents(args):
-        from minzero.data.conversations import Conversations
-
-        return Conversations(source(args))
 
     return documents
 
@@ -115,6 +155,20 @@ def standard_library(args):
     from minzero.data.sources import StandardLibrary
 
     return StandardLibrary(args.input)
+
+
+def docstrings(args):
+    """Questions and answers about Python's standard library, of this Python or in the folders of --input."""
+    from minzero.data.docstrings import Docstrings
+
+    return Docstrings(args.input)
+
+
+def docstring_pairs(args):
+    """Questions about Python's standard library, each with a right answer and one about something else."""
+    from minzero.data.docstrings import DocstringPairs
+
+    return DocstringPairs(args.input)
 
 
 # -- tokenizers of a data set's own --------------------------------------------------------------

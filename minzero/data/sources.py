@@ -18,8 +18,8 @@ def open_source(args, name, config=None, kind=str, **load_arguments):
     """The local files of --input, or without it data set `name` of the Hugging Face hub, with the same columns.
 
     args: the flags (see pipeline.options). config: of the data set, as the hub calls it. kind: the type of the
-    column's values, str or list. load_arguments: further ones of datasets.load_dataset. Raises UserError if the
-    source cannot be opened."""
+    column's values, str or list; dict for whole rows. load_arguments: further ones of datasets.load_dataset. Raises
+    UserError if the source cannot be opened."""
     if args.input:
         return Files(args.input, args.column, kind)
     try:
@@ -109,7 +109,8 @@ class Hub(Source):
         """Iterate over the documents after the first `documents`."""
         self.row = documents
         dataset = self.dataset
-        if dataset.column_names and self.column not in dataset.column_names:
+        of_a_column = self.kind is not dict
+        if of_a_column and dataset.column_names and self.column not in dataset.column_names:
             raise missing_column(self.description, self.column, dataset.column_names)
         if self.rows is not None:
             dataset = dataset.select(range(documents, self.rows))
@@ -117,8 +118,9 @@ class Hub(Source):
             dataset = dataset.skip(documents)
         try:
             # in batches: reading row by row costs more than the tokenizer
-            for batch in dataset.select_columns(self.column).iter(batch_size=256):
-                for text in batch[self.column]:
+            dataset = dataset.select_columns(self.column) if of_a_column else dataset
+            for batch in dataset.iter(batch_size=256):
+                for text in batch[self.column] if of_a_column else rows_of(batch):
                     self.row += 1
                     text = checked_value(f"{self.description} row {self.row}", text, self.column, self.kind)
                     yield f"row {self.row}", self.raise_or_yield(text)
@@ -129,3 +131,8 @@ class Hub(Source):
                 f"{self.description}: row {self.row + 1} could not be read ({describe(error)}); run the same command "
                 "again, it continues after the last finished shard"
             ) from None
+
+
+def rows_of(batch):
+    """{column: values} as rows, {column: value}."""
+    return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))

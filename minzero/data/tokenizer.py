@@ -16,6 +16,7 @@ tiktoken's, in which the names of special tokens are text like any other, and
     known_ids()      the set of ids that stand for a token
     token_bytes()    the bytes of text that each id stands for, a list; none for ids that are special or not used
     missing_characters(text)
+    to_json()        the content of tokenizer.json, as text
     as_transformers(chat_template, replace), save(folder, **settings)
 """
 
@@ -175,6 +176,9 @@ class TiktokenTokenizer(Tokenizer, tiktoken.Encoding):
             return []
         return sorted(char for char in set(text) if char.encode(errors="replace") not in self._mergeable_ranks)
 
+    def to_json(self):
+        return huggingface_json(self._mergeable_ranks, self._special_tokens, self._pat_str)
+
     def as_transformers(self, chat_template, replace=False):
         from tokenizers import Tokenizer
         from transformers import PreTrainedTokenizerFast
@@ -182,9 +186,8 @@ class TiktokenTokenizer(Tokenizer, tiktoken.Encoding):
         special = {}
         if self.end_of_text is not None:
             special = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
-        text = huggingface_json(self._mergeable_ranks, self._special_tokens, self._pat_str)
         return PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(text),
+            tokenizer_object=Tokenizer.from_str(self.to_json()),
             clean_up_tokenization_spaces=False,
             chat_template=chat_template,
             **special,
@@ -341,6 +344,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def missing_characters(self, text):
         """None: where it has no token for a character it has one for all unknown ones, or for bytes."""
         return []
+
+    def to_json(self):
+        return self.backend.to_str()
 
     def as_transformers(self, chat_template=None, replace=False):
         """AutoTokenizer's. chat_template: for a tokenizer that comes with none; replace: for any."""

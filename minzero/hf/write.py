@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from minzero.config.sections import ModelConfig
-from minzero.data.conversations import chat_template
-from minzero.data.meta import holds_conversations, read_meta
+from minzero.data.conversations import learned_template
+from minzero.data.meta import holds_conversations, read_meta, stops_of
 from minzero.data.pipeline import tokenizer_of
 from minzero.data.tokenizer import FINGERPRINTED, SAMPLE
 from minzero.data.tokenizer_files import END_OF_TEXT
@@ -36,11 +36,12 @@ def config_json(theirs):
     return found | FAMILIES[theirs.model_type].old_settings(theirs)
 
 
-def generation_config_json(tokenizer):
-    """generation_config.json, in words that transformers 4 and 5 share. tokenizer: of data.tokenizer, or None."""
+def generation_config_json(tokenizer, data):
+    """generation_config.json, in words that transformers 4 and 5 share. tokenizer: of data.tokenizer, or None. data:
+    the folders that the model learned from."""
     if tokenizer is None or tokenizer.end_of_text is None:
         return {}
-    stops = list(tokenizer.stops)
+    stops = stops_of(tokenizer, data)
     return {
         "bos_token_id": tokenizer.start_of_document,
         "eos_token_id": stops[0] if len(stops) == 1 else stops,
@@ -160,11 +161,11 @@ def write_model(source, folder, dtype="float32"):
     fault = None
     with written_whole(folder, temporary):
         write_json(temporary / "config.json", config_json(theirs))
-        write_json(temporary / "generation_config.json", generation_config_json(tokenizer))
+        write_json(temporary / "generation_config.json", generation_config_json(tokenizer, source.data))
         if tokenizer:
             settings = {"model_max_length": source.model.block_size}
             if is_chat:  # in place of a template that the tokenizer came with: the model learned this form
-                settings["chat_template"] = chat_template(tokenizer)
+                settings["chat_template"] = learned_template(tokenizer, source.data)
             tokenizer.save(temporary, **settings)
             fault = fault_of_auto_tokenizer(temporary, tokenizer)
         write_weights(temporary, source.model, source.load(), getattr(torch, dtype))

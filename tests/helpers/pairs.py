@@ -3,13 +3,22 @@
 import numpy as np
 
 from minzero.data import pipeline
-from minzero.data.conversations import PAIR, with_marks
+from minzero.data.documents import Source
+from minzero.data.preferences import Preferences
 
 
-class Pairs(list):
-    description = "pairs"
-    meta = {"pairs": True}
-    settings = {"pairs": True}
+class Rows(Source):
+    """A source of rows."""
+
+    description = "rows"
+    fraction = None
+
+    def __init__(self, found):
+        self.found = found
+
+    def __iter__(self):
+        for number, row in enumerate(self.found):
+            yield f"row {number}", row
 
 
 def rows(count=24):
@@ -25,10 +34,7 @@ def rows(count=24):
 
 def write_pairs(folder, found=None, tokenizer="bytes", val_fraction=0.3):
     """Prepare rows as shards. Returns the folder."""
-    pairs = Pairs()
-    for number, row in enumerate(rows() if found is None else found):
-        halves = [with_marks("x", row["prompt"] + row[name]) for name in ("chosen", "rejected")]
-        pairs.append((f"pair {number}", PAIR.join(halves)))
     flags = ["--out", str(folder), "--val_fraction", str(val_fraction), "--workers", "1"]
+    pairs = Preferences(Rows(rows() if found is None else found))
     pipeline.prepare(pairs, tokenizer, pipeline.options("", ".").parse_args(flags), loss_mask=True)
     return folder

@@ -287,6 +287,18 @@ def shortened(script, words):
     if script == "data/chat/prepare.py":
         name = f"prepared/{len(words)}_chat"
         return [*words, "--input", "talks.jsonl", "--workers", "1", "--tokenizer", "bytes", "--out", name]
+    if script == "data/stdlib_chat/prepare.py":
+        return [
+            *words,
+            "--limit",
+            "100",
+            "--workers",
+            "1",
+            "--tokenizer",
+            "bytes",
+            "--out",
+            f"prepared/{len(words)}_stdlib_chat",
+        ]
     if script == "data/convert.py":
         return ["bytes" if before == "--tokenizer" else word for before, word in pairwise(["", *words])]
     if script.startswith("data/"):

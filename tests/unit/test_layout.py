@@ -17,7 +17,8 @@ ORDER = """
     hf.settings hf.families config.load meeting dist run_folder out_dir checkpoint_names nodes supervise loss preference
     document_attention experts recompute rotary zero tensor_files
     data.order data.meta data.shards data.packing data.mixture data.text data.tokenizer_files data.tokenizer
-    data.fast_encoding data.documents data.local_files data.sources data.conversations data.output data.clean
+    data.fast_encoding data.documents data.local_files data.sources data.docstrings data.chat_formats
+    data.chat_templates data.conversations data.preferences data.output data.clean
     data.encode data.pipeline data.learn_tokenizer data.scripts data.verify data.foreign data.convert
     checkpoint_state checkpoint_folder checkpoint resume restore model hf.weights
     hf.comparison hf.read trained init_from compiled

@@ -221,9 +221,9 @@ def test_the_file_is_for_these_answers_alone(data, tmp_path):
     assert np.array_equal(fresh.reference, streams[1].reference)
     other = write_pairs(tmp_path / "other", rows(20))
     for stream in (open_stream(data, "val", 150), open_stream(other, "val", 160)):
-        with pytest.raises(UserError, match="holds nothing of the val split of .* as it is now"):
+        with pytest.raises(UserError, match=r"holds nothing of the val split of .* as it is now"):
             reference.attach(content, [stream])
-    with pytest.raises(UserError, match="reference.safetensors: damaged"):
+    with pytest.raises(UserError, match=r"reference.safetensors: damaged"):
         reference.attach(b"nothing", [fresh])
 
 
@@ -233,12 +233,12 @@ def test_the_first_folder_that_has_it_whole_is_taken(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     for folder in (here, there):
         folder.mkdir()
-    with pytest.raises(UserError, match="here/reference.safetensors: missing or damaged"):
+    with pytest.raises(UserError, match=r"here/reference.safetensors: missing or damaged"):
         reference.read([here, there], digest)
     (there / REFERENCE).write_bytes(content)
     (here / REFERENCE).write_bytes(content[:-1])
     assert reference.read([here, there], digest) == content
-    with pytest.raises(UserError, match="train.loss: .*there is a run without a reference"):
+    with pytest.raises(UserError, match=r"train.loss: .*there is a run without a reference"):
         reference.read([here, there], None)
 
 
@@ -251,7 +251,7 @@ def config_with(tmp_path, **train):
 
 
 def test_a_loss_needs_a_model_to_start_from(tmp_path):
-    with pytest.raises(UserError, match="train.loss: dpo compares with the model that it starts from"):
+    with pytest.raises(UserError, match=r"train.loss: dpo compares with the model that it starts from"):
         load_config(config_with(tmp_path, loss="dpo"))
     with pytest.raises(UserError, match=r"train.loss: found .*kto"):
         load_config(config_with(tmp_path, loss="kto", init_from="base"))
@@ -265,7 +265,7 @@ def test_pairs_and_losses_belong_together(data, small_data, tmp_path):
     config.train.loss = "dpo"
     assert all(split.has_pairs for split in open_data(config))
     config.data.document_mask = False
-    with pytest.raises(UserError, match="data.document_mask: found false, but .* holds pairs of answers"):
+    with pytest.raises(UserError, match=r"data.document_mask: found false, but .* holds pairs of answers"):
         open_data(config)
     config.data.path, config.data.document_mask = str(small_data), "auto"
     with pytest.raises(UserError, match=r"train.loss: found dpo, which compares pairs of answers, but .* holds none"):
@@ -298,7 +298,7 @@ def test_an_odd_number_of_answers_is_found(data, tmp_path):
 
 def test_eval_compares_with_a_model(data, tmp_path, capsys):
     write_run(tmp_path / "base", CONFIG, str(data))
-    with pytest.raises(UserError, match="--reference: none given, and .* is of no preference tuning"):
+    with pytest.raises(UserError, match=r"--reference: none given, and .* is of no preference tuning"):
         evaluation.main([str(tmp_path / "base")])
     evaluation.main([str(tmp_path / "base"), "--reference", str(tmp_path / "base"), "--json"])
     said = capsys.readouterr().out
