@@ -8,6 +8,7 @@ from minzero import reference
 from minzero.config.sections import ModelConfig
 from minzero.data.conversations import chat_template
 from minzero.data.packing import PairStream
+from minzero.data.shards import MARKS, NO_LOSS, STARTS
 from minzero.data.tokenizer import load_tokenizer
 from minzero.hf.comparison import build_transformers
 from minzero.hf.weights import to_transformers
@@ -79,13 +80,13 @@ def theirs(kind, folder):
     loss = trainer.compute_loss(model, batch)
     loss.backward()
     found = {name: np.mean(values) for name, values in trainer._metrics["train"].items()}
-    return loss.item(), found, {name: p.grad for name, p in model.named_parameters()}
+    return loss.item(), found, {name: p.grad for name, p in model.named_parameters()}, list(trainer.train_dataset)
 
 
 def compare(mine, other):
     """The largest difference of loss, rewards and gradients, each relative to its size."""
     loss, sums, gradients = mine
-    loss_of_trl, metrics, gradients_of_trl = other
+    loss_of_trl, metrics, gradients_of_trl, _ = other
     found = {"loss": abs(loss - loss_of_trl) / abs(loss_of_trl)}
     pairs = sums[-1].item()
     names = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
@@ -108,6 +109,20 @@ def test_loss_rewards_and_gradients_are_those_of_trl(expected, data):
     kind, of_trl = expected
     found = compare(ours(data, kind), of_trl)
     assert max(found.values()) < 1e-5, found
+
+
+def test_the_tokens_and_what_is_learned_of_them_are_those_of_trl(expected, data):
+    _, (*_, dataset) = expected
+    stream = PairStream(data, "train", CONFIG.block_size)
+    stored = np.empty(stream.tokens, stream.dtype)
+    stream.fill(0, stored)
+    found = iter(np.split(stored, np.flatnonzero(stored & STARTS)[1:]))
+    for row in dataset:
+        for name in ("chosen_ids", "rejected_ids"):
+            tokens = next(found)
+            assert (tokens & ~MARKS).tolist() == row["prompt_ids"] + row[name]
+            assert (tokens < NO_LOSS).tolist() == [False] * len(row["prompt_ids"]) + [True] * len(row[name])
+    assert next(found, None) is None
 
 
 def without_a_target(arrays):
