@@ -27,9 +27,10 @@ if __name__ == "__main__":
     run_command(help_if_asked, may_be_many=True, is_last=False)  # before the imports that take seconds
 import torch
 
-from minzero import checkpoint, dist, reference, resume, sampling, summary, trained
+from minzero import checkpoint, checkpoint_folder, dist, reference, resume, sampling, summary, trained
 from minzero.bad_steps import BadSteps
 from minzero.cards import card_of_device
+from minzero.checkpoint import as_rank_0
 from minzero.compiled import why_not_compiled
 from minzero.config.deepspeed import auto_values, deepspeed_config, gradient_accumulation, zero_stage
 from minzero.config.load import load_config
@@ -48,6 +49,7 @@ from minzero.errors import UserError
 from minzero.evaluate_loss import validation_loss
 from minzero.evaluate_pairs import validation_of_pairs
 from minzero.goodput import TimeUse
+from minzero.hf import peft
 from minzero.init_from import model_defaults
 from minzero.loss import equal_weights
 from minzero.planner.gpus import Hardware
@@ -84,8 +86,8 @@ def machine_of_all(group):
     nodes = max(1, group.world_size // dist.local_place[1])
     name = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else ""
     memory = memory_per_rank(group.device)
-    found = dist.gather(Hardware(group.world_size, nodes, memory, card_of_device(name)))
-    return dataclasses.replace(found[0], memory_bytes=min(one.memory_bytes for one in found))
+    found = dist.from_rank_0(Hardware(group.world_size, nodes, memory, card_of_device(name)))
+    return dataclasses.replace(found, memory_bytes=dist.reduce(memory, torch.distributed.ReduceOp.MIN))
 
 
 class Setup(NamedTuple):
@@ -130,21 +132,45 @@ class Start(NamedTuple):
     state: dict  # its state.json
     init_source: str | None = None  # train.init_from in words, where its weights are taken
     load_weights: Callable | None = None  # as trained.open_weights gives it
+    base: dict | None = None  # with adapters: whose weights stay as they are, as trained.identity_of gives it
+    load_adapters: Callable | None = None  # as peft.open_adapter gives it
 
 
 def choose_start(config, train_data):
-    """Start of this run, by train.resume and train.init_from. Raises UserError."""
+    """Start of this run, by train.resume and train.init_from. Every rank must call this. Raises UserError."""
     path, state = resume.where_to_start(config, train_data)
+    if config.lora.rank:
+        return with_adapters(config, path, state)
     if config.train.init_from and not path:
         init_source, load_weights = trained.open_weights(config.train.init_from, config.model)
         return Start(path, state, init_source, load_weights)
     return Start(path, state)
 
 
+def with_adapters(config, path, state):
+    """Start of a run that trains adapters: the weights of train.init_from are needed also where it is resumed."""
+    if not config.train.init_from:
+        raise UserError(
+            f"lora.rank: found {config.lora.rank} without train.init_from, which names the model that gets adapters; "
+            "set it, or lora.rank to null"
+        )
+    if path:
+        base = state["base"]
+        as_rank_0(lambda: trained.check_base(base, path))
+        init_source, load_weights = trained.open_weights(base["path"], config.model)
+        return Start(path, state, init_source, load_weights, base)
+    base = as_rank_0(lambda: trained.identity_of(config.train.init_from))
+    init_source, load_weights = trained.open_weights(config.train.init_from, config.model)
+    load_adapters = peft.open_adapter(config.lora, config.model) if config.lora.init_from else None
+    return Start(path, state, init_source, load_weights, base, load_adapters)
+
+
 def facts_in_common(config, setup, start, train_data, val_data):
     """What must be the same on all ranks, as nested dictionaries."""
     facts = config.to_dict()
-    facts |= {"precision": setup.precision, "kernels": setup.kernels, "checkpoint": str(start.path)}
+    seen = start.path and checkpoint_folder.is_complete(start.path)  # as on rank 0, which has chosen it
+    facts |= {"precision": setup.precision, "kernels": setup.kernels, "checkpoint": str(start.path if seen else None)}
+    facts["base"] = start.base
     facts["versions"] = {name: setup.versions[name] for name in ("python", "torch", "deepspeed")}
     facts["code"] = dist.code_digests()
     facts["tokens"] = train_data.content_digests() | val_data.content_digests()
@@ -185,15 +211,17 @@ def make_engine(config, group, setup, start):
             f"train.activation_checkpointing: found {recomputation}, which the compiler obeys, but the model is not "
             f"compiled: {not_compiled}; set train.compile to true, or this to true, a number k of blocks or selective"
         )
-    engine = build_engine(config, setup.ds_config, device, setup.kernels, compiled, start.load_weights)
+    loads = start.load_weights, start.load_adapters
+    engine = build_engine(config, setup.ds_config, device, setup.kernels, compiled, *loads)
     if config.train.loss in LOSSES:
         engine.module.preference = Preference(config.train.loss, config.train.dpo_beta)
     torch.manual_seed(config.train.seed + 1 + group.rank)  # each rank drops other activations
     return engine, not_compiled
 
 
-def info_of(config, group, setup, train_data, compiled, digest=None):
-    """What config.json and each checkpoint record of a run. digest: of the reference of preference tuning."""
+def info_of(config, group, setup, train_data, compiled, **more):
+    """What config.json and each checkpoint record of a run. more: what only some have, or None: base, of Start;
+    reference, the digest of that of preference tuning."""
     auto = dict(setup.auto)
     if compiled and LINEAR in auto:
         auto[LINEAR] = False  # see build_engine
@@ -208,7 +236,7 @@ def info_of(config, group, setup, train_data, compiled, digest=None):
         "compiled": compiled,
         "deepspeed_auto": auto,
         "attended_tokens": train_data.attended(),
-    } | ({"reference": digest} if digest else {})
+    } | {name: value for name, value in more.items() if value}
 
 
 # ---- the parts of a step
@@ -268,8 +296,9 @@ def train_step(run, engine, data, step):
 
 
 def own_grad_norm(engine):
-    """The norm of the gradient over all parameters, where this rank has all of it."""
-    return float(torch.nn.utils.get_total_norm([parameter.grad for parameter in engine.module.parameters()]))
+    """The norm of the gradient over all parameters that are trained, where this rank has all of it."""
+    trained = (parameter.grad for parameter in engine.module.parameters() if parameter.requires_grad)
+    return float(torch.nn.utils.get_total_norm(list(trained)))
 
 
 def validate(run, engine, data, step):
@@ -333,6 +362,7 @@ def main(config, watchdog=None):
             precision = resolve_precision(train.precision, group.device)
             config = with_chosen_stage(config, hardware, precision)
             setup = choose_setup(config, group, precision, hardware.memory_bytes)
+        with dist.all_or_none():  # begins with what rank 0 has chosen, so a rank that fails above must not skip it
             start = choose_start(config, train_data)
             tokenizer = sampling.open_tokenizer(config)
             facts = facts_in_common(config, setup, start, train_data, val_data)
@@ -368,7 +398,7 @@ def main(config, watchdog=None):
         if train_data.has_pairs:
             digest = reference.provide(run, engine, start, [*train_data.streams, *val_data.streams])
         bad_steps = BadSteps(engine, train.spike_zscore, start.state.get("bad_steps"))
-        info = info_of(config, group, setup, train_data, compiled=not_compiled is None, digest=digest)
+        info = info_of(config, group, setup, train_data, not_compiled is None, base=start.base, reference=digest)
         run.begin(engine, bad_steps, info, count_real_parameters(engine.module))
         for line in summary.start_lines(run, train_data, not_compiled):
             dist.print0(line)

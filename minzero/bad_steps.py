@@ -106,11 +106,9 @@ class BadSteps:
             if found:
                 checkpoint.load(self.engine, found, state, train.seed, progress)
                 return "; ".join([f"passed over, and back to the weights of {found}", *passed_over])
-        if not math.isfinite(self.loss):
-            found = next(filter(None, dist.gather(first_not_finite(self.engine, progress))), None)
-            if found:
-                found = f"step {step}: {self.fault}, and {found} holds a NaN or an infinity"
-                raise SharedError(checkpoint.not_finite(found, Path(train.out_dir) / "checkpoints"))
+        if not math.isfinite(self.loss) and (found := dist.first(first_not_finite(self.engine, progress))):
+            found = f"step {step}: {self.fault}, and {found[1]} holds a NaN or an infinity"
+            raise SharedError(checkpoint.not_finite(found, Path(train.out_dir) / "checkpoints"))
         return "passed over"
 
     def check_end(self, step, train):

@@ -16,6 +16,7 @@ Finding checkpoints is in checkpoint_folder.py, their state.json in checkpoint_s
 """
 
 import contextlib
+import functools
 import math
 import os
 import shutil
@@ -29,14 +30,14 @@ import numpy as np
 import torch
 from torch import distributed
 
-from minzero import errors
+from minzero import dist, errors
 from minzero.checkpoint_folder import Saved, is_ours, name_of, prune, remove_unfinished, write_marks
-from minzero.checkpoint_state import SCALER, as_saved, read_state, state_checksum
+from minzero.checkpoint_state import SCALER, as_saved, lora_of, read_state, state_checksum
 from minzero.config.build import build
 from minzero.config.sections import DataConfig, TrainConfig
 from minzero.errors import SharedError, UserError
 from minzero.files import cannot_write, make_way, write_json
-from minzero.tensor_files import SavedPieces, check_sums, damaged, index_of, pieces_in, write_tensors
+from minzero.tensor_files import SavedPieces, check_sums, damaged, index_of, merged, pieces_in, write_tensors
 from minzero.zero import (
     KINDS,
     fragments_in_memory,
@@ -46,6 +47,7 @@ from minzero.zero import (
     optimizer_steps,
     refresh_weights,
     set_optimizer_steps,
+    trained_parameters,
 )
 
 
@@ -151,26 +153,23 @@ class Saving:
         waited_from = time.perf_counter()
         if self.writer:
             self.writer.join()
-        is_rank_0 = distributed.get_rank() == 0
-        everyone = [None] * distributed.get_world_size() if is_rank_0 else None
-        distributed.gather_object((self.file, self.written, self.pieces), everyone)
+        own = {self.file: self.written}, index_of([self.pieces])
+        of_all = dist.merge_on_rank_0(own, merged)
         try:
-            as_rank_0(lambda: self.commit(everyone))
+            as_rank_0(lambda: self.commit(*of_all))
         except SharedError:
-            if is_rank_0:
+            if distributed.get_rank() == 0:
                 shutil.rmtree(self.temporary, ignore_errors=True)  # it would only take space
             raise
         now = time.perf_counter()
         return self.folder / self.name, now - self.began, self.stalled + now - waited_from
 
-    def commit(self, everyone):
-        """Rank 0's part of `finish`. everyone: (file, written, pieces) of each rank. Raises UserError."""
-        for file, written, _ in everyone:
+    def commit(self, files, pieces):
+        """Rank 0's part of `finish`. files: {file: `written`} of all ranks; pieces: their `index_of`. Raises
+        UserError."""
+        for file, written in files.items():
             if not isinstance(written, dict):
                 raise UserError(written or f"{self.temporary / file}: was not written")
-        everyone = sorted(everyone, key=lambda entry: entry[0])
-        files = {file: written for file, written, _ in everyone}
-        pieces = index_of(own for _, _, own in everyone)
         try:
             commit(self.folder, self.name, self.state | {"files": files, "pieces": pieces}, self.best)
             prune(self.folder, self.keep, self.is_copied)
@@ -210,14 +209,14 @@ def tensors_to_save(engine):
 def description(engine):
     """The fields of state.json that describe the engine."""
     scaler = loss_scaler(engine) if engine.fp16_enabled() else None
-    parameters = dict(engine.module.named_parameters())
+    parameters = dict(trained_parameters(engine))
     names = {id(parameter): name for name, parameter in parameters.items()}
     with_duplicates = engine.module.named_parameters(remove_duplicate=False)
     return {
         "optimizer_steps": optimizer_steps(engine),
         "loss_scaler": {key: getattr(scaler, key) for key in SCALER if hasattr(scaler, key)},
         "parameters": shapes_of(parameters),
-        "tied": {name: names[id(p)] for name, p in with_duplicates if name != names[id(p)]},
+        "tied": {name: names[id(p)] for name, p in with_duplicates if name != names.get(id(p), name)},
     }
 
 
@@ -289,9 +288,8 @@ def fault_of(path, state, progress=lambda: None):
         fault = None
     except UserError as error:
         fault = str(error)
-    everyone = [None] * ranks
-    distributed.all_gather_object(everyone, fault)
-    return next((fault for fault in everyone if fault), None)
+    found = dist.first(fault)
+    return found and found[1]
 
 
 def differences(found, expected):
@@ -326,7 +324,7 @@ def load(engine, path, state, seed, progress=lambda: None):
 
     Each rank opens only the files that hold what it needs. state: of `read_state`; progress: called for each fragment.
     Raises UserError."""
-    refuse_other_parameters(path, state, shapes_of(dict(engine.module.named_parameters())))
+    refuse_other_parameters(path, state, shapes_of(dict(trained_parameters(engine))))
     saved = SavedPieces(path, state)
     for fragment, parts, adam in fragments_in_memory(engine, local_fragments(engine), changed=True):
         progress()
@@ -364,24 +362,34 @@ def restore_random_state(saved, state, seed):
         raise damaged(file.path, f"random/cpu/0: {' '.join(str(error).split())[:100]}") from None
 
 
-def open_weights(path):
+def reads_weights():
+    """Whether this process is the one that reads weights, for itself or for the other ranks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def open_weights(path, state=None):
     """Open a checkpoint of any ZeRO stage in one process, without an engine. Returns (its state, its Config, read).
     read(name) returns the whole float32 value of a parameter, in its shape; it reads and verifies only those bytes, and
-    keeps nothing. Both raise UserError if the checkpoint is damaged.
+    keeps nothing. Both raise UserError if the checkpoint is damaged. Ranks other than 0 open its files only to read.
 
-    Of the Config only the model section is checked. data and train are as they were saved: weights can be used even if
-    today's code refuses the settings of their training."""
+    state: of `read_state`, if it was read already. Of the Config only the model section is checked. data and train are
+    as they were saved: weights can be used even if today's code refuses the settings of their training."""
     path = Path(path)
-    state = read_state(path)
-    # files of older code have no checksum of each tensor: they are verified here as a whole
-    check_sums(path, {name: entry for name, entry in state["files"].items() if "header_crc32" not in entry})
+    state = state or read_state(path, look_at_files=reads_weights())
     config = build({"model": state["config"]["model"]}, path / "state.json")
     of_data = state["config"]["data"]
     config.data = DataConfig(of_data["path"], document_mask=of_data.get("document_mask", "auto"))
     config.train = as_saved(state, vars(TrainConfig()))
-    saved = SavedPieces(path, state, verify=True)
-    if os.environ.get("RANK", "0") == "0":  # it reads for the other ranks
-        saved.hold()
+    config.lora = lora_of(state)
+
+    @functools.cache
+    def pieces():
+        # files of older code have no checksum of each tensor: they are verified here as a whole
+        check_sums(path, {name: entry for name, entry in state["files"].items() if "header_crc32" not in entry})
+        return SavedPieces(path, state, verify=True, kinds=["fp32"])
+
+    if reads_weights():
+        pieces().hold()
 
     def read(name):
         name = state["tied"].get(name, name)
@@ -389,7 +397,7 @@ def open_weights(path):
             raise UserError(f"{path}/state.json: found no parameter {name}, expected one by its model")
         shape = state["parameters"][name]
         flat = torch.empty(math.prod(shape))
-        saved.copy_overlap(flat, 0, "fp32", name)
+        pieces().copy_overlap(flat, 0, "fp32", name)
         return flat.view(shape)
 
     return state, config, read

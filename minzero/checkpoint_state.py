@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 
 from minzero.config.hints import rename_old_keys
-from minzero.config.sections import TrainConfig
+from minzero.config.sections import LoraConfig, TrainConfig
 from minzero.errors import UserError
 from minzero.files import is_count, is_number, read_json
 from minzero.tensor_files import check_size, damaged, fault_of_index, open_plain_file
@@ -99,6 +99,8 @@ def fault_of_state(state):
         ("bad_steps", "bad_steps" not in state or is_bad_steps(state["bad_steps"]), "what a run records of them"),
         ("data", is_data(state["data"]), "what a run records of its data"),
         ("config", is_config(state["config"]), "the sections of a run's config"),
+        ("config", is_lora(state["config"].get("lora", {})), "a section lora"),
+        ("base", "base" not in state or is_base(state["base"]), "the path and digest of a model"),
         ("pieces", isinstance(state.get("pieces", {}), dict), "an object"),
     ]
     for name, right, expected in rules:
@@ -156,6 +158,27 @@ def is_config(config):
     numbers = (train.get(name, 0) for name in (*SHAPES_THE_RATE[1:], "global_batch_tokens"))
     right = isinstance(train.get("schedule", ""), str) and all(is_number(number, MOST_NUMBER) for number in numbers)
     return bool(right and (isinstance(path, str) or weights))
+
+
+def lora_of(state):
+    """The LoraConfig that a checkpoint recorded; of older code, that of a run without adapters."""
+    return LoraConfig(**state["config"].get("lora", {}))
+
+
+def is_lora(value):
+    """Whether it has the form of a section lora, as far as a checkpoint's weights depend on it."""
+    known = set(LoraConfig.__dataclass_fields__)
+    if not isinstance(value, dict) or not value.keys() <= known:
+        return False
+    rank, matrices = value.get("rank"), value.get("matrices", [])
+    choices = LoraConfig.__dataclass_fields__["matrices"].metadata["choices"]
+    known_matrices = isinstance(matrices, list) and all(matrix in choices for matrix in matrices)
+    return (rank is None or (is_count(rank) and rank > 0)) and is_number(value.get("alpha", 1)) and known_matrices
+
+
+def is_base(value):
+    """Whether it has the form of trained.identity_of."""
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("path", "digest"))
 
 
 def as_saved(state, names):

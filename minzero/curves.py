@@ -10,6 +10,7 @@ from minzero.config.build import build
 from minzero.config.hints import rename_old_keys
 from minzero.errors import UserError
 from minzero.files import read_json
+from minzero.lora import count_adapters
 from minzero.metrics import good_lines
 from minzero.nearest import suggesting
 from minzero.sizes import flops_per_token
@@ -120,8 +121,11 @@ def read_run(folder, x="tokens", name=None):
     scale = 1
     if x == "flops":
         found = read_config(folder)
-        model = build({"model": found["model"]}, folder / "config.json").model
-        scale = flops_per_token(model, number_of(found, "attended_tokens", None))
+        config = build(
+            {name: found.get(name, {}) for name in ("model", "lora")}, folder / "config.json", together=False
+        )
+        attended = number_of(found, "attended_tokens", None)
+        scale = flops_per_token(config.model, attended, count_adapters(config.model, config.lora))
     lines, skipped = good_lines(folder)
     points = {}  # key -> {step: (x, y)}
     bad_steps = []

@@ -158,18 +158,67 @@ def print0(line):
             print(line, flush=True)
 
 
+def reduce(number, operation):
+    """The sum, the least or the largest of a whole number of each rank. operation: one of torch's ReduceOp. Every rank
+    must call this."""
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    numbers = torch.tensor([int(number)], device=device)
+    distributed.all_reduce(numbers, operation)
+    return int(numbers)
+
+
+def first(value):
+    """(rank, what it passes) of the first rank that passes anything but None; None if all pass None. Every rank must
+    call this. What a rank receives does not grow with the number of ranks."""
+    ranks = distributed.get_world_size()
+    rank = reduce(ranks if value is None else distributed.get_rank(), distributed.ReduceOp.MIN)
+    return None if rank == ranks else (rank, from_rank(rank, value))
+
+
 def gather(value):
-    """What every rank passes, as a list by rank. Every rank must call this."""
+    """What every rank passes, as a list by rank. Every rank must call this. Each receives from all: for few ranks."""
     everyone = [None] * distributed.get_world_size()
     distributed.all_gather_object(everyone, value)
     return everyone
 
 
+def gather_numbers(*numbers):
+    """Some numbers of every rank, as a tensor (ranks, numbers) in float64. Every rank must call this."""
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    own = torch.tensor(numbers, dtype=torch.float64, device=device)
+    everyone = own.new_empty(distributed.get_world_size() * len(own))
+    distributed.all_gather_into_tensor(everyone, own)
+    return everyone.view(-1, len(own))
+
+
+def merge_on_rank_0(value, merge):
+    """The values of all ranks merged into one, on rank 0; None elsewhere. Every rank must call this. merge(left, right)
+    gives that of a range of ranks, and of the range after it, as one. Along a binary tree: a rank receives from at most
+    log2(ranks) others, while a gather opens a connection to rank 0 for each."""
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    distance = 1
+    while distance < ranks:
+        if rank % (2 * distance):
+            distributed.send_object_list([value], dst=rank - distance)
+            return None
+        if rank + distance < ranks:
+            received = [None]
+            distributed.recv_object_list(received, src=rank + distance)
+            value = merge(value, received[0])
+        distance *= 2
+    return value
+
+
+def from_rank(rank, value):
+    """What this rank passes, on all ranks. Every rank must call this."""
+    values = [value]
+    distributed.broadcast_object_list(values, src=rank)
+    return values[0]
+
+
 def from_rank_0(value):
     """What rank 0 passes, on all ranks. Every rank must call this."""
-    values = [value]
-    distributed.broadcast_object_list(values)
-    return values[0]
+    return from_rank(0, value)
 
 
 class StepFacts(NamedTuple):
@@ -195,9 +244,14 @@ def share_step(loss, stop_requested, save_due, checkpoint_is_written):
 # -- how they end ----------------------------------------------------------------------------------
 
 
+def common_store():
+    """The store of all ranks, which rank 0 keeps."""
+    return distributed.distributed_c10d._get_default_store()
+
+
 def ask_store(action, seconds=5):
     """The result of action(store), or None if rank 0, which keeps the ranks' common store, does not answer in time."""
-    store = distributed.distributed_c10d._get_default_store()
+    store = common_store()
     answers = []
 
     def ask():
@@ -280,8 +334,11 @@ def all_or_none():
         fault = errors.explain(error)
         if fault is None or is_lost_contact(error):
             raise
-    if fault := meeting.first_fault(gather((fault, socket.gethostname()) if fault else None)):
-        raise SharedError(fault) from None
+    if found := first(fault and (fault, socket.gethostname())):
+        rank, (line, host) = found
+        found_by = reduce(fault == line, distributed.ReduceOp.SUM)
+        found_by_all = found_by == distributed.get_world_size()
+        raise SharedError(meeting.with_place(line, rank, host, found_by_all)) from None
 
 
 def differences(mine, first):
@@ -303,14 +360,14 @@ def refuse_different_ranks(facts):
     model. facts: nested dictionaries of plain values, such as the config and the versions. Every rank must call
     this."""
     host = socket.gethostname()
-    everyone = gather((host, differences(flat(facts), from_rank_0(flat(facts)))))
-    different = [rank for rank, (_, found) in enumerate(everyone) if found]
-    if different:
-        rank = different[0]
-        more = f" (and {len(different) - 1} more ranks)" if len(different) > 1 else ""
-        where, found = everyone[rank]
+    host_of_0, expected = from_rank_0((host, flat(facts)))
+    mine = differences(flat(facts), expected)
+    if different := first((host, mine) if mine else None):
+        rank, (where, found) = different
+        others = reduce(bool(mine), distributed.ReduceOp.SUM) - 1
+        more = f" (and {others} more ranks)" if others else ""
         raise SharedError(
-            f"rank {rank} on {where}{more} differs from rank 0 on {everyone[0][0]}: {'; '.join(found)}; start all "
+            f"rank {rank} on {where}{more} differs from rank 0 on {host_of_0}: {'; '.join(found)}; start all "
             "ranks with the same command, config file, data, code and versions"
         )
 

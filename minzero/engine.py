@@ -10,6 +10,7 @@ from deepspeed.git_version_info import installed_ops
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
 
+from minzero import lora
 from minzero.compiled import compile_model
 from minzero.config.deepspeed import check_together, offload_device, offload_ratio, offloads_optimizer, zero_stage
 from minzero.config.sections import Recomputation
@@ -113,7 +114,8 @@ def least_memory(config, ds_config, on_gpu, world_size):
     if offload_device(zero, "offload_param") in in_device_memory:
         weights = parameters * width // (world_size if stage == 3 else 1)
     if offload_device(zero, "offload_optimizer") in in_device_memory:
-        moments = parameters * 8 // (world_size if stage else 1)  # Adam's two in float32
+        trained = lora.count_adapters(model, config.lora) or parameters
+        moments = trained * 8 // (world_size if stage else 1)  # Adam's two in float32
     if stage and zero.get("contiguous_gradients", True):
         bucket = zero.get("reduce_bucket_size", 5 * 10**8)  # elements
 
@@ -156,19 +158,23 @@ def choose_kernels(wanted, device):
 
 
 def count_real_parameters(module):
-    """The number of a model's parameters, each counted once and whole: under ZeRO-3 a rank holds a placeholder whose
-    ds_numel is the number of elements."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
+    """The number of a model's own parameters, each counted once and whole, without adapters: under ZeRO-3 a rank holds
+    a placeholder whose ds_numel is the number of elements."""
+    own = (parameter for name, parameter in module.named_parameters() if not lora.is_adapter(name))
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in own)
 
 
 def parameter_groups(model, weight_decay):
-    """The optimizer's two groups: matrices and embeddings, which decay, and biases and the weights of norms, which are
-    vectors and do not. Under ZeRO-3 a parameter here is an empty placeholder whose true shape is ds_shape."""
+    """The optimizer's groups: matrices and embeddings, which decay, and biases and the weights of norms, which are
+    vectors and do not, if there are any. Frozen weights are in none. Under ZeRO-3 a parameter here is an empty
+    placeholder whose true shape is ds_shape."""
     matrices, vectors = [], []
     for parameter in model.parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        (matrices if len(shape) >= 2 else vectors).append(parameter)
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        if parameter.requires_grad:
+            (matrices if len(shape) >= 2 else vectors).append(parameter)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def apex_adam(groups, train):
@@ -203,12 +209,13 @@ def step_piece_by_piece(optimizer):
     return optimizer
 
 
-def build_engine(config, ds_config, device, kernels="torch", compiled=False, load_weights=None):
+def build_engine(config, ds_config, device, kernels="torch", compiled=False, load_weights=None, load_adapters=None):
     """Make the model and its optimizer, and hand both to DeepSpeed. Returns its engine. Under ZeRO-3 each matrix is
     sharded as soon as it is made, so that no rank ever holds the whole model. The initial weights are the same bit for
     bit whatever the stage and the number of ranks.
 
-    kernels: apex or torch. load_weights: what trained.open_weights gives, if they are not random."""
+    kernels: apex or torch. load_weights: what trained.open_weights gives, if they are not random. load_adapters: the
+    same of adapters, where config.lora says that they are trained."""
     train = config.train
     stage = zero_stage(ds_config)
 
@@ -219,10 +226,19 @@ def build_engine(config, ds_config, device, kernels="torch", compiled=False, loa
         zero = ds_config.get("zero_optimization", {}) | {"memory_efficient_linear": False}
         ds_config = ds_config | {"zero_optimization": zero}
         torch_linear()
-    with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage == 3), device:
+
+    def sharded():
+        return deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage == 3)
+
+    with sharded(), device:
         model = GPT(config.model, train.seed, train.activation_checkpointing, train.activation_offload, kernels)
     if load_weights:
         copy_into(model, load_weights)
+    if config.lora.rank:
+        with sharded(), device:
+            lora.add_adapters(model, config.lora, train.seed)
+        if load_adapters:
+            copy_into(model, load_adapters, lora.is_adapter)
     if compiled:
         compile_model(model)
     if stage == 3:  # a block's weights are gathered at once, by two hooks, and outside of its graph

@@ -54,6 +54,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         weight = with_padding(weight)
         all_logits = x.new_empty(min(chunk, len(x)), len(weight))
         grad_x = torch.empty_like(x) if with_gradient else None
+        of_weight = with_gradient and ctx.needs_input_grad[1]  # not where it is frozen
         grad_weight = None
         for first in range(0, len(x), chunk):
             rows = slice(first, first + chunk)
@@ -65,6 +66,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad = logits  # what cross_entropy has made of them
                 counts = wanted != IGNORE_INDEX
                 torch.mm(grad, weight, out=grad_x[rows]).mul_(counts)  # rows that do not count
+                if not of_weight:
+                    continue
                 counted = x[rows] * counts
                 if first == 0:
                     grad_weight = grad.t() @ counted
@@ -72,7 +75,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 # summed in float32; the product has no name, so it is freed before the next is made
                 grad_weight = grad_weight.float().add_(grad.t() @ counted)
         if with_gradient:
-            ctx.save_for_backward(grad_x, grad_weight[:vocab_size])
+            ctx.save_for_backward(grad_x, grad_weight[:vocab_size] if of_weight else None)
             ctx.weight_dtype = weight.dtype
         return total
 
@@ -81,7 +84,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         # sums over all tokens may exceed fp16 before they are scaled, so the types are narrowed last
         grad_x = (grad_x * grad_total).to(grad_x.dtype)
-        grad_weight = torch.mul(grad_weight, grad_total, out=torch.empty_like(grad_weight, dtype=ctx.weight_dtype))
+        if grad_weight is not None:
+            grad_weight = torch.mul(grad_weight, grad_total, out=torch.empty_like(grad_weight, dtype=ctx.weight_dtype))
         return grad_x, grad_weight, None, None, None, None
 
 
@@ -116,7 +120,9 @@ class TokenLogProbabilities(torch.autograd.Function):
         scale = grad.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
         grad = grad / scale
         grad_x = torch.empty_like(x)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:  # not where it is frozen
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
         padded = with_padding(weight)
         for first in range(0, len(x), ctx.chunk):
             rows = slice(first, first + ctx.chunk)
@@ -125,8 +131,11 @@ class TokenLogProbabilities(torch.autograd.Function):
             of_logits.scatter_add_(1, targets[rows, None].clamp(min=0), torch.ones_like(grad[rows]))
             of_logits = of_logits.mul_(grad[rows]).to(x.dtype)
             grad_x[rows] = (of_logits @ weight).float() * scale
-            grad_weight += of_logits.t() @ x[rows]
-        return grad_x, grad_weight.mul_(scale).to(weight.dtype), None, None
+            if grad_weight is not None:
+                grad_weight += of_logits.t() @ x[rows]
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(scale).to(weight.dtype)
+        return grad_x, grad_weight, None, None
 
 
 def with_padding(weight):

@@ -94,20 +94,18 @@ def said_by(store, ranks):
 
 
 def fault_of_all(store, world_size):
-    """The first rank's fault, or None. It names the rank and its machine, unless all found the same."""
-    faults = said_by(store, range(world_size))
-    return first_fault([(fault, host) if fault else None for host, fault in faults])
-
-
-def first_fault(faults):
-    """The first of all ranks' faults, or None. faults: by rank, None or (line, host). The line names the rank and its
-    machine, unless all ranks found the same."""
-    first = next((rank for rank, found in enumerate(faults) if found), None)
+    """The first rank's fault, or None."""
+    said = said_by(store, range(world_size))
+    first = next((rank for rank, (_, fault) in enumerate(said) if fault), None)
     if first is None:
         return None
-    fault, host = faults[first]
-    same = all(found and found[0] == fault for found in faults)
-    return fault if same else f"rank {first} on {host}: {fault}"
+    host, line = said[first]
+    return with_place(line, first, host, all(fault == line for _, fault in said))
+
+
+def with_place(fault, rank, host, found_by_all):
+    """A fault's line. It names the rank and its machine, unless all ranks found the same."""
+    return fault if found_by_all else f"rank {rank} on {host}: {fault}"
 
 
 def leave(store, rank):

@@ -13,6 +13,7 @@ from minzero.cards import peak_flops
 from minzero.errors import UserError
 from minzero.files import is_number, write_atomically
 from minzero.goodput import KINDS
+from minzero.lora import count_adapters
 from minzero.sizes import count_parameters, flops_per_token, recomputed_flops_per_token
 
 # The keys of a line of metrics.jsonl that hold a number, besides `step` and `tokens`.
@@ -80,7 +81,7 @@ def throughput(config, step_seconds, devices, device_name, parameters=None, atte
     if parameters is not None and formula_fault(config.model, parameters):
         return speed
 
-    model_flops = flops_per_token(config.model, attended)
+    model_flops = flops_per_token(config.model, attended, count_adapters(config.model, config.lora))
     flops_per_second = tokens_per_second * model_flops / devices
     speed["tflops"] = flops_per_second / 1e12
 

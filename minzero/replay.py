@@ -120,6 +120,7 @@ def config_of(run, settings):
 def prepare(run_path, path, state, settings, group):
     """A Run with its engine at a checkpoint, and its training data, as train.py's main makes them. Writes nothing.
     Raises UserError."""
+    memory = train.machine_of_all(group).memory_bytes
     with dist.all_or_none():
         config = config_of(run_path, settings)
         if settings["world_size"] != group.world_size:
@@ -129,7 +130,6 @@ def prepare(run_path, path, state, settings, group):
             )
         data, _ = train.open_data(config)
         check_same_data(settings["data"], data, path or run_path)
-        memory = train.machine_of_all(group).memory_bytes
         setup = train.choose_setup(config, group, settings["precision"], memory)
         start = train.Start(path, state)
         if config.train.init_from and not path:

@@ -13,7 +13,7 @@ from torch import distributed
 from minzero.checkpoint import as_rank_0, fault_of, put_in_place
 from minzero.checkpoint_folder import Saved, name_of, step_and_suffix, tidy, write_marks
 from minzero.checkpoint_state import read_state
-from minzero.dist import all_or_none, gather, print0
+from minzero.dist import all_or_none, first, print0
 from minzero.errors import SharedError, UserError
 from minzero.files import is_count, is_regular, make_folder, write_atomically
 from minzero.resume import check_same_run
@@ -107,7 +107,8 @@ def fetch(store, checkpoints, name, config):
         rank, ranks = distributed.get_rank(), distributed.get_world_size()
         with all_or_none():
             missing = store.fetch(name, sorted(state["files"])[rank::ranks], temporary)
-        fault = next(filter(None, gather(missing)), None) or fault_of(temporary, state)
+        found = first(missing)
+        fault = found[1] if found else fault_of(temporary, state)
     if fault:
         print0(f"ignored {where}: {fault}")
     as_rank_0(lambda: shutil.rmtree(temporary, ignore_errors=True) if fault else complete(store, temporary, name))

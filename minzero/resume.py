@@ -7,7 +7,7 @@ from minzero.checkpoint import as_rank_0, fault_of
 from minzero.checkpoint_folder import Saved, find, folders_of_run, is_complete, restore_replaced
 from minzero.checkpoint_state import SHAPES_THE_RATE, as_saved, read_state, state_if_whole
 from minzero.config.nested import flat
-from minzero.config.sections import Config, ModelConfig, TrainConfig
+from minzero.config.sections import Config, LoraConfig, ModelConfig, TrainConfig
 from minzero.config.values import in_short
 from minzero.data.mixture import check_same_data
 from minzero.dist import print0
@@ -19,17 +19,16 @@ HOW_IT_RESUMES = ("train.out_dir", "train.copy_to", "train.resume", "train.allow
 
 
 def where_to_start(config, data, known_faults=None):
-    """The checkpoint to continue from and its state: (path, state), or (None, the state of step 0).
+    """The checkpoint to continue from and its state: (path, state), or (None, the state of step 0). Rank 0 looks for it
+    and tells the others, so every rank must call this.
 
-    data: the run's training Mixture. known_faults: {path: fault} of checkpoints already found damaged, the newest last;
-    with any, rank 0 chooses for all ranks, and every rank must call this. Rank 0 prints a line for each checkpoint that
-    is ignored. Raises UserError if the run folder holds a run that must not be continued or overwritten."""
+    data: the run's training Mixture. known_faults: {path: fault} of checkpoints already found damaged, the newest last.
+    Rank 0 prints a line for each checkpoint that is ignored. Raises UserError if the run folder holds a run that must
+    not be continued or overwritten."""
+    found, state, ignored = as_rank_0(lambda: choose_start(config.train, known_faults or {}))
     if known_faults:
-        found, state, ignored = as_rank_0(lambda: choose_start(config.train, known_faults))
         latest_fault = list(known_faults)[-1]  # the others were printed by earlier calls
         ignored = [line for line in ignored if str(latest_fault) in line]
-    else:
-        found, state, ignored = choose_start(config.train)
     for line in ignored:
         print0(line)
     if found is None:
@@ -54,7 +53,8 @@ def saved_model(train):
 
 
 def choose_start(train, known_faults=()):
-    """The candidate of `where_to_start`, as `newest_usable` returns it. train: the train section. Raises UserError."""
+    """The candidate of `where_to_start`, as `newest_usable` returns it. train: the train section. For rank 0 alone.
+    Raises UserError."""
     run = Path(train.out_dir)
     resume = train.resume
     if resume == "never" and find(run):
@@ -129,6 +129,8 @@ def check_same_run(path, state, config):
     defaults = vars(ModelConfig())  # of keys that are younger than the checkpoint
     pairs = [(f"model.{name}", saved["model"].get(name, defaults[name]), v) for name, v in now["model"].items()]
     pairs = [pair for pair in pairs if pair[0] != "model.family"]  # of exports alone
+    before = vars(LoraConfig()) | saved.get("lora", {})
+    pairs += [(f"lora.{name}", before[name], now["lora"][name]) for name in ("rank", "alpha", "matrices")]
     for key in ("data.path", "train.seed", "train.global_batch_tokens"):
         section, name = key.split(".")
         if key not in config.train.allow_changed:
@@ -136,7 +138,7 @@ def check_same_run(path, state, config):
     different = [f"{name} {in_short(was)} -> {in_short(value)}" for name, was, value in pairs if was != value]
     if different:
         remedy = "set them back, or start another run with --train.out_dir"
-        if not any(name.startswith("model.") for name in different):
+        if not any(name.startswith(("model.", "lora.")) for name in different):
             remedy += ", or name them in train.allow_changed"
         raise UserError(f"{path}: was saved with other settings: {'; '.join(different)}; {remedy}")
 

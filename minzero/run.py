@@ -209,7 +209,7 @@ class Run:
         """Write and print a line of metrics: averages over the steps since the last one. Every rank must call this."""
         seconds = self.clock.read()
         self.count_step(step, result)
-        measured = dist.gather((*self.own_time.read(seconds["data_seconds"]), socket.gethostname()))
+        measured = dist.gather_numbers(*self.own_time.read(seconds["data_seconds"]))
         device = self.setup.versions["device"]
         line = {"loss": result.facts.loss, "lr": rate}
         line |= {"grad_norm": result.grad_norm, "skipped": self.bad_steps.skipped}
@@ -221,10 +221,12 @@ class Run:
         line |= metrics.expert_loads(routing, self.config.model.balance_over == "layer")
         line |= metrics.rewards(rewards)
         line |= self.time_use.for_step()
-        slowest, in_words = goodput.slowest(measured, seconds["step_seconds"])
-        if slowest is not None and slowest == self.slowest:  # twice: another program may have disturbed it once
-            line["slowest"] = in_words
-        self.slowest = slowest
+        if self.group.rank == 0:
+            by_rank = [(*own, host) for own, host in zip(measured.tolist(), self.watchdog.hosts, strict=True)]
+            slowest, in_words = goodput.slowest(by_rank, seconds["step_seconds"])
+            if slowest is not None and slowest == self.slowest:  # twice: another program may have disturbed it once
+                line["slowest"] = in_words
+            self.slowest = slowest
         self.folder.report("running", step)
         self.write(step, line)
         dist.print0(metrics.console_line(line | {"step": step}, self.total_steps))
@@ -244,11 +246,10 @@ class Run:
         some rank. Every rank must call this."""
         if step > self.steps_done + 1 or not self.run_info["compiled"]:
             return
-        found = dist.gather(failure_in_words())
-        rank = next((rank for rank, words in enumerate(found) if words), None)
-        if rank is None:
+        found = dist.first(failure_in_words())
+        if found is None:
             return
-        dist.print0(f"warning: not compiled on rank {rank}: {found[rank]}")
+        dist.print0("warning: not compiled on rank {}: {}".format(*found))
         self.run_info["compiled"] = False
         if self.group.rank == 0:
             self.write_config()
@@ -360,9 +361,9 @@ class Run:
 
     def stop(self, step):
         """The run was asked to stop, and has saved. Every rank must call this."""
-        asked = dist.gather((self.watchdog.reason, socket.gethostname()))
-        rank = next(rank for rank, (reason, _) in enumerate(asked) if reason)
-        reason = f"{asked[rank][0]}{f' on rank {rank}, {asked[rank][1]}' if rank else ''}"
+        own = self.watchdog.reason
+        rank, (reason, host) = dist.first((own, socket.gethostname()) if own else None)
+        reason += f" on rank {rank}, {host}" if rank else ""
         self.folder.report("stopped", step, reason)
         dist.print0(f"stopped by {reason} after step {step}; the same command continues")
 

@@ -125,11 +125,13 @@ def attention_flops_per_token(config: ModelConfig, attended=None):
     return 4 * config.n_head * config.head_size * tokens
 
 
-def flops_per_token(config: ModelConfig, attended=None):
+def flops_per_token(config: ModelConfig, attended=None, adapters=0):
     """Model FLOPs per training token: 6 for each parameter that multiplies an activation (2 forward, 4 backward), and
     attention's products, which are 12 n_layer n_embd block_size where nothing shortens them (PaLM: Chowdhery et al.
-    2022, arXiv 2204.02311, appendix B). attended: as of `attention_flops_per_token`."""
-    return 6 * count_parameters(config)[1] + 3 * attention_flops_per_token(config, attended)
+    2022, arXiv 2204.02311, appendix B). attended: as of `attention_flops_per_token`. adapters: the number of parameters
+    that are trained in place of the model's own (lora.py); these then have no gradients, so 4 for each."""
+    own = (4 if adapters else 6) * count_parameters(config)[1]
+    return own + 6 * adapters + 3 * attention_flops_per_token(config, attended)
 
 
 def recomputed_flops_per_token(config: ModelConfig, activation_checkpointing, attended=None):

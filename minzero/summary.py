@@ -4,6 +4,7 @@ import json
 
 from minzero import checkpoint_state, metrics, resume
 from minzero.config.deepspeed import with_auto_values
+from minzero.lora import count_adapters
 from minzero.schedule import learning_rate
 from minzero.sizes import count_parameters, wide_heads
 
@@ -23,6 +24,9 @@ def start_lines(run, data, not_compiled=None):
         chosen = ", ".join(f"{key} {json.dumps(value)}" for key, value in setup.auto.items())
         lines.append(f'"auto" of deepspeed: {chosen or "nothing"}')
     active = f" ({count_parameters(model)[1]:,} active per token)" if model.n_expert else ""
+    if adapters := count_adapters(model, config.lora):
+        matrices = ", ".join(config.lora.matrices)
+        active += f", frozen, and {adapters:,} in adapters of rank {config.lora.rank} beside {matrices}"
     lines.append(
         f"{run.parameters:,} parameters{active}, {model.n_layer} layers of width {model.n_embd}, {model.n_head} heads, "
         f"vocabulary {model.vocab_size:,}, context {model.block_size:,} tokens"

@@ -28,7 +28,7 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", to
 MOMENTS = ("F32", "BF16", "F16")
 ALLOWED = {"random": ("U8",), "fp32": ("F32",), "exp_avg": MOMENTS, "exp_avg_sq": MOMENTS}  # {kind: dtypes}
 MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-MOST_OPEN_FILES = 512
+MOST_OPEN_FILES = 1 << 14
 CHUNK = 1 << 22  # bytes read at a time where only their checksum is needed
 
 
@@ -141,6 +141,10 @@ class TensorFile:
             raise damaged(path, "its header does not describe flat tensors that fill the file") from None
         if expected and not all(found for *_, found in self.tensors.values()):
             raise damaged(path, "its header holds no checksums")
+
+    def keep(self, kinds):
+        """Forget the tensors of other kinds, of which many open files would take memory."""
+        self.tensors = {name: entry for name, entry in self.tensors.items() if name.partition("/")[0] in kinds}
 
     def elements(self):
         """{name: number of elements} of its tensors."""
@@ -255,22 +259,32 @@ def index_of(pieces):
     last one perhaps fewer. So the index does not grow with the number of ranks: at stage 3 it is one entry a parameter.
 
     pieces: `pieces_in` of each file, in the order of their names."""
-    found = defaultdict(list)
+    index = defaultdict(list)
     for file, own in enumerate(pieces):
         for parameter, start, length in own:
-            found[parameter].append((start, length, file))
-    index = {}
-    for parameter, parts in found.items():
-        rows = index[parameter] = []
-        for start, length, file in sorted(parts):
-            if rows:
-                first_file, first, each, total = rows[-1]
-                follows = start == first + total and file == first_file + total // each
-                if follows and total % each == 0 and length <= each:
-                    rows[-1][3] += length
-                    continue
-            rows.append([file, start, length, length])
-    return index
+            index[parameter].append([file, start, length, length])
+    return {parameter: joined(rows) for parameter, rows in index.items()}
+
+
+def joined(rows):
+    """Rows of the index of one parameter, as few as say the same."""
+    found = []
+    for row in sorted(rows, key=lambda row: (row[1], row[3], row[0])):
+        if found:
+            file, first, each, total = found[-1]
+            follows = row[1] == first + total and row[0] == file + total // each and total % each == 0
+            if follows and (row[2] == each or row[3] == row[2] < each):  # a single piece may be shorter
+                found[-1][3] += row[3]
+                continue
+        found.append([*row])
+    return found
+
+
+def merged(left, right):
+    """({file: its entry}, index) of some files, and those of the files whose names follow, as one."""
+    (files, index), (more, other) = left, right
+    rows = {name: [[file + len(files), *rest] for file, *rest in rows] for name, rows in other.items()}
+    return files | more, index | {name: joined(index.get(name, []) + own) for name, own in rows.items()}
 
 
 def fault_of_index(index, elements, files):
@@ -292,19 +306,29 @@ def is_row(value):
     return isinstance(value, list) and [type(number) for number in value] == 4 * [int]
 
 
+def may_be_open(files):
+    """How many of these files may be open at a time: half of the system's limit at most, which is raised as far as it
+    may be. A file that must be closed for another is opened, and its header read, again for each parameter."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < 2 * files:
+        soft = 2 * files if hard == resource.RLIM_INFINITY else min(hard, 2 * files)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return files if soft == resource.RLIM_INFINITY else max(1, min(files, soft // 2))
+
+
 class SavedPieces:
     """The parameters in a checkpoint's files, read wherever their pieces lie. Opens only the files that hold what it is
     asked for, and at most MOST_OPEN_FILES at a time. path: the checkpoint; state: its state.json; verify: compare the
-    checksums of all that is read. Raises UserError."""
+    checksums of all that is read; kinds: those that are asked for, if not all. Raises UserError."""
 
-    def __init__(self, path, state, verify=False):
+    def __init__(self, path, state, verify=False, kinds=None):
         self.path = Path(path)
         self.entries = state["files"]
         self.verify = verify
+        self.kinds = kinds
         self.names = sorted(state["files"])
         self.open = {}  # {number of a file: TensorFile}, least recently used first
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self.most = MOST_OPEN_FILES if soft == resource.RLIM_INFINITY else max(1, min(MOST_OPEN_FILES, soft // 2))
+        self.most = may_be_open(min(MOST_OPEN_FILES, len(self.names)))
         self.index = state.get("pieces")
         if self.index is None:  # saved by older code
             files = (TensorFile(self.path / name, self.entries[name]) for name in self.names)
@@ -321,6 +345,8 @@ class SavedPieces:
                 self.open.pop(next(iter(self.open))).file.close()
             name = self.names[number]
             file = TensorFile(self.path / name, self.entries[name])
+            if self.kinds:
+                file.keep(self.kinds)
         self.open[number] = file
         return file
 

@@ -10,13 +10,14 @@
 """
 
 import contextlib
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from minzero import checkpoint, checkpoint_folder
+from minzero import checkpoint, checkpoint_folder, checkpoint_state, lora
 from minzero.config.build import build
 from minzero.config.sections import Config, ModelConfig, data_weights
 from minzero.data.conversations import chat_template, learned_template
@@ -42,6 +43,8 @@ from model import GPT
 # of a folder in transformers' format, any of which says that it has a tokenizer of its own
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of a large file, for a digest of it
+
 
 @dataclass
 class ModelSource:
@@ -54,6 +57,7 @@ class ModelSource:
     state: dict | None = None  # of a checkpoint
     config: Config | None = None  # of a checkpoint, as `checkpoint.open_weights` gives it
     data: list = field(default_factory=list)  # the folders that it learned from, as far as is known
+    load_adapters: Callable | None = None  # of a checkpoint with adapters: gives read(name of an adapter's parameter)
 
     def check_tokenizer(self, folder):
         """Raises UserError if the data in `folder` was made with another tokenizer than the model's: equal ids would
@@ -100,26 +104,36 @@ def holds_model(path):
 
 
 def model_of(found):
-    """The ModelConfig of a checkpoint, without its weights. Raises UserError if it holds parameters of another."""
-    state = checkpoint.read_state(found)
+    """(the ModelConfig of a checkpoint, its state), without its weights. Raises UserError if it holds parameters of
+    another."""
+    state = checkpoint.read_state(found, look_at_files=checkpoint.reads_weights())
     model = build({"model": state["config"]["model"]}, found / "state.json").model
     parameters = state["parameters"]
     if model.n_layer > len(parameters):  # which would take long to build
         raise UserError(f"{found}/state.json: {model.n_layer} layers, but {len(parameters)} parameters; use another")
+    lora_config = checkpoint_state.lora_of(state)
     try:
-        expected = own_shapes(model)
+        expected = lora.adapter_shapes(model, lora_config) if lora_config.rank else own_shapes(model)
     except RuntimeError as error:  # torch's, of sizes that no number holds
         raise UserError(f"{found}/state.json: config.model: {describe(error)}") from None
     checkpoint.refuse_other_parameters(found, state, expected)
-    return model
+    return model, state
 
 
 def open_checkpoint(found):
     """A checkpoint's folder -> ModelSource. Raises UserError."""
-    model = model_of(found)  # before the weights are looked at
-    state, config, read = checkpoint.open_weights(found)
+    model, state = model_of(found)  # before the weights are looked at
+    state, config, read = checkpoint.open_weights(found, state)
     folders = sorted(data_weights(state["config"]["data"]["path"]))
-    return ModelSource(found, str(found), model, lambda: read, state, config, folders)
+    if not config.lora.rank:
+        return ModelSource(found, str(found), model, lambda: read, state, config, folders)
+    check_base(state["base"], found)
+    _, load_base = open_weights(state["base"]["path"], model)
+
+    def load():
+        return lora.merged(model, config.lora, load_base(), read)
+
+    return ModelSource(found, str(found), model, load, state, config, folders, lambda: read)
 
 
 def with_checkpoint(path, which, use):
@@ -172,7 +186,7 @@ def model_to_start_from(source, like):
         published = read_model_config(folder)
         refuse_other_model(folder, like(published), published)
         return published
-    found, saved = checkpoint_folder.reading(folder, "best", lambda found: (found, model_of(found)))
+    found, saved = checkpoint_folder.reading(folder, "best", lambda found: (found, model_of(found)[0]))
     refuse_differences(found, like(saved), saved)
     return saved
 
@@ -185,9 +199,43 @@ def open_weights(source, model: ModelConfig):
     if is_published(folder):
         description, _, load = open_published(folder, model)
         return description.replace(str(folder), source, 1), load
-    found, saved = checkpoint_folder.reading(folder, "best", lambda found: (found, model_of(found)))
+    found, saved = checkpoint_folder.reading(folder, "best", lambda found: (found, model_of(found)[0]))
     refuse_differences(found, model, saved)
-    return str(found), lambda: checkpoint.open_weights(found)[2]
+    return str(found), open_checkpoint(found).load
+
+
+def identity_of(source):
+    """{"path", "digest"} of the model that train.init_from names: a run with adapters needs the same one again when it
+    is resumed, evaluated or exported. Of a folder in transformers' format the digest is of the files' names and sizes
+    and of some of their bytes. Raises UserError."""
+    folder = folder_to_start_from(source)
+    if not is_published(folder):
+        found = checkpoint_folder.must_find(folder, "best")
+        state = checkpoint.read_state(found)
+        return {"path": str(found.resolve()), "digest": checkpoint_state.state_checksum(state)}
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for place in range(SAMPLES):
+                file.seek(place * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return {"path": str(folder.resolve()), "digest": digest.hexdigest()[:16]}
+
+
+def check_base(base, where):
+    """Raises UserError if the model whose adapters are in the checkpoint `where` is not there any more, or is another.
+    base: as `identity_of` gave it."""
+    try:
+        now = identity_of(base["path"])
+    except UserError as error:
+        raise UserError(f"{where}: its adapters belong to the weights in {base['path']}: {error}") from None
+    if now["digest"] != base["digest"]:
+        raise UserError(
+            f"{where}: its adapters belong to the weights that were in {base['path']}, and there are others now (found "
+            f"{now['digest']}, expected {base['digest']}); put them back"
+        )
 
 
 def doubts_about_data(source, folders):

@@ -1,6 +1,7 @@
 """Requests to stop a run, and ranks that die or hang: one thread a rank that watches over it."""
 
 import contextlib
+import json
 import os
 import select
 import signal
@@ -8,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import psutil
@@ -79,6 +81,19 @@ def machine():
     return socket.gethostname(), boot, os.readlink("/proc/self/ns/pid"), None if is_own_proc else os.getpid()
 
 
+def tell_peers(store, ranks):
+    """Write into the store, for each machine, rank 0's host and the ranks on that machine with their process ids.
+    Returns the hosts by rank. For rank 0 alone."""
+    places = [json.loads(text) for text in store.multi_get([f"place/{rank}" for rank in range(ranks)])]
+    hosts = [json.loads(place)[0] for place, _ in places]
+    on_machine = defaultdict(list)
+    for rank, (place, pid) in enumerate(places):
+        on_machine[place].append((rank, pid))
+    for place, pids in on_machine.items():
+        store.set(f"peers/{place}", json.dumps([hosts[0], pids]))
+    return hosts
+
+
 def limits(train):
     """Seconds without progress after which a run ends, by what it does. train: the train section."""
     return {
@@ -115,13 +130,16 @@ class Watchdog:
         # ---- progress, of this rank and of all
         self.peers = None  # {rank: process} of this machine, once the ranks have met
         self.heartbeats = 0
+        self.published = 0  # of them, in the store
         self.last_heartbeat = time.monotonic()
-        self.heartbeats_of_all = None
+        self.heartbeats_of_all = None  # their sum
         self.last_look = 0.0  # at the heartbeats of all
         self.last_asked = 0.0  # whether another rank has ended
         self.signs = 0  # of life, of this rank
         self.last_sign = 0.0  # when it gave one
-        self.hosts = []  # by rank
+        self.ranks = 1  # how many
+        self.hosts = []  # by rank, on rank 0
+        self.host_of_0 = None
         self.last_roll_call = 0.0
         self.signs_of_all = {}  # {rank: (its signs, when rank 0 saw them)}
         self.store_answered = 0.0  # when
@@ -145,17 +163,19 @@ class Watchdog:
 
     def register_peers(self):
         """From here on a rank that makes no progress is noticed. Every rank must call this."""
-        self.rank = distributed.get_rank()
-        own = machine()
-        everyone = dist.gather((own, os.getpid()))
-        self.hosts = [other[0] for other, _ in everyone]
+        self.rank, self.ranks = distributed.get_rank(), distributed.get_world_size()
+        store, own = dist.common_store(), json.dumps(machine())
+        store.set(f"place/{self.rank}", json.dumps([own, os.getpid()]))
         self.publish_heartbeats()
+        distributed.barrier()
+        if self.rank == 0:  # it alone reads the places of all
+            self.hosts = tell_peers(store, self.ranks)
+        self.host_of_0, pids = json.loads(store.get(f"peers/{own}"))
         self.last_heartbeat = self.store_answered = time.monotonic()
         peers = {}
-        for rank, (other, pid) in enumerate(everyone):
+        for rank, pid in pids:
             with contextlib.suppress(psutil.NoSuchProcess):  # it will be missed soon enough
-                if other == own:
-                    peers[rank] = psutil.Process(pid)
+                peers[rank] = psutil.Process(pid)
         self.peers = peers
 
     def begin_loop(self):
@@ -211,7 +231,7 @@ class Watchdog:
     # -- the thread ----------------------------------------------------------------------------------
 
     def run(self):
-        published = 0
+        published_at = 0.0
         while not self.is_stopped:
             # ---- what asks this run to stop
             ready, _, _ = select.select([self.reader], [], [], 0.5)
@@ -226,8 +246,9 @@ class Watchdog:
             dead = [rank for rank, process in self.peers.items() if is_gone(process)]
             if self.reason and dead and not self.is_stopped:
                 end_process(f"stopped by {self.reason}: rank {dead[0]} is gone", 1, self.out_dir, self.folder)
-            if self.heartbeats > published:
-                published = self.heartbeats
+            pause = min(self.ranks / 100, self.timeout / 20)  # so rank 0 hears of 100 ranks in a second, not of all
+            if self.heartbeats > self.published and time.monotonic() - published_at > pause:
+                published_at = time.monotonic()
                 self.publish_heartbeats()
             self.end_with_other_rank()
             self.give_sign_of_life()
@@ -270,7 +291,7 @@ class Watchdog:
 
     def give_sign_of_life(self):
         now = time.monotonic()
-        if now - self.last_sign > SIGNS_OF_LIFE and len(self.hosts) > 1:
+        if now - self.last_sign > SIGNS_OF_LIFE and self.ranks > 1:
             self.last_sign = now
             self.signs += 1
             if dist.ask_store(lambda store: store.set(f"sign/{self.rank}", str(self.signs)) or True):
@@ -279,18 +300,18 @@ class Watchdog:
     def end_without_lost_rank(self):
         """End this rank where another is lost. Rank 0 looks at all signs of life and tells the others, which look
         whether rank 0's machine still answers."""
-        if self.seconds_without_progress() < 2 * SIGNS_OF_LIFE or len(self.hosts) < 2:
+        if self.seconds_without_progress() < 2 * SIGNS_OF_LIFE or self.ranks < 2:
             self.signs_of_all = {}
             return
         now = time.monotonic()
         if self.rank:
             if now - self.store_answered > LOST and not self.is_stopped:
-                self.end_lost([0])
+                self.end_lost([0], [self.host_of_0])
             return
         if now - self.last_roll_call < SIGNS_OF_LIFE:
             return
         self.last_roll_call = now
-        keys = [f"sign/{rank}" for rank in range(len(self.hosts))]
+        keys = [f"sign/{rank}" for rank in range(self.ranks)]
         signs = dist.ask_store(lambda store: store.multi_get(keys)) or []
         for rank, sign in enumerate(signs):
             if rank not in self.signs_of_all or self.signs_of_all[rank][0] != sign:
@@ -298,12 +319,12 @@ class Watchdog:
         lost = [rank for rank, (_, seen) in self.signs_of_all.items() if now - seen > LOST]
         if lost and not self.is_stopped:
             dist.ask_store(lambda store: store.set("lost", "1"))
-            time.sleep(max(3, len(self.hosts) / 50))  # until the others have read it in the store, which ends with this
-            self.end_lost(lost)
+            time.sleep(max(3, self.ranks / 50))  # until the others have read it in the store, which ends with this
+            self.end_lost(lost, [self.hosts[rank] for rank in lost])
 
-    def end_lost(self, ranks):
-        """End this rank without others, which are lost. Of each machine one rank says so."""
-        hosts = ", ".join(sorted({self.hosts[rank] for rank in ranks})[:8])
+    def end_lost(self, ranks, hosts):
+        """End this rank without others, which are lost. hosts: theirs. Of each machine one rank says so."""
+        hosts = ", ".join(sorted(set(hosts))[:8])
         if dist.local_place[0]:
             os._exit(1)
         words = f"lost contact with {in_words(ranks)} on {hosts}: no sign of life for {LOST:g} s"
@@ -312,7 +333,7 @@ class Watchdog:
     def end_with_other_rank(self):
         """End this rank, without a word, where another has ended by a fault, which that one prints."""
         now = time.monotonic()
-        if self.seconds_without_progress() > 2 and now - self.last_asked > max(1, distributed.get_world_size() / 100):
+        if self.seconds_without_progress() > 2 and now - self.last_asked > max(1, self.ranks / 100):
             self.last_asked = now
             if (fault := dist.published_fault()) and fault.said_by != self.rank and not self.is_stopped:
                 os._exit(2)
@@ -320,7 +341,10 @@ class Watchdog:
                 os._exit(1)
 
     def publish_heartbeats(self):
-        dist.ask_store(lambda store: store.set(f"beat/{self.rank}", str(self.heartbeats)))
+        """Tell the store this rank's heartbeats, and add the new ones to those of all."""
+        count, new = self.heartbeats, self.heartbeats - self.published
+        self.published = count
+        dist.ask_store(lambda store: (store.set(f"beat/{self.rank}", str(count)), store.add("beats", new)))
 
     def read_heartbeats(self):
         """The number of heartbeats of each rank, or None if rank 0 does not answer."""
@@ -332,18 +356,30 @@ class Watchdog:
         if time.monotonic() - self.last_look < min(self.timeout / 10, 60):
             return
         self.last_look = time.monotonic()
-        heartbeats = self.read_heartbeats()
+        heartbeats = dist.ask_store(lambda store: store.add("beats", 0))
         if self.heartbeats_of_all is not None and heartbeats is not None and heartbeats != self.heartbeats_of_all:
             self.last_heartbeat = time.monotonic()
         self.heartbeats_of_all = heartbeats
 
     def who_hangs(self):
-        """The ranks that hang, in words."""
+        """The ranks that hang, in words. The first rank that counts them writes the words into the store: not all of
+        many ranks that end at once read the heartbeats of all."""
+        known = dist.ask_store(lambda store: store.check(["hangs"]) and store.get("hangs").decode())
+        if known:
+            return known
         heartbeats = self.read_heartbeats()
         if heartbeats is None:
             return "rank 0 does not answer"
-        last = [rank for rank, count in enumerate(heartbeats) if count == min(heartbeats)]
-        if len(last) == len(heartbeats):
-            return "no rank makes progress"
-        elsewhere = sorted({self.hosts[rank] for rank in last} - {socket.gethostname()}) if self.hosts else []
-        return f"rank {', '.join(map(str, last))} hangs{' on ' if elsewhere else ''}{', '.join(elsewhere)}"
+        words = "no rank makes progress"
+        lowest = min(heartbeats)
+        last = [rank for rank, count in enumerate(heartbeats) if count == lowest]
+        if len(last) < len(heartbeats):
+            elsewhere = sorted(self.hosts_of(last) - {socket.gethostname()})
+            words = f"rank {', '.join(map(str, last))} hangs{' on ' if elsewhere else ''}{', '.join(elsewhere)}"
+        dist.ask_store(lambda store: store.set("hangs", words))
+        return words
+
+    def hosts_of(self, ranks):
+        """The machines of some ranks, as far as rank 0 answers."""
+        places = dist.ask_store(lambda store: store.multi_get([f"place/{rank}" for rank in ranks]))
+        return {json.loads(json.loads(text)[0])[0] for text in places or []}

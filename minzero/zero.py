@@ -40,7 +40,7 @@ def undo_trial_step(engine):
         return
     engine.basic_optimizer.state.clear()
     masters = stage_0_masters(engine)
-    for parameter in engine.module.parameters():
+    for _, parameter in trained_parameters(engine):
         masters[id(parameter)].data.copy_(parameter.data)
 
 
@@ -117,6 +117,11 @@ def loss_scaler(engine):
     return getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)
 
 
+def trained_parameters(engine):
+    """[(name, parameter)] of those that are not frozen, in the model's order."""
+    return [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+
+
 # -- fragments -------------------------------------------------------------------------------------
 
 
@@ -136,7 +141,7 @@ def stage_0_masters(engine):
     """Stage 0: {id of a parameter: the tensor that the optimizer updates}, in 16 bits a float32 copy."""
     optimizer = engine.optimizer
     if not hasattr(optimizer, "fp32_groups"):
-        return {id(parameter): parameter for parameter in engine.module.parameters()}
+        return {id(parameter): parameter for _, parameter in trained_parameters(engine)}
     pairs = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
     return {id(parameter): master for parameter, master in pairs}
 
@@ -144,7 +149,7 @@ def stage_0_masters(engine):
 def stage_0_fragments(engine):
     """Every rank updates every parameter, each a tensor of its own."""
     masters = stage_0_masters(engine)
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in trained_parameters(engine):
         yield Fragment(name, 0, parameter.numel(), masters[id(parameter)], 0, 0)
 
 
@@ -166,7 +171,7 @@ def stage_1_and_2_fragments(engine):
 def stage_3_fragments(engine):
     """Every parameter is cut into equal partitions, one a rank; the last one is padded."""
     zero = engine.optimizer
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in trained_parameters(engine):
         group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
         start = distributed.get_rank() * length
         flat = zero.fp32_partitioned_groups_flat[group]
@@ -237,7 +242,7 @@ def refresh_weights(engine):
         zero.update_lp_params()
     else:
         masters = stage_0_masters(engine)
-        for parameter in engine.module.parameters():
+        for _, parameter in trained_parameters(engine):
             parameter.data.copy_(masters[id(parameter)].data)
 
 
@@ -265,10 +270,11 @@ def first_not_finite(engine, progress: Callable = lambda: None) -> str | None:
 
 
 @torch.no_grad()
-def copy_into(model, load):
-    """Give every parameter of `model` the value read(name), where read = load(), from rank 0. Parameter by
-    parameter, so that under ZeRO-3 no rank ever holds more than one whole; in the other stages `deepspeed.initialize`
-    broadcasts rank 0's. Every rank must call this; all raise UserError if rank 0 cannot read."""
+def copy_into(model, load, chosen=lambda name: True):
+    """Give every parameter of `model` whose name is chosen the value read(name), where read = load(), from rank 0.
+    Parameter by parameter, so that under ZeRO-3 no rank ever holds more than one whole; in the other stages
+    `deepspeed.initialize` broadcasts rank 0's. Every rank must call this; all raise UserError if rank 0 cannot
+    read."""
     import deepspeed  # see torch_linear
 
     from minzero import dist
@@ -276,6 +282,8 @@ def copy_into(model, load):
     is_first = distributed.get_rank() == 0
     fault, read = None, None
     for name, parameter in model.named_parameters():
+        if not chosen(name):
+            continue
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if not is_first or fault:
                 continue  # all ranks gather, whatever rank 0 finds

@@ -57,6 +57,7 @@ def faults_between_keys(config):
         config.model.check,
         config.data.check,
         config.train.check,
+        lambda: config.lora.check(config.model),
         lambda: check_together(config.deepspeed, config.train.precision),
     ):
         try:

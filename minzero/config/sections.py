@@ -236,17 +236,58 @@ class TrainConfig:
 
 
 @dataclass
+class LoraConfig:
+    rank: int | None = key(
+        None,
+        "train only a product of two matrices of this inner width beside each matrix (LoRA), and freeze the weights of "
+        "train.init_from; null: train all weights",
+        minimum=1,
+        maximum=2**16,
+    )
+    alpha: float = key(32.0, "the product is multiplied by alpha / rank", minimum=1e-6, maximum=1e6)
+    dropout: float = key(0.0, "probability of dropping an input of the product", minimum=0, maximum=0.99)
+    matrices: list[str] = key(
+        ["qkv", "proj", "up", "down"], "which matrices of each block have one", ["qkv", "proj", "up", "down"]
+    )
+    init_from: str | None = key(
+        None, "start from the adapter in this folder, as PEFT writes it; null: from products that are zero"
+    )
+
+    def check(self, model):
+        if self.rank is None:
+            if self.init_from:
+                raise UserError(f"lora.init_from: found {self.init_from}, but lora.rank is null; set it as there")
+            return
+        if not self.matrices or len(set(self.matrices)) < len(self.matrices):
+            raise UserError(f"lora.matrices: found {in_short(self.matrices)}, expected at least one, and each once")
+        experts = [name for name in self.matrices if name in ("up", "down")]
+        if model.n_expert and experts:
+            raise UserError(
+                f"lora.matrices: found {', '.join(experts)} with model.n_expert {model.n_expert}; experts have no "
+                "adapters here; set lora.matrices to qkv, proj"
+            )
+        if self.init_from == "":
+            raise UserError("lora.init_from: found an empty name, expected a folder, or null")
+
+    @property
+    def scale(self):
+        """By what the product is multiplied."""
+        return self.alpha / self.rank
+
+
+@dataclass
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     deepspeed: dict = field(default_factory=dict)
 
     def to_dict(self):
         return dataclasses.asdict(self)
 
 
-SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "lora": LoraConfig}
 
 
 def switched_on(model: ModelConfig, known):

@@ -7,6 +7,7 @@ bytes, sizes of weights in elements.
 import itertools
 from dataclasses import dataclass, field
 
+from minzero.lora import inputs_of, rows_of_parts
 from minzero.sizes import loss_chunk_tokens, padded_vocab_size
 
 
@@ -17,6 +18,7 @@ class Weight:
     size: int
     decayed: bool = True  # its group of the optimizer: with weight decay or without
     uses: int = 1  # how many modules share it
+    trained: bool = True  # or frozen: it has no gradient and no optimizer
     number: int = field(default_factory=itertools.count().__next__)  # in the order in which the weights are made
 
 
@@ -93,7 +95,13 @@ class Trace:
         norm = self.norm("final_norm")  # made before the head's weight
         head_weight = embedding if model.tie_embeddings else Weight(model.vocab_size * self.width)
         modules += self.norm_and_loss(norm, head_weight)
-        return Module("model", inside=modules)
+        model = Module("model", inside=modules)
+        if s.adapters:
+            for call in calls_of(model):
+                if call.name != "adapter":
+                    for weight in call.weights:
+                        weight.trained = False
+        return model
 
     def norm_and_loss(self, norm, weight):
         """The modules after the last block. The head keeps gradients and not its input, so the norm's output is
@@ -132,6 +140,9 @@ class Trace:
         s = self.settings
         parts = [[self.norm("norm"), self.attention(number)], [self.norm("norm"), self.mlp()]]
         parts[1][0].named = self.stream
+        for (norm, _), matrix in zip(parts, ("qkv", "up"), strict=True):
+            if not self.keeps_input(matrix):
+                without_output(norm, self.stream)
         if s.model.norm_position == "after":
             parts = [self.norm_after(*part) for part in parts]
         sums = [Module("sum", kept=self.stream, hooked=False) for _ in parts]
@@ -176,6 +187,7 @@ class Trace:
         sizes = {"kept": self.dropout_mask(), "forward": self.narrow, "backward": wide + self.own_gradient()}
         sizes["leaving"] = 0 if turns else wide  # its input is attention's output, which that saved too
         inside.append(self.linear("proj", self.query_width, self.width, **sizes))
+        inside += self.adapter("proj", s.tokens)
         return Module("attention", inside=inside, named=self.narrow)
 
     def projections(self):
@@ -183,7 +195,28 @@ class Trace:
         fan_out = self.query_width + 2 * self.kv_width
         qkv = self.settings.tokens * fan_out * self.settings.product_bytes
         sizes = {"kept": qkv, "named": qkv, "cached": qkv, "backward": qkv + self.narrow}
-        return [self.linear("qkv", self.width, fan_out, self.settings.model.biased_qkv, **sizes)]
+        qkv = self.linear("qkv", self.width, fan_out, self.settings.model.biased_qkv, **sizes)
+        return [qkv, *self.adapter("qkv", self.settings.tokens)]
+
+    def keeps_input(self, matrix):
+        """Whether the input of a matrix is kept: for the gradients of the matrix or of its adapter. DeepSpeed's linear
+        function, which stage 3 takes unless it is compiled, keeps it anyway."""
+        s = self.settings
+        return not s.adapters or matrix in s.lora.matrices or (s.stage == 3 and not s.compiled)
+
+    def adapter(self, matrix, rows):
+        """lora.py's products beside a matrix, if it has some: A's outputs are kept, and a dropped input; B's are added
+        to the matrix's output, which is a new tensor."""
+        s = self.settings
+        if not s.adapters or matrix not in s.lora.matrices:
+            return []
+        parts, inputs = rows_of_parts(s.model, matrix), inputs_of(s.model, matrix)
+        weights = [Weight(s.lora.rank * inputs) for _ in parts] + [Weight(count * s.lora.rank) for count in parts]
+        kept = rows * len(parts) * s.lora.rank * s.product_bytes
+        if s.lora.dropout:
+            kept += rows * inputs * (s.product_bytes + 1)
+        output = rows * sum(parts) * s.product_bytes
+        return [Module("adapter", weights, kept=kept, forward=2 * output, backward=rows * inputs * s.product_bytes)]
 
     def query_key_norms(self, turns):
         """The norms of queries and keys, if any. turns: whether their outputs are temporary, for a rotation reads
@@ -251,11 +284,16 @@ class Trace:
             activation["kept"] = hidden
         elif gated:
             activation["backward"] = 2 * up  # of gate and value, and both once more in one tensor
+        if not self.keeps_input("down"):
+            activation["kept"] -= hidden
+            activation["forward"] = hidden
         of_up = {"kept": up, "cached": up, "backward": up + narrow}
         return [
             self.linear("up", self.width, fan_out, biased, matrices, **of_up),
+            *self.adapter("up", rows),
             Module("activate", **activation, hooked=False),
             self.linear("down", inner, self.width, biased, matrices, forward=narrow, backward=hidden),
+            *self.adapter("down", rows),
         ]
 
     def experts(self):
@@ -296,7 +334,8 @@ class Trace:
         chunk = min(loss_chunk_tokens(s.model.vocab_size, on_gpu), s.tokens)
         columns = padded_vocab_size(s.model.vocab_size, on_gpu)
         logits = chunk * columns * s.bytes
-        product = columns * self.width * s.bytes  # a chunk's part of the weight's gradient
+        # a chunk's part of the weight's gradient
+        product = 0 if s.adapters else columns * self.width * s.bytes
         probabilities = 0
         if not s.compiled:
             # log_softmax copies 16-bit logits into float32, but not those in fp16 on a GPU
@@ -309,6 +348,6 @@ class Trace:
         else:  # the probabilities are freed before the only product is made, which is kept
             kept = product
             most = logits + max(probabilities - product, 0)
-        padded = product if columns > s.model.vocab_size else 0
+        padded = columns * self.width * s.bytes if columns > s.model.vocab_size else 0
         sizes = {"kept": self.narrow + kept, "forward": self.stream + padded + most}
         return Module("head", [weight], **sizes, part="logits", own=True)

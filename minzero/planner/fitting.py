@@ -38,6 +38,7 @@ class Replayed(NamedTuple):
 
     memory: Memory
     size: int
+    trained: int
     traffic: Counter
     kept_bytes: float
 
@@ -62,11 +63,11 @@ class Fitter:
         steps = min(2, settings.gradient_accumulation_steps)  # later micro-batches are as the second
         ranks = settings.world_size if settings.stage else 1  # stage 0 has all of everything
         plain = dataclasses.replace(settings, gradient_accumulation_steps=steps, world_size=ranks)
-        key = tuple(id(value) if name == "model" else value for name, value in vars(plain).items())
+        key = tuple(id(value) if name in ("model", "lora") else value for name, value in vars(plain).items())
         if key not in self.replays:
             engine = replayed(plain)
-            found = Replayed(engine.memory, engine.size, engine.traffic, engine.kept_bytes)
-            self.replays[key] = found, settings.model  # held, so that no other model takes its id
+            found = Replayed(engine.memory, engine.size, engine.trained, engine.traffic, engine.kept_bytes)
+            self.replays[key] = found, settings.model, settings.lora  # held, so that no others take their ids
         return self.replays[key][0]
 
     def plan(self, config, hardware):
@@ -234,7 +235,8 @@ def least_bytes(settings):
     s, (size, _) = settings, count_parameters(settings.model)
     states = s.moment_bytes + (s.master_bytes if s.bytes < 4 else 0)
     weights = 0 if s.offload_param else size * s.bytes / (s.world_size if s.stage == 3 else 1)
-    return weights + (0 if s.offload_optimizer else size * states / (s.world_size if s.stage else 1))
+    trained = s.adapters or size
+    return weights + (0 if s.offload_optimizer else trained * states / (s.world_size if s.stage else 1))
 
 
 def precision_on(hardware, config):

@@ -14,7 +14,7 @@ def room_in(settings, engine, hardware):
     """(whether a GPU's memory is enough, whether the node's RAM is). engine: the replayed one."""
     gpu_bytes = max(total for total, _ in engine.memory.peaks.values())
     ranks = hardware.gpus // hardware.nodes  # of a node
-    _, cpu_bytes = cpu_memory(settings, engine.size, ranks)
+    _, cpu_bytes = cpu_memory(settings, engine.trained, ranks)
     fits_cpu = hardware.cpu_bytes is None or cpu_bytes + ranks * PROCESS <= hardware.cpu_bytes
     return gpu_bytes <= USABLE * hardware.memory_bytes, fits_cpu
 
@@ -26,12 +26,12 @@ def plan_run(config, hardware, assumptions=None, code=None, replay=replayed):
     assumptions = (assumptions or Assumptions()).on(hardware.card)
     settings = settings_of(config, hardware.gpus, hardware.memory_bytes, hardware.card)
     engine = replay(settings)
-    memory, parameters = engine.memory, engine.size
+    memory, parameters, trained = engine.memory, engine.size - settings.adapters, engine.trained
     by_size = sorted(((total, phase) for phase, (total, _) in memory.peaks.items()), reverse=True)
     (gpu_bytes, peak_phase), (second_bytes, second_phase) = by_size[:2]
     held_at_peak = memory.peaks[peak_phase][1]
     ranks = hardware.gpus // hardware.nodes  # of a node
-    cpu_bytes_range = cpu_memory(settings, parameters, ranks)
+    cpu_bytes_range = cpu_memory(settings, trained, ranks)
     fits_gpu, fits_cpu = room_in(settings, engine, hardware)
     return {
         "gpus": hardware.gpus,
@@ -49,8 +49,9 @@ def plan_run(config, hardware, assumptions=None, code=None, replay=replayed):
         "fits_cpu": fits_cpu,
         "cpu_bytes": cpu_bytes_range[1],
         "cpu_bytes_range": list(cpu_bytes_range),
-        "cpu_bytes_of_saving": round(background_copy(settings, parameters) * ranks),
-        "checkpoint_bytes": checkpoint_bytes(settings, parameters),
+        "trained_parameters": trained,
+        "cpu_bytes_of_saving": round(background_copy(settings, trained) * ranks),
+        "checkpoint_bytes": checkpoint_bytes(settings, trained),
         "micro_batch_size": config.train.micro_batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,
         "stage": settings.stage,

@@ -54,6 +54,7 @@ class Engine:
         self.model = self.trace()
         self.weights = weights_of(self.model)
         self.size = sum(weight.size for weight in self.weights)
+        self.trained = sum(weight.size for weight in self.weights if weight.trained)
         self.groups = self.optimizer_groups()
         # stages 1 and 2 have their buffers anyway where the optimizer is offloaded
         self.contiguous = settings.contiguous_gradients or (settings.stage < 3 and settings.offload_optimizer)
@@ -77,7 +78,8 @@ class Engine:
 
     def optimizer_groups(self):
         """engine.py's: decayed weights and spared ones."""
-        groups = [[w for w in self.weights if w.decayed == decayed] for decayed in (True, False)]
+        trained = [weight for weight in self.weights if weight.trained]
+        groups = [[w for w in trained if w.decayed == decayed] for decayed in (True, False)]
         return [group for group in groups if group]
 
     def run(self):
@@ -153,14 +155,15 @@ class Engine:
         if module in self.kept and not module.own:
             memory.free(self.kept.pop(module))
         flowing = memory.allocate(module.part, module.backward)
-        gradients = [memory.allocate("gradients", weight.size * self.settings.bytes) for weight in module.weights]
+        trained = [weight for weight in module.weights if weight.trained]
+        gradients = [memory.allocate("gradients", weight.size * self.settings.bytes) for weight in trained]
         # Before the hooks of its weights' gradients run, autograd frees what a call saved and the gradient that came
         # in. The one that goes out is as large as the saved input, which counts as the previous call's until its turn.
         if module in self.kept:
             memory.free(self.kept.pop(module))
         memory.free(flowing)
         leaving = memory.allocate(module.part, module.leaving)
-        for weight, gradient in zip(module.weights, gradients, strict=True):
+        for weight, gradient in zip(trained, gradients, strict=True):
             self.take_gradient(weight, gradient)
         memory.free(leaving)
         if module.hooked:
@@ -234,7 +237,7 @@ class Stage0(Engine):
         s = self.settings
         self.memory.allocate("parameters", self.size * s.bytes)
         master_bytes = s.master_bytes if s.bytes < 4 else 0
-        self.memory.allocate("optimizer", self.size * (s.moment_bytes + master_bytes))
+        self.memory.allocate("optimizer", self.trained * (s.moment_bytes + master_bytes))
 
     def reduce_later(self, weight, gradient):
         if self.micro_step:  # added to the first micro-batch's
@@ -242,11 +245,11 @@ class Stage0(Engine):
 
     def end_backward(self):
         if self.last:
-            self.memory.touch("buckets", min(self.size, 500_000_000) * self.settings.bytes)
+            self.memory.touch("buckets", min(self.trained, 500_000_000) * self.settings.bytes)
 
     def step(self):
         if self.settings.bytes < 4:
-            self.memory.touch("gradients", self.size * 4)
+            self.memory.touch("gradients", self.trained * 4)
 
 
 class Stage12(Engine):
@@ -256,7 +259,7 @@ class Stage12(Engine):
         s = self.settings
         self.memory.allocate("parameters", self.size * s.bytes)
         if not s.offload_optimizer:
-            self.memory.allocate("optimizer", -(-self.size // s.world_size) * (s.master_bytes + s.moment_bytes))
+            self.memory.allocate("optimizer", -(-self.trained // s.world_size) * (s.master_bytes + s.moment_bytes))
         self.bucket = []  # (weight, its gradient if that was not copied)
         self.elements = 0  # in the bucket
         self.buffers = []

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from minzero.config.deepspeed import (
     auto_values,
@@ -13,9 +13,10 @@ from minzero.config.deepspeed import (
     with_auto_values,
     zero_stage,
 )
-from minzero.config.sections import ModelConfig, Recomputation
+from minzero.config.sections import LoraConfig, ModelConfig, Recomputation
 from minzero.data.mixture import Mixture
 from minzero.errors import UserError
+from minzero.lora import count_adapters
 from minzero.sizes import MOST_HEAD_SIZE
 
 LARGEST_VOCABULARY = 2**31  # of any data
@@ -70,9 +71,15 @@ class Settings:
     accumulation_bytes: int | None = None  # of an accumulated gradient; None: as wide as the weights
     compiled: bool = False  # the loss keeps no probabilities, and SwiGLU not the activated gate
     attended: float | None = None  # tokens of the mean token's document, where attention is within documents
+    lora: LoraConfig = field(default_factory=LoraConfig)  # with a rank: adapters are trained, and nothing else
     save_in_background: bool = False  # a copy of the optimizer is in CPU memory while a checkpoint is written
     master_bytes: int = 4
     moment_bytes: int = 8  # both of Adam's moments
+
+    @property
+    def adapters(self):
+        """Parameters of adapters, which then are all that is trained; 0: none, and all weights are trained."""
+        return count_adapters(self.model, self.lora)
 
     @property
     def recomputation(self):
@@ -184,6 +191,7 @@ def settings_of(config, gpus, memory, card=None):
         compiled=train.compile is True or (train.compile == "auto" and not (card and card.is_cpu)),
         # checkpoint.py copies no optimizer that lives on NVMe: memory may not hold it
         save_in_background=train.save_in_background and offload_device(zero, "offload_optimizer") != "nvme",
+        lora=config.lora,
         attended=attended_tokens(json.dumps(config.data.path), config.model.block_size, config.data.document_mask),
         accumulation_bytes={"fp32": 4, "bf16": 2, "fp16": 2}.get(accumulated_type),
         **{field: zero[key] for key, field in ZERO_KEYS.items() if key in zero},

@@ -9,6 +9,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 
 from minzero.config.sections import Recomputation
+from minzero.lora import adapter_shapes
 from minzero.planner.memory import checkpoint_bytes, offloaded_activations, offloaded_elements
 from minzero.sizes import (
     attention_flops_per_token,
@@ -137,7 +138,8 @@ def product_seconds(settings, card):
     """Matrix products of a micro-batch: 6 FLOPs a token for each weight that multiplies it, those recomputed on top, at
     the share of the peak that large products reach."""
     s = settings
-    flops = 6 * count_parameters(s.model)[1]
+    # frozen weights have no gradients of their own
+    flops = (4 if s.adapters else 6) * count_parameters(s.model)[1] + 6 * s.adapters
     flops += recomputed_flops_per_token(s.model, s.activation_checkpointing)
     flops -= recomputed_blocks(s) * attention_flops_per_token(s.model)
     return flops * s.tokens / (peak_of(s, card) * card.products)
@@ -219,7 +221,7 @@ def communication_seconds(settings, engine, hardware, rates, code):
     the replay does, and scatters the gradients, of each micro-batch; those that stay whole are gathered once a step,
     after the update. Stage 2 scatters the gradients of each micro-batch, stages 0 and 1 once a step; then all weights
     are gathered (stage 0 sums gradients, which sends as much)."""
-    s, size = settings, engine.size
+    s, size = settings, engine.trained
     buckets = -(-size // s.reduce_bucket_size)
 
     def seconds(elements, calls):
@@ -239,16 +241,18 @@ def communicated_bytes(settings, engine):
     """Bytes that a rank sends in a step."""
     s = settings
     elements = {
-        3: s.gradient_accumulation_steps * (engine.traffic["gathered"] + engine.size) + persistent_elements(s),
-        2: (s.gradient_accumulation_steps + 1) * engine.size,
-    }.get(s.stage, 2 * engine.size)
+        3: s.gradient_accumulation_steps * (engine.traffic["gathered"] + engine.trained) + persistent_elements(s),
+        2: (s.gradient_accumulation_steps + 1) * engine.trained,
+    }.get(s.stage, 2 * engine.trained)
     return elements * s.bytes * (s.world_size - 1) / s.world_size
 
 
 def persistent_elements(settings):
-    """Stage 3: the weights that stay whole on every rank."""
+    """Stage 3: the weights that stay whole on every rank and are trained."""
     sizes = parameter_sizes(settings.model)
     everything = settings.model.n_layer * sizes.block + sizes.outside
+    if settings.adapters:
+        everything = map(math.prod, adapter_shapes(settings.model, settings.lora).values())
     return sum(size for size in everything if size <= settings.persistence_threshold)
 
 
@@ -263,7 +267,7 @@ def offload_seconds(settings, engine, hardware, rates, code):
         if s.param_on_nvme:
             seconds += copied * s.bytes * ranks / rates.nvme
     if s.offload_optimizer:
-        offloaded = offloaded_elements(s, engine.size)
+        offloaded = offloaded_elements(s, engine.trained)
         # gradients to the CPU in float32, weights to the GPU
         copies = (4 + s.bytes + accumulated_bytes_copied(s)) * offloaded / rates.pcie
         seconds += copies + code.cpu_adam_bytes * offloaded * ranks / rates.cpu
@@ -300,9 +304,9 @@ def step_time(settings, engine, hardware, assumptions, code=None):
         flops = flops_per_token(s.model) + recomputed_flops_per_token(s.model, s.activation_checkpointing)
         products = flops * s.tokens / (peak_of(s, card) * assumptions.utilisation)
         attention = traffic = 0
-    on_gpu = engine.size / (s.world_size if s.stage else 1)
+    on_gpu = engine.trained / (s.world_size if s.stage else 1)
     if s.offload_optimizer:
-        on_gpu -= offloaded_elements(s, engine.size)
+        on_gpu -= offloaded_elements(s, engine.trained)
     each, once = communication_seconds(s, engine, hardware, rates, code)
     gpu, host = code.pace * (products + attention + traffic), host_seconds(s, code)
     waiting = host if card.is_cpu else max(0, host - gpu)
@@ -330,7 +334,7 @@ def seconds_between_steps(config, settings, engine, step, hardware, assumptions)
     sent = (step.communication - step.hidden) * FORWARD if settings.stage == 3 else 0
     forward = ((step.forward_backward + step.waiting) * FORWARD + sent) / train.global_batch_tokens
     saves = steps // train.save_every + 1 if train.save_every else 1
-    written = checkpoint_bytes(settings, engine.size) / hardware.nodes / assumptions.disk
+    written = checkpoint_bytes(settings, engine.trained) / hardware.nodes / assumptions.disk
     saving = 0 if train.save_in_background else saves * written
     return evaluations * train.eval_tokens * forward, saving
 

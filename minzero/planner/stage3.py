@@ -21,7 +21,7 @@ class Stage3(Engine):
                 memory.allocate("parameters", self.size * s.bytes / min(s.second_copy, s.world_size))
         if s.world_size > 1 or s.offload_param:
             memory.allocate("gathered", sum(w.size for w in self.persistent) * s.bytes)
-        self.resident_optimizer(shards)
+        self.resident_optimizer(sum(self.shard(weight) for weight in self.weights if weight.trained))
         if self.contiguous:
             memory.allocate("buckets", s.reduce_bucket_size * s.bytes)
         self.bucket = []  # (weight, its gradient if that was not copied)
@@ -37,7 +37,7 @@ class Stage3(Engine):
         self.restart()
 
     def resident_optimizer(self, shards):
-        """Master weights, moments and gradients. shards: elements of this rank's weights."""
+        """Master weights, moments and gradients. shards: elements of this rank's weights that are trained."""
         s, memory = self.settings, self.memory
         if not s.offload_optimizer:
             # float32 weights have a master copy too: stage3.py compares a torch.device with a string to see that it
@@ -264,7 +264,7 @@ class Stage3(Engine):
             # torch's AdamW, which updates the sub-groups on the GPU, holds a root of one moment
             memory.touch("optimizer", max(self.sub_groups_on_gpu(), default=0) * 4)
             return
-        memory.touch("overhead", 8 * max(self.shard(weight) for weight in self.weights))
+        memory.touch("overhead", 8 * max(self.shard(weight) for weight in self.weights if weight.trained))
         if s.world_size > 1 or s.offload_param:  # persistent weights too go back to slices
             memory.free(("gathered", sum(w.size for w in self.persistent) * s.bytes))
         gradient_bytes = s.accumulation_bytes or s.bytes

@@ -82,15 +82,15 @@ def held_by(engine, stage):
     return {part: bytes_of(tensors, known) for part, tensors in parts.items()}
 
 
-def measured_and_predicted(zero, batch, precision, shape, loss_tokens=2**20, accumulated=None):
+def measured_and_predicted(zero, batch, precision, shape, loss_tokens=2**20, accumulated=None, lora=None):
     """Of the third to sixth step of this setting, on this rank, [measured, predicted] bytes: of each part that is held
     after the backward pass, and at the peak. loss_tokens: how many tokens' logits the loss may hold on a CPU.
-    accumulated: data_types.grad_accum_dtype."""
+    accumulated: data_types.grad_accum_dtype. lora: the section lora."""
     sizes.LOGITS_AT_A_TIME = 4 * loss_tokens * SHAPE["vocab_size"]
     device, rank, ranks = dist.init_process()
     batch = {"global_batch_tokens": 64 * batch["micro_batch_size"] * ranks} | batch | {"compile": False}
     deepspeed = {"zero_optimization": zero, "data_types": {"grad_accum_dtype": accumulated}}
-    sections = {"model": SHAPE | shape, "train": batch, "deepspeed": deepspeed}
+    sections = {"model": SHAPE | shape, "train": batch, "deepspeed": deepspeed, "lora": lora or {}}
     config = build(sections, "")
     settings = OtherSettings(
         **vars(settings_of(config, ranks, None)) | {"precision": precision}, on_cpu=True, rank=rank, whole_blocks=True
@@ -124,6 +124,7 @@ def measured_and_predicted(zero, batch, precision, shape, loss_tokens=2**20, acc
             "model": shape,
             "loss": loss_tokens,
             "sums": accumulated,
+            "lora": lora,
         },
         "held": {part: [held[part], predicted[part]] for part in held},
         "peak": peak,
@@ -153,6 +154,21 @@ def one_reduction(which):
     return settings
 
 
+def with_adapters(which):
+    """Settings of runs that train adapters."""
+    rotary = {"position": "rotary", "mlp": "swiglu", "n_kv_head": 2, "bias": False}
+    kinds = [
+        (stage, precision, shape) for stage in range(4) for precision in ("bf16", "fp32") for shape in ({}, rotary)
+    ]
+    if which == "some":
+        kinds = [(3, "bf16", rotary), (1, "bf16", {})]
+    for number, (stage, precision, shape) in enumerate(kinds):
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 300, "reduce_bucket_size": 30_000}
+        batch = {"micro_batch_size": 2, "activation_checkpointing": number % 3 == 2, "global_batch_tokens": 512}
+        lora = {"rank": 8, "dropout": 0.1 * (number % 2), "matrices": ["qkv", "proj", "up", "down"][number % 4 :]}
+        yield measured_and_predicted(zero, batch, precision, shape, lora=lora)
+
+
 def main(folder, which):
     """which: "all" settings, or "some": each stage once, two of the random ones. A compiled block allocates past the
     dispatcher, where LiveBytes does not see it: test_plan.py counts what it keeps."""
@@ -172,6 +188,7 @@ def main(folder, which):
         zero = {"stage": stage, "stage3_param_persistence_threshold": 300, "reduce_bucket_size": 30_000}
         batch = {"micro_batch_size": 2, "activation_checkpointing": recompute}
         found.append(measured_and_predicted(zero, batch, precision, experts))
+    found += with_adapters(which)
     found += [measured_and_predicted(*setting) for setting in one_reduction(which)]
     draw = random.Random(0)
     for _ in range(20 if which == "all" else 2):

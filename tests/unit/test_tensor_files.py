@@ -1,7 +1,10 @@
 """The files of tensors: written and read in parts, verified, and refused if they are damaged or crafted."""
 
+import gc
 import json
 import os
+import random
+import resource
 import zlib
 
 import pytest
@@ -11,7 +14,7 @@ from safetensors.torch import load_file
 from minzero import checkpoint, tensor_files
 from minzero.checkpoint_state import read_state
 from minzero.errors import UserError
-from minzero.tensor_files import SavedPieces, check_sums
+from minzero.tensor_files import SavedPieces, check_sums, index_of, merged
 from minzero.zero import KINDS
 from tests.helpers.saved_checkpoints import (
     TENSORS,
@@ -95,6 +98,61 @@ def test_files_open_at_a_time_are_bounded(tmp_path, monkeypatch):
     before = len(os.listdir("/proc/self/fd"))
     saved.copy_overlap(whole, 0, "fp32", "b")
     assert whole.tolist() == list(range(640)) and len(os.listdir("/proc/self/fd")) <= before + 5
+
+
+def test_files_need_not_be_opened_twice_where_the_system_may_allow_more(tmp_path, counted):
+    folder = many_files(tmp_path, 64)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        _, _, read = checkpoint.open_weights(folder)
+        for name in "abc":
+            assert read(name).tolist() == list(range(640))
+        del read, _
+    finally:
+        gc.collect()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(counted["files"]) == 64
+
+
+def random_pieces(generator, ranks):
+    """[(parameter, first element, elements)] of each rank: of "whole" as at stage 3, of "cut" anywhere, of "once" in
+    one file, of "padded" with nothing in the last ones."""
+    cuts = sorted(generator.sample(range(1, 1000), ranks - 1))
+    cut = list(zip([0, *cuts], [*cuts, 1000], strict=True))
+    one = generator.randrange(ranks)
+    each = generator.randrange(1, 9)
+    padded = [(rank * each, min(each, 100 - rank * each)) for rank in range(ranks)]
+    return [
+        [("whole", rank * 7, 7), ("cut", cut[rank][0], cut[rank][1] - cut[rank][0])]
+        + [("once", 0, 50)] * (rank == one)
+        + [("padded", *padded[rank])] * (padded[rank][1] > 0)
+        for rank in range(ranks)
+    ]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8, 13, 64, 100])
+def test_an_index_that_is_merged_says_the_same(ranks):
+    """As along the tree of `dist.merge_on_rank_0`."""
+    generator = random.Random(ranks)
+    for _ in range(20):
+        pieces = random_pieces(generator, ranks)
+        values = [({f"rank_{rank:05d}": rank}, index_of([own])) for rank, own in enumerate(pieces)]
+        while len(values) > 1:
+            pairs = [values[place : place + 2] for place in range(0, len(values), 2)]
+            values = [merged(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
+        files, index = values[0]
+        assert list(files.values()) == list(range(ranks))
+        found = {(name, at, size): file for file, own in enumerate(pieces) for name, at, size in own}
+        named = {}
+        for name, rows in index.items():
+            for file, first, each, total in rows:
+                for place, at in enumerate(range(first, first + total, each)):
+                    named[name, at, min(each, first + total - at)] = file + place
+        assert named == found
+        at_once = index_of(pieces)
+        assert all(index[name] == at_once[name] for name in ("whole", "once", "padded") if name in index)
+        assert len(index["cut"]) <= ranks and index.keys() == at_once.keys()
 
 
 def test_weights_are_read_and_checked_without_the_moments(tmp_path, counted):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import math
 
 import pytest
@@ -117,7 +118,18 @@ class Store:
         self.beats = beats
 
     def multi_get(self, keys):
-        return [str(self.beats[key]).encode() for key in keys]
+        known = self.beats | {"place/2": json.dumps([json.dumps(["node2"]), 1])}
+        return [str(known[key]).encode() for key in keys]
+
+    def add(self, key, number):
+        assert (key, number) == ("beats", 0)
+        return sum(self.beats.values())
+
+    def check(self, keys):
+        return False
+
+    def set(self, key, value):
+        assert key == "hangs"
 
 
 def test_progress_of_another_rank_is_no_hang_and_none_of_any_is(monkeypatch, tmp_path):
@@ -133,7 +145,7 @@ def test_progress_of_another_rank_is_no_hang_and_none_of_any_is(monkeypatch, tmp
         return watch.last_heartbeat > long_ago
 
     assert not look(), "the first look has nothing to compare with"
-    assert not look() and watch.who_hangs() == "rank 2 hangs"
+    assert not look() and watch.who_hangs() == "rank 2 hangs on node2"
     store.beats["beat/2"] = 5
     assert look(), "rank 2 moved"
     assert not look() and watch.who_hangs() == "no rank makes progress"

@@ -1,0 +1,130 @@
+"""Adapters in PEFT's format (github.com/huggingface/peft): adapter_config.json and adapter_model.safetensors."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from minzero import lora
+from minzero.config.sections import LoraConfig, ModelConfig
+from minzero.config.values import in_short
+from minzero.data.meta import read_object
+from minzero.errors import UserError
+from minzero.files import write_json
+from minzero.hf.comparison import check_expressible
+from minzero.hf.families import FAMILIES, family_of
+from minzero.hf.weights import rearrangements
+from minzero.hf.write import check_new_folder, written_whole
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# settings of adapter_config.json that change what is computed, and the values with which it is what lora.py computes
+COMPUTED = {"use_dora": False, "use_rslora": False, "fan_in_fan_out": None, "bias": "none", "lora_bias": False}
+COMPUTED |= {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None}
+COMPUTED |= {"trainable_token_indices": None, "layer_replication": None, "target_parameters": None}
+
+
+def their_modules(model: ModelConfig, matrix):
+    """The names of transformers' modules that a matrix of ours is, with {} for the layer."""
+    return FAMILIES[family_of(model)].modules[f"blocks.{{}}.{lora.MODULES[matrix]}"]
+
+
+def target_modules(model: ModelConfig, config: LoraConfig):
+    """The names by which PEFT finds the matrices: as self_attn.q_proj."""
+    theirs = [name for matrix in config.matrices for name in their_modules(model, matrix)]
+    return [".".join(name.split(".")[-2:]) for name in theirs]
+
+
+def parts_of(model: ModelConfig, config: LoraConfig):
+    """Yields, for each adapter of PEFT's: the names of its A and B, ours, their shapes, and two functions that bring
+    the rows of B from our order to theirs and back."""
+    prefix = PREFIX + FAMILIES[family_of(model)].prefix
+    shapes = lora.adapter_shapes(model, config)
+    for layer in range(model.n_layer):
+        for matrix in config.matrices:
+            module = f"blocks.{layer}.{lora.MODULES[matrix]}"
+            there, back = rearrangements(f"{module}.bias", model)  # what is done to rows
+            for part, name in enumerate(their_modules(model, matrix)):
+                theirs = [f"{prefix}{name.format(layer)}.lora_{kind}.weight" for kind in "AB"]
+                ours = [f"{module}{lora.MARK}{kind}.{part}.weight" for kind in "ab"]
+                yield theirs, ours, [shapes[name] for name in ours], there, back
+
+
+def write_adapter(source, folder, dtype="float32"):
+    """Write the adapters of a run as a folder that PEFT loads, which must not be there yet, or be empty. source: of
+    `trained.open_checkpoint`. Returns a description. Raises UserError."""
+    model, config = source.model, source.config.lora
+    check_expressible(model)
+    folder = Path(folder).resolve()
+    temporary = folder.with_name(folder.name + ".tmp")
+    check_new_folder(folder, temporary)
+    read = source.load_adapters()
+    tensors = {}
+    for (first, second), (a, b), _, there, _ in parts_of(model, config):
+        tensors[first] = read(a).to(getattr(torch, dtype))
+        tensors[second] = there(read(b)).to(getattr(torch, dtype)).contiguous()
+    base = source.state["base"]["path"]
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": target_modules(model, config),
+        "fan_in_fan_out": FAMILIES[family_of(model)].linear_is_transposed,
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    with written_whole(folder, temporary):
+        write_json(temporary / CONFIG, settings)
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        (temporary / WEIGHTS).chmod(0o644)  # else nobody but the owner may read it
+    return f"PEFT's adapter of rank {config.rank}, {dtype}, for the model in {base}"
+
+
+def open_adapter(config: LoraConfig, model: ModelConfig):
+    """The adapters in the folder lora.init_from -> a function load() that gives read(name of an adapter's parameter).
+    Raises UserError if they are not those of lora.rank, alpha and matrices, or cannot be used."""
+    folder = Path(config.init_from)
+    settings = read_object(folder / CONFIG, "expected the folder of an adapter, as PEFT writes it")
+    check_expressible(model)
+    expected = {"peft_type": "LORA", "r": config.rank, "lora_alpha": config.alpha} | COMPUTED
+    for name, value in expected.items():
+        found = settings.get(name, value)
+        if found != value and not (name in COMPUTED and not found) and name != "fan_in_fan_out":
+            ours = {"r": "lora.rank", "lora_alpha": "lora.alpha"}.get(name)
+            remedy = f"set {ours} to {in_short(found)}" if ours else "other adapters are not known here"
+            raise UserError(f"{folder / CONFIG}: {name}: found {in_short(found)}, expected {in_short(value)}; {remedy}")
+    file = folder / WEIGHTS
+    try:
+        with safe_open(file, "pt") as opened:
+            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: could not be read ({error}); expected an adapter's weights") from None
+    wanted = {}
+    for theirs, _, sizes, *_ in parts_of(model, config):
+        wanted |= zip(theirs, sizes, strict=True)
+    for name in dict.fromkeys((*wanted, *shapes)):
+        if shapes.get(name) != wanted.get(name):
+            raise UserError(
+                f"{file}: {name}: found {shapes.get(name, 'none')}, expected {wanted.get(name, 'none')} by this model "
+                f"and lora.matrices {', '.join(config.matrices)}; set these to those of the adapter"
+            )
+    return lambda: reader(file, model, config)
+
+
+def reader(file, model: ModelConfig, config: LoraConfig):
+    """read(name of an adapter's parameter) -> its value in float32, made of PEFT's."""
+    of_ours = {}
+    for (first, second), (a, b), _, _, back in parts_of(model, config):
+        of_ours |= {a: (first, lambda weight: weight), b: (second, back)}
+
+    def read(name):
+        theirs, back = of_ours[name]
+        with safe_open(file, "pt") as opened:
+            return back(opened.get_tensor(theirs).float())
+
+    return read

@@ -1,0 +1,142 @@
+"""LoRA: a model's own weights stay as they are, and each chosen matrix gets a product of two small ones, which learns
+(Hu et al. 2021, arXiv 2106.09685).
+
+A matrix W of the model that is several of transformers', as queries, keys and values, has an adapter for each of them,
+as PEFT has: y = W x + (alpha / rank) * (B_0 A_0 x, B_1 A_1 x, ...). A_0 is `adapter.a.0`, (rank, inputs), and B_0 is
+`adapter.b.0`, (outputs, rank).
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from minzero.config.sections import LoraConfig, ModelConfig
+from minzero.errors import UserError
+from minzero.hf.families import FAMILIES, family_of
+
+MODULES = {"qkv": "attention.qkv", "proj": "attention.proj", "up": "mlp.up", "down": "mlp.down"}
+MARK = ".adapter."  # in the names of what is trained
+
+
+def rows_of_parts(model: ModelConfig, matrix):
+    """The rows of each part of a matrix: one for each of transformers' matrices that it is. matrix: qkv, proj, up or
+    down."""
+    key_width = model.kv_heads * model.head_size
+    rows = {
+        "qkv": [model.n_head * model.head_size, key_width, key_width],
+        "proj": [model.n_embd],
+        "up": [model.mlp_width] * (2 if model.gated else 1),
+        "down": [model.n_embd],
+    }[matrix]
+    try:
+        theirs = FAMILIES[family_of(model)].modules[f"blocks.{{}}.{MODULES[matrix]}"]
+    except UserError:  # a model that transformers does not have
+        return rows
+    return rows if len(theirs) == len(rows) else [sum(rows)]
+
+
+def inputs_of(model: ModelConfig, matrix):
+    """The columns of a matrix."""
+    return {"proj": model.n_head * model.head_size, "down": model.mlp_width}.get(matrix, model.n_embd)
+
+
+def count_adapters(model: ModelConfig, lora: LoraConfig):
+    """The number of parameters that are trained."""
+    if not lora.rank:
+        return 0
+    of_block = 0
+    for matrix in lora.matrices:
+        rows = rows_of_parts(model, matrix)
+        of_block += lora.rank * (len(rows) * inputs_of(model, matrix) + sum(rows))
+    return model.n_layer * of_block
+
+
+class First(nn.Linear):
+    """A: drawn as nn.Linear and PEFT draw it, uniform within 1 / sqrt(inputs), in float32 whatever its own type."""
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        drawn = torch.empty(self.weight.shape, dtype=torch.float32, device=self.weight.device)
+        self.weight.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5)))
+
+
+class Second(nn.Linear):
+    """B: zero, so that training begins with the model as it was."""
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.weight)
+
+
+class Adapter(nn.Module):
+    """The products beside one matrix. rows: of each part; inputs: the matrix's columns."""
+
+    def __init__(self, rows, inputs, lora: LoraConfig):
+        super().__init__()
+        self.scale = lora.scale
+        self.dropout = lora.dropout
+        self.a = nn.ModuleList(First(inputs, lora.rank, bias=False) for _ in rows)
+        self.b = nn.ModuleList(Second(lora.rank, count, bias=False) for count in rows)
+
+    def forward(self, x):
+        """(..., inputs) -> (..., outputs of all parts)"""
+        x = F.dropout(x, self.dropout, self.training)
+        parts = [b(a(x)) for a, b in zip(self.a, self.b, strict=True)]
+        return self.scale * (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])
+
+
+class AdaptedLinear(nn.Linear):
+    """A linear layer that has got an Adapter. Its own parameters keep their names."""
+
+    def forward(self, x):
+        return super().forward(x) + self.adapter(x)
+
+
+def add_adapters(model, lora: LoraConfig, seed):
+    """Freeze all weights of a GPT, and give each block the adapters that `lora` chooses. Under ZeRO-3 to be called
+    where new weights are sharded, like the model's own."""
+    model.requires_grad_(False)
+    # DeepSpeed's hooks release the weights of a block whose input has no gradient too early, before its backward pass
+    model.token_embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    torch.manual_seed(seed)
+    for block in model.blocks:
+        for matrix in lora.matrices:
+            linear = block.get_submodule(MODULES[matrix])
+            linear.__class__ = AdaptedLinear
+            linear.adapter = Adapter(rows_of_parts(model.config, matrix), inputs_of(model.config, matrix), lora)
+
+
+def is_adapter(name):
+    """Whether the parameter of this name is an adapter's."""
+    return MARK in name
+
+
+def adapter_shapes(model: ModelConfig, lora: LoraConfig):
+    """{name of an adapter's parameter: its shape as a list}"""
+    found = {}
+    for layer in range(model.n_layer):
+        for matrix in lora.matrices:
+            name = f"blocks.{layer}.{MODULES[matrix]}{MARK}"
+            for part, rows in enumerate(rows_of_parts(model, matrix)):
+                found[f"{name}a.{part}.weight"] = [lora.rank, inputs_of(model, matrix)]
+                found[f"{name}b.{part}.weight"] = [rows, lora.rank]
+    return found
+
+
+def merged(model: ModelConfig, lora: LoraConfig, read_base, read_adapter):
+    """A function that reads a weight with its adapters added to it, in float32: from that of the base and those of the
+    adapters, each read(name)."""
+    of_weight = {f"{MODULES[matrix]}.weight": matrix for matrix in lora.matrices}
+
+    def read(name):
+        weight = read_base(name)
+        matrix = of_weight.get(".".join(name.split(".")[2:]))
+        if not name.startswith("blocks.") or matrix is None:
+            return weight
+        adapter = name.removesuffix(".weight") + MARK
+        parts = range(len(rows_of_parts(model, matrix)))
+        pairs = [[read_adapter(f"{adapter}{kind}.{part}.weight") for kind in "ba"] for part in parts]
+        return weight + lora.scale * torch.cat([b @ a for b, a in pairs])
+
+    return read
