@@ -173,14 +173,6 @@ def encode_own_form(key, text):
     return arrays, ends, sizes
 
 
-def marked_start(arrays):
-    """The same uint32 arrays of a conversation's tokens, with STARTS set in the first token."""
-    first = next(number for number, array in enumerate(arrays) if len(array))
-    arrays[first] = arrays[first].copy()
-    arrays[first][0] |= STARTS
-    return arrays
-
-
 def encode_by_template(key, text):
     """As `encode_own_form`, for a text of a ChatTemplate."""
     text = text.decode()
@@ -191,7 +183,17 @@ def encode_by_template(key, text):
             found = template_encoder.encode(text)
     except Exception as error:
         raise BadDocument(key, f"could not be tokenized ({describe(error)})", "choose another --tokenizer") from None
+    if not len(found.ids):
+        raise BadDocument(key, "the chat template writes nothing", "choose another --chat_template")
     return [np.where(found.learned, found.ids, found.ids | NO_LOSS)], found.ends, found.sizes
+
+
+def marked_start(arrays):
+    """The same uint32 arrays of a conversation's tokens, with STARTS set in the first token."""
+    first = next(number for number, array in enumerate(arrays) if len(array))
+    arrays[first] = arrays[first].copy()
+    arrays[first][0] |= STARTS
+    return arrays
 
 
 def encode_answer(key, text):

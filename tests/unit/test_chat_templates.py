@@ -16,7 +16,7 @@ from minzero.data.conversations import Conversations, open_template
 from minzero.data.documents import BadDocument
 from minzero.data.local_files import Files
 from minzero.data.meta import read_meta
-from minzero.data.shards import NO_LOSS, TokenStream
+from minzero.data.shards import NO_LOSS, STARTS, TokenStream
 from minzero.data.tokenizer import load_tokenizer
 from minzero.errors import UserError
 from minzero.generate import Writer
@@ -299,6 +299,13 @@ def prepare_talks(place, name, folder, *flags, max_tokens=None, talks=TALKS):
     return folder / "data"
 
 
+def in_shards(found):
+    """The tokens of an Encoded as shards have them: which are learned, and where a conversation starts."""
+    tokens = np.where(found.learned, found.ids, found.ids | NO_LOSS)
+    tokens[0] |= STARTS
+    return tokens.tolist()
+
+
 def stored_in(data, split):
     stream = TokenStream(data, split, 8)
     tokens = np.empty(stream.tokens, dtype=stream.dtype)
@@ -319,7 +326,7 @@ def test_shards_sampling_and_the_export_are_in_the_same_template(place, name, tm
     _, template, encoder = opened(place, name)
     for talk in TALKS:
         found = encoded(template, encoder, talk)
-        whole.append(np.where(found.learned, found.ids, found.ids | NO_LOSS).tolist())
+        whole.append(in_shards(found))
     place_in = 0
     while place_in < len(stored):
         talk = next(talk for talk in whole if stored[place_in : place_in + len(talk)] == talk)
@@ -363,7 +370,7 @@ def test_long_conversations_are_cut_after_an_answer_or_left_out(place, tmp_path,
             until = max((end for end in found.ends if end <= limit), default=0)
             cut, dropped = cut + (until > 0), dropped + (until == 0)
         if until:
-            expected[number] = np.where(found.learned, found.ids, found.ids | NO_LOSS)[:until].tolist()
+            expected[number] = in_shards(found)[:until]
     assert cut > 2 and dropped > 2 and len(expected) > cut
     stored = np.concatenate([stored_in(data, split) for split in ("train", "val")]).tolist()
     assert sorted(stored) == sorted(token for talk in expected.values() for token in talk)

@@ -16,7 +16,7 @@ from minzero.config.sections import ModelConfig
 from minzero.data.conversations import Conversations, chat_template
 from minzero.data.local_files import Files
 from minzero.data.pipeline import tokenizer_of
-from minzero.data.shards import NO_LOSS, TokenStream
+from minzero.data.shards import NO_LOSS, STARTS, TokenStream
 from minzero.data.tokenizer import load_tokenizer
 from minzero.errors import UserError
 from minzero.hf import read as hf_read
@@ -320,7 +320,8 @@ def test_conversations_are_stored_and_asked_for_in_the_exported_template(place, 
     for talk in TALKS:
         found = tokenizer.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)
         pairs = zip(found["input_ids"], found["assistant_masks"], strict=True)
-        whole = tuple(number if learned else number | int(NO_LOSS) for number, learned in pairs)
+        first, *others = (number if learned else number | int(NO_LOSS) for number, learned in pairs)
+        whole = (first | int(STARTS), *others)
         expected[whole] = expected.get(whole, 0) + 1
     while place_in < len(stored):
         whole = next(talk for talk in expected if tuple(stored[place_in : place_in + len(talk)]) == talk)
