@@ -42,10 +42,11 @@ def learned_template(tokenizer, folders):
 
 class ChatEncoding(NamedTuple):
     """How the texts of Conversations become tokens. by_template: whether they are those of a ChatTemplate.
-    max_tokens: of a conversation, or None."""
+    max_tokens: of a conversation, or None. pairs: whether a text is two conversations with PAIR between them."""
 
     by_template: bool = False
     max_tokens: int | None = None
+    pairs: bool = False
 
 
 def template(begin, end):

@@ -130,9 +130,9 @@ def encode_document(key, text):
     if not with_loss_mask:
         begin, end = (np.array(ids, dtype=np.uint32) for ids in (encoder.tokenizer.begin, encoder.tokenizer.end))
         return [begin, *encode_text(key, text), end], len(text), False
+    if not chat.pairs:
+        return encode_conversation(key, text)
     found = [encode_conversation(key, part) for part in text.split(PAIR.encode())]
-    if len(found) == 1:
-        return found[0]
     for arrays, _, is_cut in found:
         if is_cut or isinstance(arrays, Dropped):  # of a pair, both answers are kept whole or none
             return Dropped("too_long", f"more than {chat.max_tokens} tokens of an answer and its prompt"), 0, False

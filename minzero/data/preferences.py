@@ -24,6 +24,7 @@ class Preferences(Conversations):
     def __init__(self, source, template=None, max_tokens=None):
         super().__init__(source, template, max_tokens=max_tokens)
         self.description = f"pairs of answers: {source.description}"
+        self.chat = self.chat._replace(pairs=True)
         self.settings |= {"pairs": True}
         self.meta |= {"pairs": True}
 

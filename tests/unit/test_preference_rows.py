@@ -6,7 +6,7 @@ import pytest
 
 from minzero.data import pipeline
 from minzero.data.chat_templates import LEARNED
-from minzero.data.conversations import NOT_LEARNED, PAIR, with_marks
+from minzero.data.conversations import NOT_LEARNED, PAIR, Conversations, with_marks
 from minzero.data.docstrings import DocstringPairs
 from minzero.data.documents import BadDocument
 from minzero.data.meta import read_meta
@@ -56,6 +56,16 @@ SAID = ("\n\nHuman: Red?", "\n\nAssistant: Yes.", "\n\nHuman: Sure?", "\n\nAssis
 
 def test_no_text_can_end_an_answer():
     assert text_of({"prompt": "Red?", "chosen": f"Y{PAIR}es{LEARNED}.", "rejected": "No."}) == text_of(FORMATS[0])
+
+
+def test_in_other_conversations_the_separator_is_a_character(tmp_path):
+    row = {"messages": [QUESTION, YES | {"content": f"Y{PAIR}es."}]}
+    flags = ["--out", str(tmp_path / "data"), "--val_fraction", "0", "--workers", "1"]
+    talks = Conversations(Rows([row]))
+    pipeline.prepare(talks, "bytes", pipeline.options("", ".").parse_args(flags), loss_mask=True)
+    stream = TokenStream(tmp_path / "data", "train", 16)
+    stored = stream.read(0, stream.tokens)
+    assert stored.tolist().count(ord(PAIR)) == 1 and not stream.has_pairs
 
 
 @pytest.mark.parametrize(
