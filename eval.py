@@ -21,13 +21,14 @@ import os
 
 from minzero.commands import run_command
 from minzero.errors import UserError
-from minzero.flags import SUPPRESS, FlagParser, a_checkpoint, a_path, at_least
+from minzero.flags import SUPPRESS, FlagParser, a_checkpoint, a_model, a_path, at_least
 from minzero.launchers import find_ranks
 
 
 def parse(arguments):
     parser = FlagParser(__doc__)
-    parser.add_argument("path", type=a_path, help="a run's folder, a checkpoint in it, or one in transformers' format")
+    what = "a run's folder, a checkpoint in it, an address of train.copy_to, or a folder in transformers' format"
+    parser.add_argument("path", type=a_model, help=what)
     parser.add_argument("--checkpoint", type=a_checkpoint, default="best", help="best, latest or a step")
     parser.add_argument("--data", type=a_path, help="folder of shards; default: the run's own")
     reference = "of pairs: the model that answers are compared with; default: the one the run started from"

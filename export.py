@@ -18,12 +18,13 @@ if __name__ == "__main__":
 from minzero.commands import run_command
 from minzero.errors import UserError
 from minzero.files import check_can_write
-from minzero.flags import FlagParser, a_checkpoint, a_path
+from minzero.flags import FlagParser, a_checkpoint, a_model, a_path
 
 
 def main(arguments):
     parser = FlagParser(__doc__)
-    parser.add_argument("path", type=a_path, help="a run's folder, as out/tiny, or a checkpoint in it")
+    what = "a run's folder, as out/tiny, a checkpoint in it, or an address of train.copy_to"
+    parser.add_argument("path", type=a_model, help=what)
     parser.add_argument("folder", type=a_path, help="where to write; must not be there yet, or be empty")
     parser.add_argument("--checkpoint", type=a_checkpoint, default="best", help="best, latest or a step")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -39,10 +40,10 @@ def main(arguments):
         source = open_checkpoint(checkpoint)
         has_adapters = bool(source.config.lora.rank)
         if args.merge and not has_adapters:
-            raise UserError(f"--merge: {checkpoint} has no adapters (lora.rank); leave it out")
+            raise UserError(f"--merge: {source.description} has no adapters (lora.rank); leave it out")
         as_adapter = has_adapters and not args.merge
         made = (write_adapter if as_adapter else write_model)(source, args.folder, args.dtype)
-        return f"{checkpoint} -> {args.folder}: {made}"
+        return f"{source.description} -> {args.folder}: {made}"
 
     print(with_checkpoint(args.path, args.checkpoint, write))
 

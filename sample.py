@@ -24,7 +24,7 @@ from pathlib import Path
 
 from minzero.commands import run_command
 from minzero.errors import UserError
-from minzero.flags import FlagParser, a_checkpoint, a_number, a_path, at_least
+from minzero.flags import FlagParser, a_checkpoint, a_model, a_number, a_path, at_least
 
 NEW_CONVERSATION = "/new"  # the prompt that begins another
 LEAST_TEMPERATURE = 1e-6  # logits over less overflow
@@ -63,7 +63,8 @@ def parse(arguments):
     parser = FlagParser(__doc__)
     top_k = at_least(0, expected="0 (all) or more")
     top_p = a_number(0, 1, above=True)
-    parser.add_argument("path", type=a_path, help="a run's folder, a checkpoint in it, or one in transformers' format")
+    what = "a run's folder, a checkpoint in it, an address of train.copy_to, or a folder in transformers' format"
+    parser.add_argument("path", type=a_model, help=what)
     parser.add_argument("--checkpoint", type=a_checkpoint, default="best", help="best, latest or a step")
     parser.add_argument("--data", type=a_path, help="data made with the model's tokenizer; default: the run's own")
     parser.add_argument("--prompt", help="text to continue; empty: the start of a document")

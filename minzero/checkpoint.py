@@ -105,6 +105,7 @@ class Saving:
                 make_room(self.folder, self.name)
             except OSError as error:
                 fault = str(cannot_write(self.temporary, error))
+        progress()
         distributed.barrier()
         sizes, tensors = tensors_to_save(engine)
         self.pieces = pieces_in({name: elements for name, (_, elements) in sizes.items()})
@@ -153,6 +154,7 @@ class Saving:
         waited_from = time.perf_counter()
         if self.writer:
             self.writer.join()
+        self.progress()
         own = {self.file: self.written}, index_of([self.pieces])
         of_all = dist.merge_on_rank_0(own, merged)
         try:

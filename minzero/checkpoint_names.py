@@ -19,6 +19,12 @@ def step_and_suffix(path):
     return None, ""
 
 
+def is_name(name):
+    """Whether a name is that of a checkpoint, and not a temporary one."""
+    step, suffix = step_and_suffix(Path(name))
+    return step is not None and not suffix
+
+
 # -- which are there -------------------------------------------------------------------------------
 
 

@@ -151,6 +151,10 @@ def stop_process_group():
 # -- what they tell each other ---------------------------------------------------------------------
 
 
+def begins_exchange():
+    """Called before each exchange with all others; the Watchdog puts its heartbeat in this place."""
+
+
 def print0(line):
     """Print a line on rank 0, if there is one to print."""
     if line and (os.environ.get("RANK") or "0") == "0":
@@ -161,6 +165,7 @@ def print0(line):
 def reduce(number, operation):
     """The sum, the least or the largest of a whole number of each rank. operation: one of torch's ReduceOp. Every rank
     must call this."""
+    begins_exchange()
     device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
     numbers = torch.tensor([int(number)], device=device)
     distributed.all_reduce(numbers, operation)
@@ -177,6 +182,7 @@ def first(value):
 
 def gather(value):
     """What every rank passes, as a list by rank. Every rank must call this. Each receives from all: for few ranks."""
+    begins_exchange()
     everyone = [None] * distributed.get_world_size()
     distributed.all_gather_object(everyone, value)
     return everyone
@@ -184,6 +190,7 @@ def gather(value):
 
 def gather_numbers(*numbers):
     """Some numbers of every rank, as a tensor (ranks, numbers) in float64. Every rank must call this."""
+    begins_exchange()
     device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
     own = torch.tensor(numbers, dtype=torch.float64, device=device)
     everyone = own.new_empty(distributed.get_world_size() * len(own))
@@ -195,6 +202,7 @@ def merge_on_rank_0(value, merge):
     """The values of all ranks merged into one, on rank 0; None elsewhere. Every rank must call this. merge(left, right)
     gives that of a range of ranks, and of the range after it, as one. Along a binary tree: a rank receives from at most
     log2(ranks) others, while a gather opens a connection to rank 0 for each."""
+    begins_exchange()
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     distance = 1
     while distance < ranks:
@@ -211,6 +219,7 @@ def merge_on_rank_0(value, merge):
 
 def from_rank(rank, value):
     """What this rank passes, on all ranks. Every rank must call this."""
+    begins_exchange()
     values = [value]
     distributed.broadcast_object_list(values, src=rank)
     return values[0]
@@ -236,6 +245,7 @@ def share_step(loss, stop_requested, save_due, checkpoint_is_written):
     call this."""
     flags = loss.new_tensor((stop_requested, save_due, checkpoint_is_written))
     totals = torch.cat((loss.double().view(1), flags))
+    begins_exchange()
     distributed.all_reduce(totals)
     loss_sum, stopping, saving, written = totals.tolist()
     return StepFacts(loss_sum / distributed.get_world_size(), stopping > 0, saving > 0, int(written))

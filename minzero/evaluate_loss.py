@@ -92,11 +92,11 @@ def window_losses(
     count = torch.zeros(1, dtype=torch.float64, device=device)
     with loss_of_each_token(model) as token_losses:
         for first in range(0, len(windows), batch_size * world_size):
-            progress()
             start = first + rank * batch_size
             mine = windows[start : start + batch_size]
             # a rank without windows still runs a forward pass: ZeRO-3's gathers are collective
             inputs, targets, *positions = read_windows(stream, mine, rows)
+            progress()  # after the reading, which may hang on one rank: the others wait for it in the forward pass
             token_losses.clear()
             model(inputs.to(device), targets.to(device), *positions)
             sums = torch.cat(token_losses).double().view(targets.shape).sum(dim=1)

@@ -84,6 +84,11 @@ def a_path(text):
     return Path(text)
 
 
+def a_model(text):
+    """The type of a flag that names a trained model: a path, or an address of fsspec's, as s3://bucket/run."""
+    return text if "://" in text else a_path(text)
+
+
 def a_checkpoint(text):
     """The type of a flag that names a checkpoint: best, latest or a step. Whether it exists is checked later."""
     if len(text) > 60:

@@ -15,6 +15,7 @@ from minzero.errors import SharedError, UserError
 
 SILENT = 30.0  # seconds that rank 0 waits for the others before it says so
 GRACE = 30.0  # seconds by which the other ranks wait longer than rank 0, which knows who is missing
+UNREACHABLE = "is rank 0's machine up, and does it let this one reach that port? docs/clusters.md"
 
 
 def open_store(rank, world_size, seconds):
@@ -25,6 +26,8 @@ def open_store(rank, world_size, seconds):
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     keeps = rank == 0 and not of_agent
+    if not keeps:
+        wait_for_port(address, port, seconds + GRACE)
     try:
         store = distributed.TCPStore(
             address, port, world_size, keeps, timedelta(seconds=seconds), wait_for_workers=False, multi_tenant=True
@@ -32,10 +35,25 @@ def open_store(rank, world_size, seconds):
     except distributed.DistError as error:
         reason = str(error).splitlines()[0]
         remedy = "if another run uses that port, choose one with deepspeed --master_port or MASTER_PORT"
-        if not keeps:
-            remedy = "is rank 0's machine up, and does it let this one reach that port? docs/clusters.md"
+        remedy = remedy if keeps else UNREACHABLE
         raise UserError(f"ranks could not meet at {address}:{port} ({reason}); {remedy}") from None
     return distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def wait_for_port(address, port, seconds):
+    """Wait until rank 0's store listens. torch's client would, when its time is over, wait for another such time, and
+    print where in its code. Raises UserError after some seconds."""
+    end, pause = time.monotonic() + seconds, 0.1
+    while True:
+        left = end - time.monotonic()
+        try:
+            return socket.create_connection((address, port), timeout=max(1.0, min(10.0, left))).close()
+        except OSError as error:  # also a name that is not known yet
+            if left < 0:
+                reason = f"{error.strerror or error} for {seconds:g} s"
+                raise UserError(f"ranks could not meet at {address}:{port} ({reason}); {UNREACHABLE}") from None
+        time.sleep(pause)
+        pause = min(1.5 * pause, 1.0)
 
 
 def meet(store, rank, world_size, seconds, fault=None):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from minzero.errors import UserError
 
-FAILURES = 2  # after so many a node is left out
+FAILURES = 2  # after so many a node is left out, or a spare taken in its place
 SSH_SECONDS = 15  # that a node may take to answer
 LINE = re.compile(r"(\S+)\s+slots=([1-9][0-9]{0,5})\s*(#.*)?")
 # What the launcher's log says about a node. DeepSpeed's launcher prints a rank's exit code, negative for a signal that
@@ -20,6 +20,10 @@ NAMES_NODE = (
     re.compile(r"^pdsh@\S+: (?P<node>\S+): ssh exited with exit code 255"),
     re.compile(r"^(?P<node>\S+): .*exits with return code = -\d+"),
     re.compile(r"train\.py: error: rank \d+ on (?P<node>[\w.-]+)[: ]"),
+)
+NAMES_NODES = (
+    re.compile(r"train\.py: rank \d+ lost contact with ranks? .* on (?P<nodes>[\w., -]+): no sign of life"),
+    re.compile(r"\branks? [\d, to]+ hangs? on (?P<nodes>[\w.-]+(?:, [\w.-]+)*)"),
 )
 NAMES_RANK = re.compile(r"\brank (?P<rank>\d+) (?:hangs|is gone)")
 
@@ -74,21 +78,28 @@ def that_answer(nodes, port=None):
     return answered
 
 
-def choose(nodes, wanted, failures, answering, divides):
+def choose(nodes, wanted, failures, answering, divides, ever=None):
     """The nodes of the next start: ({node: its slots}, a line about it or None). Empty if none can be started.
 
-    nodes: of the hostfile, {node: slots}; wanted: how many; failures: {node: how often it failed}; answering: the nodes
-    that answer now; divides: whether the batch divides by a number of ranks. The first ones in the hostfile's order are
-    taken; without a spare, fewer, if the batch divides by their ranks."""
+    nodes: of the hostfile, {node: slots}; wanted: how many; failures: {node: how often it failed since the run last got
+    further}; answering: the nodes that answer now; divides: whether the batch divides by a number of ranks; ever:
+    {node: how often it failed since the run began}.
+
+    A node with FAILURES failures since the run got further is left out, also without a spare: the run does not get
+    further with it. Of the others those with fewer failures ever, counted in units of FAILURES, are taken, and of equal
+    ones the first in the hostfile's order; without a spare, fewer, if the batch divides by their ranks."""
+    ever = ever or {}
     left_out = {node: f"{node} failed {failures[node]} times" for node in nodes if failures.get(node, 0) >= FAILURES}
     left_out |= {node: f"{node} does not answer" for node in nodes if node not in answering}
-    usable = [node for node in nodes if node not in left_out]
+    usable = sorted((node for node in nodes if node not in left_out), key=lambda node: ever.get(node, 0) // FAILURES)
     reasons = f" ({', '.join(left_out.values())})" if left_out else ""
     for count in range(min(wanted, len(usable)), 0, -1):
-        chosen = {node: nodes[node] for node in usable[:count]}
+        chosen = {node: slots for node, slots in nodes.items() if node in usable[:count]}
         if not divides(sum(chosen.values())):
             continue
         fewer = f" instead of {wanted}" if count < wanted else ""
+        often = {node: f"{node} failed {ever[node]} times" for node in usable[count:] if ever.get(node, 0) >= FAILURES}
+        reasons = f" ({', '.join((left_out | often).values())})" if left_out | often else ""
         return chosen, f"{count} nodes{fewer}: {', '.join(chosen)}{reasons}"
     if not usable:
         return {}, f"no node can be used{reasons}; repair one, or add a spare to the hostfile"
@@ -106,6 +117,9 @@ def nodes_that_failed(lines, nodes):
     found = set()
     for line in lines:
         found |= {match["node"] for pattern in NAMES_NODE if (match := pattern.search(line))}
+        for pattern in NAMES_NODES:
+            if match := pattern.search(line):
+                found |= {*match["nodes"].split(", ")}
         if match := NAMES_RANK.search(line):
             rank = int(match["rank"])
             found |= {of_rank[rank]} if rank < len(of_rank) else set()

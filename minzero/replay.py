@@ -79,10 +79,13 @@ def settings_of(run, before, later):
     if later:
         return later[0]
     found = read_json(run / "config.json")
-    if not isinstance(found, dict) or not {*SECTIONS, "stage", "precision", "world_size", "data"} <= found.keys():
+    if not isinstance(found, dict) or not {*SECTIONS, "stage", "precision", "world_size"} <= found.keys():
         raise UserError(f"{run}/config.json: expected what a run writes there; steps after the last checkpoint need it")
-    # its "data" says what was found in the folders, and not with which weights they were mixed
-    config = {name: found[name] for name in SECTIONS} | {"data": before.get("config", {}).get("data")}
+    config = {name: found[name] for name in SECTIONS}
+    if "data_found" in found:
+        return found | {"config": config, "data": found["data_found"]}
+    # a run of older code: its "data" is what was found in the folders, and does not say how they were mixed
+    config["data"] = before.get("config", {}).get("data")
     if config["data"] is None and len(found["data"]) == 1:
         config["data"] = {"path": next(iter(found["data"]))}
     if config["data"] is None:

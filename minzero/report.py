@@ -125,10 +125,10 @@ def number_text(line, key, form, missing):
 
 
 def settings(run):
-    """Every key of the run's config, one deep: {"train.lr": "0.001"}."""
+    """Every key of the run's config, and the data that it found, one deep: {"train.lr": "0.001"}."""
     config = read_config_if_whole(run.folder)
     rows = {}
-    for section in ("model", "data", "train", "deepspeed"):
+    for section in ("model", "data", "train", "deepspeed", "data_found"):
         for key, value in config.get(section, {}).items():
             rows[f"{section}.{key}"] = json.dumps(value)
     return rows

@@ -11,7 +11,8 @@ from pathlib import Path
 from torch import distributed
 
 from minzero.checkpoint import as_rank_0, fault_of, put_in_place
-from minzero.checkpoint_folder import Saved, name_of, step_and_suffix, tidy, write_marks
+from minzero.checkpoint_folder import Saved, tidy, write_marks
+from minzero.checkpoint_names import is_name, name_of
 from minzero.checkpoint_state import read_state
 from minzero.dist import all_or_none, first, print0
 from minzero.errors import SharedError, UserError
@@ -88,11 +89,6 @@ def copies_to_try(config, store):
     numbers = {name: state.get("save_number") for name, state in states.items()}
     newer = [name for name, number in numbers.items() if is_count(number) and number > last]
     return sorted(newer, key=lambda name: (numbers[name], name), reverse=True)
-
-
-def is_name(name):
-    step, suffix = step_and_suffix(Path(name))
-    return step is not None and not suffix
 
 
 def fetch(store, checkpoints, name, config):

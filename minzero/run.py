@@ -131,8 +131,10 @@ class Run:
             self.copier = copier.Copier(self.folder.path, self.config.train.copy_to, names)
 
     def write_config(self):
-        """Write config.json: the run's config, and on what it runs."""
-        info = {name: value for name, value in self.run_info.items() if name != "config"}
+        """Write config.json: the sections of the run's config, and beside them on what it runs. What a checkpoint has
+        as `data`, the identity of the data that were found, is `data_found` there: `data` is the section."""
+        info = self.run_info | {"data_found": self.run_info["data"]}
+        info = {name: value for name, value in info.items() if name not in ("config", "data")}
         write_json(self.folder.path / "config.json", self.config.to_dict() | info)
 
     # -- the steps -----------------------------------------------------------------------------------

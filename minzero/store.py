@@ -45,21 +45,22 @@ def flush(path):
 class Store:
     """The copies at an address. Every method raises UserError where the store does not answer or refuses.
 
-    address: as fsspec takes it. Raises UserError for one that names no file system, or needs a package that is not
-    installed."""
+    address: as fsspec takes it; key: the key or flag that names it, for errors. Raises UserError for an address that
+    names no file system, or needs a package that is not installed."""
 
-    def __init__(self, address):
+    def __init__(self, address, key="train.copy_to"):
         from fsspec.core import url_to_fs  # here, because a run without copies does not need it
 
+        self.key = key
         self.address = address.rstrip("/")
         try:
             self.fs, self.root = url_to_fs(self.address)
         except ImportError as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"train.copy_to: {address}: needs a package that is not installed ({reason})") from None
+            raise UserError(f"{key}: {address}: needs a package that is not installed ({reason})") from None
         except Exception as error:  # of many classes, by file system
             raise UserError(
-                f"train.copy_to: {address}: {describe(error)}; expected a folder, or an address as s3://bucket/run"
+                f"{key}: {address}: {describe(error)}; expected a folder, or an address as s3://bucket/run"
             ) from None
         protocol = self.fs.protocol
         self.protocols = {protocol} if isinstance(protocol, str) else set(protocol)
@@ -74,7 +75,7 @@ class Store:
             raise
         except Exception as error:
             where = f"{self.address}/{name}" if name else self.address
-            raise UserError(f"train.copy_to: {where}: {describe(error)}") from None
+            raise UserError(f"{self.key}: {where}: {describe(error)}") from None
 
     def path(self, *parts):
         return "/".join([self.root, *parts])
@@ -88,6 +89,20 @@ class Store:
                 return self.fs.cat_file(self.path(*parts))
             except FileNotFoundError:
                 return None
+
+    def read_ranges(self, path, ranges):
+        """The bytes of some ranges of a file of a copy, [(begin, end)], in that order. path: (the copy, the file)."""
+        place = self.path(CHECKPOINTS, *path)
+        with self.asked("/".join((CHECKPOINTS, *path))):
+            try:
+                begins, ends = map(list, zip(*ranges, strict=True))
+                found = self.fs.cat_ranges([place] * len(ranges), begins, ends, on_error="raise")
+            except FileNotFoundError:
+                raise UserError(f"found no {path[-1]}") from None
+        for (begin, end), content in zip(ranges, found, strict=True):
+            if len(content) != end - begin:
+                raise UserError(f"{path[-1]}: found {len(content)} bytes from {begin} on, expected {end - begin}")
+        return found
 
     def write(self, content, *parts):
         """Write bytes as a file."""
@@ -104,7 +119,7 @@ class Store:
             with self.asked("/".join(parts)):
                 yield
         except FileNotFoundError as error:
-            raise UserError(f"train.copy_to: {self.address}: {describe(error)}") from None
+            raise UserError(f"{self.key}: {self.address}: {describe(error)}") from None
 
     def make_folder(self, *parts):
         if not self.protocols & MAKE_BUCKETS:
@@ -180,7 +195,7 @@ class Store:
         for file, size in expected.items():
             if found.get(file) != size:
                 where = f"{self.address}/{CHECKPOINTS}/{name}/{file}"
-                raise UserError(f"train.copy_to: {where}: found {found.get(file)} bytes, expected {size}")
+                raise UserError(f"{self.key}: {where}: found {found.get(file)} bytes, expected {size}")
 
     def fetch(self, name, files, folder):
         """Fetch these files of a copy into a folder, onto its disk. Returns None, or what is missing."""

@@ -11,16 +11,14 @@ is from its checkpoints; the launchers' exit codes differ (`deepspeed` returns 0
 
 import contextlib
 import copy
-import errno
 import json
 import os
-import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,23 +27,22 @@ import psutil
 from minzero.checkpoint_names import newest_step
 from minzero.commands import REFUSED
 from minzero.errors import UserError, one_line
+from minzero.failures import MAY_PASS, NODE_ENDED, REFUSAL, in_words, telling_line
 from minzero.files import write_atomically, write_json
 from minzero.nodes import choose, hostfile_text, nodes_that_failed, that_answer
 from minzero.run_folder import NO_LOCKS, holder_of, lock_within, read_status
 
 FAILED, GAVE_UP = 1, 3  # exit codes, besides 0 (complete, or stopped by STOP), 2 (refused) and 128 + a signal's number
 LONGEST_PAUSE = 600  # seconds
-LAUNCHER_SECONDS = 60  # that a launcher may live on when the last rank has released the folder
+LAUNCHER_SECONDS = 60  # that a launcher may live on: without ranks, or at the start without one of its nodes
 LOOK = 0.2  # seconds from one look at the command to the next
 TAIL = 1 << 18  # bytes at the end of the log in which the reason of a failure is looked for
 LARGEST_LOG = 1 << 26  # bytes; a larger one is renamed to supervise.log.1 before the next start
 NEW = {"attempts": 0, "step": -1, "without_progress": 0, "failures": [], "failures_of_nodes": {}}
+FULL = 1 << 20  # bytes; on a disk with less room the last lines of a log may be missing
+# ssh ends, and pdsh with it, when a node has not answered for so long, as where a cable is cut
+KEEPALIVE = {"PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-# train.py refuses with one line and code 2; these are of the machine, and may pass.
-PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH)
-MAY_PASS = (*map(os.strerror, PASSING), "could not meet", "is held by another run", "lost contact")
-TIMES = (("began", "%Y-%m-%d %H:%M:%S"), ("ended", "%H:%M:%S"))
-REFUSAL = re.compile(r"\btrain\.py: (?:rank \d+: )?error: ")
 
 
 class Orders(NamedTuple):
@@ -71,6 +68,7 @@ class Supervisor:
         self.orders = orders
         self.folder = orders.folder
         self.log = self.folder / "supervise.log"
+        self.hostfile = self.folder / "supervise.hosts"
         self.copied = 0  # bytes of the log that were printed
         self.signals = []  # that came, in their order
         self.passed_on = 0  # how many of them
@@ -84,8 +82,13 @@ class Supervisor:
         with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
             found = json.loads((self.folder / "supervise.json").read_bytes())
             if all(type(found.get(key)) is type(value) for key, value in NEW.items()):
-                return {"running": None} | found
-        return copy.deepcopy(NEW) | {"running": None, "began": time.time(), "step": newest_step(self.folder)}
+                return {"running": None, "nodes_without_progress": {}} | found
+        return copy.deepcopy(NEW) | {
+            "running": None,
+            "nodes_without_progress": {},
+            "began": time.time(),
+            "step": newest_step(self.folder),
+        }
 
     def write_record(self):
         """Write supervise.json. On a full disk the run matters more."""
@@ -108,9 +111,10 @@ class Supervisor:
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+            with contextlib.suppress(OSError):  # a full disk
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
             yield
 
     # -- the whole -----------------------------------------------------------------------------------
@@ -123,7 +127,8 @@ class Supervisor:
         with self.alone():
             self.record = self.read_record()
             if self.orders.again:
-                self.record |= {"without_progress": 0, "failures": [], "failures_of_nodes": {}}
+                self.record |= {"without_progress": 0, "failures": []}
+                self.record |= {"failures_of_nodes": {}, "nodes_without_progress": {}}
             if (
                 not self.record["running"] and newest_step(self.folder) > self.record["step"]
             ):  # it went on without a supervisor
@@ -145,7 +150,10 @@ class Supervisor:
         if code is None:
             self.record["attempts"] += 1
             nodes, line = self.choose_nodes()
-            if nodes is None:
+            fault = self.write_hostfile(nodes) if nodes else None
+            if fault:
+                code = self.fail([], None, fault)
+            elif nodes is None:
                 code = self.fail([], None, line)
             else:
                 tell(f"start {self.record['attempts']}{f' on {line}' if nodes else ''}")
@@ -184,17 +192,20 @@ class Supervisor:
         """Start the command. nodes: {node: slots}, empty without a hostfile. Returns its Popen. Raises UserError."""
         command = list(self.orders.command)
         if nodes:
-            hostfile = self.folder / "supervise.hosts"
-            write_atomically(hostfile, hostfile_text(nodes).encode())
             place = next(place for place, word in enumerate(command) if os.path.basename(word) == "deepspeed")
-            command[place + 1 : place + 1] = ["--hostfile", str(hostfile), "--force_multi"]
+            command[place + 1 : place + 1] = ["--hostfile", str(self.hostfile), "--force_multi"]
         if self.log.exists() and self.log.stat().st_size > LARGEST_LOG:
             os.replace(self.log, self.folder / "supervise.log.1")
         with open(self.log, "ab") as log:
             self.copied = log.tell()
             try:
                 process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                    command,
+                    env=(KEEPALIVE if nodes else {}) | os.environ,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
                 )
             except OSError as error:
                 raise UserError(f"{command[0]}: {error.strerror}; expected a command that can be run") from None
@@ -215,15 +226,29 @@ class Supervisor:
         if not self.orders.nodes:
             return {}, None
         answering = that_answer(self.orders.nodes, self.orders.ssh_port)
-        failures = self.record["failures_of_nodes"]
-        chosen, line = choose(self.orders.nodes, self.orders.wanted, failures, answering, self.orders.divides)
+        failures, ever = self.record["nodes_without_progress"], self.record["failures_of_nodes"]
+        chosen, line = choose(self.orders.nodes, self.orders.wanted, failures, answering, self.orders.divides, ever)
         return chosen or None, line
+
+    def write_hostfile(self, nodes):
+        """Write the hostfile of a start, if it is another one. Returns why it could not be written, as on a full disk;
+        else None. nodes: {node: slots}."""
+        text = hostfile_text(nodes).encode()
+        try:
+            if not self.hostfile.exists() or self.hostfile.read_bytes() != text:
+                write_atomically(self.hostfile, text)
+        except (UserError, OSError) as error:
+            return one_line(str(error))
+        return None
 
     def processes(self):
         """The processes of the command that is running, on this machine: those of its session."""
         running = self.record["running"]
         if running["host"] != socket.gethostname():
             return []
+        with contextlib.suppress(psutil.Error):  # the numbers of processes begin anew with a machine or a container
+            if psutil.Process(1).create_time() > running["began"] + 1:
+                return []
         found = []
         for pid in psutil.pids():
             with contextlib.suppress(OSError, psutil.Error):
@@ -249,7 +274,8 @@ class Supervisor:
         """Watch a start to its end: its processes are gone and the folder is free. process: its Popen, or None where
         another supervisor started it. Returns its exit code, None where that is not known."""
         alone_since = free_since = None  # since when the launcher is gone; since when no rank holds the folder any more
-        was_held = False
+        fewer_since = None  # since when one of the nodes is gone that were to begin together
+        was_held = asked = False
         looked = 0.0
         while True:
             self.pass_signals_on()
@@ -268,17 +294,34 @@ class Supervisor:
                 free_since = (free_since or now) if was_held and not is_held else None
                 if alone_since and now - alone_since > self.orders.patience:
                     self.kill(left, f"still there {self.orders.patience:.0f} s after their launcher")
+                fewer_since = (fewer_since or now) if self.a_node_has_ended() else None
+                if fewer_since and now - fewer_since > 2 * LAUNCHER_SECONDS:
+                    self.kill(left, f"still there {LAUNCHER_SECONDS} s after SIGTERM")
+                elif fewer_since and now - fewer_since > LAUNCHER_SECONDS and not asked:
+                    asked = True
+                    tell(
+                        f"ends this start: a node's ranks ended {LAUNCHER_SECONDS} s ago, and the others wait for them"
+                    )
+                    self.send(left, signal.SIGTERM)
                 if free_since and now - free_since > LAUNCHER_SECONDS:
                     self.kill(left, f"still there {LAUNCHER_SECONDS} s after the last rank")
             time.sleep(LOOK)
         self.print_log()
         return code
 
+    def a_node_has_ended(self):
+        """Whether a node has ended before the run has begun. The others then wait for it, as long as they may."""
+        return not self.status() and any(map(NODE_ENDED.search, self.lines_of_log()))
+
     def kill(self, processes, why):
         tell(f"kills {len(processes)} processes: {why}")
+        self.send(processes, signal.SIGKILL)
+
+    def send(self, processes, number):
+        """Send a signal to some processes."""
         for process in processes:
             with contextlib.suppress(psutil.Error):
-                process.kill()
+                process.send_signal(number)
 
     def print_log(self):
         """Print what the command has printed since the last call."""
@@ -304,9 +347,7 @@ class Supervisor:
                 tell(f"{name}: asks the run to save and end; once more passes it on to the command")
                 continue
             tell(f"{name}: passes it on to the command")
-            for process in self.processes():
-                with contextlib.suppress(psutil.Error):
-                    process.send_signal(number)
+            self.send(self.processes(), number)
 
     def write_stop_file(self):
         try:
@@ -359,7 +400,8 @@ class Supervisor:
         step = newest_step(self.folder)
         further = step > self.record["step"]
         self.record |= {"running": None, "ended": time.time(), "code": code, "step": max(step, self.record["step"])}
-        self.record["without_progress"] *= not further
+        if further:
+            self.record |= {"without_progress": 0, "nodes_without_progress": {}}
         self.write_record()
         return further
 
@@ -367,18 +409,23 @@ class Supervisor:
         """Record a failure. lines: of the log; reason: in words, where the log says nothing. Returns the exit code if
         the run must not be started again."""
         running = self.record["running"] or {"began": time.time(), "nodes": {}}
+        had_begun = bool(self.record["running"] and self.status())
         line = one_line(telling_line(lines) or reason or "it printed nothing")
+        if self.disk_is_full():
+            line = f"no space left in {self.folder}; {line}"
         nodes = nodes_that_failed(lines, running["nodes"])
         further = self.finish(code)
         self.record["without_progress"] += not further
         failure = {"attempt": self.record["attempts"], "began": running["began"], "ended": time.time(), "code": code}
         failure |= {"step": self.record["step"], "further": further, "nodes": sorted(nodes), "line": line}
         self.record["failures"] = [*self.record["failures"][-99:], failure]
-        for node in nodes:
-            self.record["failures_of_nodes"][node] = self.record["failures_of_nodes"].get(node, 0) + 1
+        for counts in ("failures_of_nodes", *([] if further else ["nodes_without_progress"])):
+            self.record[counts] |= {node: self.record[counts].get(node, 0) + 1 for node in nodes}
         self.write_record()
         tell(f"failed: {in_words(failure)}")
-        refused = code == REFUSED or any(REFUSAL.search(line) for line in lines)
+        # A run that had begun, or had no room for its line, may end with this code by a full disk.
+        alone = code == REFUSED and not had_begun and not self.disk_is_full()
+        refused = alone or any(REFUSAL.search(line) for line in lines)
         if refused and not nodes and not any(words in line for words in MAY_PASS):
             tell("train.py refuses this run, so it is not started again")
             return REFUSED
@@ -392,6 +439,13 @@ class Supervisor:
                 return log.read().decode(errors="replace").splitlines()
         except OSError:
             return []
+
+    def disk_is_full(self):
+        """Whether the disk of the run's folder has no room for the lines that the command prints."""
+        with contextlib.suppress(OSError):
+            usage = shutil.disk_usage(self.folder)
+            return usage.total > 0 and usage.free < FULL
+        return False
 
     def give_up(self):
         count = self.record["without_progress"]
@@ -411,22 +465,3 @@ def tell(line):
     """Print a line of the supervisor's own."""
     with contextlib.suppress(OSError, ValueError):  # a lost terminal must not cost the run
         print(f"supervise.py: {one_line(line)}", flush=True)
-
-
-def in_words(failure):
-    """A failure as one line: which start, when, how far, where, and the last thing that it said."""
-    times = [datetime.fromtimestamp(failure[key]).strftime(form) for key, form in TIMES]
-    nodes = f", {', '.join(failure['nodes'])}" if failure["nodes"] else ""
-    code = "" if failure["code"] is None else f", code {failure['code']}"
-    saved = f"saved step {failure['step']}" if failure["step"] >= 0 else "nothing saved"
-    further = "" if failure["further"] else " as before"
-    return f"start {failure['attempt']}, {times[0]} to {times[1]}, {saved}{further}{code}{nodes}: {failure['line']}"
-
-
-def telling_line(lines):
-    """The line of a log that says best why a start failed; None if it is empty."""
-    lines = [line.strip() for line in lines if line.strip()]
-    for words in ("train.py: ", "stopped by ", "Error", "error:", "exits with return code"):
-        if found := [line for line in lines if words in line]:
-            return found[-1]
-    return lines[-1] if lines else None

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from minzero import checkpoint, checkpoint_folder, checkpoint_state, lora
+from minzero import checkpoint, checkpoint_folder, checkpoint_state, fetch, lora
 from minzero.config.build import build
 from minzero.config.sections import Config, ModelConfig, data_weights
 from minzero.data.conversations import chat_template, learned_template
@@ -126,20 +126,22 @@ def open_checkpoint(found):
     state, config, read = checkpoint.open_weights(found, state)
     folders = sorted(data_weights(state["config"]["data"]["path"]))
     if not config.lora.rank:
-        return ModelSource(found, str(found), model, lambda: read, state, config, folders)
+        return ModelSource(found, fetch.in_words(found), model, lambda: read, state, config, folders)
     check_base(state["base"], found)
     _, load_base = open_weights(state["base"]["path"], model)
 
     def load():
         return lora.merged(model, config.lora, load_base(), read)
 
-    return ModelSource(found, str(found), model, load, state, config, folders, lambda: read)
+    return ModelSource(found, fetch.in_words(found), model, load, state, config, folders, lambda: read)
 
 
 def with_checkpoint(path, which, use):
     """The result of use(checkpoint) for the one that `path` and `which` mean (see `checkpoint_folder.find`). If its run
-    deletes or replaces it meanwhile, the next one is used. Raises UserError, which names the nearest run or step where
-    there is none."""
+    deletes or replaces it meanwhile, the next one is used. An address is fetched from (see `fetch.fetch_checkpoint`).
+    Raises UserError, which names the nearest run or step where there is none."""
+    if fetch.is_address(path):
+        return use(fetch.fetch_checkpoint(path, which))
     with suggesting(path, holds_model):
         try:
             checkpoint_folder.must_find(path, which)
@@ -158,11 +160,10 @@ def nearest_step(path, which):
 
 
 def open_trained(path, which="best"):
-    """A run's folder, a checkpoint, or a folder in transformers' format -> ModelSource. which: best, latest or a step
-    of the run. Reads no weights. Raises UserError."""
-    path = Path(path)
-    if is_published(path):
-        return ModelSource(path, *open_published(path))
+    """A run's folder, a checkpoint, an address of copies, or a folder in transformers' format -> ModelSource. which:
+    best, latest or a step of the run. Reads no weights, but fetches those at an address. Raises UserError."""
+    if not fetch.is_address(path) and is_published(Path(path)):
+        return ModelSource(Path(path), *open_published(Path(path)))
     return with_checkpoint(path, which, open_checkpoint)
 
 

@@ -22,6 +22,7 @@ from minzero.meeting import in_words
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run", "slurmstepd", "orted", "prted", "hydra_pmi_proxy")
 SIGNS_OF_LIFE = 10.0  # seconds from one of a rank to the next, and between two looks at those of the others
+DURING = {"start": "at the start", "step": "in a step", "evaluation": "in an evaluation", "save": "in a save"}
 LOST = 120.0  # seconds without one, after which a rank is lost: its machine has crashed, or the network is cut
 
 
@@ -113,8 +114,9 @@ class Watchdog:
     Python's signal handlers. So it also ends this rank where the loop no longer can: the launcher sends
     SIGTERM as well when a rank has died, and a rank that hangs is named after `timeout` seconds without progress of
     any rank. What counts as progress calls `heartbeat`: a micro-batch, a batch of an evaluation, a tensor that is
-    saved or loaded. The thread itself gives a sign of life every ten seconds, whatever its rank does: where there is no
-    progress, a rank without these is lost, long before `timeout`."""
+    saved or loaded, the begin of an exchange with the other ranks. The rank that hangs has called it less often than
+    those that wait for it. The thread itself gives a sign of life every ten seconds, whatever its rank does: where
+    there is no progress, a rank without these is lost, long before `timeout`."""
 
     def __init__(self, train):
         self.out_dir = Path(train.out_dir)
@@ -177,6 +179,7 @@ class Watchdog:
             with contextlib.suppress(psutil.NoSuchProcess):  # it will be missed soon enough
                 peers[rank] = psutil.Process(pid)
         self.peers = peers
+        dist.begins_exchange = self.heartbeat
 
     def begin_loop(self):
         """From here on stop requests wait for the end of a step."""
@@ -257,8 +260,8 @@ class Watchdog:
             if self.seconds_without_progress() > timeout / 2:
                 self.count_progress_of_others()
             if self.seconds_without_progress() > timeout:
-                where = "" if self.doing == "step" else f" in the {self.doing}"
-                end_process(f"waited {timeout} s{where}: {self.who_hangs()}", 1, self.out_dir, self.folder)
+                reason = f"waited {timeout:g} s {DURING[self.doing]}: {self.who_hangs()}"
+                end_process(reason, 1, self.out_dir, self.folder)
 
     def receive(self, number):
         """A signal: a request to stop, or where the loop cannot answer it, the end of this rank."""
@@ -374,8 +377,9 @@ class Watchdog:
         lowest = min(heartbeats)
         last = [rank for rank, count in enumerate(heartbeats) if count == lowest]
         if len(last) < len(heartbeats):
-            elsewhere = sorted(self.hosts_of(last) - {socket.gethostname()})
-            words = f"rank {', '.join(map(str, last))} hangs{' on ' if elsewhere else ''}{', '.join(elsewhere)}"
+            hosts = sorted(self.hosts_of(last))
+            verb = "hangs" if len(last) == 1 else "hang"
+            words = f"{in_words(last)} {verb}{' on ' if hosts else ''}{', '.join(hosts[:8])}"
         dist.ask_store(lambda store: store.set("hangs", words))
         return words
 

@@ -29,14 +29,18 @@ QWEN3 = {"norm": "rmsnorm", "position": "rotary", "mlp": "swiglu", "bias": "fals
 MODEL |= QWEN3 | {"head_dim": 64, "qk_norm": "head"}
 
 
-def command_of(data, out, steps, background=False):
+def flags_of(data, out, steps, background=False):
+    """The flags of train.py with configs/tiny.json."""
     keys = {f"model.{name}": value for name, value in MODEL.items()} | {"data.path": data, "train.out_dir": out}
     keys |= {"train.micro_batch_size": 2, "train.global_batch_tokens": 8 * 32, "train.max_tokens": steps * 8 * 32}
     keys |= {"train.log_every": 1, "train.save_every": 5, "train.eval_every": 0, "train.eval_tokens": 1024}
     keys |= {"train.warmup_tokens": 0, "train.lr": 1e-3, "deepspeed.zero_optimization.reduce_bucket_size": 4096}
     keys["train.save_in_background"] = str(background).lower()
-    flags = [str(word) for name, value in keys.items() for word in (f"--{name}", value)]
-    return deepspeed_command("train.py", "configs/tiny.json", *flags)
+    return [str(word) for name, value in keys.items() for word in (f"--{name}", value)]
+
+
+def command_of(data, out, steps, background=False):
+    return deepspeed_command("train.py", "configs/tiny.json", *flags_of(data, out, steps, background))
 
 
 def unfinished(out):
@@ -46,6 +50,16 @@ def unfinished(out):
         with contextlib.suppress(FileNotFoundError):  # renamed in this moment
             found.add((path.name, path.stat().st_ctime_ns))
     return found
+
+
+def wait_for_save(out, seconds=30):
+    """Wait for the beginning of a save. Returns whether there was one in this time."""
+    before, began = unfinished(out), time.monotonic()
+    while unfinished(out) <= before:
+        if time.monotonic() - began > seconds:
+            return False
+        time.sleep(0.0005)
+    return True
 
 
 def start_and_kill(command, out, moment, generator):
@@ -76,16 +90,21 @@ def start_and_kill(command, out, moment, generator):
     return process.wait() == -signal.SIGKILL
 
 
+def losses_of(out, steps):
+    """The loss of each step of a run. Fails unless every step is there once."""
+    lines = [line for line in read_metrics(out) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    return [line["loss"] for line in lines]
+
+
 def check_same(whole, killed, steps):
     """Fail unless two runs of `command_of` have equal last checkpoints and losses, each step once."""
     last = [
         checkpoint_state.read_state(path / "checkpoints" / checkpoint_folder.name_of(steps)) for path in (whole, killed)
     ]
     assert last[0]["files"] == last[1]["files"], "weights, moments and random state, by checksum"
-    losses = [
-        [(line["step"], line["loss"]) for line in read_metrics(path) if "loss" in line] for path in (whole, killed)
-    ]
-    assert losses[0] == losses[1] and [step for step, _ in losses[1]] == list(range(1, steps + 1))
+    losses = [losses_of(path, steps) for path in (whole, killed)]
+    assert losses[0] == losses[1]
     assert last[1]["tokens"] == steps * 8 * 32 and last[1]["optimizer_steps"] == steps
 
 

@@ -5,6 +5,8 @@ import dataclasses
 from minzero.config.values import divisors
 from minzero.errors import UserError
 
+MOST_CHANGE = 0.1  # of global_batch_tokens, for a micro-batch that would be less than a quarter otherwise
+
 
 def with_batch(config, micro_batch_size, global_batch_tokens=None):
     """A Config with another micro-batch, and perhaps another batch of a step; the rest is shared with the given one."""
@@ -34,7 +36,9 @@ def is_legal(config, gpus):
 def legal_batch(config, gpus):
     """The nearest Config whose batch train.py takes on this many GPUs; the given one if it does. global_batch_tokens
     stays where the GPUs divide its sequences, else it is the nearest that they do; then the micro-batch is the nearest
-    that divides. Raises UserError if the run is shorter than a sequence for each GPU."""
+    that divides. Where that is less than a quarter, as of a prime number of sequences, the micro-batch stays and
+    global_batch_tokens is the nearest that takes it, if that is within MOST_CHANGE. Raises UserError if the run is
+    shorter than a sequence for each GPU."""
     if is_legal(config, gpus):
         return config
     train, one_each = config.train, config.model.block_size * gpus
@@ -48,7 +52,13 @@ def legal_batch(config, gpus):
             f"than train.max_tokens {train.max_tokens}; give fewer"
         )
     sizes = divisors(tokens // one_each)
-    return with_batch(config, min(sizes, key=lambda size: abs(size - train.micro_batch_size)), tokens)
+    size = min(sizes, key=lambda size: abs(size - train.micro_batch_size))
+    whole = one_each * train.micro_batch_size
+    nearest = max(1, round(train.global_batch_tokens / whole)) * whole
+    change = abs(nearest / train.global_batch_tokens - 1)
+    if 4 * size < train.micro_batch_size and change <= MOST_CHANGE and nearest <= train.max_tokens:
+        return with_batch(config, train.micro_batch_size, nearest)
+    return with_batch(config, size, tokens)
 
 
 def changed_batch(given, legal):

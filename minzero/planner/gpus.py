@@ -73,8 +73,14 @@ def nodes_of(card, gpus, options):
 def on_card(card, memory, gpus, options):
     """The Hardware of so many GPUs of this card and memory, by the other flags of `rented`. Raises UserError."""
     nodes = nodes_of(card, gpus, options)
-    if gpus % nodes:
+    if gpus % nodes and options.nodes:
         raise UserError(f"--nodes: {nodes} does not divide --gpus {gpus}; give nodes of as many GPUs each")
+    if gpus % nodes:
+        whole = next(count for count in range(nodes, gpus + 1) if gpus % count == 0)
+        raise UserError(
+            f"--gpus: found {gpus}, which {nodes} nodes of up to {card.node_gpus} GPUs do not have as many each; give "
+            f"another number, or --nodes {whole} for {gpus // whole} on each"
+        )
     if card.is_cpu:  # its processes share the RAM, which is all that they have
         return Hardware(gpus, nodes, memory / (gpus / nodes), card, options.price)
     share = min(1, gpus / nodes / card.node_gpus)  # a part of a node is rented with a part of its RAM

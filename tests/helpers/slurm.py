@@ -31,8 +31,12 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=1
 NodeName=node[1-{count}] CPUs=2 RealMemory=2000 State=UNKNOWN
-PartitionName=main Nodes=node[1-{count}] Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=node[1-{count}] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime={grace}
+PartitionName=urgent Nodes=node[1-{count}] MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
+GRACE = 60  # seconds from the notice that a job of the partition `urgent` takes the nodes, to the end of their job
 # Begins on a node: $1 its number, $2 the folder. A second call, after a node was started again, does the same.
 BEGIN = """
 mkdir -p /run/munge /run/slurmd /etc/slurm && chmod 755 /run/munge
@@ -52,7 +56,7 @@ class Slurm:
         self.nodes, self.folder = nodes, nodes.folder / "slurm"
         (self.folder / "state").mkdir(parents=True)
         (self.folder / "munge.key").write_bytes(os.urandom(1024))
-        (self.folder / "slurm.conf").write_text(CONFIG.format(folder=self.folder, count=nodes.count))
+        (self.folder / "slurm.conf").write_text(CONFIG.format(folder=self.folder, count=nodes.count, grace=GRACE))
         for number in range(1, nodes.count + 1):
             self.begin(number)
         wait_for(lambda: self.call("sinfo", "-h", "-o", "%D %T") == f"{nodes.count} idle", 60, "an idle Slurm")
@@ -65,9 +69,9 @@ class Slurm:
         """The output of one of Slurm's commands, called on node1."""
         return self.nodes.run(1, words, timeout=60).stdout.strip()
 
-    def submit(self, script, cwd, **variables):
-        """The number of a job, from a batch script that is submitted in the folder `cwd`."""
-        done = self.nodes.run(1, ["sbatch", "--parsable", script], cwd=cwd, check=True, **variables)
+    def submit(self, *words, cwd, **variables):
+        """The number of a job that `sbatch WORDS...` submits in the folder `cwd`."""
+        done = self.nodes.run(1, ["sbatch", "--parsable", *words], cwd=cwd, check=True, **variables)
         return int(done.stdout)
 
     def job(self, number):

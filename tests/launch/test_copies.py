@@ -51,6 +51,13 @@ def test_an_empty_machine_continues_from_s3(config, tmp_path, s3):  # noqa: F811
     copies = json.loads((out / "copied.json").read_text())["copies"]
     assert sorted(copies) == [f"step_{step:08d}" for step in (4, 8, 12)]
     assert sorted(losses(out)) == list(range(1, 13))
+    found = []
+    for path in (out, "s3://runs/of_two_ranks"):  # rank 0 fetches the weights for both
+        done = run(deepspeed_command("eval.py", path, "--json"), **s3.variables)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"{path}/checkpoints/step_00000012: " in done.stdout
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    assert found[0] == found[1]
 
 
 def test_killed_with_9_and_moved_to_an_empty_folder_it_is_the_same_bit_for_bit(config, tmp_path, start):

@@ -12,6 +12,8 @@ import pytest
 
 import eval as evaluation
 import sample
+from minzero.config.build import build
+from minzero.config.load import load_config
 from minzero.data.mixture import Mixture
 from minzero.files import write_json
 from minzero.metrics import read_metrics
@@ -36,6 +38,11 @@ def test_a_run_leaves_what_it_promises(tiny_run):
     config = json.loads((out / "config.json").read_text())
     assert config["train"]["max_tokens"] == 100000 and config["world_size"] == 2
     assert config["versions"].keys() >= {"torch", "deepspeed", "git"}
+    # its sections are those of the command, of which they make the same again
+    sections = {name: config[name] for name in ("model", "data", "train", "deepspeed")}
+    command = [str(word) for word in (*TINY[1:], "--train.max_tokens", 100000, "--train.out_dir", out)]
+    assert sections == load_config(command).to_dict() == build(sections, "config.json").to_dict()
+    assert config["data_found"].keys() == {config["data"]["path"]}
     steps = [line for line in read_metrics(out) if "loss" in line]
     wanted = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "step_seconds", "tflops", "mfu"}
     assert all(line.keys() >= wanted | {"peak_memory_bytes"} for line in steps)

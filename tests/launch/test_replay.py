@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from minzero.files import write_json
-from tests.helpers.processes import deepspeed_command, run
+from tests.helpers.processes import deepspeed_command, run, write_small_data
 
 MODEL = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 64, "dropout": 0.1}
 TRAIN = {"micro_batch_size": 2, "global_batch_tokens": 64, "max_tokens": 64 * 14, "eval_tokens": 64, "log_every": 5}
@@ -67,7 +67,9 @@ def test_one_bit_is_found_and_other_numbers_of_ranks_are_refused(done_run, tmp_p
 
 
 def test_from_the_beginning_on_one_rank_to_a_step_that_was_not_recorded(small_data, tmp_path):
-    config = {"model": MODEL, "data": {"path": str(small_data)}, "train": TRAIN | {"max_tokens": 64 * 6}}
+    (tmp_path / "more").mkdir()
+    data = {"path": {str(small_data): 1, str(write_small_data(tmp_path / "more")): 3}}
+    config = {"model": MODEL, "data": data, "train": TRAIN | {"max_tokens": 64 * 6}}
     write_json(tmp_path / "config.json", config)
     trained = [sys.executable, "train.py", tmp_path / "config.json", "--train.out_dir", tmp_path / "out"]
     assert run([*trained, "--train.save_every", 0]).returncode == 0
@@ -76,7 +78,7 @@ def test_from_the_beginning_on_one_rank_to_a_step_that_was_not_recorded(small_da
     assert done.returncode == 0 and "from the beginning" in done.stdout, done.stdout + done.stderr
     assert "equal bit for bit: 3 recorded of 3 steps" in done.stdout
     shutil.rmtree(tmp_path / "out" / "checkpoints")
-    done = run([*again, 3])
+    done = run([*again, 3])  # how the data are mixed is in config.json
     assert done.returncode == 1 and "step 3 was not recorded; recorded are 5, 1" in done.stdout, done.stdout
     done = run([*again, 99])
     assert done.returncode == 2 and "the run has 6 steps" in done.stderr

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import time
 
@@ -77,11 +78,13 @@ def test_a_run_asked_to_stop_saves_and_ends(asked, start, tmp_path):
 
 
 def test_a_hung_rank_ends_the_run_with_a_line_that_names_it(start, tmp_path):
-    process = start(deepspeed_command(*RUN, "--train.out_dir", tmp_path / "run", "--train.timeout_seconds", 5))
+    others = [f"--train.{name}_timeout_seconds=300" for name in ("start", "eval", "save")]
+    command = deepspeed_command(*RUN, "--train.out_dir", tmp_path / "run", "--train.timeout_seconds", 5, *others)
+    process = start(command)
     wait_for_step(process, " 3/100")
     ranks = ranks_of(process)
     ranks["1"].suspend()
-    wait_for_step(process, "rank 0 waited 5.0 s: rank 1 hangs; ")
+    wait_for_step(process, f"rank 0 waited 5 s in a step: rank 1 hangs on {socket.gethostname()}; ")
     ranks["1"].kill()  # as the launcher would, half a minute later
     process.communicate(timeout=60)
     wait_for_end(ranks.values(), 10)

@@ -14,7 +14,7 @@ from minzero.files import write_json
 from minzero.metrics import read_metrics
 from tests.helpers.nodes import Nodes, skip_without, wait_for
 from tests.helpers.processes import ROOT, beside, deepspeed_command, environment, write_small_data
-from tests.helpers.slurm import COMMANDS, Slurm
+from tests.helpers.slurm import COMMANDS, GRACE, Slurm
 
 pytestmark = pytest.mark.slow
 
@@ -24,11 +24,17 @@ CONFIG = {
     "train": {"micro_batch_size": 8, "global_batch_tokens": STEP, "warmup_tokens": 0, "lr": 1e-3, "eval_tokens": 512},
 }
 SHORT = {"log_every": 1, "eval_every": 10, "save_every": 5}
-# In place of train.py: keeps the environment of each rank, then is train.py.
+# In place of train.py: keeps the environment of each rank and all command lines of its node, then is train.py.
 TRAIN = f"""
-import json, os, runpy, socket, sys
+import glob, json, os, runpy, socket, sys
 with open(f"environ_{{socket.gethostname()}}.json", "w") as file:
     json.dump(dict(os.environ), file)
+with open(f"lines_{{socket.gethostname()}}", "wb") as file:
+    for name in glob.glob("/proc/[0-9]*/cmdline"):
+        try:
+            file.write(open(name, "rb").read().replace(b"\\0", b" ") + b"\\n")
+        except OSError:  # it has ended
+            pass
 sys.path.insert(0, {str(ROOT)!r})
 sys.argv[0] = {str(ROOT / "train.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -40,6 +46,8 @@ VARIABLES = {
     "GLOO_SOCKET_IFNAME": "eth0",
     "WANDB_MODE": "off",
 }
+SECRETS = {"WANDB_API_KEY": "topsecret1", "HF_TOKEN": "topsecret2", "AWS_SECRET_ACCESS_KEY": "topsecret3"}
+SECRETS |= {"MLFLOW_TRACKING_PASSWORD": "topsecret4"}
 QUIET = {"DS_ACCELERATOR": "cpu", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 ROOT_MAY = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
@@ -90,7 +98,7 @@ def work(place, nodes, request):
     """A copy of the run at step 5, with the recipes and a hostfile of two nodes with one rank each."""
     work = place / re.sub(r"\W+", "_", request.node.name)
     shutil.copytree(place / "start", work)
-    for name in work.glob("environ_*"):
+    for name in [*work.glob("environ_*"), *work.glob("lines_*")]:
         name.unlink()
     write_config(work, 10)
     shutil.copytree(ROOT / "clusters", work / "clusters")
@@ -110,11 +118,22 @@ def change(work, name, *pairs):
 
 def own_lines(text):
     """The lines of a run without their numbers, so that two runs print the same; without the rank that was slow, which
-    is up to the machine, and without torchrun's warning that a node has closed the rendezvous before another."""
+    is up to the machine, and without warnings that torchrun and mpirun give now and then: that a node has closed the
+    rendezvous before another, and that a process group was set by the child before the parent could."""
     text = re.sub(r"\S*/(out/|data)", r"\1", text)
     text = re.sub(r" \| rank \d+ on \S+ is \d+% slower than the median", "", text)
+    text = re.sub(r"^(goodput .*) \(.*\)$", r"\1", text, flags=re.MULTILINE)  # of where time went, what is a second
+    text = re.sub(r"^\[\w+:\d+\] plm:rsh: Warning: setpgid.*\n?", "", text, flags=re.MULTILINE)
     text = re.sub(r"^W\d.*has failed to shutdown the rendezvous.*\n?", "", text, flags=re.MULTILINE)
     return [re.sub(r"\d[\d.,:e+-]*", "#", line) for line in text.splitlines()]
+
+
+def losses_of(work):
+    return [(line["step"], line["loss"]) for line in read_metrics(work / "out/13b") if "loss" in line]
+
+
+def steps_of(work):
+    return [step for step, _ in losses_of(work)]
 
 
 def check(work, output, place, variables=tuple(VARIABLES)):
@@ -124,16 +143,16 @@ def check(work, output, place, variables=tuple(VARIABLES)):
     environs = {name: json.loads((work / f"environ_{name}.json").read_text()) for name in ("node1", "node2")}
     for environ in environs.values():
         assert {name: environ.get(name) for name in variables} == {name: VARIABLES[name] for name in variables}
-    losses = {run: [] for run in (work, place / "whole")}
-    for run, found in losses.items():
-        found += [(line["step"], line["loss"]) for line in read_metrics(run / "out/13b") if "loss" in line]
-    assert losses[work] == losses[place / "whole"], output
-    assert len(losses[work]) == 10
+    for node in ("node1", "node2"):
+        seen = (work / f"lines_{node}").read_text()
+        assert "train.py" in seen and "topsecret" not in seen, seen
+    assert losses_of(work) == losses_of(place / "whole"), output
+    assert len(losses_of(work)) == 10
     assert own_lines(output) == own_lines((place / "whole/lines").read_text())
 
 
 def run_recipe(nodes, work, *words):
-    done = nodes.run(1, words, cwd=work, **QUIET, **VARIABLES, **ROOT_MAY)
+    done = nodes.run(1, words, cwd=work, **QUIET, **VARIABLES, **SECRETS, **ROOT_MAY)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -141,6 +160,9 @@ def run_recipe(nodes, work, *words):
 @pytest.mark.parametrize("name", ["pdsh.sh", "mpi.sh", "mpi_deepspeed.sh"])
 def test_recipes_with_a_hostfile(name, nodes, work, place):
     check(work, run_recipe(nodes, work, f"clusters/{name}"), place)
+    environ = json.loads((work / "environ_node2.json").read_text())
+    secrets = [key for key in SECRETS if not key.startswith("MLFLOW")]
+    assert [environ.get(key) for key in secrets] == [SECRETS[key] if "mpi" in name else None for key in secrets]
 
 
 def test_torchrun_is_started_on_each_node(nodes, work, place):
@@ -201,22 +223,25 @@ SMALL = ("--nodes 8 --ntasks-per-node 8 --gpus-per-node 8 --cpus-per-task 12", "
 @pytest.mark.parametrize("name", ["slurm.sbatch", "slurm_deepspeed.sbatch"])
 def test_slurm(name, slurm, work, place):
     change(work, name, SMALL, *([("slots=8", "slots=1")] if "deepspeed" in name else []))
-    job = slurm.submit(f"clusters/{name}", work, **QUIET, **VARIABLES)
+    job = slurm.submit(f"clusters/{name}", cwd=work, **QUIET, **VARIABLES, **SECRETS)
     slurm.wait(job, ("COMPLETED", "FAILED"))
     output = (work / f"13b_{job}.log").read_text()
     assert slurm.job(job)["JobState"] == "COMPLETED", output
     check(work, output, place)
 
 
-def steps_of(work):
-    return [line["step"] for line in read_metrics(work / "out/13b") if "loss" in line]
+LONG = {"log_every": 1, "eval_every": 10**9, "save_every": 10}
 
 
-def submit_long(slurm, work, *changes):
-    """Submit the recipe for a run that does not end by itself. Returns the number of the job, when it trains."""
-    write_config(work, 10**6, log_every=1, eval_every=10**9, save_every=10)
+def submit_long(slurm, work, *changes, steps=10**6):
+    """Submit the recipe for a run that does not end soon. Returns the number of the job, when it trains."""
+    write_config(work, steps, **LONG)
     change(work, "slurm.sbatch", SMALL, *changes)
-    job = slurm.submit("clusters/slurm.sbatch", work, **QUIET)
+    return submit_and_train(slurm, work, "clusters/slurm.sbatch")
+
+
+def submit_and_train(slurm, work, script):
+    job = slurm.submit(script, cwd=work, **QUIET)
     wait_for(lambda: len(steps_of(work)) > 20, 100, "20 steps")
     return job
 
@@ -239,6 +264,72 @@ def test_slurms_time_limit_saves_and_queues_the_job_again(slurm, work):
     assert "SIGUSR1" in log
     found = steps_of(work)
     assert found == list(range(1, len(found) + 1)), "each step once"
+
+
+def undisturbed(place, steps):
+    """The losses of the run of `submit_long`, continued from step 5 on this machine, without a disturbance."""
+    work = place / f"undisturbed_{steps}"
+    if not work.exists():
+        shutil.copytree(place / "start", work)
+        write_config(work, steps, **LONG)
+        command = deepspeed_command("train.py", "configs/13b.json")
+        done = subprocess.run(command, cwd=work, env=environment(**QUIET), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return losses_of(work)
+
+
+STEPS = 600
+
+
+@pytest.mark.parametrize("grace", [GRACE, 0])  # seconds; without any, Slurm's KillWait is what the run has to save
+def test_a_job_of_higher_priority_takes_the_nodes_and_gives_them_back(grace, slurm, work, place):
+    slurm.call("scontrol", "update", "PartitionName=main", f"GraceTime={grace}")
+    job = submit_long(slurm, work, steps=STEPS)
+    log = work / f"13b_{job}.log"
+    words = ("--partition", "urgent", "--nodes", "2", "--exclusive", "--output", "/dev/null", "--wrap", "sleep 10")
+    urgent = slurm.submit(*words, cwd=work)
+    slurm.wait(urgent, ("RUNNING",), GRACE - 15)  # long before a run that does not end would be killed
+    status = json.loads((work / "out/13b/status.json").read_text())
+    assert status["state"] == "stopped" and "SIGTERM" in status["reason"], log.read_text()
+    assert (work / f"out/13b/checkpoints/step_{status['step']:08d}/state.json").exists()
+    assert slurm.job(job)["JobState"] == "PENDING", slurm.job(job)
+    facts = slurm.wait(job)
+    assert facts["Restarts"] == "1" and slurm.job(urgent)["JobState"] == "COMPLETED"
+    assert f"step_{status['step']:08d}: " in log.read_text().split("continuing from")[2], log.read_text()
+    found = losses_of(work)
+    assert [step for step, _ in found] == list(range(1, STEPS + 1)), "each step once"
+    assert found == undisturbed(place, STEPS)
+
+
+def test_a_job_that_its_user_cancels_is_not_queued_again(slurm, work):
+    job = submit_long(slurm, work)
+    slurm.call("scancel", job)
+    facts = slurm.wait(job, ("CANCELLED", "COMPLETED", "FAILED"))
+    assert facts["JobState"] == "CANCELLED" and facts["Restarts"] == "0", facts
+
+
+def from_the_docs(words):
+    """The block of docs/clusters.md with these words in it, as a job script for 13b.json on two nodes."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/clusters.md").read_text(), re.DOTALL)
+    (block,) = [block for block in blocks if words in block]
+    size = "#SBATCH --nodes 2 --ntasks-per-node 1 --exclusive --open-mode append --output 13b_%j.log\n"
+    return f"#!/bin/bash\n{size}{block}".replace("70b", "13b")
+
+
+def test_supervise_once_under_srun_queues_the_job_again(slurm, nodes, work, place):
+    write_config(work, STEPS, **LONG)
+    (work / "supervise.py").write_text(TRAIN.replace("train.py", "supervise.py"))
+    (work / "job").write_text(from_the_docs("supervise.py --once"))
+    job = submit_and_train(slurm, work, "job")
+    log = work / f"13b_{job}.log"
+    (rank,) = nodes.find(2, "python train.py")
+    rank.kill()
+    facts = slurm.wait(job)
+    said = log.read_text()
+    assert facts["Restarts"] == "1" and "2 starts, 1 failures" in said, said
+    record = json.loads((work / "out/13b/supervise.json").read_text())
+    assert record["failures"][0]["further"] and record["without_progress"] == 0, record
+    assert losses_of(work) == undisturbed(place, STEPS)
 
 
 def test_a_rank_that_fails_queues_the_job_again(slurm, nodes, work):

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import sys
-import time
 
 import psutil
 import pytest
@@ -36,20 +35,13 @@ def processes_of(out):
     return found
 
 
-def wait_for_save(out):
-    before = chaos.unfinished(out)
-    began = time.monotonic()
-    while chaos.unfinished(out) <= before and time.monotonic() - began < 30:
-        time.sleep(0.0005)
-
-
 def disturb(what, process, out, start, command):
     """Do one thing to a run that is in its loop. Returns the supervisor's process, which may be another one."""
     found = processes_of(out)
     if what == "kill -9 of a rank":
         found["rank 1"].kill()
     elif what == "kill -9 inside a save":
-        wait_for_save(out)
+        chaos.wait_for_save(out)
         found["rank 0"].kill()
     elif what == "kill -9 of the launcher":
         found["launcher"].kill()

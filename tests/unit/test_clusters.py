@@ -1,6 +1,8 @@
 """Each recipe of clusters/ states tokens, hours and money of the run that it launches, as plan.py computes them."""
 
+import os
 import re
+import subprocess
 
 import pytest
 
@@ -46,3 +48,32 @@ def test_recipes_are_short_and_named_in_the_docs():
     for name in RECIPES:
         assert f"clusters/{name}" in page
         assert len((ROOT / "clusters" / name).read_text().splitlines()) <= 60
+
+
+# In place of what a recipe calls: adds its command line to a file, for DeepSpeed's launcher with what that puts on the
+# command lines of pdsh, mpirun and srun.
+LAUNCHER = """#!/bin/bash
+echo "$0 $*" >> "$LINES"
+[ "${0##*/}" != deepspeed ] || env | grep ^MLFLOW >> "$LINES"
+"""
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith(("sh", "sbatch"))])
+def test_no_key_is_on_a_command_line_or_in_a_file(name, tmp_path):
+    binaries = tmp_path / ".venv/bin"  # first in the PATH of each recipe
+    binaries.mkdir(parents=True)
+    for launcher in ("deepspeed", "mpirun", "scontrol", "srun", "torchrun"):
+        (binaries / launcher).write_text(LAUNCHER)
+        (binaries / launcher).chmod(0o755)
+    (tmp_path / "hosts").write_text("node1 slots=8\n")
+    keys = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN")
+    secrets = dict.fromkeys(keys, "topsecret")
+    secrets["TIKTOKEN_CACHE_DIR"] = "/some/where"  # which is none
+    more = {"LINES": str(tmp_path / "lines"), "WANDB_MODE": "offline", "SLURM_JOB_ID": "1", "PATH": os.environ["PATH"]}
+    subprocess.run(["bash", ROOT / "clusters" / name, "node1"], cwd=tmp_path, env=secrets | more, check=False)
+    assert "configs/13b.json" in (tmp_path / "lines").read_text()
+    texts = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert not [path for path, text in texts.items() if "topsecret" in text], texts
+    passed_on = texts.get(tmp_path / ".deepspeed_env", "") + texts[tmp_path / "lines"]
+    for variable in ("WANDB_MODE", "TIKTOKEN_CACHE_DIR"):
+        assert variable in passed_on or "slurm" in name or "torchrun" in name

@@ -14,13 +14,13 @@ ORDER = """
     errors files store copier nearest launchers commands flags deepspeed_keys cards
     config.values config.model_section config.sections config.nested
     sizes config.auto config.deepspeed config.hints config.build config.help
-    hf.settings hf.families config.load meeting dist run_folder out_dir checkpoint_names nodes supervise loss preference
-    document_attention experts recompute rotary zero tensor_files
+    hf.settings hf.families config.load meeting dist run_folder out_dir checkpoint_names nodes failures supervise
+    loss preference document_attention experts recompute rotary zero tensor_files
     data.order data.meta data.shards data.packing data.mixture data.text data.tokenizer_files data.tokenizer
     data.fast_encoding data.documents data.local_files data.sources data.docstrings data.chat_formats
     data.chat_templates data.conversations data.preferences data.output data.clean
     data.encode data.pipeline data.learn_tokenizer data.scripts data.verify data.foreign data.convert
-    checkpoint_state checkpoint_folder checkpoint resume restore model hf.weights
+    checkpoint_state checkpoint_folder checkpoint resume restore fetch model hf.weights
     hf.comparison hf.read lora trained init_from compiled
     engine schedule watchdog bad_steps goodput metrics loggers profiler curves plot report hf.card hf.write
     hf.peft hf.gguf summary run

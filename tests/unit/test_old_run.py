@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from minzero import replay
 from minzero.metrics import read_metrics
 from tests.helpers.processes import ROOT, run
 
@@ -36,3 +37,10 @@ def test_a_run_of_older_code_continues_with_the_same_losses(tmp_path):
         found = {str(line["step"]): line[name] for line in lines if name in line and line["step"] > 6}
         assert found == pytest.approx(expected[name], rel=1e-6), name
         print(name, "equal to the last bit:", found == expected[name])
+
+
+def test_replay_reads_the_config_of_a_run_of_older_code():
+    """Its config.json has what was found in the data in the place of the data section."""
+    settings = replay.settings_of(OLD_RUN / "run", {"step": 0}, [])
+    (folder,) = settings["data"]
+    assert settings["config"]["data"] == {"path": folder}

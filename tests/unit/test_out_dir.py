@@ -2,12 +2,14 @@
 
 import shutil
 import threading
+import time
 
 import pytest
 from torch import distributed
 
 from minzero import meeting, out_dir
 from minzero.errors import SharedError, UserError
+from tests.helpers.processes import free_port
 
 TEXT = '{"host": "node1", "process": 7}'
 
@@ -90,6 +92,30 @@ def test_ranks_that_do_not_come_are_named(monkeypatch):
     lines = in_threads([None, False, None, False, False], seconds=1)
     assert lines.keys() == {0, 2} and len(set(lines.values())) == 1
     assert lines[0].startswith("ranks 1, 3 to 4 of 5 did not start within 1 s; 2 did, on node7; look ")
+
+
+def test_a_rank_whose_rank_0_never_listens_ends_within_the_limit(monkeypatch, capfd):
+    """torch's own client waits up to twice as long, and prints where in its code."""
+    monkeypatch.setattr(meeting, "GRACE", 0.0)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"ranks could not meet at 127.0.0.1:\d+ \(Connection refused for 2 s\); is "):
+        meeting.open_store(1, 2, 2)
+    assert 2 <= time.monotonic() - began < 4 and capfd.readouterr() == ("", "")
+
+
+def test_a_rank_that_comes_before_rank_0_waits_for_it(monkeypatch, capfd):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    stores = []
+    early = threading.Thread(target=lambda: stores.append(meeting.open_store(1, 2, 30)))
+    early.start()
+    time.sleep(1)
+    keeper = meeting.open_store(0, 2, 30)
+    early.join(30)
+    keeper.set("word", "x")
+    assert stores[0].get("word") == b"x" and capfd.readouterr() == ("", "")
 
 
 def test_ranks_in_words():

@@ -57,7 +57,15 @@ def said(capsys, arguments):
 # ---- batches
 
 
-@pytest.mark.parametrize("gpus, micro_batch, tokens", [(8, 17, 2228224), (64, 17, 2228224), (512, 2, 2097152)])
+@pytest.mark.parametrize(
+    "gpus, micro_batch, tokens",
+    [
+        (8, 17, 2228224),
+        (64, 17, 2228224),
+        (512, 2, 2097152),
+        (6, 17, 2297856),  # of 181 sequences each, a prime number, the micro-batch would be 1
+    ],
+)
 def test_the_nearest_batch_that_train_py_takes(gpus, micro_batch, tokens):
     config = config_of("13b")
     legal = legal_batch(config, gpus)
@@ -78,6 +86,15 @@ def test_odd_batches():
         assert legal.train.global_batch_tokens == block * gpus or nearer <= -block * gpus / 2
     with pytest.raises(UserError, match="--gpus: 1000 GPUs take a sequence of 1000 tokens each"):
         legal_batch(config, 1000)
+
+
+def test_gpus_that_are_no_whole_nodes_are_refused_with_the_flag_that_was_given():
+    with pytest.raises(
+        UserError, match=r"^--gpus: found 9, which 2 nodes of up to 8 GPUs .* or --nodes 3 for 3 on each$"
+    ):
+        plan.main(["configs/13b.json", "--gpus", "9", "--gpu", "h100"])
+    with pytest.raises(UserError, match=r"^--nodes: 2 does not divide --gpus 9"):
+        plan.main(["configs/13b.json", "--gpus", "9", "--nodes", "2", "--gpu", "h100"])
 
 
 def test_a_batch_that_train_py_refuses_is_not_planned(capsys):

@@ -1,19 +1,24 @@
 """supervise.py with a command that fails as it is told to. With train.py itself: tests/slow/test_supervised.py."""
 
+import contextlib
 import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
+from minzero import supervise as supervise_module
 from minzero.errors import UserError
+from minzero.failures import telling_line
 from minzero.nodes import choose, nodes_that_failed, read_hostfile
 from minzero.run_folder import RunFolder, holder_of
-from minzero.supervise import Orders, Supervisor, telling_line
+from minzero.supervise import Orders, Supervisor
 from tests.helpers import processes
 from tests.helpers.processes import ROOT, environment
 
@@ -47,6 +52,17 @@ def record(tmp_path):
 def printed(tmp_path):
     log = tmp_path / "run" / "supervise.log"
     return log.read_text() if log.exists() else ""
+
+
+@contextlib.contextmanager
+def signals_as_before():
+    """A context after which this process handles signals as before: a supervisor handles them in its own way."""
+    before = {number: signal.getsignal(number) for number in supervise_module.SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def wait_until(condition, seconds=30):
@@ -94,6 +110,7 @@ def test_the_pauses_grow(supervise, tmp_path):
         ("train.py: rank 3: error: data/x: no such file", False),
         ("train.py: error: out/x: could not be written (No space left on device); fix that", True),
         ("train.py: error: train.out_dir: out/x is held by another run; wait for its end", True),
+        ("train.py: error: train.out_dir: out/x: 0.00 GiB are free, and a checkpoint takes 0.01 GiB; make room", True),
     ],
 )
 def test_what_train_refuses_is_not_tried_again_unless_it_may_pass(supervise, line, again):
@@ -104,6 +121,13 @@ def test_what_train_refuses_is_not_tried_again_unless_it_may_pass(supervise, lin
 def test_a_launcher_that_hides_the_code_does_not_hide_the_refusal(supervise):
     code, text = ended(supervise(["say node1: train.py: error: x.json: found 1 ; exit 1", COMPLETE]))
     assert code == 2 and "start 2" not in text
+
+
+def test_a_code_2_without_a_line_is_a_refusal_only_of_a_run_that_had_not_begun(supervise):
+    """A full disk has no room for the line, which says so."""
+    code, text = ended(supervise(["state running ; say step 1 ; exit 2", COMPLETE]))
+    assert code == 0 and "start 2" in text, text
+    assert ended(supervise(["say no module train ; exit 2", COMPLETE]))[0] == 2
 
 
 def test_once_leaves_the_next_start_to_a_scheduler_that_counts_through_the_file(supervise):
@@ -207,12 +231,20 @@ def test_ranks_that_hang_without_a_launcher_are_killed(tmp_path):
     code = "import os, time; os.fork() and os._exit(1); time.sleep(300)"
     began = time.monotonic()
     supervisor = Supervisor(Orders([sys.executable, "-c", code], tmp_path, 1, 0.0, 2.0))
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)]
-    try:
+    with signals_as_before():
         assert supervisor.run() == 3 and time.monotonic() - began < 30
-    finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP), before, strict=True):
-            signal.signal(number, handler)
+
+
+def test_a_machine_that_was_started_again_has_none_of_the_commands_processes(tmp_path):
+    """The numbers of processes begin anew, so another session may have the number of the command's."""
+    supervisor = Supervisor(Orders(["true"], tmp_path, 1, 0.0, 2.0))
+    here = {"host": socket.gethostname(), "process": os.getsid(0), "log_from": 0}
+    booted = psutil.Process(1).create_time()
+    leader = psutil.Process(os.getsid(0)).create_time() if os.getsid(0) else booted
+    supervisor.record["running"] = here | {"began": leader}
+    assert psutil.Process() in supervisor.processes()
+    supervisor.record["running"] = here | {"began": booted - 30}
+    assert supervisor.processes() == []
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "[" * 100_000, '{"attempts": "x"}'])
@@ -256,6 +288,24 @@ def test_fewer_nodes_only_where_the_batch_divides():
     assert "does not divide by 2 or 4 or 6 ranks" in line
 
 
+@pytest.mark.parametrize(
+    ("ever", "failures", "wanted", "expected", "words"),
+    [
+        ({"node2": 2}, {}, 3, ["node1", "node3", "node4"], "3 nodes: node1, node3, node4 (node2 failed 2 times)"),
+        ({"node2": 3, "node1": 1}, {}, 3, ["node1", "node3", "node4"], "3 nodes"),
+        ({"node2": 2, "node3": 5}, {}, 3, ["node1", "node2", "node4"], "(node3 failed 5 times)"),
+        ({"node2": 9}, {}, 4, [*HOSTS], "4 nodes: node1, node2, node3, node4"),
+        ({"node2": 9}, {"node2": 2}, 4, ["node1", "node3", "node4"], "3 nodes instead of 4"),
+    ],
+)
+def test_a_node_that_failed_before_is_kept_without_a_spare_as_long_as_the_run_gets_further(
+    ever, failures, wanted, expected, words
+):
+    chosen, line = choose(HOSTS, wanted, failures, {*HOSTS}, lambda ranks: True, ever)
+    assert list(chosen) == expected and words in line
+
+
+NODES = {"node1": 2, "node2": 2}
 # as pdsh, DeepSpeed's launcher and train.py print them
 LOGS = [
     ("pdsh@node1: node2: ssh exited with exit code 255", {"node2"}),
@@ -266,16 +316,59 @@ LOGS = [
     ),
     ("node2: [2026-11-26 14:00:00,000] [ERROR] [launch.py:325:sigkill_handler] [x] exits with return code = 1", set()),
     ("node1: train.py: rank 0 waited 5.0 s: rank 3 hangs; resume from x", {"node2"}),
+    ("node1: train.py: rank 0 waited 5 s in a step: ranks 2 to 3 hang on node2; resume from x", {"node2"}),
+    ("node1: train.py: rank 0 waited 5 s in a save: ranks 1, 3 hang on node1, node2; x", {"node1", "node2"}),
     ("node1: train.py: error: rank 2 on node2: data/x: no such file", {"node2"}),
     ("node1: train.py: error: rank 2 on elsewhere: data/x: no such file", set()),
     ("node1: train.py: rank 0 waited 5.0 s: rank 99 hangs; resume from x", set()),
+    ("node1: train.py: rank 0 lost contact with rank 2 on node2: no sign of life for 120 s; look", {"node2"}),
+    ("node1: train.py: rank 0 lost contact with ranks 0 to 1, 3 on node1, node2: no sign of life for 9 s", {*NODES}),
+    ("node1: train.py: rank 0 lost contact with another rank (Connection closed on node2)", set()),
     ("node1: step 3/10 | loss 3.0 | ETA 0:11 | rank 0 on node1 is 36% slower than the median", set()),
 ]
 
 
 @pytest.mark.parametrize(("line", "expected"), LOGS)
 def test_the_launchers_log_names_the_node_that_failed(line, expected):
-    assert nodes_that_failed(["something", line], {"node1": 2, "node2": 2}) == expected
+    assert nodes_that_failed(["something", line], NODES) == expected
+
+
+@pytest.mark.parametrize("hears", ["SIGTERM", "nothing"])
+def test_a_start_that_one_node_has_left_is_ended(tmp_path, monkeypatch, capfd, hears):
+    """The ranks of the other nodes wait for its ranks, for minutes."""
+    monkeypatch.setattr(supervise_module, "LAUNCHER_SECONDS", 1)
+    code = "import signal, sys, time; print('pdsh@node1: node2: ssh exited with exit code 255', flush=True)"
+    code += "; signal.signal(signal.SIGTERM, signal.SIG_IGN)" if hears == "nothing" else ""
+    began = time.monotonic()
+    supervisor = Supervisor(Orders([sys.executable, "-c", f"{code}; time.sleep(60)"], tmp_path, 1, 0.0, 300.0))
+    with signals_as_before():
+        assert supervisor.run() == 3 and time.monotonic() - began < 30
+    assert supervisor.record["failures"][0]["code"] == (-9 if hears == "nothing" else -15)
+    assert "ends this start: a node's ranks ended" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("own", [None, "-o ConnectTimeout=3"])
+def test_ssh_is_asked_to_notice_a_cut_cable_unless_it_was_told_what_to_do(tmp_path, own):
+    (tmp_path / "deepspeed").write_text('#!/bin/sh\necho "found $PDSH_SSH_ARGS_APPEND"\nexit 1\n')
+    (tmp_path / "deepspeed").chmod(0o755)
+    (tmp_path / "hosts").write_text("node1 slots=1\n")
+    flags = ["--hostfile", tmp_path / "hosts", "--tries", "1"]
+    words = [*flags, tmp_path / "deepspeed", "train.py", "configs/tiny.json", "--train.out_dir", tmp_path / "run"]
+    more = {"PATH": str(tmp_path)}  # there is no ssh, so all nodes are taken
+    more |= {"PDSH_SSH_ARGS_APPEND": own} if own else {}
+    done = subprocess.run(
+        [sys.executable, "supervise.py", *words], cwd=ROOT, env=environment(**more), capture_output=True, text=True
+    )
+    assert done.returncode == 3 and f"found {own or '-o ServerAliveInterval=15'}" in done.stdout, done.stdout
+
+
+def test_a_hostfile_that_cannot_be_written_is_a_failure_of_this_start(tmp_path):
+    supervisor = Supervisor(Orders(["true"], tmp_path, 1, 0.0, 2.0))
+    assert supervisor.write_hostfile({"node1": 2}) is None
+    assert read_hostfile(supervisor.hostfile) == {"node1": 2}
+    supervisor.hostfile.unlink()
+    supervisor.hostfile.mkdir()
+    assert "supervise.hosts" in supervisor.write_hostfile({"node1": 2})
 
 
 @pytest.mark.parametrize(
