@@ -112,5 +112,17 @@ def test_without_its_reference_it_is_refused_in_one_line(place, whole):
     (place / "without" / REFERENCE).write_bytes(b"damaged")
     alone = [sys.executable, ROOT / "train.py", place / "config.json", "--train.out_dir", place / "without"]
     done = run([*alone, "--train.max_tokens", 192 * 8 * 20])
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert f"without/{REFERENCE}: missing or damaged, and the run cannot continue without it" in done.stderr
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"without/{REFERENCE}: missing or damaged, and the run cannot continue without it" in errors[0]
+
+
+def test_adapters_begin_as_the_reference_and_are_all_that_learns(place):
+    done = run(command(place, "adapters", "--lora.rank", 4, "--train.lr", 0.01))
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = numbers(place / "adapters")
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert steps[-1]["loss"] < 0.5 and steps[-1]["reward_accuracy"] > 0.8
+    done = run([sys.executable, "eval.py", place / "adapters", "--json"])
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0 and found["accuracy"] > 0.8, done.stderr
