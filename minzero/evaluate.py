@@ -104,7 +104,8 @@ def open_reference(source: ModelSource, streams, path):
             f"--reference: none given, and {source.path} is of no preference tuning; give the model with which its "
             f"answers to {streams[0].folder} are compared"
         )
-    reference.attach(reference.read([source.path.parents[1]], digest), streams, "give it as --reference MODEL")
+    remedy = "give the model as --reference"
+    reference.attach(reference.read([source.path.parents[1]], digest, remedy), streams, remedy)
     return None
 
 

@@ -73,9 +73,12 @@ def as_file(streams):
     return save({key_of(stream): stream.reference for stream in streams})
 
 
-def read(folders, digest):
+AGAIN = "start again from train.init_from with another --train.out_dir"
+
+
+def read(folders, digest, remedy=AGAIN):
     """The bytes of the file in the first of these run folders that has it whole. digest: as a checkpoint records it;
-    None: of a run that had none. Raises UserError."""
+    None: of a run that had none. Raises UserError, which ends with a remedy."""
     if digest is None:
         raise UserError(
             f"train.loss: {folders[-1]} is a run without a reference, as its train.loss was next_token; give its model "
@@ -86,12 +89,11 @@ def read(folders, digest):
         if is_regular(path) and digest_of(content := path.read_bytes()) == digest:
             return content
     raise UserError(
-        f"{Path(folders[0]) / REFERENCE}: missing or damaged, and the run cannot continue without it; restore it from "
-        "a copy of the run, or start again from train.init_from with another --train.out_dir"
+        f"{Path(folders[0]) / REFERENCE}: missing or damaged; restore it from a copy of the run, or {remedy}"
     )
 
 
-def attach(content, streams, remedy="start again from train.init_from with another --train.out_dir"):
+def attach(content, streams, remedy=AGAIN):
     """Set the reference of PairStreams by the bytes of the file. Raises UserError, which ends with a remedy, if they
     are not those of these answers."""
     from safetensors.numpy import load

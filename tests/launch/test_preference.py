@@ -114,7 +114,7 @@ def test_without_its_reference_it_is_refused_in_one_line(place, whole):
     done = run([*alone, "--train.max_tokens", 192 * 8 * 20])
     errors = [line for line in done.stderr.splitlines() if "error: " in line]
     assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
-    assert f"without/{REFERENCE}: missing or damaged, and the run cannot continue without it" in errors[0]
+    assert f"without/{REFERENCE}: missing or damaged; restore it from a copy of the run" in errors[0]
 
 
 def test_adapters_begin_as_the_reference_and_are_all_that_learns(place):
