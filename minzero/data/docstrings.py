@@ -56,8 +56,9 @@ class Docstrings(Source):
 
 
 class DocstringPairs(Docstrings):
-    """Pairs of answers as rows, {"prompt", "chosen", "rejected"}: the same questions, each with what the docstring says
-    and with what that of the next item of the module says."""
+    """Pairs of answers as rows, {"prompt", "chosen", "rejected"}, to the same questions: the first sentence of the
+    docstring is preferred to one that goes on, with its second sentence or else the first about the module's next
+    item."""
 
     description = "pairs of docstrings of the standard library"
 
@@ -66,9 +67,15 @@ class DocstringPairs(Docstrings):
             items = items_of(module_name(path), text)
             for place, item in enumerate(items):
                 other = items[(place + 1) % len(items)]
-                if other.about != item.about:
-                    (question, answer), (_, wrong) = turn_about(item), turn_about(other)
-                    yield path, {"prompt": [question], "chosen": [answer], "rejected": [wrong]}
+                brief, more = [*sentences(item.about), *sentences(other.about)][:2]
+                if more != brief:
+                    question, answer = turn_about(item)
+                    chosen, rejected = ([answer | {"content": text}] for text in (brief, f"{brief} {more}"))
+                    yield path, {"prompt": [question], "chosen": chosen, "rejected": rejected}
+
+
+def sentences(text):
+    return re.split(r"(?<=\.)\s", text)
 
 
 def turn_about(item):
@@ -127,7 +134,7 @@ def conversation(item, other):
     messages = turn_about(item)
     shape = number // len(FIRST[item.kind]) % 4
     if shape == 0:
-        messages[1]["content"] = re.split(r"(?<=\.)\s", item.about)[0]
+        messages[1]["content"] = sentences(item.about)[0]
         return [{"role": "system", "content": BRIEF}, *messages]
     if shape == 1 and item.more:
         if item.kind == "function":

@@ -121,15 +121,23 @@ def test_a_pair_that_is_too_long_is_left_out_whole(tmp_path):
     assert len(stream.lengths) == 2 * kept and stream.lengths.max() <= most
 
 
-def test_pairs_of_docstrings_are_two_answers_to_one_question(tmp_path):
+def test_pairs_of_docstrings_are_one_sentence_and_more(tmp_path):
     (tmp_path / "shapes.py").write_text(
         '"""Shapes with an area and a perimeter."""\n\n'
-        'def area(shape):\n    """The area of a shape in square metres."""\n\n'
+        'def area(shape):\n    """The area of a shape in square metres. Of a line\n    it is 0."""\n\n'
         'def perimeter(shape):\n    """The length of the line around a shape."""\n'
     )
+    (tmp_path / "alone.py").write_text('"""A module of which nothing else is known."""\n')
     found = [row for _, row in DocstringPairs([str(tmp_path)])]
-    assert len(found) == 3
-    for row, after in zip(found, [*found[1:], found[0]], strict=True):
+    shapes, area, perimeter = (
+        "Shapes with an area and a perimeter.",
+        "The area of a shape in square metres.",
+        "The length",
+    )
+    perimeter += " of the line around a shape."
+    expected = [(shapes, area), (area, "Of a line it is 0."), (perimeter, shapes)]
+    for row, (brief, more) in zip(found, expected, strict=True):
         chosen, rejected = read_pair("", row)
         assert chosen.messages[0] == rejected.messages[0] == row["prompt"][0]
-        assert row["rejected"] == after["chosen"] != row["chosen"] and chosen.learned == [False, True]
+        assert chosen.messages[1]["content"] == brief and rejected.messages[1]["content"] == f"{brief} {more}"
+        assert chosen.learned == rejected.learned == [False, True]
