@@ -8,14 +8,15 @@ from minzero.cards import card_named
 from minzero.config.deepspeed import gradient_accumulation
 from minzero.config.load import load_config
 from minzero.errors import UserError
-from minzero.files import ROOT
+from minzero.files import ROOT, read_json
 from minzero.hf.families import transformers_config
 from minzero.planner.gpus import GiB, Hardware
 from minzero.planner.plan import plan_run
 from minzero.sizes import count_parameters, flops_per_token
 
-NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
-
+CONFIGS = {path.stem: read_json(path) for path in sorted((ROOT / "configs").glob("*.json"))}
+NAMES = [name for name, config in CONFIGS.items() if "init_from" not in config["train"]]
+TUNED = sorted({*CONFIGS} - {*NAMES})  # take their model from elsewhere
 
 PUBLISHED = {  # parameters of the published models with these configs' shapes
     "llama-1b": 1_100_048_384,
@@ -27,7 +28,7 @@ PUBLISHED = {  # parameters of the published models with these configs' shapes
 
 
 def rows():
-    """{config: the other cells of its row} of the first table in configs/README.md."""
+    """{config: the other cells of its row} of the tables in configs/README.md."""
     text = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:3] == "| `"]
     return {name.strip("`"): rest for name, *rest in cells}
@@ -44,7 +45,7 @@ def rounded_hours(hours):
 
 
 def test_every_config_has_its_row_and_every_row_its_config():
-    assert sorted(rows()) == NAMES
+    assert sorted(rows()) == sorted(CONFIGS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -59,6 +60,20 @@ def test_a_row_states_what_its_config_computes_to(name):
     found = plan_run(config, Hardware(gpus, -(-gpus // 8), 80 * GiB, card_named("h100")))
     assert found["fits"] and hours == rounded_hours(found["gpu_hours"])
     assert source
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_a_row_states_what_its_config_tunes(name):
+    base, data, trained, tokens = rows()[name]
+    config = load_config([str(ROOT / "configs" / f"{name}.json")])
+    assert (base, data) == (config.train.init_from, config.data.path)
+    assert tokens == short(config.train.max_tokens, (("M", 1e6), ("K", 1e3)))
+    rank = config.lora.rank
+    assert trained.startswith(f"adapters of rank {rank}" if rank else "all weights")
+    assert ("by DPO" in trained) == (config.train.loss == "dpo")
+    assert not set(CONFIGS[name].get("model", {})) - {"block_size"}, "the rest is the base's"
+    if base.startswith("out/"):  # of another config
+        assert base.removeprefix("out/") in CONFIGS
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
