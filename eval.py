@@ -4,6 +4,7 @@
     python eval.py hf/llama --data data/books            # a folder in transformers' format, ours or published
     deepspeed --num_gpus 8 eval.py out/70b               # a model too large for one GPU: sharded by ZeRO-3
     python eval.py out/tiny --tasks hellaswag,arc_easy   # and benchmarks, by EleutherAI's lm-eval
+    python eval.py out/dpo                               # of pairs of answers: how often the better one wins
 
 Bits per byte is the loss of all tokens over the bytes of the text they stand for: unlike the loss, it
 can be compared between tokenizers, and with a compressor (--gzip).
@@ -30,6 +31,8 @@ def parse(arguments):
     parser.add_argument("path", type=a_model, help=what)
     parser.add_argument("--checkpoint", type=a_checkpoint, default="best", help="best, latest or a step")
     parser.add_argument("--data", type=a_path, help="folder of shards; default: the run's own")
+    reference = "of pairs: the model that answers are compared with; default: the one the run started from"
+    parser.add_argument("--reference", type=a_path, metavar="MODEL", help=reference)
     parser.add_argument("--batch_size", type=at_least(1), default=16, help="sequences at a time on each rank")
     parser.add_argument("--gzip", action="store_true", help="compare with gzip -9 on the text (of the last folder)")
     parser.add_argument("--tasks", help="also these of lm-eval's tasks, or yaml files of tasks: one,two")
@@ -57,7 +60,7 @@ def main(arguments):
     if args.names and ranks > 1:
         raise UserError(f"--tasks: found {ranks} ranks, expected one process: python eval.py {args.path} --tasks ...")
     open_model = functools.partial(
-        evaluate.open_all, args.path, args.checkpoint, args.data, needs_data=not args.names, needs_text=args.gzip
+        evaluate.open_all, args.path, args.checkpoint, args.data, not args.names, args.gzip, args.reference
     )
     result = dict.fromkeys(("val_loss", "perplexity", "bits_per_byte", "tokens"))
     if ranks > 1:
@@ -66,10 +69,10 @@ def main(arguments):
             return
         result |= found
     else:
-        source, streams = open_model()
+        source, streams, reference = open_model()
         manager = evaluate.open_tasks(args.names, args.task_path) if args.names else None
         if streams:
-            result |= evaluate.evaluate_alone(source, streams, args.batch_size)
+            result |= evaluate.evaluate_alone(source, streams, args.batch_size, reference)
     for line in evaluate.report(source, streams, result):
         print(line)
     if args.gzip and streams:

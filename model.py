@@ -20,7 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from minzero.config.sections import ModelConfig, Recomputation
 from minzero.document_attention import Documents, attention_within, window_mask
 from minzero.experts import ExpertLinear, Experts, router_losses
-from minzero.loss import LinearCrossEntropy, cross_entropy
+from minzero.loss import LinearCrossEntropy, TokenLogProbabilities, cross_entropy
+from minzero.preference import answers_of
 from minzero.recompute import recompute
 from minzero.rotary import rotary_angles
 from minzero.sizes import IGNORE_INDEX, loss_chunk_tokens
@@ -171,15 +172,18 @@ class Block(nn.Module):
 
 
 class Head(nn.Linear):
-    """The output layer: (B, T, C) -> logits (B, T, V), or with targets (B, T) their summed cross-entropy."""
+    """The output layer: (B, T, C) -> logits (B, T, V), or with targets (B, T) their summed cross-entropy, or with
+    for_each the log-probability of each, (B T,) float32."""
 
     cross_entropy = staticmethod(cross_entropy)
 
-    def forward(self, x, targets=None):
+    def forward(self, x, targets=None, for_each=False):
         if targets is None:
             return super().forward(x)
         chunk = loss_chunk_tokens(self.out_features, x.is_cuda)
         x, targets = x.flatten(0, 1), targets.flatten()
+        if for_each:
+            return TokenLogProbabilities.apply(x, self.weight, targets, chunk)
         return LinearCrossEntropy.apply(x, self.weight, targets, chunk, torch.is_grad_enabled(), self.cross_entropy)
 
 
@@ -188,7 +192,9 @@ class GPT(nn.Module):
     the targets that are not IGNORE_INDEX, as a float32 scalar (0 if none counts).
 
     positions: (B, T) int64, of each token in its document, where rows hold several: a document begins where a position
-    is 0, and no token attends to another document's. Preferably on the CPU, also for a model on a GPU."""
+    is 0, and no token attends to another document's. reference: (B, T), of rows that hold pairs of answers, as
+    PairStream has it; the loss is then the mean that `preference` gives. Both preferably on the CPU, also for a model
+    on a GPU."""
 
     def __init__(
         self, config: ModelConfig, seed=1337, activation_checkpointing=0, activation_offload=False, kernels="torch"
@@ -209,6 +215,7 @@ class GPT(nn.Module):
         self.final_norm = make_norm(config, kernels)
         self.routing_sum = None  # of experts, over the forward passes of training
         self.routing_passes = 0
+        self.preference = None  # of pairs: a preference.Preference
         self.head = Head(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
@@ -248,7 +255,7 @@ class GPT(nn.Module):
                 block.forward = torch.compile(block.forward)
         self.head.cross_entropy = torch.compile(cross_entropy)
 
-    def forward(self, tokens, targets=None, positions=None):
+    def forward(self, tokens, targets=None, positions=None, reference=None):
         config = self.config
         T = tokens.shape[1]
         if config.block_size < T:
@@ -272,10 +279,22 @@ class GPT(nn.Module):
         x = self.final_norm(x)
         if targets is None:
             return self.head(x)
-        loss = self.head(x, targets) / (targets != IGNORE_INDEX).sum().clamp(min=1)
+        if reference is None:
+            loss = self.head(x, targets) / (targets != IGNORE_INDEX).sum().clamp(min=1)
+        else:
+            loss = self.loss_of_pairs(x, targets, reference)
         if config.n_expert and self.training:
             loss = self.with_router_losses(loss, torch.stack(routings))
         return loss
+
+    def loss_of_pairs(self, x, targets, reference):
+        """x: of the last norm, (B, T, C)."""
+        numbers, by_reference = answers_of(reference, targets)
+        of_tokens = torch.stack((self.head(x, targets, for_each=True), targets.flatten() != IGNORE_INDEX), dim=1)
+        # in float64, where the order of additions, which a GPU leaves open, is not seen in the float32 of the loss
+        sums = of_tokens.new_zeros(max(1, len(by_reference)), 2, dtype=torch.float64)
+        sums = sums.index_add(0, numbers, of_tokens.double())[: len(by_reference)]
+        return self.preference(sums[:, 0], by_reference, sums[:, 1])
 
     def masks(self, x, positions):
         """{sliding window of a layer: the mask that its attention takes}. x: embeddings, (B, T, C)."""

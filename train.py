@@ -27,7 +27,7 @@ if __name__ == "__main__":
     run_command(help_if_asked, may_be_many=True, is_last=False)  # before the imports that take seconds
 import torch
 
-from minzero import checkpoint, checkpoint_folder, dist, resume, sampling, summary, trained
+from minzero import checkpoint, checkpoint_folder, dist, reference, resume, sampling, summary, trained
 from minzero.bad_steps import BadSteps
 from minzero.cards import card_of_device
 from minzero.checkpoint import as_rank_0
@@ -47,12 +47,14 @@ from minzero.engine import (
 )
 from minzero.errors import UserError
 from minzero.evaluate_loss import validation_loss
+from minzero.evaluate_pairs import validation_of_pairs
 from minzero.goodput import TimeUse
 from minzero.hf import peft
 from minzero.init_from import model_defaults
 from minzero.loss import equal_weights
 from minzero.planner.gpus import Hardware
 from minzero.planner.stage import advice, with_chosen_stage
+from minzero.preference import LOSSES, Preference
 from minzero.restore import restore
 from minzero.run import Run, StepResult
 from minzero.run_folder import RunFolder
@@ -67,13 +69,16 @@ LINEAR = "zero_optimization.memory_efficient_linear"
 
 def open_data(config):
     """The training and the validation split. Each gives inputs, targets and, where attention is within documents,
-    positions in these, (micro_batch_size, block_size)."""
+    positions in these, (micro_batch_size, block_size), and of pairs of answers what the reference says of them."""
     path = config.data.path
     block_size = config.model.block_size
     vocab_size = config.model.vocab_size
     verify = dist.local_place if config.data.verify else None  # the ranks of a machine share the reading
     more = config.train.seed, verify, config.data.document_mask
-    return [Mixture(path, split, block_size, vocab_size, *more) for split in ("train", "val")]
+    found = [Mixture(path, split, block_size, vocab_size, *more) for split in ("train", "val")]
+    for data in found:
+        data.check_loss(config.train.loss)
+    return found
 
 
 def machine_of_all(group):
@@ -208,12 +213,15 @@ def make_engine(config, group, setup, start):
         )
     loads = start.load_weights, start.load_adapters
     engine = build_engine(config, setup.ds_config, device, setup.kernels, compiled, *loads)
+    if config.train.loss in LOSSES:
+        engine.module.preference = Preference(config.train.loss, config.train.dpo_beta)
     torch.manual_seed(config.train.seed + 1 + group.rank)  # each rank drops other activations
     return engine, not_compiled
 
 
-def info_of(config, group, setup, train_data, compiled, base=None):
-    """What config.json and each checkpoint record of a run. base: of Start."""
+def info_of(config, group, setup, train_data, compiled, **more):
+    """What config.json and each checkpoint record of a run. more: what only some have, or None: base, of Start;
+    reference, the digest of that of preference tuning."""
     auto = dict(setup.auto)
     if compiled and LINEAR in auto:
         auto[LINEAR] = False  # see build_engine
@@ -228,7 +236,7 @@ def info_of(config, group, setup, train_data, compiled, base=None):
         "compiled": compiled,
         "deepspeed_auto": auto,
         "attended_tokens": train_data.attended(),
-    } | ({"base": base} if base else {})
+    } | {name: value for name, value in more.items() if value}
 
 
 # ---- the parts of a step
@@ -270,10 +278,10 @@ def train_step(run, engine, data, step):
     for micro_step, (batch, weight) in enumerate(micro_batches(run, data, step), start=1):
         run.watchdog.heartbeat()
         inputs, targets = to_device(batch[:2], run.group.device)
-        positions = map(torch.from_numpy, batch[2:])  # the model wants these on the CPU
+        on_cpu = map(torch.from_numpy, batch[2:])  # where documents begin, which the model wants there
         run.clock.mark("data")
 
-        micro_loss = engine(inputs, targets, *positions) * weight
+        micro_loss = engine(inputs, targets, *on_cpu) * weight
         engine.backward(micro_loss)
         mean_loss += micro_loss.detach() / accumulation
         if micro_step == accumulation:  # before engine.step() clips the gradients, updates, and frees them
@@ -298,8 +306,13 @@ def validate(run, engine, data, step):
     train = run.config.train
     began = time.perf_counter()
     sizes = train.eval_tokens, train.micro_batch_size
-    loss = validation_loss(engine, data, *sizes, *run.group, progress=run.watchdog.heartbeat)
-    run.record_validation(step, loss, time.perf_counter() - began)
+    of_pairs = None
+    if data.has_pairs:
+        of_pairs = validation_of_pairs(engine, data, *sizes, *run.group, progress=run.watchdog.heartbeat)
+        loss = of_pairs["loss"]
+    else:
+        loss = validation_loss(engine, data, *sizes, *run.group, progress=run.watchdog.heartbeat)
+    run.record_validation(step, loss, time.perf_counter() - began, of_pairs)
     if run.group.rank == 0:
         draw_loss(run.folder.path)
         run.watchdog.heartbeat()
@@ -381,8 +394,11 @@ def main(config, watchdog=None):
             if group.rank == 0:
                 for line in trained.doubts_about_data(train.init_from, train_data.folders):
                     dist.print0(line)
+        digest = None  # of what the reference of preference tuning says
+        if train_data.has_pairs:
+            digest = reference.provide(run, engine, start, [*train_data.streams, *val_data.streams])
         bad_steps = BadSteps(engine, train.spike_zscore, start.state.get("bad_steps"))
-        info = info_of(config, group, setup, train_data, not_compiled is None, start.base)
+        info = info_of(config, group, setup, train_data, not_compiled is None, base=start.base, reference=digest)
         run.begin(engine, bad_steps, info, count_real_parameters(engine.module))
         for line in summary.start_lines(run, train_data, not_compiled):
             dist.print0(line)

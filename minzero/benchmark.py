@@ -100,7 +100,8 @@ def prepare_data(config, temporary):
     model = config.model
     try:
         for split in ("train", "val"):
-            Mixture(config.data.path, split, model.block_size, model.vocab_size, config.train.seed)
+            data = Mixture(config.data.path, split, model.block_size, model.vocab_size, config.train.seed)
+            data.check_loss("next_token")
     except UserError as error:
         random_tokens(temporary / "data", config)
         config.data.path = str(temporary / "data")
@@ -119,6 +120,7 @@ def benchmark_config(config, folder):
     train.out_dir = str(folder)
     train.resume = "never"
     train.init_from = None
+    train.loss = "next_token"  # others need a model to start from
     train.loggers = []
     train.log_every = 1
     train.eval_every = train.save_every = train.save_every_seconds = 0

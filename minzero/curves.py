@@ -23,13 +23,17 @@ PANELS = {
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second",
     "expert_load_max": "busiest expert's load",  # over an equal share
+    "reward_accuracy": "reward accuracy",  # the part of the pairs whose preferred answer has the higher reward
+    "reward_margin": "reward margin",
 }
+ONLY_OF_SOME = ("expert_load_max", "reward_accuracy", "reward_margin")  # panels of runs with experts, or of pairs
+VALIDATION = {"reward_accuracy": "val_accuracy", "reward_margin": "val_margin"}  # what is drawn into the same panel
 
 
 def panels_of(runs):
     """{key of PANELS: its title} of those that these runs have: the experts' only where there are experts."""
     return {
-        key: title for key, title in PANELS.items() if key != "expert_load_max" or any(key in r.curves for r in runs)
+        key: title for key, title in PANELS.items() if key not in ONLY_OF_SOME or any(key in r.curves for r in runs)
     }
 
 
@@ -134,7 +138,7 @@ def read_run(folder, x="tokens", name=None):
         place = seconds if x == "time" else float(line.get("tokens") or 0) * scale
         if "bad_step" in line:
             bad_steps.append(place)
-        for key in ("loss", "val_loss", *PANELS):
+        for key in ("loss", "val_loss", *PANELS, *VALIDATION.values()):
             if key in line:
                 points.setdefault(key, {})[line["step"]] = (place, number_of(line, key))
     curves = {}

@@ -12,14 +12,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from minzero import reference
+from minzero.config.sections import TrainConfig
 from minzero.config.values import did_you_mean
 from minzero.data.mixture import content_digest
 from minzero.data.packing import open_stream
 from minzero.data.pipeline import tokenizer_of
 from minzero.errors import UserError, describe
 from minzero.evaluate_loss import count_passes, window_losses
+from minzero.evaluate_pairs import evaluate_pairs
 from minzero.hf.weights import own_shapes
 from minzero.hf.write import write_model
+from minzero.preference import LOSSES, Preference
 from minzero.trained import ModelSource, best_device, load_model, load_sharded, open_trained
 
 SHOW_AFTER = 1.0  # seconds that work must take before its progress is shown
@@ -38,9 +42,14 @@ def progress_bar(description, steps):
 # -- the loss ------------------------------------------------------------------------------------
 
 
-def evaluate(model, streams, batch_size=16, device=None, rank=0, world_size=1, progress=lambda: None):
+def evaluate(model, streams, batch_size=16, device=None, rank=0, world_size=1, progress=lambda: None, preference=None):
     """{"val_loss": nats per token, "perplexity", "bits_per_byte": None where the bytes are not known, "tokens"}
-    over all of these validation splits. Every rank must call this. Raises UserError if no token counts."""
+    over all of these validation splits. Of pairs of answers: what `evaluate_pairs` finds, its loss as val_loss. Every
+    rank must call this. Raises UserError if no token counts."""
+    if streams[0].has_pairs:
+        parts = [(stream, list(range(stream.windows))) for stream in streams]
+        found = evaluate_pairs(model, parts, preference, batch_size, device, rank, world_size, progress)
+        return {"val_loss": found.pop("loss")} | found
     results = [window_losses(model, stream, None, batch_size, device, rank, world_size, progress) for stream in streams]
     # fsum rounds once, so that no order of the windows matters
     nats = math.fsum(loss for losses, _ in results for loss in losses)
@@ -69,10 +78,41 @@ def open_streams(source: ModelSource, folders):
     return streams
 
 
-def open_all(path, which="best", data=None, needs_data=True, needs_text=False):
-    """(ModelSource, the validation splits) of a trained model, see `trained.open_trained`. data: a folder of shards in
-    place of the model's own. Raises UserError, where there are no splits with needs_data, and where the last one is not
-    plain text with needs_text."""
+def preference_of(source: ModelSource):
+    """The Preference by which pairs of answers are compared: as the model was trained, else dpo with its defaults."""
+    train = source.config.train if source.config else TrainConfig()
+    return Preference(train.loss if train.loss in LOSSES else "dpo", train.dpo_beta)
+
+
+def open_reference(source: ModelSource, streams, path):
+    """The ModelSource of the model --reference, whose log-probabilities are to be computed; None where none are
+    needed, or the model's run has kept them, which are then set in the streams. Raises UserError."""
+    if not streams or not streams[0].has_pairs:
+        if path:
+            found = f"{streams[0].folder} holds no pairs" if streams else "there are no data"
+            raise UserError(f"--reference: found {path}, but {found}; leave it out")
+        return None
+    if path:
+        found = open_trained(path)
+        for stream in streams:
+            stream.check_vocabulary(found.model.vocab_size)
+            found.check_tokenizer(stream.folder)
+        return found
+    digest = source.state and source.state.get("reference")
+    if not digest:
+        raise UserError(
+            f"--reference: none given, and {source.path} is of no preference tuning; give the model with which its "
+            f"answers to {streams[0].folder} are compared"
+        )
+    remedy = "give the model as --reference"
+    reference.attach(reference.read([source.path.parents[1]], digest, remedy), streams, remedy)
+    return None
+
+
+def open_all(path, which="best", data=None, needs_data=True, needs_text=False, reference_path=None):
+    """(ModelSource, the validation splits, `open_reference`) of a trained model, see `trained.open_trained`. data: a
+    folder of shards in place of the model's own. Raises UserError, where there are no splits with needs_data, and where
+    the last one is not plain text with needs_text."""
     source = open_trained(path, which)
     folders = [data] if data else source.data
     if not folders and needs_data:
@@ -82,33 +122,46 @@ def open_all(path, which="best", data=None, needs_data=True, needs_text=False):
         raise UserError(
             f"--gzip: {streams[-1].folder} holds conversations, of which a part counts; expected plain text"
         )
-    return source, streams
+    return source, streams, open_reference(source, streams, reference_path)
 
 
-def evaluate_alone(source: ModelSource, streams, batch_size):
-    """The result of `evaluate` in one process. Keeps no memory of the model."""
-    with progress_bar("loading", len(own_shapes(source.model))) as progress:
-        model = load_model(source, progress=progress)
+def evaluate_alone(source: ModelSource, streams, batch_size, reference_source=None):
+    """The result of `evaluate` in one process. Keeps no memory of the model. reference_source: of `open_reference`."""
     passes = sum(count_passes(stream, batch_size) for stream in streams)
+
+    def load(source):
+        with progress_bar("loading", len(own_shapes(source.model))) as progress:
+            return load_model(source, progress=progress)
+
+    if reference_source:
+        model = load(reference_source)
+        with progress_bar("reference", passes) as progress:
+            reference.compute(model, streams, batch_size, progress=progress)
+        del model  # before the next one is there
+    model = load(source)
     with progress_bar("evaluating", passes) as progress:
-        return evaluate(model, streams, batch_size, progress=progress)
+        return evaluate(model, streams, batch_size, progress=progress, preference=preference_of(source))
 
 
 def evaluate_on_ranks(open_model, batch_size):
     """(rank, ModelSource, the validation splits, the result of `evaluate`) on each rank of a launcher's. open_model()
-    -> (ModelSource, streams), as `open_all`. Raises UserError on all of them if one cannot take part."""
+    -> (ModelSource, streams, reference), as `open_all`. Raises UserError on all of them if one cannot take part."""
     from minzero import dist  # it alone needs DeepSpeed
 
     device, rank, world_size = dist.start_process_group(may_be_alone=True)
     with dist.all_or_none():
-        source, streams = open_model()
+        source, streams, reference_source = open_model()
     facts = {"model": vars(source.model), "code": dist.code_digests()}
     facts["tokens"] = {str(stream.folder): content_digest(stream) for stream in streams}
     dist.refuse_different_ranks(facts)
-    model = load_sharded(source, device)
     passes = sum(count_passes(stream, batch_size, world_size) for stream in streams)
+    ranks = device, rank, world_size
+    if reference_source:
+        with progress_bar("reference", passes) as progress:
+            reference.compute(load_sharded(reference_source, device), streams, batch_size, *ranks, progress)
+    model = load_sharded(source, device)
     with progress_bar("evaluating", passes) as progress:
-        result = evaluate(model, streams, batch_size, device, rank, world_size, progress)
+        result = evaluate(model, streams, batch_size, *ranks, progress, preference_of(source))
     return rank, source, streams, result
 
 
@@ -193,7 +246,13 @@ def report(source: ModelSource, streams, result):
     for stream in streams:
         answers = ", of which the assistant's words count" if stream.loss_mask else ""
         yield f"{source.description}: {stream.tokens - 1:,} tokens of {stream.folder}{answers}"
-    if streams:
+    if streams and streams[0].has_pairs:
+        preference = preference_of(source)
+        yield (
+            f"validation loss {result['val_loss']:.4f} ({preference.kind}, beta {preference.beta:g}), accuracy "
+            f"{result['accuracy']:.1%}, margin {result['margin']:.4f} over {result['pairs']:,} pairs"
+        )
+    elif streams:
         yield f"validation loss {result['val_loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}"
         if result["bits_per_byte"] is None:
             yield "bits per byte unknown: the shards have no meta.json"

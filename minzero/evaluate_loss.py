@@ -23,10 +23,11 @@ def windows_of(stream, wanted_tokens=None):
 
 def read_windows(stream, windows, rows):
     """Inputs, targets and, where attention is within documents, positions of these windows, each (rows, block_size)
-    int64. Targets past the windows are IGNORE_INDEX."""
+    int64; of pairs also the fourth array of a PairStream. Targets past the windows are IGNORE_INDEX."""
     inputs = torch.zeros(rows, stream.block_size, dtype=torch.long)
     targets = torch.full_like(inputs, IGNORE_INDEX)
     positions = torch.arange(stream.block_size).repeat(rows, 1)
+    reference = torch.full(inputs.shape, math.nan)
     for row, window in enumerate(windows):
         first = window * stream.block_size
         is_short = isinstance(stream, TokenStream) and window >= stream.windows
@@ -34,9 +35,9 @@ def read_windows(stream, windows, rows):
             found = stream.example(first, stream.tokens - 1 - first)
         else:
             found = (part[0] for part in stream.batch([window]))
-        for out, part in zip((inputs, targets, positions), found, strict=False):
+        for out, part in zip((inputs, targets, positions, reference), found, strict=False):
             out[row, : len(part)] = torch.from_numpy(part)
-    return (inputs, targets, positions) if stream.has_documents else (inputs, targets)
+    return (inputs, targets, positions, reference)[: 2 + stream.has_documents + stream.has_pairs]
 
 
 def count_passes(stream, batch_size, world_size=1, wanted_tokens=None):

@@ -51,8 +51,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, chunk, with_gradient, cross_entropy):
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         vocab_size = len(weight)
-        if padding := padded_vocab_size(vocab_size, x.is_cuda) - vocab_size:
-            weight = F.pad(weight, (0, 0, 0, padding))
+        weight = with_padding(weight)
         all_logits = x.new_empty(min(chunk, len(x)), len(weight))
         grad_x = torch.empty_like(x) if with_gradient else None
         of_weight = with_gradient and ctx.needs_input_grad[1]  # not where it is frozen
@@ -90,13 +89,74 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None, None
 
 
+class TokenLogProbabilities(torch.autograd.Function):
+    """The output layer and the log-probability of each target, chunk by chunk of tokens as LinearCrossEntropy.
+
+    apply(x (N, C), weight (V, C), targets (N,), chunk) -> (N,) float32, 0 where a target is IGNORE_INDEX. How much a
+    token counts is known only when all of its pair are, so the backward pass computes the logits again, in place of
+    keeping them."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunk):
+        found = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        log_sums = torch.empty_like(found)
+        padded = with_padding(weight)
+        for first in range(0, len(x), chunk):
+            rows = slice(first, first + chunk)
+            logits = (x[rows] @ padded.t())[:, : len(weight)]
+            log_sums[rows] = logits.float().logsumexp(dim=-1)
+            picked = logits.gather(1, targets[rows, None].clamp(min=0))[:, 0]
+            found[rows] = picked.float() - log_sums[rows]
+        # the parameter itself, and no copy: ZeRO-3 gathers it again before the backward pass
+        ctx.save_for_backward(x, weight, targets, log_sums)
+        ctx.chunk = chunk
+        return found.masked_fill_(targets == IGNORE_INDEX, 0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, targets, log_sums = ctx.saved_tensors
+        grad = grad.masked_fill(targets == IGNORE_INDEX, 0)[:, None]
+        # with the loss scale of fp16 it may exceed that type, so the products are made without its size
+        scale = grad.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+        grad = grad / scale
+        grad_x = torch.empty_like(x)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:  # not where it is frozen
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+        padded = with_padding(weight)
+        for first in range(0, len(x), ctx.chunk):
+            rows = slice(first, first + ctx.chunk)
+            logits = (x[rows] @ padded.t())[:, : len(weight)]
+            of_logits = (logits.float() - log_sums[rows, None]).exp_().neg_()
+            of_logits.scatter_add_(1, targets[rows, None].clamp(min=0), torch.ones_like(grad[rows]))
+            of_logits = of_logits.mul_(grad[rows]).to(x.dtype)
+            grad_x[rows] = (of_logits @ weight).float() * scale
+            if grad_weight is not None:
+                grad_weight += of_logits.t() @ x[rows]
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(scale).to(weight.dtype)
+        return grad_x, grad_weight, None, None
+
+
+def with_padding(weight):
+    """The output layer's weight (V, C) with rows of zeros, see padded_vocab_size."""
+    padding = padded_vocab_size(len(weight), weight.is_cuda) - len(weight)
+    return F.pad(weight, (0, 0, 0, padding)) if padding else weight
+
+
 def equal_weights(batches, world_size, device):
     """The loss weight of each of this rank's micro-batches in one step, as a list: with them, every target of the
-    global batch that is not IGNORE_INDEX counts the same. Without them, a target of a micro-batch with few others would
-    count more. batches: tuples, the targets second. Every rank must call this."""
-    counts = torch.tensor(
-        [(targets != IGNORE_INDEX).sum() for _, targets, *_ in batches], dtype=torch.float64, device=device
-    )
+    global batch that is not IGNORE_INDEX counts the same, and so does every pair where there are pairs. Without them,
+    one of a micro-batch with few others would count more. batches: as of a Mixture, the targets second, a PairStream's
+    reference fourth. Every rank must call this."""
+    counts = torch.tensor([what_counts(*batch) for batch in batches], dtype=torch.float64, device=device)
     total = counts.sum()
     distributed.all_reduce(total)
     return (counts * len(batches) * world_size / total.clamp(min=1)).tolist()
+
+
+def what_counts(inputs, targets, positions=None, reference=None):
+    """The number of targets that count in a batch, or of its pairs."""
+    if reference is None:
+        return (targets != IGNORE_INDEX).sum()
+    return (reference == reference).sum() // 2  # others are NaN

@@ -41,6 +41,12 @@ NUMBERS = {
     "router_z_loss",
     "expert_load_max",
     "expert_load_min",
+    "reward_accuracy",
+    "reward_margin",
+    "reward_chosen",
+    "reward_rejected",
+    "val_accuracy",
+    "val_margin",
     "goodput",
     "run_seconds",
     *(f"run_{kind}_seconds" for kind in KINDS),
@@ -133,6 +139,22 @@ def expert_loads(routing, by_layer):
         "expert_load_max": loads.max().item(),
         "expert_load_min": loads.min().item(),
     }
+
+
+def rewards(sums):
+    """The rewards of preference tuning over all ranks, as metrics.jsonl has them: means over the pairs since the last
+    line. sums: of `Preference.take`; {} for None. A collective: every rank must call it.
+
+    reward_chosen, reward_rejected: train.dpo_beta times the log-ratio of an answer to the reference; reward_accuracy:
+    the part of the pairs whose preferred answer has the higher one."""
+    if sums is None:
+        return {}
+    from torch import distributed
+
+    from minzero.preference import METRICS
+
+    distributed.all_reduce(sums)
+    return {f"reward_{name}": (sums[place] / sums[-1]).item() for place, name in enumerate(METRICS) if place}
 
 
 class Stopwatch:
@@ -247,6 +269,8 @@ def console_line(line, total_steps):
     ]
     if "expert_load_max" in line:
         parts.append(f"experts {line['expert_load_min']:.2f} to {line['expert_load_max']:.2f}")
+    if "reward_accuracy" in line:
+        parts.append(f"accuracy {line['reward_accuracy']:.1%}, margin {line['reward_margin']:.3f}")
     if line["mfu"] is not None:
         parts.append(f"mfu {line['mfu']:.1%}")
     parts.append(f"memory {line['peak_memory_bytes'] / 2**30:.2f} GiB")

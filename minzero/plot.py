@@ -6,13 +6,18 @@ import math
 
 import numpy as np
 
-from minzero.curves import PANELS, last_finite, names_of, panels_of, read_run, smoothed_curve, thin
+from minzero.curves import PANELS, VALIDATION, last_finite, names_of, panels_of, read_run, smoothed_curve, thin
 from minzero.errors import UserError, one_line
 from minzero.files import write_atomically
 
 X_LABELS = {"tokens": "tokens", "flops": "model FLOPs", "time": "training time"}
 LOSS_LABEL = "loss (nats per token)"
-NOISY = ("grad_norm", "tokens_per_second", "expert_load_max")  # drawn smoothed over the raw curve, as the loss is
+NOISY = (
+    "grad_norm",
+    "tokens_per_second",
+    "expert_load_max",
+    *VALIDATION,
+)  # drawn smoothed over the raw curve, as the loss is
 
 # Runs are told apart by colour and dashes. The numbers of colours and dashes have no common divisor, so each of the
 # first 36 runs has a pair of its own.
@@ -188,7 +193,8 @@ def draw_loss(axes, runs, x, begin=-math.inf):
     if begin > -math.inf:
         end = max(run.curves["loss"][0][-1] for run in runs if "loss" in run.curves)
         axes.set_xlim((begin - 0.03 * (end - begin)) / unit, (end + 0.03 * (end - begin)) / unit)
-    set_up_axes(axes, x, xlabel, LOSS_LABEL)
+    of_pairs = any("reward_accuracy" in run.curves for run in runs)
+    set_up_axes(axes, x, xlabel, "loss" if of_pairs else LOSS_LABEL)
     limit_heights(axes, heights, room_below=0.12 if "bad step" in kinds else 0.06)
     return kinds
 
@@ -261,9 +267,14 @@ def draw_panel(axes, runs, x, key):
             look = {"color": style.color, "linestyle": style.linestyle, "linewidth": style.width}
             marker = style.marker if len(place) < 5 else None
             axes.plot(*thin(place / unit, value), marker=marker, markersize=style.marker_size, **look)
-        finite = value[np.isfinite(value)]
-        if len(finite):
-            shown.append(finite)
+        finite = [value[np.isfinite(value)]]
+        if VALIDATION.get(key) in run.curves:
+            place, value = run.curves[VALIDATION[key]]
+            look = {"marker": style.marker, "markersize": style.marker_size, "markerfacecolor": "none"}
+            axes.plot(*thin(place / unit, value), color=style.color, linewidth=0.9, **look)
+            finite.append(value[np.isfinite(value)])
+        if sum(map(len, finite)):
+            shown.append(np.concatenate(finite))
     set_up_axes(axes, x, xlabel, PANELS[key])
     set_up_values(axes, key, shown)
 
@@ -274,6 +285,10 @@ def set_up_values(axes, key, shown):
         limit_heights(axes, [], 0)
         return
     values = np.concatenate(shown)
+    if key == "reward_accuracy":
+        axes.set_ylim(0, 1.05)
+    if key in VALIDATION:
+        return
     if key == "grad_norm":
         if values.min() > 0 and values.max() > 20 * np.median(values):
             axes.set_yscale("log")
@@ -346,12 +361,14 @@ def draw_detail(axes, runs, x, begin):
 
 def draw_panels(runs, x):
     """A figure with the loss, the learning rate, the gradient norm and the throughput of runs, and where there are
-    experts the busiest one's part."""
+    experts the busiest one's part, or where there are pairs of answers their rewards."""
     begin = detail_begin(runs)
     keys = list(panels_of(runs))
     left = ["loss"] + ["loss" if begin is None else "detail"] * (len(keys) - 1)
     rows = [list(row) for row in zip(left, keys, strict=True)]
-    figure, panels = pyplot().subplot_mosaic(rows, figsize=(13, 7.5), width_ratios=[3, 2], layout="constrained")
+    figure, panels = pyplot().subplot_mosaic(
+        rows, figsize=(13, max(7.5, 1.9 * len(keys))), width_ratios=[3, 2], layout="constrained"
+    )
     explain_kinds(panels["loss"], draw_loss(panels["loss"], runs, x))
     if begin is not None:
         draw_detail(panels["detail"], runs, x, begin)

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 from pathlib import Path
 
 import train
-from minzero import checkpoint, dist
+from minzero import checkpoint, dist, reference
 from minzero.bad_steps import BadSteps
 from minzero.checkpoint_folder import Saved
 from minzero.checkpoint_state import state_if_whole
@@ -144,6 +144,8 @@ def prepare(run_path, path, state, settings, group):
     run.engine, not_compiled = train.make_engine(config, group, setup, start)
     if path:
         checkpoint.load(run.engine, path, state, config.train.seed)
+    if data.has_pairs:
+        reference.attach(checkpoint.as_rank_0(lambda: reference.read([run_path], settings["reference"])), data.streams)
     run.bad_steps = BadSteps(run.engine, config.train.spike_zscore, state.get("bad_steps"))
     now = train.info_of(config, group, setup, data, compiled=not_compiled is None)
     now, then = ({key: of[key] for key in COMPARED if key in of and key in settings} for of in (now, settings))

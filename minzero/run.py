@@ -186,11 +186,17 @@ class Run:
 
     def handle_bad_step(self, step, result):
         """Log a step that was not taken, and do what train.bad_step says. Raises SharedError if that ends the run."""
-        self.engine.module.take_routing()  # numbers that are not finite would be in the next line
+        self.take_from_model()  # numbers that are not finite would be in the next line
         samples = self.samples_of(step)
         self.write(step, {"bad_step": result.fault, "samples": samples})
         done = self.bad_steps.handle(step, self.config.train, self.watchdog.heartbeat)
         dist.print0(f"step {step}: {result.fault}; samples {samples[0]} to {samples[1]} {done}")
+
+    def take_from_model(self):
+        """What the forward passes since the last call have noted: the routing of experts, the rewards of pairs, each
+        None where there are none."""
+        model = self.engine.module
+        return model.take_routing(), model.preference and model.preference.take()
 
     def should_log(self, step):
         return step % self.config.train.log_every == 0 or step == 1 or self.is_last(step)
@@ -213,7 +219,9 @@ class Run:
         whole = self.group.world_size, device, self.parameters, self.run_info["attended_tokens"]
         line |= metrics.throughput(self.config, seconds["step_seconds"], *whole)
         line |= metrics.peak_memory()
-        line |= metrics.expert_loads(self.engine.module.take_routing(), self.config.model.balance_over == "layer")
+        routing, rewards = self.take_from_model()
+        line |= metrics.expert_loads(routing, self.config.model.balance_over == "layer")
+        line |= metrics.rewards(rewards)
         line |= self.time_use.for_step()
         if self.group.rank == 0:
             by_rank = [(*own, host) for own, host in zip(measured.tolist(), self.watchdog.hosts, strict=True)]
@@ -259,16 +267,23 @@ class Run:
         every = self.config.train.eval_every
         return self.is_last(step) or (every > 0 and step % every == 0)
 
-    def record_validation(self, step, loss, seconds):
-        """Log and print a validation loss, which took some seconds, and remember it if it is the best so far."""
+    def record_validation(self, step, loss, seconds, of_pairs=None):
+        """Log and print a validation loss, which took some seconds, and remember it if it is the best so far. of_pairs:
+        what `validation_of_pairs` has found."""
         self.val_loss = loss
         self.evaluated_at = step
         if loss < (math.inf if self.best_val_loss is None else self.best_val_loss):  # never a NaN
             self.best_val_loss = loss
             self.best_at = step
-        dist.print0(f"step {step}: validation loss {loss:.4f}{', the best so far' if self.best_at == step else ''}")
+        line = {"val_loss": loss, "eval_seconds": seconds}
+        more = ""
+        if of_pairs:
+            line |= {f"val_{name}": of_pairs[name] for name in ("accuracy", "margin")}
+            more = f", accuracy {line['val_accuracy']:.1%}, margin {line['val_margin']:.3f}"
+        best = ", the best so far" if self.best_at == step else ""
+        dist.print0(f"step {step}: validation loss {loss:.4f}{more}{best}")
         self.folder.report("running", step)
-        self.write(step, {"val_loss": loss, "eval_seconds": seconds})
+        self.write(step, line)
 
     def should_sample(self, step, result):
         every = self.config.train.sample_every

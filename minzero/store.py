@@ -1,7 +1,8 @@
 """Copies of a run's checkpoints at any address that fsspec knows: s3://bucket/run, gs://bucket/run, a second folder.
 
     ADDRESS/run_id                                     of the run whose copies these are
-    ADDRESS/config.json, metrics.jsonl, wandb_id       as they were when the newest checkpoint was copied
+    ADDRESS/config.json, metrics.jsonl, wandb_id, reference.safetensors
+                                                       as they were when the newest checkpoint was copied
     ADDRESS/checkpoints/step_00001000/rank_00000.safetensors, ...
     ADDRESS/checkpoints/step_00001000/state.json       written last
 
@@ -23,7 +24,14 @@ from minzero.files import read_json
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"
 RUN_ID = "run_id"
-SMALL_FILES = (RUN_ID, "config.json", "metrics.jsonl", "wandb_id")  # of the run's folder; those that are there
+REFERENCE = "reference.safetensors"  # of preference tuning, see reference.py
+SMALL_FILES = (
+    RUN_ID,
+    "config.json",
+    "metrics.jsonl",
+    "wandb_id",
+    REFERENCE,
+)  # of the run's folder; those that are there
 TRANSFERS = 4  # files at the same time, each of which s3fs cuts into parts of 50 MB, 10 at the same time
 MAKE_BUCKETS = {"s3", "s3a", "gs", "gcs"}  # where making a folder would make a bucket, perhaps of a misspelt name
 

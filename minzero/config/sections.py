@@ -143,6 +143,14 @@ class TrainConfig:
         "checkpoint of minZeRO; null: random. Keys of the model section that are left out are then that model's. "
         "Prepare the data with its tokenizer",
     )
+    loss: str = key(
+        "next_token",
+        "next_token; or of pairs of answers (data/preferences): dpo, ipo, or dpo_norm, which is dpo per token",
+        ["next_token", "dpo", "ipo", "dpo_norm"],
+    )
+    dpo_beta: float = key(
+        0.1, "how much dpo counts a step away from train.init_from; ipo's tau", minimum=1e-6, maximum=1e6
+    )
     bad_step: str = key(
         "skip",
         "at a step with a NaN, an infinity or a spike; skip: leave the weights as they were and continue; stop: end "
@@ -181,6 +189,11 @@ class TrainConfig:
             raise UserError(f"train.spike_zscore: found {self.spike_zscore}, expected at least 1, or 0 for no spikes")
         if self.init_from == "":
             raise UserError("train.init_from: found an empty name, expected a folder, a name on the hub, or null")
+        if self.loss != "next_token" and self.init_from is None:
+            raise UserError(
+                f"train.loss: {self.loss} compares with the model that it starts from, and train.init_from names none; "
+                "give a fine-tuned model there"
+            )
         if self.copy_to is not None and not (self.copy_to.strip() and self.copy_to.isprintable()):
             raise UserError("train.copy_to: found an empty name, expected a folder, s3://bucket/run, or null")
         if self.lr * self.weight_decay >= 1:  # AdamW multiplies weights by 1 - lr x weight_decay

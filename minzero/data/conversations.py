@@ -28,6 +28,7 @@ HEADINGS = {"system": "### System:\n", "user": "### User:\n", "assistant": "### 
 # The assistant's text is wrapped in a pair of LEARNED (ASCII's record separator), or of these where it is only read.
 # The tokenizer never sees them.
 NOT_LEARNED = "\x1d"
+PAIR = "\x1c"  # between the two conversations of a pair, see preferences.py
 
 
 def learned_template(tokenizer, folders):
@@ -41,10 +42,11 @@ def learned_template(tokenizer, folders):
 
 class ChatEncoding(NamedTuple):
     """How the texts of Conversations become tokens. by_template: whether they are those of a ChatTemplate.
-    max_tokens: of a conversation, or None."""
+    max_tokens: of a conversation, or None. pairs: whether a text is two conversations with PAIR between them."""
 
     by_template: bool = False
     max_tokens: int | None = None
+    pairs: bool = False
 
 
 def template(begin, end):
@@ -75,9 +77,10 @@ def chat_template(tokenizer):
     return template(tokenizer.text_of(tokenizer.begin), tokenizer.text_of([tokenizer.end_of_text]))
 
 
-def add_flags(parser):
-    """Add the flags of a prepare script for conversations to a FlagParser."""
-    parser.add_argument("--format", choices=FORMATS, help="of the rows; default: the one that the first row has")
+def add_flags(parser, formats=FORMATS):
+    """Add the flags of a prepare script for conversations to a FlagParser. formats: of rows, or None for just one."""
+    if formats:
+        parser.add_argument("--format", choices=formats, help="of the rows; default: the one that the first row has")
     parser.add_argument(
         "--chat_template",
         default="auto",

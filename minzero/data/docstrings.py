@@ -55,6 +55,39 @@ class Docstrings(Source):
                 yield path, {"messages": conversation(item, other)}
 
 
+class DocstringPairs(Docstrings):
+    """Pairs of answers as rows, {"prompt", "chosen", "rejected"}, to the same questions: the first sentence of the
+    docstring is preferred to one that goes on, with its second sentence or else the first about the module's next
+    item."""
+
+    description = "pairs of docstrings of the standard library"
+
+    def __iter__(self):
+        for path, text in self.library:
+            items = items_of(module_name(path), text)
+            for place, item in enumerate(items):
+                other = items[(place + 1) % len(items)]
+                brief, more = [*sentences(item.about), *sentences(other.about)][:2]
+                if more != brief:
+                    question, answer = turn_about(item)
+                    chosen, rejected = ([answer | {"content": text}] for text in (brief, f"{brief} {more}"))
+                    yield path, {"prompt": [question], "chosen": chosen, "rejected": rejected}
+
+
+def sentences(text):
+    return re.split(r"(?<=\.)\s", text)
+
+
+def turn_about(item):
+    """The question about an item, and its answer, as two messages."""
+    forms = FIRST[item.kind]
+    return turn(forms[number_of(item) % len(forms)].format(name=item.name), item.about)
+
+
+def number_of(item):
+    return int.from_bytes(hashlib.sha256(item.name.encode()).digest()[:4], "big")
+
+
 def module_name(path):
     """ "cpython/Lib/json/decoder.py" -> "json.decoder"."""
     return path.removeprefix("cpython/Lib/").removesuffix(".py").removesuffix("/__init__").replace("/", ".")
@@ -97,12 +130,11 @@ def first_paragraph(node):
 
 def conversation(item, other):
     """The messages about an item. other: the next item of the same module, or None."""
-    number = int.from_bytes(hashlib.sha256(item.name.encode()).digest()[:4], "big")
-    forms = FIRST[item.kind]
-    messages = turn(forms[number % len(forms)].format(name=item.name), item.about)
-    shape = number // len(forms) % 4
+    number = number_of(item)
+    messages = turn_about(item)
+    shape = number // len(FIRST[item.kind]) % 4
     if shape == 0:
-        messages[1]["content"] = re.split(r"(?<=\.)\s", item.about)[0]
+        messages[1]["content"] = sentences(item.about)[0]
         return [{"role": "system", "content": BRIEF}, *messages]
     if shape == 1 and item.more:
         if item.kind == "function":

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from minzero.data.chat_templates import LEARNED, TemplateEncoder, without_marks
-from minzero.data.conversations import NOT_LEARNED, ChatEncoding
+from minzero.data.conversations import NOT_LEARNED, PAIR, ChatEncoding
 from minzero.data.documents import BadDocument, Dropped
 from minzero.data.fast_encoding import BulkEncoder
 from minzero.data.shards import MARKS, NO_LOSS, STARTS, token_dtype
@@ -130,6 +130,17 @@ def encode_document(key, text):
     if not with_loss_mask:
         begin, end = (np.array(ids, dtype=np.uint32) for ids in (encoder.tokenizer.begin, encoder.tokenizer.end))
         return [begin, *encode_text(key, text), end], len(text), False
+    if not chat.pairs:
+        return encode_conversation(key, text)
+    found = [encode_conversation(key, part) for part in text.split(PAIR.encode())]
+    for arrays, _, is_cut in found:
+        if is_cut or isinstance(arrays, Dropped):  # of a pair, both answers are kept whole or none
+            return Dropped("too_long", f"more than {chat.max_tokens} tokens of an answer and its prompt"), 0, False
+    return [array for arrays, _, _ in found for array in arrays], sum(size for _, size, _ in found), False
+
+
+def encode_conversation(key, text):
+    """As `encode_document`, one conversation."""
     arrays, ends, sizes = (encode_by_template if chat.by_template else encode_own_form)(key, text)
     tokens = sum(map(len, arrays))
     if chat.max_tokens is None or tokens <= chat.max_tokens:

@@ -36,8 +36,10 @@ def read_meta(folder):
         expect(kind is bool or value.isprintable(), f"tokenizer.{name}", value, "printable text")
     end = meta.get("end_of_text", 0)
     expect(is_count(end) and end < vocab_size, "end_of_text", end, f"a token id below vocab_size {vocab_size}")
-    for name in ("loss_mask", "document_starts"):
+    for name in ("loss_mask", "document_starts", "pairs"):
         expect(isinstance(meta.get(name, False), bool), name, meta.get(name), "true or false")
+    is_marked = meta.get("loss_mask") and meta.get("document_starts")
+    expect(is_marked or not meta.get("pairs"), "pairs", True, "true only with loss_mask and document_starts")
     document = meta.get("document", {})
     expect(isinstance(document, dict), "document", document, "an object")
     for name, ids in document.items():

@@ -38,6 +38,7 @@ class Mixture:
         self.windows = int(self.first_windows[-1])
         self.is_uneven = any(stream.is_uneven for stream in self.streams)
         self.has_documents = any(stream.has_documents for stream in self.streams)
+        self.has_pairs = all(stream.has_pairs for stream in self.streams)
         known = {}  # fingerprint of a tokenizer -> the first folder made with it
         for folder, stream in zip(self.folders, self.streams, strict=True):
             stream.check_vocabulary(vocab_size)
@@ -70,19 +71,41 @@ class Mixture:
 
     def batch(self, windows):
         """Window numbers (k,) -> inputs, targets and, where attention is within documents, positions in them, each
-        (k, block_size) int64."""
+        (k, block_size) int64; of pairs also the fourth array of a PairStream."""
         if len(self.streams) == 1:
             return self.streams[0].batch(windows)
-        windows = np.asarray(windows)
-        parts = np.empty((3 if self.has_documents else 2, len(windows), self.block_size), dtype=np.int64)
-        parts[2:] = np.arange(self.block_size)  # of folders without: each window is one document
-        sets = np.searchsorted(self.first_windows, windows, side="right") - 1
-        for number in set(sets.tolist()):
-            mine = np.flatnonzero(sets == number)
-            found = self.streams[number].batch(windows[mine] - self.first_windows[number])
-            for part, of_stream in zip(parts, found, strict=False):
+        shape = len(windows), self.block_size
+        parts = [np.empty(shape, dtype=np.int64) for _ in range(3 if self.has_documents else 2)]
+        for positions in parts[2:]:
+            positions[:] = np.arange(self.block_size)  # of folders without: each window is one document
+        if self.has_pairs:
+            parts.append(np.empty(shape, dtype=np.float32))
+        for number, mine, own in self.by_stream(windows):
+            for part, of_stream in zip(parts, self.streams[number].batch(own), strict=False):
                 part[mine] = of_stream
         return tuple(parts)
+
+    def by_stream(self, windows):
+        """Yields (number of a stream, places of its windows among these, their numbers in the stream)."""
+        windows = np.asarray(windows)
+        sets = np.searchsorted(self.first_windows, windows, side="right") - 1
+        for number in sorted(set(sets.tolist())):
+            mine = np.flatnonzero(sets == number)
+            yield number, mine, windows[mine] - self.first_windows[number]
+
+    def check_loss(self, loss):
+        """Raise UserError if train.loss is not one for these data."""
+        for stream in self.streams:
+            if stream.has_pairs and loss == "next_token":
+                raise UserError(
+                    f"data.path: {stream.folder} holds pairs of answers, and train.loss is next_token; set train.loss "
+                    "to dpo, or prepare the answers to learn with data/chat/prepare.py"
+                )
+            if not stream.has_pairs and loss != "next_token":
+                raise UserError(
+                    f"train.loss: found {loss}, which compares pairs of answers, but {stream.folder} holds none; "
+                    "prepare them with data/preferences/prepare.py"
+                )
 
     def attended(self):
         """The mean number of tokens that attention compares a token with, the masked half included: its document's, or

@@ -1,7 +1,7 @@
 """Documents in windows, for attention within each: where they begin, and conversations that are packed by best fit.
 
 A batch has a third array here, the position of each token in its document. A document that a window cuts begins at
-position 0 in the next one.
+position 0 in the next one. Pairs for preference tuning are packed by best fit as well.
 """
 
 import bisect
@@ -115,21 +115,35 @@ class PackedStream(DocumentStream):
     def __init__(self, folder, split, block_size):
         super().__init__(folder, split, block_size)
         starts, answers = self.find_documents()
-        lengths = np.diff(starts, append=self.tokens)
+        self.choose(starts, np.diff(starts, append=self.tokens), answers)
+        window_of, self.windows = self.pack()
+        self.order = np.argsort(window_of, kind="stable")  # conversations window by window
+        self.first = np.searchsorted(window_of[self.order], np.arange(self.windows + 1))  # of a window, in that order
+
+    def choose(self, starts, lengths, answers):
+        """Set `document_starts` and `lengths` of the conversations that are packed, `left_out`, `cut` and
+        `tokens_lost`. starts, lengths, answers: of each conversation its first token, its number of tokens, and how
+        many are before the first learned one, (k,) int64. Raises UserError if none is left."""
+        block_size = self.block_size
         answered = answers <= block_size
         self.left_out = int((~answered).sum())
         if not answered.any():
             raise UserError(
-                f"data.path: the {split} split of {folder}: none of its {len(starts):,} conversations has an answer "
-                f"within model.block_size {block_size} tokens; raise model.block_size, or prepare shorter ones"
+                f"data.path: the {self.split} split of {self.folder}: none of its {len(starts):,} conversations has an "
+                f"answer within model.block_size {block_size} tokens; raise model.block_size, or prepare shorter ones"
             )
         self.document_starts, lengths = starts[answered], lengths[answered]
         self.lengths = np.minimum(lengths, block_size + 1)
         self.cut = int((lengths > block_size + 1).sum())
         self.tokens_lost = int((lengths - self.lengths).sum())
-        window_of, self.windows = best_fit(self.lengths - 1, block_size)
-        self.order = np.argsort(window_of, kind="stable")  # conversations window by window
-        self.first = np.searchsorted(window_of[self.order], np.arange(self.windows + 1))  # of a window, in that order
+
+    def pack(self):
+        """The window of each conversation, (k,) int64, and the number of windows."""
+        return best_fit(self.lengths - 1, self.block_size)
+
+    def documents_in(self, window):
+        """The numbers of the conversations in a window, in their order there, (n,) int64."""
+        return self.order[self.first[int(window)] : self.first[int(window) + 1]]
 
     def count_windows(self):
         return None  # known when the conversations are
@@ -165,7 +179,7 @@ class PackedStream(DocumentStream):
         positions = np.empty_like(inputs)
         for row, window in enumerate(windows):
             place = 0
-            for document in self.order[self.first[int(window)] : self.first[int(window) + 1]]:
+            for document in self.documents_in(window):
                 of = slice(place, place + int(self.lengths[document]) - 1)
                 found = self.example(int(self.document_starts[document]), of.stop - of.start)
                 inputs[row, of], targets[row, of], positions[row, of] = found
@@ -191,12 +205,79 @@ class PackedStream(DocumentStream):
         )
 
 
+class PairStream(PackedStream):
+    """Pairs of conversations, of which the first is preferred to the second: both whole in the same window, one after
+    the other. A pair that is longer than a window is left out, and so is one of which a half has no learned token.
+
+    A batch has a fourth array, (len(windows), block_size) float32: where a conversation begins, its `reference`;
+    elsewhere NaN.
+
+    reference: the log-probability of each conversation's learned tokens by the model that preference tuning starts
+    from, in nats, (k,) float32; zeros until they are set."""
+
+    has_pairs = True
+
+    def __init__(self, folder, split, block_size):
+        super().__init__(folder, split, block_size)
+        self.reference = np.zeros(len(self.lengths), dtype=np.float32)
+
+    def choose(self, starts, lengths, answers):
+        if len(starts) % 2:
+            raise UserError(
+                f"data.path: the {self.split} split of {self.folder} holds {len(starts):,} conversations, expected two "
+                "for each pair; prepare the data again"
+            )
+        places = (lengths - 1).reshape(-1, 2).sum(axis=1)
+        whole = (places <= self.block_size) & (answers.reshape(-1, 2) < self.tokens).all(axis=1)
+        self.left_out = int((~whole).sum())
+        self.cut = self.tokens_lost = 0
+        if not whole.any():
+            raise UserError(
+                f"data.path: the {self.split} split of {self.folder}: none of its {len(places):,} pairs fits in "
+                f"model.block_size {self.block_size} tokens, both answers with their prompts; raise it to at least "
+                f"{places.min():,}"
+            )
+        kept = np.repeat(whole, 2)
+        self.document_starts, self.lengths = starts[kept], lengths[kept]
+
+    def pack(self):
+        window_of, windows = best_fit((self.lengths - 1).reshape(-1, 2).sum(axis=1), self.block_size)
+        return np.repeat(window_of, 2), windows
+
+    def batch(self, windows):
+        arrays = super().batch(windows)
+        reference = np.full(arrays[0].shape, np.nan, dtype=np.float32)
+        for row, window in enumerate(windows):
+            documents = self.documents_in(window)
+            places = np.cumsum(self.lengths[documents] - 1)
+            reference[row, np.append(0, places[:-1])] = self.reference[documents]
+        return *arrays, reference
+
+    def fingerprint(self):
+        return super().fingerprint() | {"packing": "best fit of pairs"}
+
+    def summary(self):
+        filled = (self.lengths - 1).sum() / self.epoch_tokens
+        left_out = f"; {self.left_out:,} that are longer were left out" if self.left_out else ""
+        return (
+            f"{self.folder}: {len(self.lengths) // 2:,} pairs packed in {self.windows:,} windows of "
+            f"{self.block_size:,} tokens, {filled:.1%} full{left_out}"
+        )
+
+
 def open_stream(folder, split, block_size, document_mask="auto"):
     """The stream of a folder that a person named. document_mask: as data.document_mask; auto: for conversations, unless
     they do not say where one begins. Its errors name the nearest folder of token shards where `folder` is none."""
     with suggesting(folder, holds_data):
         meta = read_meta(folder)
         is_masked = bool(meta and meta.get("loss_mask"))
+        if meta and meta.get("pairs"):
+            if document_mask is False:
+                raise UserError(
+                    f"data.document_mask: found false, but {folder} holds pairs of answers, which must not see each "
+                    "other; set it to auto"
+                )
+            return PairStream(folder, split, block_size)
         if document_mask is False or (document_mask == "auto" and not (is_masked and knows_documents(meta))):
             return TokenStream(folder, split, block_size)
         return (PackedStream if is_masked else DocumentStream)(folder, split, block_size)

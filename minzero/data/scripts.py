@@ -73,24 +73,42 @@ class ConversationScript(PrepareScript):
         self.rows = documents
         self.tokenizer = tokenizer
 
-    def add_flags(self, parser):
+    def add_flags(self, parser, **more):
         from minzero.data.conversations import add_flags
 
-        add_flags(parser)
+        add_flags(parser, **more)
         if self.tokenizer:
             parser.set_defaults(tokenizer=os.path.relpath(os.path.join(self.folder, self.tokenizer)))
 
     def conversations(self, args):
         from minzero.data.chat_formats import LISTS
-        from minzero.data.conversations import Conversations, open_template
+        from minzero.data.conversations import Conversations
+
+        template = self.template(args)
+        named = args.column != self.column
+        columns = (args.column,) if named else (args.column, *LISTS)
+        return Conversations(self.rows(args), template, args.format, columns, args.max_tokens)
+
+    def template(self, args):
+        """The ChatTemplate that --chat_template names, or None."""
+        from minzero.data.conversations import open_template
         from minzero.data.tokenizer import load_tokenizer
 
         # `main` takes it from here: a tokenizer is not loaded twice
         args.tokenizer = load_tokenizer(args.tokenizer)
-        template = open_template(args.chat_template, args.tokenizer)
-        named = args.column != self.column
-        columns = (args.column,) if named else (args.column, *LISTS)
-        return Conversations(self.rows(args), template, args.format, columns, args.max_tokens)
+        return open_template(args.chat_template, args.tokenizer)
+
+
+class PreferenceScript(ConversationScript):
+    """A prepare script for pairs of answers. documents: args -> a source of rows, each a dict."""
+
+    def add_flags(self, parser):
+        super().add_flags(parser, formats=None)
+
+    def conversations(self, args):
+        from minzero.data.preferences import Preferences
+
+        return Preferences(self.rows(args), self.template(args), args.max_tokens)
 
 
 # -- sources -------------------------------------------------------------------------------------
@@ -144,6 +162,13 @@ def docstrings(args):
     from minzero.data.docstrings import Docstrings
 
     return Docstrings(args.input)
+
+
+def docstring_pairs(args):
+    """Questions about Python's standard library, each with a right answer and one about something else."""
+    from minzero.data.docstrings import DocstringPairs
+
+    return DocstringPairs(args.input)
 
 
 # -- tokenizers of a data set's own --------------------------------------------------------------

@@ -180,6 +180,7 @@ class TokenStream:
     Raises UserError if a shard is missing, broken, or the split is shorter than one window."""
 
     has_documents = False  # whether `batch` has positions in documents, see packing.py
+    has_pairs = False  # whether it has a reference's log-probabilities too
 
     def __init__(self, folder, split, block_size):
         self.folder = Path(folder)

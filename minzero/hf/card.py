@@ -85,7 +85,8 @@ def training_facts(state, config: Config, loss):
     clipping = shown(train.grad_clip, "g")
     measured = "not measured at this step"
     if loss is not None:
-        measured = f"{loss:.4f} nats per token, over {evaluated_tokens(config)} tokens"
+        unit = "nats per token" if train.loss == "next_token" else f"(train.loss {train.loss})"
+        measured = f"{loss:.4f} {unit}, over {evaluated_tokens(config)} tokens"
     software = [f"{name} {versions[name]}" for name in ("python", "torch", "deepspeed") if name in versions]
     return [
         ("data", ", ".join(Path(folder).name for folder in sorted(config.data.weights))),

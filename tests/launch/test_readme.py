@@ -63,6 +63,14 @@ ELSEWHERE = {  # command: what runs it, or why nothing can
 ELSEWHERE["python plan.py configs/1p5b.json --gpus 8 --measured out/1p5b"] = "test_speed, with a small model's run"
 ELSEWHERE |= dict.fromkeys(
     (
+        "deepspeed --num_gpus 2 train.py configs/dpo-tiny.json --train.init_from out/talks --data.path data/pairs "
+        "--train.out_dir out/dpo",
+        "python eval.py out/dpo",
+    ),
+    "test_preference, with a small model",
+)
+ELSEWHERE |= dict.fromkeys(
+    (
         "deepspeed --num_gpus 2 train.py configs/tiny.json --train.init_from out/tiny --data.path data/talks "
         "--train.lr 1e-3 --train.max_tokens 300000 --train.out_dir out/talks",
         "deepspeed --num_gpus 2 train.py configs/lillm-39m.json --train.init_from out/lillm-39m --data.path data/chat "
@@ -264,6 +272,7 @@ def place(tmp_path_factory):
     (folder / "questions.jsonl").write_text(json.dumps({"question": "What do these thirteen words say? " * 3}))
     talk = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well."}]
     (folder / "talks.jsonl").write_text(json.dumps({"messages": talk, "conversation": talk}) + "\n")
+    (folder / "pairs.jsonl").write_text(json.dumps({"prompt": "Red?", "chosen": "Yes.", "rejected": "No."}) + "\n")
     (folder / "prompts.txt").write_text("ab\nxyz\n")
     write_megatron(folder / "my_text_document", [list(b"a document")] * 50)
     for name in ("olmo/part-0.npy", "olmo/part-1.npy", "nanoGPT/data/owt/train.bin", "nanoGPT/data/owt/val.bin"):
@@ -287,7 +296,10 @@ def shortened(script, words):
     if script == "data/chat/prepare.py":
         name = f"prepared/{len(words)}_chat"
         return [*words, "--input", "talks.jsonl", "--workers", "1", "--tokenizer", "bytes", "--out", name]
-    if script == "data/stdlib_chat/prepare.py":
+    if script == "data/preferences/prepare.py":
+        name = f"prepared/{len(words)}_pairs"
+        return [*words, "--input", "pairs.jsonl", "--workers", "1", "--tokenizer", "bytes", "--out", name]
+    if script in ("data/stdlib_chat/prepare.py", "data/stdlib_preferences/prepare.py"):
         return [
             *words,
             "--limit",
@@ -297,7 +309,7 @@ def shortened(script, words):
             "--tokenizer",
             "bytes",
             "--out",
-            f"prepared/{len(words)}_stdlib_chat",
+            f"prepared/{len(words)}_{script.split('/')[1]}",
         ]
     if script == "data/convert.py":
         return ["bytes" if before == "--tokenizer" else word for before, word in pairwise(["", *words])]

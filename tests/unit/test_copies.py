@@ -87,11 +87,13 @@ def test_an_empty_folder_gets_the_newest_copy(tmp_path, address, capsys):
     for step in (5, 10):
         save(run, step)
     (run / "metrics.jsonl").write_text('{"step": 10, "tokens": 1, "loss": 2.0}\n')
+    (run / "reference.safetensors").write_bytes(b"what preference tuning compares with")
     copy_all(run, address)
     fetch_into(other, address)
     assert steps_of(other) == [10]
     assert files_of(other / "checkpoints" / name_of(10)) == files_of(run / "checkpoints" / name_of(10))
-    assert (other / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+    for name in ("metrics.jsonl", "reference.safetensors"):
+        assert (other / name).read_bytes() == (run / name).read_bytes()
     assert (other / "checkpoints" / "latest").read_text() == name_of(10)
     assert f"fetched {address}/checkpoints/{name_of(10)}" in capsys.readouterr().out
     fetch_into(other, address)

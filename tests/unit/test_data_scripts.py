@@ -98,9 +98,11 @@ DEFAULTS = {  # script: tokenizer, val_fraction, column, vocab_size, loss_mask
     "openwebtext": ("gpt2", 0.0005, "text", None, False),
     "oscar": ("gpt2", 0.0005, "text", None, False),
     "shakespeare": ("gpt2", 0.1, "text", None, False),
+    "preferences": ("gpt2", 0.02, "messages", None, True),
     "shakespeare_char": (None, 0.1, "text", None, False),
     "simplewiki": ("gpt2", 0.005, "text", None, False),
     "stdlib": (None, 0.05, "text", 4096, False),
+    "stdlib_preferences": ("data/stdlib/tokenizer", 0.05, "messages", None, True),
     "stdlib_chat": ("data/stdlib/tokenizer", 0.05, "messages", None, True),
     "text": ("gpt2", 0.05, "text", None, False),
 }
