@@ -27,7 +27,7 @@ if __name__ == "__main__":
     run_command(help_if_asked, may_be_many=True, is_last=False)  # before the imports that take seconds
 import torch
 
-from minzero import checkpoint, checkpoint_folder, dist, resume, sampling, summary, trained
+from minzero import checkpoint, checkpoint_folder, dist, four_bit, resume, sampling, summary, trained
 from minzero.bad_steps import BadSteps
 from minzero.cards import card_of_device
 from minzero.checkpoint import as_rank_0
@@ -149,6 +149,8 @@ def with_adapters(config, path, state):
             f"lora.rank: found {config.lora.rank} without train.init_from, which names the model that gets adapters; "
             "set it, or lora.rank to null"
         )
+    if config.lora.base_bits:
+        four_bit.require()
     if path:
         base = state["base"]
         as_rank_0(lambda: trained.check_base(base, path))

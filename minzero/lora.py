@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from minzero.config.sections import LoraConfig, ModelConfig
 from minzero.errors import UserError
+from minzero.four_bit import FourBitLinear
 from minzero.hf.families import FAMILIES, family_of
 
 MODULES = {"qkv": "attention.qkv", "proj": "attention.proj", "up": "mlp.up", "down": "mlp.down"}
@@ -86,11 +87,22 @@ class Adapter(nn.Module):
         return self.scale * (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])
 
 
-class AdaptedLinear(nn.Linear):
+class Adapted(nn.Module):
     """A linear layer that has got an Adapter. Its own parameters keep their names."""
 
     def forward(self, x):
         return super().forward(x) + self.adapter(x)
+
+
+class AdaptedLinear(Adapted, nn.Linear):
+    pass
+
+
+class AdaptedFourBitLinear(Adapted, FourBitLinear):
+    pass
+
+
+WITH_ADAPTER = {nn.Linear: AdaptedLinear, FourBitLinear: AdaptedFourBitLinear}
 
 
 def add_adapters(model, lora: LoraConfig, seed):
@@ -103,7 +115,7 @@ def add_adapters(model, lora: LoraConfig, seed):
     for block in model.blocks:
         for matrix in lora.matrices:
             linear = block.get_submodule(MODULES[matrix])
-            linear.__class__ = AdaptedLinear
+            linear.__class__ = WITH_ADAPTER[type(linear)]
             linear.adapter = Adapter(rows_of_parts(model.config, matrix), inputs_of(model.config, matrix), lora)
 
 
