@@ -370,6 +370,11 @@ def main(config, watchdog=None):
         # ---- model and optimizer: in mixed precision 16 bytes a parameter, 2 of weight, 2 of gradient, 4 of float32
         # copy and 8 of Adam's moments. ZeRO-1 shards the last 12 over the ranks, -2 the gradients too, -3 all 16
         # (Rajbhandari et al. 2020, arXiv 1910.02054, figure 1)
+        if start.init_source and not start.path:
+            dist.print0(f"weights from {start.init_source}")
+            if group.rank == 0:  # here, for it draws random numbers, which begin anew when the engine is made
+                for line in trained.doubts_about_data(train.init_from, train_data.folders):
+                    dist.print0(line)
         engine, not_compiled = make_engine(config, group, setup, start)
         watchdog.heartbeat()
         time_use.mark("start")
@@ -378,11 +383,6 @@ def main(config, watchdog=None):
             time_use.mark("resume")
             dist.print0(summary.resume_line(start, group, setup))
             dist.print0(summary.changed_settings(start.state, config, setup.auto, run.tokens_before))
-        elif start.init_source:
-            dist.print0(f"weights from {start.init_source}")
-            if group.rank == 0:
-                for line in trained.doubts_about_data(train.init_from, train_data.folders):
-                    dist.print0(line)
         bad_steps = BadSteps(engine, train.spike_zscore, start.state.get("bad_steps"))
         info = info_of(config, group, setup, train_data, not_compiled is None, start.base)
         run.begin(engine, bad_steps, info, count_real_parameters(engine.module))

@@ -13,6 +13,7 @@ from torch import distributed, nn
 
 from minzero.config.sections import ModelConfig
 from minzero.errors import UserError
+from minzero.lora import MODULES, inputs_of, rows_of_parts
 
 BLOCK, BLOCK_OF_SCALES = 64, 256
 BYTES = 0.5 + 1 / BLOCK + 4 / (BLOCK * BLOCK_OF_SCALES)  # of a parameter
@@ -45,43 +46,55 @@ def quantize(weight):
     return functional.quantize_4bit(weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
 
 
-def as_quantized(read, precision):
+def as_quantized(model: ModelConfig, read, precision):
     """A function that reads weights as those of a 4-bit base are: quantised from their value in `precision`, and
     made float32 again. read(name): the weight itself."""
     functional = require().functional
+    matrix_of = {f"{module}.weight": matrix for matrix, module in MODULES.items()}
 
     def read_again(name):
         weight = read(name)
-        if not name.startswith("blocks.") or weight.dim() < 2:
+        matrix = matrix_of.get(".".join(name.split(".")[2:]))
+        if not name.startswith("blocks.") or matrix is None:
             return weight
-        return functional.dequantize_4bit(*quantize(weight.to(DTYPES[precision]))).float()
+        parts = weight.to(DTYPES[precision]).split(rows_of_parts(model, matrix))
+        return torch.cat([functional.dequantize_4bit(*quantize(part)) for part in parts]).float()
 
     return read_again
 
 
 class FourBitLinear(nn.Linear):
-    """A linear layer whose weight is `packed`, in 4 bits. It has no parameter for it."""
+    """A linear layer whose weight is in 4 bits: `packed`, a list of (packed numbers, QuantState), one for each part of
+    its outputs. It has no parameter for it."""
 
     def forward(self, x):
-        return self.product(x, self.packed, self.quantization, bias=self.bias)
+        biases = [None] * len(self.packed) if self.bias is None else self.bias.split(self.rows)
+        parts = [
+            self.product(x, numbers, state, bias=bias)
+            for (numbers, state), bias in zip(self.packed, biases, strict=True)
+        ]
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
 
 @torch.no_grad()
 def quantize_blocks(model, precision, device):
-    """Put every matrix of a GPT's blocks into 4 bits, on the device. Every rank must call this: under ZeRO-3 one matrix
-    after the other is gathered, and in the other stages rank 0's is sent to all."""
+    """Put every matrix of a GPT's blocks into 4 bits, on the device. Each of transformers' matrices is quantised by
+    itself, as bitsandbytes does it there. Every rank must call this: under ZeRO-3 one matrix after the other is
+    gathered, and in the other stages rank 0's is sent to all."""
     import deepspeed  # see zero.py's torch_linear
 
     product = require().matmul_4bit
     for block in model.blocks:
-        for linear in [module for module in block.modules() if isinstance(module, nn.Linear)]:
+        for matrix, name in MODULES.items():
+            linear = block.get_submodule(name)
             is_sharded = hasattr(linear.weight, "ds_id")
+            rows = rows_of_parts(model.config, matrix)
             with deepspeed.zero.GatheredParameters([linear.weight]):
                 weight = linear.weight.detach().to(device, DTYPES[precision])
                 if not is_sharded:
                     distributed.broadcast(weight, src=0)
-                linear.packed, linear.quantization = quantize(weight)
-            linear.product = product
+                linear.packed = [quantize(part) for part in weight.split(rows)]
+            linear.rows, linear.product = rows, product
             linear.register_parameter("weight", None)
             linear.__class__ = FourBitLinear
 
@@ -92,7 +105,5 @@ def count_quantized(module):
 
 
 def count_of(model: ModelConfig):
-    """The same of a model that is not built: four matrices a block."""
-    qkv = model.n_head * model.head_size + 2 * model.kv_heads * model.head_size
-    proj, mlp = model.n_head * model.head_size, model.mlp_width * (3 if model.gated else 2)
-    return model.n_layer * model.n_embd * (qkv + proj + mlp)
+    """The same of a model that is not built."""
+    return model.n_layer * sum(inputs_of(model, matrix) * sum(rows_of_parts(model, matrix)) for matrix in MODULES)

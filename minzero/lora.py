@@ -6,6 +6,7 @@ as PEFT has: y = W x + (alpha / rank) * (B_0 A_0 x, B_1 A_1 x, ...). A_0 is `ada
 `adapter.b.0`, (outputs, rank).
 """
 
+import functools
 import math
 
 import torch
@@ -14,7 +15,6 @@ from torch.nn import functional as F
 
 from minzero.config.sections import LoraConfig, ModelConfig
 from minzero.errors import UserError
-from minzero.four_bit import FourBitLinear
 from minzero.hf.families import FAMILIES, family_of
 
 MODULES = {"qkv": "attention.qkv", "proj": "attention.proj", "up": "mlp.up", "down": "mlp.down"}
@@ -94,15 +94,10 @@ class Adapted(nn.Module):
         return super().forward(x) + self.adapter(x)
 
 
-class AdaptedLinear(Adapted, nn.Linear):
-    pass
-
-
-class AdaptedFourBitLinear(Adapted, FourBitLinear):
-    pass
-
-
-WITH_ADAPTER = {nn.Linear: AdaptedLinear, FourBitLinear: AdaptedFourBitLinear}
+@functools.cache
+def with_adapter(linear):
+    """The class of linear layers of this class that have got an Adapter."""
+    return type(f"Adapted{linear.__name__}", (Adapted, linear), {})
 
 
 def add_adapters(model, lora: LoraConfig, seed):
@@ -115,7 +110,7 @@ def add_adapters(model, lora: LoraConfig, seed):
     for block in model.blocks:
         for matrix in lora.matrices:
             linear = block.get_submodule(MODULES[matrix])
-            linear.__class__ = WITH_ADAPTER[type(linear)]
+            linear.__class__ = with_adapter(type(linear))
             linear.adapter = Adapter(rows_of_parts(model.config, matrix), inputs_of(model.config, matrix), lora)
 
 

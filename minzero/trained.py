@@ -133,7 +133,7 @@ def open_checkpoint(found):
     def load():
         read_base = load_base()
         if config.lora.base_bits:
-            read_base = four_bit.as_quantized(read_base, state["precision"])
+            read_base = four_bit.as_quantized(model, read_base, state["precision"])
         return lora.merged(model, config.lora, read_base, read)
 
     return ModelSource(found, fetch.in_words(found), model, load, state, config, folders, lambda: read)
