@@ -16,7 +16,6 @@ from minzero.checkpoint_state import is_lora
 from minzero.config.build import build
 from minzero.engine import count_real_parameters, least_memory
 from minzero.errors import UserError
-from minzero.hf import peft
 from minzero.planner.memory import simulate
 from minzero.planner.settings import settings_of
 from minzero.sizes import count_parameters
@@ -186,7 +185,7 @@ def test_settings_that_are_refused(sections, message):
 
 def test_without_the_package_it_says_so(monkeypatch):
     monkeypatch.setattr(four_bit.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="lora.base_bits: found 4, which needs the package bitsandbytes.*pip install"):
+    with pytest.raises(UserError, match=r"lora.base_bits: found 4, which needs the package bitsandbytes.*pip install"):
         four_bit.require()
     monkeypatch.undo()
     import bitsandbytes
