@@ -1,7 +1,6 @@
 """Runs that train adapters survive what other runs survive: kills, other ranks and stages, bad steps, a lost disk; and
 so with the base in 4 bits, where bitsandbytes is installed."""
 
-import importlib.util
 import json
 import random
 import shutil
@@ -18,13 +17,10 @@ from minzero.trained import open_trained
 from tests.chaos import start_and_kill, unfinished
 from tests.helpers.processes import deepspeed_command, run
 from tests.helpers.trained_runs import LLAMA, make_folder, write_data
+from tests.slow.lora_runs import BITS, MOVES, SAVED, STEPS, TOKENS, sections, settings
 
 pytestmark = pytest.mark.slow
-STEPS, TOKENS = 16, 4 * 16  # tokens a step
-FOUR_BIT = pytest.param(
-    4,
-    marks=pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="bitsandbytes is not installed"),
-)
+FOUR_BIT = pytest.param(4, marks=pytest.mark.skipif(4 not in BITS, reason="bitsandbytes is not installed"))
 BASES = [None, FOUR_BIT]  # lora.base_bits
 
 
@@ -37,37 +33,23 @@ def folder(tmp_path_factory):
     return folder
 
 
-def command(folder, out, *more, processes=2, script=("train.py",), lora=None, stage=3, **train):
-    """A run of adapters of rank 3 of 16 steps. lora: more keys of this section; train: of that one."""
-    settings = {
-        "init_from": str(folder / "hf"),
-        "out_dir": str(out),
-        "micro_batch_size": 2,
-        "global_batch_tokens": TOKENS,
-        "max_tokens": STEPS * TOKENS,
-        "warmup_tokens": 0,
-        "lr": 1e-2,
-        "log_every": 1,
-        "save_every": 4,
-        "keep_checkpoints": 99,
-        "eval_every": 0,
-        "eval_tokens": 64,
-    }
-    config = {
-        "data": {"path": str(folder / "data")},
-        "lora": {"rank": 3, "dropout": 0.1, **(lora or {})},
-        "train": settings | train,
-        "deepspeed": {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100}},
-    }
+@pytest.fixture(scope="module")
+def runs(folder):
+    """Those of lora_runs.py, on two ranks, one and two again."""
+    for part, processes in (("first", 2), ("second", 1), ("third", 2), ("bad", 2)):
+        finish(deepspeed_command("tests/slow/lora_runs.py", folder, part, processes=processes))
+    return folder
+
+
+def command(folder, out, processes=2, **more):
+    """A run of train.py. more: see `sections`."""
     path = out.with_name(f"{out.name}.json")
-    write_json(path, config)
-    if processes == 1:
-        return [sys.executable, *script, path, *more]
-    return deepspeed_command(*script, path, *more, processes=processes)
+    write_json(path, sections(folder, out, **more))
+    return [sys.executable, "train.py", path] if processes == 1 else deepspeed_command("train.py", path)
 
 
 def finish(words, code=0):
-    done = run(words, timeout=600)
+    done = run(words, timeout=1800)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
@@ -82,10 +64,6 @@ def losses(out):
 
 def state_at(out, step):
     return checkpoint_state.read_state(out / "checkpoints" / checkpoint_folder.name_of(step))
-
-
-def saved_at(out, step=8):
-    return ("--train.resume", out / "checkpoints" / checkpoint_folder.name_of(step))
 
 
 def check_same(first, second, step=STEPS):
@@ -113,63 +91,37 @@ def test_a_run_killed_with_9_continues_bit_for_bit(folder, tmp_path, bits):
     assert state_at(killed, steps)["optimizer_steps"] == steps
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("bits", BASES)
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_resumed_bit_for_bit_at_every_stage(folder, tmp_path, stage, bits, precision):
-    from deepspeed.accelerator import get_accelerator
-
-    if precision == "fp16" and not get_accelerator().is_fp16_supported():
-        pytest.skip("this device has no fp16")
-    settings = {"lora": {"base_bits": bits}, "stage": stage, "precision": precision}
-    if stage == 3:
-        settings["activation_checkpointing"] = True
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    finish(command(folder, whole, **settings))
-    finish(command(folder, again, *saved_at(whole), **settings))
-    check_same(whole, again)
-    expected, found = losses(whole), losses(again)
-    assert found == {step: loss for step, loss in expected.items() if step > 8}
-    assert expected[STEPS] < expected[1]
-    assert all(".adapter." in name for name in state_at(whole, STEPS)["parameters"])
+def test_resumed_bit_for_bit_at_every_stage_and_precision(runs):
+    names = [name for name, *_ in settings()]
+    assert len(names) >= 8 * len(BITS)
+    for name in names:
+        check_same(runs / name, runs / f"{name}_again")
+        expected, found = losses(runs / name), losses(runs / f"{name}_again")
+        assert found == {step: loss for step, loss in expected.items() if step > SAVED}, name
+        assert expected[STEPS] < expected[1], name
+        assert all(".adapter." in parameter for parameter in state_at(runs / name, STEPS)["parameters"])
 
 
 @pytest.mark.parametrize("bits", BASES)
-def test_moved_to_other_ranks_and_stages_and_back(folder, tmp_path, bits):
-    """Dropout is another on other ranks, so there is none here."""
-    settings = {"lora": {"base_bits": bits, "dropout": 0.0}}
-    out = {name: tmp_path / name for name in ("whole", "one_rank", "two_ranks", "stage_1", "stage_0", "stage_3")}
-    finish(command(folder, out["whole"], **settings))
-    finish(command(folder, out["one_rank"], *saved_at(out["whole"], 4), processes=1, **settings))
-    finish(command(folder, out["two_ranks"], *saved_at(out["one_rank"]), **settings))
-    finish(command(folder, out["stage_1"], *saved_at(out["whole"], 4), stage=1, **settings))
-    finish(command(folder, out["stage_0"], *saved_at(out["stage_1"]), stage=0, **settings))
-    finish(command(folder, out["stage_3"], *saved_at(out["stage_0"], 12), **settings))
-    expected = losses(out["whole"])
-    for name in list(out)[1:]:
-        found = losses(out[name])
-        assert found == pytest.approx({step: expected[step] for step in found}, rel=5e-6), name
-        assert max(found) == STEPS
+def test_moved_to_other_ranks_and_stages_and_back(runs, bits):
+    expected = losses(runs / f"moved_{bits}")
+    for part in MOVES.values():
+        for name, (_, step, _) in part.items():
+            found = losses(runs / f"{name}_{bits}")
+            assert sorted(found) == list(range(step + 1, STEPS + 1))
+            assert found == pytest.approx({step: expected[step] for step in found}, rel=5e-6), name
 
 
 @pytest.mark.parametrize("bits", BASES)
-def test_a_bad_step_is_skipped_or_rolled_back(folder, tmp_path, bits):
-    """One gradient of an adapter's input is NaN on rank 1 in step 7."""
-    settings = {"lora": {"base_bits": bits}, "script": ("--module", "tests.slow.lora_bad_step")}
-    skipped, rolled = tmp_path / "skipped", tmp_path / "rolled"
-    finish(command(folder, skipped, bad_step="skip", **settings))
+def test_a_bad_step_is_skipped_or_rolled_back(runs, bits):
+    skipped = runs / f"skip_{bits}"
     assert sorted(losses(skipped)) == list(range(1, STEPS + 1))
     last = state_at(skipped, STEPS)
     assert last["optimizer_steps"] == STEPS - 1 and last["bad_steps"]["skipped"] == 1
-    weights = load(skipped)[0]
-    assert all(parameter.isfinite().all() for parameter in weights.parameters())
-    done = finish(command(folder, rolled, bad_step="rollback", **settings), code=2)
-    assert "step 7" in done.stderr and "Traceback" not in done.stderr
-    # without the fault it goes on from the checkpoint before, to the end
-    finish(command(folder, rolled, lora={"base_bits": bits}, bad_step="rollback"))
-    whole = tmp_path / "whole"
-    finish(command(folder, whole, lora={"base_bits": bits}))
-    check_same(whole, rolled)
+    assert all(parameter.isfinite().all() for parameter in load(skipped, STEPS)[0].parameters())
+    said = (runs / f"said_{bits}.txt").read_text()
+    assert "step 7" in said and "\n" not in said
+    check_same(runs / f"whole_{bits}", runs / f"rollback_{bits}")
 
 
 def test_copied_elsewhere_and_restored(folder, tmp_path):
