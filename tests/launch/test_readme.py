@@ -95,6 +95,17 @@ ELSEWHERE |= {
     f"{CONTINUE} --train.lr 0 --train.warmup_tokens 0 --train.max_tokens 262144 --train.out_dir out/before": "the same "
     "as the run: test_hf has a rate of zero",
 }
+ELSEWHERE |= dict.fromkeys(
+    (
+        "deepspeed --num_gpus 2 train.py configs/tiny.json --train.init_from out/tiny --lora.rank 8 --train.lr 1e-3 "
+        "--train.max_tokens 300000 --train.out_dir out/lora",
+        "python eval.py out/lora",
+        'python sample.py out/lora --prompt "def "',
+        "python export.py out/lora out/adapter",
+        "python export.py out/lora out/merged --merge",
+    ),
+    "test_lora, with a small Llama",
+)
 SHORT = {  # flags added to a command of train.py
     "train": {"max_tokens": 16 * 128, "global_batch_tokens": 128, "micro_batch_size": 2, "warmup_tokens": 0},
     "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_kv_head": "null", "block_size": 16, "vocab_size": 270},

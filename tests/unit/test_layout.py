@@ -21,7 +21,7 @@ ORDER = """
     data.chat_templates data.conversations data.preferences data.output data.clean
     data.encode data.pipeline data.learn_tokenizer data.scripts data.verify data.foreign data.convert
     checkpoint_state checkpoint_folder checkpoint resume restore fetch model hf.weights
-    hf.comparison hf.read lora trained init_from compiled
+    hf.comparison hf.read lora four_bit trained init_from compiled
     engine schedule watchdog bad_steps goodput metrics loggers profiler curves plot report hf.card hf.write
     hf.peft hf.gguf summary run
     evaluate_loss evaluate_pairs reference sampling evaluate generate
