@@ -18,6 +18,7 @@ from minzero.data.packing import open_stream
 from minzero.data.pipeline import tokenizer_of
 from minzero.errors import UserError, describe
 from minzero.evaluate_loss import count_passes, window_losses
+from minzero.evaluate_roles import Roles, evaluate_roles
 from minzero.hf.weights import own_shapes
 from minzero.hf.write import write_model
 from minzero.trained import ModelSource, best_device, load_model, load_sharded, open_trained
@@ -69,10 +70,10 @@ def open_streams(source: ModelSource, folders):
     return streams
 
 
-def open_all(path, which="best", data=None, needs_data=True, needs_text=False):
+def open_all(path, which="best", data=None, needs_data=True, needs_text=False, by_role=False):
     """(ModelSource, the validation splits) of a trained model, see `trained.open_trained`. data: a folder of shards in
     place of the model's own. Raises UserError, where there are no splits with needs_data, and where the last one is not
-    plain text with needs_text."""
+    plain text with needs_text, or does not tell roles with by_role."""
     source = open_trained(path, which)
     folders = [data] if data else source.data
     if not folders and needs_data:
@@ -82,20 +83,29 @@ def open_all(path, which="best", data=None, needs_data=True, needs_text=False):
         raise UserError(
             f"--gzip: {streams[-1].folder} holds conversations, of which a part counts; expected plain text"
         )
+    if by_role:
+        for stream in streams:
+            Roles(stream)
     return source, streams
 
 
-def evaluate_alone(source: ModelSource, streams, batch_size):
-    """The result of `evaluate` in one process. Keeps no memory of the model."""
+def evaluate_parts(model, streams, by_role, *how):
+    """The result of `evaluate`, and with by_role that of `evaluate_roles` as "by_role". how: their other arguments."""
+    result = evaluate(model, streams, *how)
+    return result | {"by_role": evaluate_roles(model, streams, *how)} if by_role else result
+
+
+def evaluate_alone(source: ModelSource, streams, batch_size, by_role=False):
+    """The result of `evaluate_parts` in one process. Keeps no memory of the model."""
     with progress_bar("loading", len(own_shapes(source.model))) as progress:
         model = load_model(source, progress=progress)
-    passes = sum(count_passes(stream, batch_size) for stream in streams)
+    passes = sum(count_passes(stream, batch_size) for stream in streams) * (1 + by_role)
     with progress_bar("evaluating", passes) as progress:
-        return evaluate(model, streams, batch_size, progress=progress)
+        return evaluate_parts(model, streams, by_role, batch_size, None, 0, 1, progress)
 
 
-def evaluate_on_ranks(open_model, batch_size):
-    """(rank, ModelSource, the validation splits, the result of `evaluate`) on each rank of a launcher's. open_model()
+def evaluate_on_ranks(open_model, batch_size, by_role=False):
+    """(rank, ModelSource, the validation splits, the result of `evaluate_parts`) on each rank of a launcher's. open_model()
     -> (ModelSource, streams), as `open_all`. Raises UserError on all of them if one cannot take part."""
     from minzero import dist  # it alone needs DeepSpeed
 
@@ -106,9 +116,9 @@ def evaluate_on_ranks(open_model, batch_size):
     facts["tokens"] = {str(stream.folder): content_digest(stream) for stream in streams}
     dist.refuse_different_ranks(facts)
     model = load_sharded(source, device)
-    passes = sum(count_passes(stream, batch_size, world_size) for stream in streams)
+    passes = sum(count_passes(stream, batch_size, world_size) for stream in streams) * (1 + by_role)
     with progress_bar("evaluating", passes) as progress:
-        result = evaluate(model, streams, batch_size, device, rank, world_size, progress)
+        result = evaluate_parts(model, streams, by_role, batch_size, device, rank, world_size, progress)
     return rank, source, streams, result
 
 
@@ -164,8 +174,9 @@ def open_tasks(names, task_path):
     )
 
 
-def run_tasks(source: ModelSource, names, manager, limit):
-    """lm-eval's results, {task: {metric: value}}, of its harness on the model as transformers'. Raises UserError."""
+def run_tasks(source: ModelSource, names, manager, limit, chat=False):
+    """lm-eval's results, {task: {metric: value}}, of its harness on the model as transformers'. chat: a question is a
+    user's message in the chat template, and each example before it a turn. Raises UserError."""
     import lm_eval
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -175,14 +186,28 @@ def run_tasks(source: ModelSource, names, manager, limit):
             write_model(source, folder)
         if not (folder / "tokenizer.json").exists():
             raise UserError(f"--tasks: {source.path} has no tokenizer that is known, and tasks are made of text")
+        if chat:
+            check_chat_template(source, folder)
         # several GPUs in the machine share the model
         model = {"pretrained": str(folder), "parallelize": torch.cuda.device_count() > 1}
         settings = {"device": best_device().type, "limit": limit, "log_samples": False}
+        settings |= {"apply_chat_template": chat, "fewshot_as_multiturn": chat}
         try:
             found = lm_eval.simple_evaluate("hf", model, names, task_manager=manager, **settings)
         except Exception as error:  # of many classes: no network, a broken task file, a task that this model cannot
             raise UserError(f"--tasks: lm-eval ended with {describe(error)}") from None
     return found["results"]
+
+
+def check_chat_template(source: ModelSource, folder):
+    """Raise UserError if the tokenizer of a folder in transformers' format has no chat template."""
+    from transformers import AutoTokenizer
+
+    if AutoTokenizer.from_pretrained(folder).chat_template is None:
+        raise UserError(
+            f"--chat: the tokenizer of {source.path} has no chat template, and its data holds no conversations; leave "
+            "--chat out, or fine-tune it on conversations"
+        )
 
 
 # -- in words ------------------------------------------------------------------------------------
@@ -191,7 +216,8 @@ def run_tasks(source: ModelSource, names, manager, limit):
 def report(source: ModelSource, streams, result):
     """Lines about the result of `evaluate`."""
     for stream in streams:
-        answers = ", of which the assistant's words count" if stream.loss_mask else ""
+        learns_all = stream.meta and stream.meta.get("learn") == "all"
+        answers = ", of which the assistant's words count" if stream.loss_mask and not learns_all else ""
         yield f"{source.description}: {stream.tokens - 1:,} tokens of {stream.folder}{answers}"
     if streams:
         yield f"validation loss {result['val_loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}"

@@ -90,7 +90,7 @@ class ConversationScript(PrepareScript):
         template = open_template(args.chat_template, args.tokenizer)
         named = args.column != self.column
         columns = (args.column,) if named else (args.column, *LISTS)
-        return Conversations(self.rows(args), template, args.format, columns, args.max_tokens)
+        return Conversations(self.rows(args), template, args.format, columns, args.max_tokens, args.learn == "all")
 
 
 # -- sources -------------------------------------------------------------------------------------
