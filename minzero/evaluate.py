@@ -105,8 +105,8 @@ def evaluate_alone(source: ModelSource, streams, batch_size, by_role=False):
 
 
 def evaluate_on_ranks(open_model, batch_size, by_role=False):
-    """(rank, ModelSource, the validation splits, the result of `evaluate_parts`) on each rank of a launcher's. open_model()
-    -> (ModelSource, streams), as `open_all`. Raises UserError on all of them if one cannot take part."""
+    """(rank, ModelSource, the validation splits, the result of `evaluate_parts`) on each rank of a launcher's.
+    open_model() -> (ModelSource, streams), as `open_all`. Raises UserError on all of them if one cannot take part."""
     from minzero import dist  # it alone needs DeepSpeed
 
     device, rank, world_size = dist.start_process_group(may_be_alone=True)

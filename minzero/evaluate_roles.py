@@ -25,7 +25,7 @@ PROBE = [("system", "words of the system"), ("user", "words of the user"), ("ass
 
 
 def squeezed(text):
-    """A text without its blanks: some tokenizers add one at the start, and some special tokens take those after them."""
+    """A text without blanks: some tokenizers add one at the start, and some special tokens take those after them."""
     return "".join(text.split())
 
 
@@ -115,7 +115,7 @@ class Groups:
         return found[:, 1:]
 
     def add(self, groups, losses):
-        """groups: (3, m) as of `of`. losses: in nats, (m,) float64."""
+        """groups: (3, ...), as of `of`. losses: of the same targets in nats, (...) float64."""
         for of_one_kind in groups:
             counted = of_one_kind >= 0
             size = len(self.nats)
@@ -142,26 +142,27 @@ class Groups:
         return found
 
 
-def read_window(stream, window, roles, groups):
-    """One window of a PackedStream: inputs, targets, all of whose tokens count, and positions, each (block_size,)
-    int64; and the groups of its targets, (3, block_size)."""
-    inputs = np.zeros(stream.block_size, dtype=np.int64)
+def read_rows(stream, windows, rows, roles, groups):
+    """Windows of a PackedStream: (inputs, targets, all of whose tokens count, and positions), each (rows, block_size)
+    int64; and the groups of the targets, (3, rows, block_size). Rows past the windows are empty."""
+    inputs = np.zeros((rows, stream.block_size), dtype=np.int64)
     targets = np.full_like(inputs, IGNORE_INDEX)
-    positions = np.empty_like(inputs)
-    of_targets = np.full((3, stream.block_size), -1)
-    place = 0
-    for document in stream.order[stream.first[window] : stream.first[window + 1]]:
-        start, length = int(stream.document_starts[document]), int(stream.lengths[document])
-        stored = np.empty(length, dtype=stream.dtype)
-        stream.fill(start, stored)
-        ids = stream.ids(stored, lambda token, start=start: start + token).astype(np.int64)
-        learned = stored < NO_LOSS
-        of = slice(place, place + length - 1)
-        inputs[of], targets[of], positions[of] = ids[:-1], ids[1:], np.arange(length - 1)
-        of_targets[:, of] = groups.of(roles.of(ids, learned), learned)
-        place = of.stop
-    positions[place:] = np.arange(stream.block_size - place)
-    return inputs, targets, positions, of_targets
+    positions = np.tile(np.arange(stream.block_size), (rows, 1))
+    of_targets = np.full((3, *inputs.shape), -1)
+    for row, window in enumerate(windows):
+        place = 0
+        for document in stream.order[stream.first[window] : stream.first[window + 1]]:
+            start, length = int(stream.document_starts[document]), int(stream.lengths[document])
+            stored = np.empty(length, dtype=stream.dtype)
+            stream.fill(start, stored)
+            ids = stream.ids(stored, lambda token, start=start: start + token).astype(np.int64)
+            learned = stored < NO_LOSS
+            of = slice(place, place + length - 1)
+            inputs[row, of], targets[row, of], positions[row, of] = ids[:-1], ids[1:], np.arange(length - 1)
+            of_targets[:, row, of] = groups.of(roles.of(ids, learned), learned)
+            place = of.stop
+        positions[row, place:] = np.arange(stream.block_size - place)
+    return tuple(map(torch.from_numpy, (inputs, targets, positions))), of_targets
 
 
 @torch.no_grad()
@@ -177,19 +178,13 @@ def evaluate_roles(model, streams, batch_size=16, device=None, rank=0, world_siz
             for first in range(0, stream.windows, batch_size * world_size):
                 start = first + rank * batch_size
                 mine = range(start, min(start + batch_size, stream.windows))
-                read = [read_window(stream, window, roles, found) for window in mine]
                 # a rank without windows still runs a forward pass: ZeRO-3's gathers are collective
-                nothing = np.zeros(stream.block_size, dtype=np.int64)
-                read += [(nothing, nothing + IGNORE_INDEX, np.arange(len(nothing)), np.empty((3, 0)))] * (
-                    rows - len(read)
-                )
-                inputs, targets, positions = (torch.from_numpy(np.stack(part)) for part in list(zip(*read))[:3])
+                (inputs, targets, positions), of_targets = read_rows(stream, mine, rows, roles, found)
                 progress()
                 token_losses.clear()
                 model(inputs.to(device), targets.to(device), positions)
                 losses = torch.cat(token_losses).double().view(targets.shape).cpu().numpy()
-                for row in range(len(mine)):
-                    found.add(read[row][3], losses[row])
+                found.add(of_targets, losses)
     if world_size > 1:
         found.add_ranks(device)
     return found.result()

@@ -1,4 +1,5 @@
-"""The loss of conversations by role, length and answer: each token in its group, whatever the template."""
+"""eval.py of conversations: the loss by role, length and answer, each token in its group, whatever the template; and
+lm-eval's tasks in the chat template."""
 
 import json
 import runpy
@@ -20,6 +21,7 @@ from tests.helpers.foreign_tokenizers import save
 from tests.helpers.processes import ROOT, deepspeed_command, run
 from tests.helpers.trained_runs import LLAMA, write_data, write_run
 from tests.unit.test_chat_templates import STYLES, marked
+from tests.unit.test_eval import QUESTIONS, TASK, most_likely
 
 SYSTEM, BLOCK = "Be brief, Łódź.", 160
 
@@ -183,3 +185,56 @@ def test_with_all_learned_every_token_but_the_first_counts(data, tmp_path, capsy
     found, lines = evaluated(capsys, tmp_path / "run")
     assert found["tokens"] == streams[0].lengths.sum() - len(streams[0].lengths)
     assert not any("the assistant's words count" in line for line in lines)
+
+
+EXAMPLE = {"question": "ab", "choices": ["zz", "c"], "label": 1}
+FEWSHOT = """\
+fewshot_split: train
+num_fewshot: 1
+fewshot_config: {sampler: first_n}
+"""
+
+
+@torch.no_grad()
+def most_likely_in_chat(model, question, choices):
+    """Which of the choices the model finds most likely as the answer to a user's question, after the example's."""
+    end = load_tokenizer("bytes").end_of_text
+    first, second = (f"### User:\n{asked}\n\n### Assistant:\n" for asked in (EXAMPLE["question"], question))
+    prompt = [end, *f"{first}c".encode(), end, *second.encode()]
+    scores = []
+    for choice in choices:
+        tokens = torch.tensor([prompt + list(choice.encode())])
+        log_probabilities = model(tokens[:, :-1])[0].log_softmax(-1).gather(1, tokens[0, 1:, None])
+        scores.append(log_probabilities[len(prompt) - 1 :].sum().item())
+    return scores.index(max(scores))
+
+
+def test_tasks_ask_in_the_chat_template(data, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    config = ModelConfig(**vars(LLAMA) | {"block_size": BLOCK})
+    model = write_run(tmp_path / "run", config, str(data))
+    questions = [*QUESTIONS, *[(f"{letter} {letter}", ["x", "a", "b "]) for letter in "abcxyz"]]
+    best = [most_likely_in_chat(model, *question) for question in questions]
+    plain = [most_likely(model, *question) for question in questions]
+    assert best != plain, "the test would not see a template"
+    rows = [
+        json.dumps({"question": question, "choices": choices, "label": label})
+        for (question, choices), label in zip(questions, best, strict=True)
+    ]
+    (tmp_path / "letters.jsonl").write_text("\n".join(rows))
+    (tmp_path / "example.jsonl").write_text(json.dumps(EXAMPLE))
+    task = TASK.format(file=f"{tmp_path}/letters.jsonl, train: {tmp_path}/example.jsonl")
+    (tmp_path / "letters.yaml").write_text(task + FEWSHOT)
+    found, _ = evaluated(capsys, tmp_path / "run", "--tasks", tmp_path / "letters.yaml", "--chat")
+    assert found["tasks"]["letters"]["acc,none"] == 1
+    found, _ = evaluated(capsys, tmp_path / "run", "--tasks", tmp_path / "letters.yaml")
+    assert found["tasks"]["letters"]["acc,none"] < 1
+
+
+def test_a_model_without_a_template_is_one_line(tmp_path):
+    pytest.importorskip("lm_eval")
+    write_run(tmp_path / "run", LLAMA, write_data(tmp_path / "data"))
+    (tmp_path / "letters.yaml").write_text(TASK.format(file=tmp_path / "letters.jsonl"))
+    with pytest.raises(UserError, match=r"^--chat: the tokenizer of [^\n]* has no chat template[^\n]*$"):
+        eval.main([str(tmp_path / "run"), "--tasks", str(tmp_path / "letters.yaml"), "--chat"])
