@@ -192,7 +192,7 @@ def test_one_token_of_the_mask_is_seen(base, ours, tmp_path):
     wanted = [batch for batch, _ in zip(batches(mixture), range(3), strict=False)]
     found = losses_of_trl(base, learn, wanted, tmp_path, without_an_end)
     assert found[:2] == pytest.approx(losses[:2], rel=1e-5)
-    assert found[2] != pytest.approx(losses[2], rel=1e-4)
+    assert found[2] != pytest.approx(losses[2], rel=3e-5)
 
 
 def test_what_is_learned_differs(base, ours):
