@@ -41,6 +41,8 @@ ELSEWHERE = {  # command: what runs it, or why nothing can
     "make setup && . .venv/bin/activate": "make test begins with it",
     "python eval.py out/tiny --tasks hellaswag,arc_easy --limit 100": "needs a network; test_eval runs a local task",
     "python eval.py out/70b --tasks hellaswag,piqa": "the same",
+    "python eval.py out/talks --by_role": "test_eval_chat",
+    "python eval.py out/talks --tasks my_task.yaml --chat": "test_eval_chat",
     "python eval.py out/tiny --tasks my_task.yaml": "test_eval",
     "deepspeed --num_gpus 8 eval.py out/70b": "test_launch, on two ranks",
     "python to_gguf.py hf/tiny tiny.gguf --llama_cpp llama_cpp_python-*/vendor/llama.cpp": "test_to_gguf",
