@@ -168,13 +168,12 @@ def with_adapters(which):
     ]
     if which == "some":
         kinds = [(3, "bf16", rotary), (1, "bf16", {})]
-    kinds = [(*kind, bits) for kind in kinds for bits in ([None, 4] if find_spec("bitsandbytes") else [None])]
-    for number, (stage, precision, shape, bits) in enumerate(kinds):
+    for number, (stage, precision, shape) in enumerate(kinds):
         zero = {"stage": stage, "stage3_param_persistence_threshold": 300, "reduce_bucket_size": 30_000}
         batch = {"micro_batch_size": 2, "activation_checkpointing": number % 3 == 2, "global_batch_tokens": 512}
         lora = {"rank": 8, "dropout": 0.1 * (number % 2), "matrices": ["qkv", "proj", "up", "down"][number % 4 :]}
-        lora["base_bits"] = bits
-        yield measured_and_predicted(zero, batch, precision, shape, lora=lora)
+        for bits in [None, 4] if find_spec("bitsandbytes") else [None]:
+            yield measured_and_predicted(zero, batch, precision, shape, lora=lora | {"base_bits": bits})
 
 
 def main(folder, which):
