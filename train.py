@@ -27,7 +27,7 @@ if __name__ == "__main__":
     run_command(help_if_asked, may_be_many=True, is_last=False)  # before the imports that take seconds
 import torch
 
-from minzero import checkpoint, checkpoint_folder, dist, reference, resume, sampling, summary, trained
+from minzero import checkpoint, checkpoint_folder, dist, four_bit, reference, resume, sampling, summary, trained
 from minzero.bad_steps import BadSteps
 from minzero.cards import card_of_device
 from minzero.checkpoint import as_rank_0
@@ -154,6 +154,8 @@ def with_adapters(config, path, state):
             f"lora.rank: found {config.lora.rank} without train.init_from, which names the model that gets adapters; "
             "set it, or lora.rank to null"
         )
+    if config.lora.base_bits:
+        four_bit.require()
     if path:
         base = state["base"]
         as_rank_0(lambda: trained.check_base(base, path))
@@ -381,6 +383,11 @@ def main(config, watchdog=None):
         # ---- model and optimizer: in mixed precision 16 bytes a parameter, 2 of weight, 2 of gradient, 4 of float32
         # copy and 8 of Adam's moments. ZeRO-1 shards the last 12 over the ranks, -2 the gradients too, -3 all 16
         # (Rajbhandari et al. 2020, arXiv 1910.02054, figure 1)
+        if start.init_source and not start.path:
+            dist.print0(f"weights from {start.init_source}")
+            if group.rank == 0:  # here, for it draws random numbers, which begin anew when the engine is made
+                for line in trained.doubts_about_data(train.init_from, train_data.folders):
+                    dist.print0(line)
         engine, not_compiled = make_engine(config, group, setup, start)
         watchdog.heartbeat()
         time_use.mark("start")
@@ -389,11 +396,6 @@ def main(config, watchdog=None):
             time_use.mark("resume")
             dist.print0(summary.resume_line(start, group, setup))
             dist.print0(summary.changed_settings(start.state, config, setup.auto, run.tokens_before))
-        elif start.init_source:
-            dist.print0(f"weights from {start.init_source}")
-            if group.rank == 0:
-                for line in trained.doubts_about_data(train.init_from, train_data.folders):
-                    dist.print0(line)
         digest = None  # of what the reference of preference tuning says
         if train_data.has_pairs:
             digest = reference.provide(run, engine, start, [*train_data.streams, *val_data.streams])

@@ -173,7 +173,9 @@ def is_lora(value):
     rank, matrices = value.get("rank"), value.get("matrices", [])
     choices = LoraConfig.__dataclass_fields__["matrices"].metadata["choices"]
     known_matrices = isinstance(matrices, list) and all(matrix in choices for matrix in matrices)
-    return (rank is None or (is_count(rank) and rank > 0)) and is_number(value.get("alpha", 1)) and known_matrices
+    known_bits = value.get("base_bits") in (None, 4)
+    known_rank = rank is None or (is_count(rank) and rank > 0)
+    return known_rank and is_number(value.get("alpha", 1)) and known_matrices and known_bits
 
 
 def is_base(value):

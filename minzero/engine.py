@@ -10,7 +10,7 @@ from deepspeed.git_version_info import installed_ops
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from minzero import lora
+from minzero import four_bit, lora
 from minzero.compiled import compile_model
 from minzero.config.deepspeed import check_together, offload_device, offload_ratio, offloads_optimizer, zero_stage
 from minzero.config.sections import Recomputation
@@ -112,7 +112,8 @@ def least_memory(config, ds_config, on_gpu, world_size):
     in_device_memory = ("none",) if on_gpu else ("none", "cpu")
     weights = moments = bucket = 0
     if offload_device(zero, "offload_param") in in_device_memory:
-        weights = parameters * width // (world_size if stage == 3 else 1)
+        packed = four_bit.count_of(model) if config.lora.base_bits else 0
+        weights = (parameters - packed) * width // (world_size if stage == 3 else 1) + int(packed * four_bit.BYTES)
     if offload_device(zero, "offload_optimizer") in in_device_memory:
         trained = lora.count_adapters(model, config.lora) or parameters
         moments = trained * 8 // (world_size if stage else 1)  # Adam's two in float32
@@ -161,7 +162,8 @@ def count_real_parameters(module):
     """The number of a model's own parameters, each counted once and whole, without adapters: under ZeRO-3 a rank holds
     a placeholder whose ds_numel is the number of elements."""
     own = (parameter for name, parameter in module.named_parameters() if not lora.is_adapter(name))
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in own)
+    unpacked = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in own)
+    return unpacked + four_bit.count_quantized(module)
 
 
 def parameter_groups(model, weight_decay):
@@ -209,6 +211,11 @@ def step_piece_by_piece(optimizer):
     return optimizer
 
 
+def precision_of(ds_config):
+    """bf16, fp16 or fp32."""
+    return next((name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled")), "fp32")
+
+
 def build_engine(config, ds_config, device, kernels="torch", compiled=False, load_weights=None, load_adapters=None):
     """Make the model and its optimizer, and hand both to DeepSpeed. Returns its engine. Under ZeRO-3 each matrix is
     sharded as soon as it is made, so that no rank ever holds the whole model. The initial weights are the same bit for
@@ -230,10 +237,14 @@ def build_engine(config, ds_config, device, kernels="torch", compiled=False, loa
     def sharded():
         return deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage == 3)
 
-    with sharded(), device:
+    quantized = config.lora.base_bits is not None
+    # a whole model that is quantised is made in CPU memory, and reaches the device in 4 bits
+    with sharded(), torch.device("cpu") if quantized and stage < 3 else device:
         model = GPT(config.model, train.seed, train.activation_checkpointing, train.activation_offload, kernels)
     if load_weights:
         copy_into(model, load_weights)
+    if quantized:
+        four_bit.quantize_blocks(model, precision_of(ds_config), device)
     if config.lora.rank:
         with sharded(), device:
             lora.add_adapters(model, config.lora, train.seed)

@@ -21,6 +21,7 @@ from minzero.data.pipeline import tokenizer_of
 from minzero.errors import UserError, describe
 from minzero.evaluate_loss import count_passes, window_losses
 from minzero.evaluate_pairs import evaluate_pairs
+from minzero.evaluate_roles import Roles, evaluate_roles
 from minzero.hf.weights import own_shapes
 from minzero.hf.write import write_model
 from minzero.preference import LOSSES, Preference
@@ -109,10 +110,10 @@ def open_reference(source: ModelSource, streams, path):
     return None
 
 
-def open_all(path, which="best", data=None, needs_data=True, needs_text=False, reference_path=None):
+def open_all(path, which="best", data=None, needs_data=True, needs_text=False, reference_path=None, by_role=False):
     """(ModelSource, the validation splits, `open_reference`) of a trained model, see `trained.open_trained`. data: a
     folder of shards in place of the model's own. Raises UserError, where there are no splits with needs_data, and where
-    the last one is not plain text with needs_text."""
+    the last one is not plain text with needs_text, or does not tell roles with by_role."""
     source = open_trained(path, which)
     folders = [data] if data else source.data
     if not folders and needs_data:
@@ -122,11 +123,21 @@ def open_all(path, which="best", data=None, needs_data=True, needs_text=False, r
         raise UserError(
             f"--gzip: {streams[-1].folder} holds conversations, of which a part counts; expected plain text"
         )
+    if by_role:
+        for stream in streams:
+            Roles(stream)
     return source, streams, open_reference(source, streams, reference_path)
 
 
-def evaluate_alone(source: ModelSource, streams, batch_size, reference_source=None):
-    """The result of `evaluate` in one process. Keeps no memory of the model. reference_source: of `open_reference`."""
+def evaluate_parts(model, streams, by_role, *how, preference):
+    """The result of `evaluate`, and with by_role that of `evaluate_roles` as "by_role". how: their other arguments."""
+    result = evaluate(model, streams, *how, preference)
+    return result | {"by_role": evaluate_roles(model, streams, *how)} if by_role else result
+
+
+def evaluate_alone(source: ModelSource, streams, batch_size, reference_source=None, by_role=False):
+    """The result of `evaluate_parts` in one process. Keeps no memory of the model. reference_source: of
+    `open_reference`."""
     passes = sum(count_passes(stream, batch_size) for stream in streams)
 
     def load(source):
@@ -139,13 +150,15 @@ def evaluate_alone(source: ModelSource, streams, batch_size, reference_source=No
             reference.compute(model, streams, batch_size, progress=progress)
         del model  # before the next one is there
     model = load(source)
-    with progress_bar("evaluating", passes) as progress:
-        return evaluate(model, streams, batch_size, progress=progress, preference=preference_of(source))
+    with progress_bar("evaluating", passes * (1 + by_role)) as progress:
+        how = batch_size, None, 0, 1, progress
+        return evaluate_parts(model, streams, by_role, *how, preference=preference_of(source))
 
 
-def evaluate_on_ranks(open_model, batch_size):
-    """(rank, ModelSource, the validation splits, the result of `evaluate`) on each rank of a launcher's. open_model()
-    -> (ModelSource, streams, reference), as `open_all`. Raises UserError on all of them if one cannot take part."""
+def evaluate_on_ranks(open_model, batch_size, by_role=False):
+    """(rank, ModelSource, the validation splits, the result of `evaluate_parts`) on each rank of a launcher's.
+    open_model() -> (ModelSource, streams, reference), as `open_all`. Raises UserError on all of them if one cannot take
+    part."""
     from minzero import dist  # it alone needs DeepSpeed
 
     device, rank, world_size = dist.start_process_group(may_be_alone=True)
@@ -160,8 +173,9 @@ def evaluate_on_ranks(open_model, batch_size):
         with progress_bar("reference", passes) as progress:
             reference.compute(load_sharded(reference_source, device), streams, batch_size, *ranks, progress)
     model = load_sharded(source, device)
-    with progress_bar("evaluating", passes) as progress:
-        result = evaluate(model, streams, batch_size, *ranks, progress, preference_of(source))
+    with progress_bar("evaluating", passes * (1 + by_role)) as progress:
+        how = batch_size, *ranks, progress
+        result = evaluate_parts(model, streams, by_role, *how, preference=preference_of(source))
     return rank, source, streams, result
 
 
@@ -217,8 +231,9 @@ def open_tasks(names, task_path):
     )
 
 
-def run_tasks(source: ModelSource, names, manager, limit):
-    """lm-eval's results, {task: {metric: value}}, of its harness on the model as transformers'. Raises UserError."""
+def run_tasks(source: ModelSource, names, manager, limit, chat=False):
+    """lm-eval's results, {task: {metric: value}}, of its harness on the model as transformers'. chat: a question is a
+    user's message in the chat template, and each example before it a turn. Raises UserError."""
     import lm_eval
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -228,14 +243,28 @@ def run_tasks(source: ModelSource, names, manager, limit):
             write_model(source, folder)
         if not (folder / "tokenizer.json").exists():
             raise UserError(f"--tasks: {source.path} has no tokenizer that is known, and tasks are made of text")
+        if chat:
+            check_chat_template(source, folder)
         # several GPUs in the machine share the model
         model = {"pretrained": str(folder), "parallelize": torch.cuda.device_count() > 1}
         settings = {"device": best_device().type, "limit": limit, "log_samples": False}
+        settings |= {"apply_chat_template": chat, "fewshot_as_multiturn": chat}
         try:
             found = lm_eval.simple_evaluate("hf", model, names, task_manager=manager, **settings)
         except Exception as error:  # of many classes: no network, a broken task file, a task that this model cannot
             raise UserError(f"--tasks: lm-eval ended with {describe(error)}") from None
     return found["results"]
+
+
+def check_chat_template(source: ModelSource, folder):
+    """Raise UserError if the tokenizer of a folder in transformers' format has no chat template."""
+    from transformers import AutoTokenizer
+
+    if AutoTokenizer.from_pretrained(folder).chat_template is None:
+        raise UserError(
+            f"--chat: the tokenizer of {source.path} has no chat template, and its data holds no conversations; leave "
+            "--chat out, or fine-tune it on conversations"
+        )
 
 
 # -- in words ------------------------------------------------------------------------------------
@@ -244,7 +273,8 @@ def run_tasks(source: ModelSource, names, manager, limit):
 def report(source: ModelSource, streams, result):
     """Lines about the result of `evaluate`."""
     for stream in streams:
-        answers = ", of which the assistant's words count" if stream.loss_mask else ""
+        learns_all = stream.meta and stream.meta.get("learn") == "all"
+        answers = ", of which the assistant's words count" if stream.loss_mask and not learns_all else ""
         yield f"{source.description}: {stream.tokens - 1:,} tokens of {stream.folder}{answers}"
     if streams and streams[0].has_pairs:
         preference = preference_of(source)

@@ -6,6 +6,7 @@ as PEFT has: y = W x + (alpha / rank) * (B_0 A_0 x, B_1 A_1 x, ...). A_0 is `ada
 `adapter.b.0`, (outputs, rank).
 """
 
+import functools
 import math
 
 import torch
@@ -86,11 +87,17 @@ class Adapter(nn.Module):
         return self.scale * (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])
 
 
-class AdaptedLinear(nn.Linear):
+class Adapted(nn.Module):
     """A linear layer that has got an Adapter. Its own parameters keep their names."""
 
     def forward(self, x):
         return super().forward(x) + self.adapter(x)
+
+
+@functools.cache
+def with_adapter(linear):
+    """The class of linear layers of this class that have got an Adapter."""
+    return type(f"Adapted{linear.__name__}", (Adapted, linear), {})
 
 
 def add_adapters(model, lora: LoraConfig, seed):
@@ -103,7 +110,7 @@ def add_adapters(model, lora: LoraConfig, seed):
     for block in model.blocks:
         for matrix in lora.matrices:
             linear = block.get_submodule(MODULES[matrix])
-            linear.__class__ = AdaptedLinear
+            linear.__class__ = with_adapter(type(linear))
             linear.adapter = Adapter(rows_of_parts(model.config, matrix), inputs_of(model.config, matrix), lora)
 
 

@@ -35,10 +35,12 @@ from minzero.resume import check_same_data
 from minzero.run import Run
 from minzero.run_folder import RunFolder
 from minzero.schedule import learning_rate
+from minzero.trained import check_base
 from minzero.watchdog import Watchdog
 
 DIFFERENT = 1  # the exit code
-SECTIONS = ("model", "data", "train", "deepspeed")
+NEEDED = ("model", "data", "train", "deepspeed")
+SECTIONS = (*NEEDED, "lora")  # the last is younger
 COMPARED = ("versions", "precision", "stage", "kernels", "compiled", "deepspeed_auto")  # what else may move a bit
 
 
@@ -79,9 +81,9 @@ def settings_of(run, before, later):
     if later:
         return later[0]
     found = read_json(run / "config.json")
-    if not isinstance(found, dict) or not {*SECTIONS, "stage", "precision", "world_size"} <= found.keys():
+    if not isinstance(found, dict) or not {*NEEDED, "stage", "precision", "world_size"} <= found.keys():
         raise UserError(f"{run}/config.json: expected what a run writes there; steps after the last checkpoint need it")
-    config = {name: found[name] for name in SECTIONS}
+    config = {name: found[name] for name in SECTIONS if name in found}
     if "data_found" in found:
         return found | {"config": config, "data": found["data_found"]}
     # a run of older code: its "data" is what was found in the folders, and does not say how they were mixed
@@ -135,7 +137,11 @@ def prepare(run_path, path, state, settings, group):
         check_same_data(settings["data"], data, path or run_path)
         setup = train.choose_setup(config, group, settings["precision"], memory)
         start = train.Start(path, state)
-        if config.train.init_from and not path:
+        if config.lora.rank:
+            if not path and settings.get("base"):
+                check_base(settings["base"], run_path)
+            start = train.with_adapters(config, path, state)
+        elif config.train.init_from and not path:
             start = train.Start(path, state, *train.trained.open_weights(config.train.init_from, config.model))
     if path and (fault := checkpoint.fault_of(path, state)):
         raise SharedError(fault)

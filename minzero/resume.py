@@ -13,6 +13,7 @@ from minzero.data.mixture import check_same_data
 from minzero.dist import print0
 from minzero.errors import UserError
 
+ADAPTERS = ("rank", "alpha", "matrices", "base_bits")  # keys of the section lora
 HOW_IT_RESUMES = ("train.out_dir", "train.copy_to", "train.resume", "train.allow_changed")
 
 # -- which checkpoint ------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ def check_same_run(path, state, config):
     pairs = [(f"model.{name}", saved["model"].get(name, defaults[name]), v) for name, v in now["model"].items()]
     pairs = [pair for pair in pairs if pair[0] != "model.family"]  # of exports alone
     before = vars(LoraConfig()) | saved.get("lora", {})
-    pairs += [(f"lora.{name}", before[name], now["lora"][name]) for name in ("rank", "alpha", "matrices")]
+    pairs += [(f"lora.{name}", before[name], now["lora"][name]) for name in ADAPTERS]
     for key in ("data.path", "train.seed", "train.global_batch_tokens"):
         section, name = key.split(".")
         if key not in config.train.allow_changed:

@@ -26,7 +26,8 @@ def start_lines(run, data, not_compiled=None):
     active = f" ({count_parameters(model)[1]:,} active per token)" if model.n_expert else ""
     if adapters := count_adapters(model, config.lora):
         matrices = ", ".join(config.lora.matrices)
-        active += f", frozen, and {adapters:,} in adapters of rank {config.lora.rank} beside {matrices}"
+        frozen = f"frozen in {config.lora.base_bits} bits" if config.lora.base_bits else "frozen"
+        active += f", {frozen}, and {adapters:,} in adapters of rank {config.lora.rank} beside {matrices}"
     lines.append(
         f"{run.parameters:,} parameters{active}, {model.n_layer} layers of width {model.n_embd}, {model.n_head} heads, "
         f"vocabulary {model.vocab_size:,}, context {model.block_size:,} tokens"

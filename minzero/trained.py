@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from minzero import checkpoint, checkpoint_folder, checkpoint_state, fetch, lora
+from minzero import checkpoint, checkpoint_folder, checkpoint_state, fetch, four_bit, lora
 from minzero.config.build import build
 from minzero.config.sections import Config, ModelConfig, data_weights
 from minzero.data.conversations import chat_template, learned_template
@@ -131,7 +131,10 @@ def open_checkpoint(found):
     _, load_base = open_weights(state["base"]["path"], model)
 
     def load():
-        return lora.merged(model, config.lora, load_base(), read)
+        read_base = load_base()
+        if config.lora.base_bits:
+            read_base = four_bit.as_quantized(model, read_base, state["precision"])
+        return lora.merged(model, config.lora, read_base, read)
 
     return ModelSource(found, fetch.in_words(found), model, load, state, config, folders, lambda: read)
 

@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -52,12 +53,15 @@ DISTURBANCES = (
 
 @contextlib.contextmanager
 def disk(path, size=DISK):
-    """A context in which the folder `path` is a small disk of its own, for nodes that are booted in it."""
+    """A context in which the folder `path` is a small disk of its own, for nodes that are booted in it. What it held at
+    the end is copied beside it."""
     path.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "disk", path], check=True)
     try:
         yield path
     finally:
+        with contextlib.suppress(OSError, shutil.Error):
+            shutil.copytree(path, path.with_name("disk_at_the_end"))
         subprocess.run(["umount", "--lazy", path], check=True)
 
 
@@ -297,7 +301,7 @@ def disturb_at_random(place, minutes, mean_seconds):
         for what in bag:
             if place.disturb(what):
                 bag.remove(what)
-                due += place.generator.expovariate(1 / mean_seconds)
+                due += place.generator.uniform(0, 2 * mean_seconds)
                 break
 
 

@@ -252,12 +252,28 @@ class LoraConfig:
     init_from: str | None = key(
         None, "start from the adapter in this folder, as PEFT writes it; null: from products that are zero"
     )
+    base_bits: int | None = key(
+        None,
+        "4: the frozen matrices of the blocks are in 4 bits (NF4 by the package bitsandbytes, as in QLoRA), whole on "
+        "each rank; null: in train.precision",
+        [4],
+    )
 
     def check(self, model):
         if self.rank is None:
             if self.init_from:
                 raise UserError(f"lora.init_from: found {self.init_from}, but lora.rank is null; set it as there")
+            if self.base_bits:
+                raise UserError(
+                    f"lora.base_bits: found {self.base_bits}, but lora.rank is null, and weights in so few bits cannot "
+                    "be trained; set lora.rank, or this to null"
+                )
             return
+        if self.base_bits and model.n_expert:
+            raise UserError(
+                f"lora.base_bits: found {self.base_bits} with model.n_expert {model.n_expert}; experts stay in "
+                "train.precision here; set it to null"
+            )
         if not self.matrices or len(set(self.matrices)) < len(self.matrices):
             raise UserError(f"lora.matrices: found {in_short(self.matrices)}, expected at least one, and each once")
         experts = [name for name in self.matrices if name in ("up", "down")]

@@ -42,11 +42,13 @@ def learned_template(tokenizer, folders):
 
 class ChatEncoding(NamedTuple):
     """How the texts of Conversations become tokens. by_template: whether they are those of a ChatTemplate.
-    max_tokens: of a conversation, or None. pairs: whether a text is two conversations with PAIR between them."""
+    max_tokens: of a conversation, or None. pairs: whether a text is two conversations with PAIR between them.
+    learn_all: whether the other roles' words are learned too."""
 
     by_template: bool = False
     max_tokens: int | None = None
     pairs: bool = False
+    learn_all: bool = False
 
 
 def template(begin, end):
@@ -87,6 +89,8 @@ def add_flags(parser, formats=FORMATS):
         metavar="own|base|FILE",
         help="this project's form, the tokenizer's template, or one in Jinja; default: base where it has one, else own",
     )
+    learn = "the assistant's words alone are learned, or all tokens but the first of a conversation"
+    parser.add_argument("--learn", choices=["assistant", "all"], default="assistant", help=learn)
     fits = "cut a longer conversation after the last whole answer, or leave it out"
     parser.add_argument("--max_tokens", type=at_least(2), help=fits)
 
@@ -149,9 +153,9 @@ class Conversations:
 
     source: of rows, each a dict, or a list of messages. template: a ChatTemplate, or None for this project's form
     (`with_marks`). format_name: of chat_formats.FORMATS; None: that of the first row that has one, which is said.
-    columns: names that the one with a list of messages may have."""
+    columns: names that the one with a list of messages may have. learn_all: as of ChatEncoding."""
 
-    def __init__(self, source, template=None, format_name=None, columns=LISTS, max_tokens=None):
+    def __init__(self, source, template=None, format_name=None, columns=LISTS, max_tokens=None, learn_all=False):
         self.source = source
         self.template = template
         self.format_name = format_name
@@ -161,10 +165,12 @@ class Conversations:
         self.description = f"conversations: {source.description}"
         lines = (getattr(source, "summary", None), template and template.summary())
         self.summary = "\n".join(filter(None, lines)) or None
-        self.chat = ChatEncoding(template is not None, max_tokens)
+        self.chat = ChatEncoding(template is not None, max_tokens, learn_all=learn_all)
         digest = template and hashlib.sha256(template.text.encode()).hexdigest()[:16]
         self.settings = {"format": format_name, "max_tokens": max_tokens, "chat_template": digest}
         self.meta = {"chat_template": template.entry()} if template else {}
+        if learn_all:  # data of earlier versions does not name what is learned
+            self.settings["learn"] = self.meta["learn"] = "all"
 
     @property
     def fraction(self):
@@ -194,6 +200,8 @@ class Conversations:
             conversation = tools_as_text(conversation)
             return [with_marks(key, conversation.messages, conversation.learned)]
         texts = self.template.texts(key, conversation)
+        if self.chat.learn_all:
+            return texts[-1:]  # which has all of the messages
         if len(texts) > 1 and not self.split_for_each_answer:
             self.split_for_each_answer = True
             tqdm.write(

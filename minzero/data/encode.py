@@ -143,6 +143,8 @@ def encode_conversation(key, text):
     """As `encode_document`, one conversation."""
     arrays, ends, sizes = (encode_by_template if chat.by_template else encode_own_form)(key, text)
     tokens = sum(map(len, arrays))
+    if chat.learn_all:
+        arrays, sizes = [without_mask(arrays)], sizes_of_all(text)
     if chat.max_tokens is None or tokens <= chat.max_tokens:
         return marked_start(arrays), sum(sizes), False
     fitting = [end for end in ends if end <= chat.max_tokens]
@@ -194,6 +196,20 @@ def marked_start(arrays):
     arrays[first] = arrays[first].copy()
     arrays[first][0] |= STARTS
     return arrays
+
+
+def without_mask(arrays):
+    """The same uint32 arrays as one, in which only the first token is not learned, because none is before it."""
+    tokens = np.concatenate(arrays) & ~NO_LOSS
+    tokens[0] |= NO_LOSS
+    return tokens
+
+
+def sizes_of_all(text):
+    """The bytes of a conversation up to the end of each learned answer, without those up to the one before; and last
+    those after all answers. text: with separators, in UTF-8."""
+    *parts, rest = (len(without_marks(part).encode()) for part in text.decode().split(LEARNED))
+    return [*map(sum, zip(parts[::2], parts[1::2], strict=True)), rest]
 
 
 def encode_answer(key, text):

@@ -87,7 +87,7 @@ class ConversationScript(PrepareScript):
         template = self.template(args)
         named = args.column != self.column
         columns = (args.column,) if named else (args.column, *LISTS)
-        return Conversations(self.rows(args), template, args.format, columns, args.max_tokens)
+        return Conversations(self.rows(args), template, args.format, columns, args.max_tokens, args.learn == "all")
 
     def template(self, args):
         """The ChatTemplate that --chat_template names, or None."""

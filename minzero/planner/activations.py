@@ -40,6 +40,7 @@ class Module:
     recomputed: bool = False
     cached: int = 0  # of the bytes kept, those that are kept even if the block is recomputed
     named: int = 0  # bytes of its output that have a name in the code around it, and so stay until that ends
+    packed: int = 0  # elements of a weight in 4 bits, which no hook sees
     output: int = 0  # of a recomputed block: the bytes of its output, which is the next one's input
 
 
@@ -118,10 +119,16 @@ class Trace:
 
     def linear(self, name, fan_in, fan_out, biased=None, matrices=1, **sizes):
         """biased: whether it has a bias; None: as model.bias says. matrices: how many lie in one weight."""
-        weights = [Weight(fan_in * fan_out * matrices)]
+        size = fan_in * fan_out * matrices
+        weights = [] if self.settings.packed else [Weight(size)]
         if self.settings.model.bias if biased is None else biased:
             weights.append(Weight(fan_out, decayed=False))
-        return Module(name, weights, **sizes)
+        module = Module(name, weights, **sizes)
+        if self.settings.packed:  # unpacked for the moment of each product
+            module.packed = size
+            module.forward += size * self.settings.product_bytes
+            module.backward += size * self.settings.product_bytes
+        return module
 
     def norm(self, name, width=None, rows=None):
         """A norm over `width` channels, n_embd if it is not given, of as many rows, one a token if not given. It reads
@@ -202,7 +209,7 @@ class Trace:
         """Whether the input of a matrix is kept: for the gradients of the matrix or of its adapter. DeepSpeed's linear
         function, which stage 3 takes unless it is compiled, keeps it anyway."""
         s = self.settings
-        return not s.adapters or matrix in s.lora.matrices or (s.stage == 3 and not s.compiled)
+        return not s.adapters or matrix in s.lora.matrices or (s.stage == 3 and not s.compiled and not s.packed)
 
     def adapter(self, matrix, rows):
         """lora.py's products beside a matrix, if it has some: A's outputs are kept, and a dropped input; B's are added

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from minzero.config.build import build
 from minzero.config.deepspeed import check_stage, offloads_optimizer, zero_stage
 from minzero.errors import UserError
+from minzero.four_bit import BYTES
 from minzero.planner.batches import legal_batch, micro_batches, with_batch
 from minzero.planner.gpus import USABLE
 from minzero.planner.memory import replayed
@@ -234,7 +235,8 @@ def least_bytes(settings):
     """Bytes of a GPU that the weights, their optimizer and no activations take at the least."""
     s, (size, _) = settings, count_parameters(settings.model)
     states = s.moment_bytes + (s.master_bytes if s.bytes < 4 else 0)
-    weights = 0 if s.offload_param else size * s.bytes / (s.world_size if s.stage == 3 else 1)
+    weights = 0 if s.offload_param else (size - s.packed) * s.bytes / (s.world_size if s.stage == 3 else 1)
+    weights += s.packed * BYTES
     trained = s.adapters or size
     return weights + (0 if s.offload_optimizer else trained * states / (s.world_size if s.stage else 1))
 

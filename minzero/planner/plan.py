@@ -26,7 +26,8 @@ def plan_run(config, hardware, assumptions=None, code=None, replay=replayed):
     assumptions = (assumptions or Assumptions()).on(hardware.card)
     settings = settings_of(config, hardware.gpus, hardware.memory_bytes, hardware.card)
     engine = replay(settings)
-    memory, parameters, trained = engine.memory, engine.size - settings.adapters, engine.trained
+    memory, trained = engine.memory, engine.trained
+    parameters = engine.size + settings.packed - settings.adapters
     by_size = sorted(((total, phase) for phase, (total, _) in memory.peaks.items()), reverse=True)
     (gpu_bytes, peak_phase), (second_bytes, second_phase) = by_size[:2]
     held_at_peak = memory.peaks[peak_phase][1]

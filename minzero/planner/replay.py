@@ -9,6 +9,7 @@ import itertools
 import math
 from collections import Counter
 
+from minzero.four_bit import BYTES
 from minzero.planner.activations import calls_of, trace, weights_of
 
 PARTS = ("parameters", "gradients", "optimizer", "gathered", "buckets", "activations", "logits", "overhead")
@@ -86,6 +87,7 @@ class Engine:
         """One optimizer step in its steady state; returns the memory with its peaks."""
         s, memory = self.settings, self.memory
         memory.allocate("overhead", 2 * s.tokens * 8 + s.mask_bytes)  # inputs and targets, int64
+        memory.allocate("parameters", math.ceil(s.packed * BYTES))
         self.resident()
         for self.micro_step in range(2 if s.gradient_accumulation_steps > 1 else 1):  # later ones are as the second
             self.last = self.micro_step or s.gradient_accumulation_steps == 1

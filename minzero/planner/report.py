@@ -38,7 +38,8 @@ def headline(plan, config, hardware):
         if plan[section]:
             stage += f", {part} on {DEVICES[offload_device(zero, section)]}"
     if config.lora.rank:
-        active += f", frozen, and {in_count(plan['trained_parameters'])} in adapters of rank {config.lora.rank},"
+        frozen = f"frozen in {config.lora.base_bits} bits" if config.lora.base_bits else "frozen"
+        active += f", {frozen}, and {in_count(plan['trained_parameters'])} in adapters of rank {config.lora.rank},"
     steps = plan["gradient_accumulation_steps"]
     accumulated = f"{steps:,} micro-batches a step" if steps > 1 else "one a step"
     return [

@@ -16,6 +16,7 @@ from minzero.config.deepspeed import (
 from minzero.config.sections import LoraConfig, ModelConfig, Recomputation
 from minzero.data.mixture import Mixture
 from minzero.errors import UserError
+from minzero.four_bit import count_of
 from minzero.lora import count_adapters
 from minzero.sizes import MOST_HEAD_SIZE
 
@@ -80,6 +81,11 @@ class Settings:
     def adapters(self):
         """Parameters of adapters, which then are all that is trained; 0: none, and all weights are trained."""
         return count_adapters(self.model, self.lora)
+
+    @property
+    def packed(self):
+        """Parameters of the frozen base that are in 4 bits (four_bit.py), whole on each rank."""
+        return count_of(self.model) if self.adapters and self.lora.base_bits else 0
 
     @property
     def recomputation(self):

@@ -42,7 +42,8 @@ def ended(process, seconds=120):
 
 def environment(**more):
     inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # a test's own client
-    return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+    paths = os.pathsep.join(filter(None, [str(ROOT), inherited.get("PYTHONPATH")]))
+    return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | more
 
 
 def deepspeed_command(*arguments, processes=2, port=None):

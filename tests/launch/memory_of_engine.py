@@ -7,6 +7,7 @@ import json
 import random
 import sys
 import weakref
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from minzero.config.auto import VALUES
 from minzero.config.build import build
 from minzero.config.deepspeed import deepspeed_config
 from minzero.engine import build_engine
+from minzero.four_bit import FourBitLinear
 from minzero.planner.settings import settings_of
 from tests.helpers.other_engines import OtherSettings, simulate_other
 
@@ -78,6 +80,10 @@ def held_by(engine, stage):
         masters = [tensor for group in inner.param_groups for tensor in group["params"]]
         gradients = [tensor.grad for tensor in {*masters, *weights} if tensor.grad is not None]
         gradients += getattr(optimizer, "fp32_groups_gradients_flat", [])
+    for module in engine.module.modules():
+        if isinstance(module, FourBitLinear):
+            for numbers, scales in module.packed:
+                weights += [numbers, scales.absmax, scales.state2.absmax]
     parts = {"parameters": weights, "optimizer": [*masters, *states], "gradients": gradients}
     return {part: bytes_of(tensors, known) for part, tensors in parts.items()}
 
@@ -162,10 +168,12 @@ def with_adapters(which):
     ]
     if which == "some":
         kinds = [(3, "bf16", rotary), (1, "bf16", {})]
-    for number, (stage, precision, shape) in enumerate(kinds):
+    kinds = [(*kind, bits) for kind in kinds for bits in ([None, 4] if find_spec("bitsandbytes") else [None])]
+    for number, (stage, precision, shape, bits) in enumerate(kinds):
         zero = {"stage": stage, "stage3_param_persistence_threshold": 300, "reduce_bucket_size": 30_000}
         batch = {"micro_batch_size": 2, "activation_checkpointing": number % 3 == 2, "global_batch_tokens": 512}
         lora = {"rank": 8, "dropout": 0.1 * (number % 2), "matrices": ["qkv", "proj", "up", "down"][number % 4 :]}
+        lora["base_bits"] = bits
         yield measured_and_predicted(zero, batch, precision, shape, lora=lora)
 
 

@@ -41,6 +41,8 @@ ELSEWHERE = {  # command: what runs it, or why nothing can
     "make setup && . .venv/bin/activate": "make test begins with it",
     "python eval.py out/tiny --tasks hellaswag,arc_easy --limit 100": "needs a network; test_eval runs a local task",
     "python eval.py out/70b --tasks hellaswag,piqa": "the same",
+    "python eval.py out/talks --by_role": "test_eval_chat",
+    "python eval.py out/talks --tasks my_task.yaml --chat": "test_eval_chat",
     "python eval.py out/tiny --tasks my_task.yaml": "test_eval",
     "deepspeed --num_gpus 8 eval.py out/70b": "test_launch, on two ranks",
     "python to_gguf.py hf/tiny tiny.gguf --llama_cpp llama_cpp_python-*/vendor/llama.cpp": "test_to_gguf",
@@ -95,6 +97,17 @@ ELSEWHERE |= {
     f"{CONTINUE} --train.lr 0 --train.warmup_tokens 0 --train.max_tokens 262144 --train.out_dir out/before": "the same "
     "as the run: test_hf has a rate of zero",
 }
+ELSEWHERE |= dict.fromkeys(
+    (
+        "deepspeed --num_gpus 2 train.py configs/tiny.json --train.init_from out/tiny --lora.rank 8 --train.lr 1e-3 "
+        "--train.max_tokens 300000 --train.out_dir out/lora",
+        "python eval.py out/lora",
+        'python sample.py out/lora --prompt "def "',
+        "python export.py out/lora out/adapter",
+        "python export.py out/lora out/merged --merge",
+    ),
+    "test_lora, with a small Llama",
+)
 SHORT = {  # flags added to a command of train.py
     "train": {"max_tokens": 16 * 128, "global_batch_tokens": 128, "micro_batch_size": 2, "warmup_tokens": 0},
     "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_kv_head": "null", "block_size": 16, "vocab_size": 270},

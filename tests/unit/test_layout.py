@@ -21,10 +21,10 @@ ORDER = """
     data.chat_templates data.conversations data.preferences data.output data.clean
     data.encode data.pipeline data.learn_tokenizer data.scripts data.verify data.foreign data.convert
     checkpoint_state checkpoint_folder checkpoint resume restore fetch model hf.weights
-    hf.comparison hf.read lora trained init_from compiled
+    hf.comparison hf.read lora four_bit trained init_from compiled
     engine schedule watchdog bad_steps goodput metrics loggers profiler curves plot report hf.card hf.write
     hf.peft hf.gguf summary run
-    evaluate_loss evaluate_pairs reference sampling evaluate generate
+    evaluate_loss evaluate_pairs evaluate_roles reference sampling evaluate generate
     planner.units planner.gpus planner.batches planner.settings planner.activations planner.replay planner.stage3
     planner.memory planner.speed planner.search planner.plan planner.stage planner.fitting planner.report
     planner.picture planner.offers planner.measured

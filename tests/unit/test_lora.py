@@ -61,16 +61,22 @@ def adapters_of(model):
     return {name: parameter.detach() for name, parameter in model.named_parameters() if lora.is_adapter(name)}
 
 
-def write_lora_run(run, model, base, data):
-    """A run's folder with one checkpoint of a model's adapters. base: the path of the weights beside them."""
+def write_lora_run(run, model, base, data, **more):
+    """A run's folder with one checkpoint of a model's adapters. base: the path of the weights beside them. more:
+    other values of the section lora."""
     adapters, config = adapters_of(model), model.config
     folder, name = run / "checkpoints", checkpoint_folder.name_of(5)
     (folder / f"{name}.tmp").mkdir(parents=True)
     file = "rank_00000.safetensors"
-    tensors = {f"fp32/{key}/0": value.flatten().contiguous() for key, value in adapters.items()}
+    tensors = {f"fp32/{key}/0": value.float().flatten().contiguous() for key, value in adapters.items()}
     state = {"files": {file: write_file(folder / f"{name}.tmp" / file, tensors)}, "loss_scaler": {}, "tied": {}}
     state |= {"step": 5, "tokens": 5120, "optimizer_steps": 5, "world_size": 1, "stage": 0, "precision": "fp32"}
-    whole = Config(model=config, data=DataConfig(data), train=TrainConfig(init_from=str(base)), lora=of(config))
+    whole = Config(
+        model=config,
+        data=DataConfig(data),
+        train=TrainConfig(init_from=str(base)),
+        lora=dataclasses.replace(of(config), **more),
+    )
     state |= {"config": whole.to_dict(), "parameters": {key: list(value.shape) for key, value in adapters.items()}}
     state |= {"data": {data: {"tokenizer": None, "vocab_size": 270}}, "best_val_loss": 5.0}
     state |= {"versions": {"torch": torch.__version__, "device": "cpu"}, "base": identity_of(str(base))}

@@ -20,9 +20,9 @@ def test_the_requirements_of_a_run_are_those_of_the_project():
 
 
 def test_the_requirements_of_the_tests_are_those_of_the_extra_dev():
-    assert "minzero[eval,loggers]" in EXTRAS["dev"]
+    assert "minzero[eval,four_bit,loggers]" in EXTRAS["dev"]
     others = [name for name in EXTRAS["dev"] if not name.startswith("minzero")]
-    assert sorted(others + EXTRAS["eval"]) == lines_of("requirements-dev.txt")
+    assert sorted(others + EXTRAS["eval"] + EXTRAS["four_bit"]) == lines_of("requirements-dev.txt")
 
 
 def test_make_takes_the_same_pythons(monkeypatch):
