@@ -85,10 +85,10 @@ def test_it_computes_as_transformers_and_peft_with_bitsandbytes(name, precision,
     theirs.train()  # else bitsandbytes' layer has another form for CPUs
     tokens = torch.randint(config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(3))
     expected = theirs(tokens).logits.float()
-    tolerance = 1e-5 if precision == "fp32" else 0.03  # of all logits together: a single one may round far off in bf16
     unquantised = adapted_again(plain(config, read), 7)(tokens)
     off, off_without = ((found.float() - expected).norm() / expected.norm() for found in (ours(tokens), unquantised))
-    assert off < tolerance < 0.5 * off_without, "a comparison that 4 bits do not change shows nothing"
+    assert off_without > 0.05, "a comparison that 4 bits do not change shows nothing"
+    assert off < (1e-5 if precision == "fp32" else 0.2 * off_without)
 
     trained = [[parameter for parameter in model.parameters() if parameter.requires_grad] for model in (ours, theirs)]
     assert sum(map(torch.numel, trained[0])) == sum(map(torch.numel, trained[1]))
