@@ -90,6 +90,13 @@ ELSEWHERE |= dict.fromkeys(
     ),
     "test_supervised, with a small model",
 )
+ELSEWHERE |= dict.fromkeys(
+    (
+        "deepspeed --num_gpus 2 train.py configs/sft-tiny.json",
+        "deepspeed --num_gpus 2 train.py configs/dpo-tiny.json",
+    ),
+    "by hand after make train: minutes; test_sft_trl and test_preference, with small models",
+)
 CONTINUE = "deepspeed --num_gpus 1 train.py smollm2.json"  # of docs/continue.md
 ELSEWHERE |= {
     CONTINUE: "needs a network; test_hf continues small models",
