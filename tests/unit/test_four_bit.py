@@ -87,7 +87,8 @@ def test_it_computes_as_transformers_and_peft_with_bitsandbytes(name, precision,
     expected = theirs(tokens).logits.float()
     size = expected.abs().max().item()
     tolerance = 1e-5 if precision == "fp32" else 0.05
-    assert torch.allclose(ours(tokens).float(), expected, atol=tolerance * size)
+    found = ours(tokens).float()
+    assert (found - expected).norm() <= tolerance * expected.norm()
     unquantised = adapted_again(plain(config, read), 7)(tokens)
     assert (unquantised - expected).abs().max() > 0.01 * size, "a comparison that 4 bits do not change shows nothing"
 
