@@ -115,14 +115,12 @@ def test_moved_to_other_ranks_and_stages_and_back(runs, bits):
 
 @pytest.mark.parametrize("bits", BASES)
 def test_a_bad_step_is_skipped_or_rolled_back(runs, bits):
-    skipped = runs / f"skip_{bits}"
-    assert sorted(losses(skipped)) == list(range(1, STEPS + 1))
-    last = state_at(skipped, STEPS)
-    assert last["optimizer_steps"] == STEPS - 1 and last["bad_steps"]["skipped"] == 1
-    assert all(parameter.isfinite().all() for parameter in load(skipped, STEPS)[0].parameters())
-    said = (runs / f"said_{bits}.txt").read_text()
-    assert "step 7" in said and "\n" not in said
-    check_same(runs / f"whole_{bits}", runs / f"rollback_{bits}")
+    for name, steps in {"skip": STEPS - 1, "rollback": STEPS - 3}.items():  # back to the weights of step 4
+        out = runs / f"{name}_{bits}"
+        assert sorted({line["step"] for line in read_metrics(out) if "loss" in line}) == list(range(1, STEPS + 1))
+        last = state_at(out, STEPS)
+        assert last["optimizer_steps"] == steps and last["bad_steps"]["skipped"] == 1
+        assert all(parameter.isfinite().all() for parameter in load(out, STEPS)[0].parameters())
 
 
 def test_copied_elsewhere_and_restored(folder, tmp_path):
