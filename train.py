@@ -139,32 +139,30 @@ class Start(NamedTuple):
 def choose_start(config, train_data):
     """Start of this run, by train.resume and train.init_from. Every rank must call this. Raises UserError."""
     path, state = resume.where_to_start(config, train_data)
-    if config.lora.rank:
-        return with_adapters(config, path, state)
-    if config.train.init_from and not path:
+    if config.train.init_from and not path and not config.lora.rank:
         init_source, load_weights = trained.open_weights(config.train.init_from, config.model)
         return Start(path, state, init_source, load_weights)
     return Start(path, state)
 
 
-def with_adapters(config, path, state):
-    """Start of a run that trains adapters: the weights of train.init_from are needed also where it is resumed."""
-    if not config.train.init_from:
-        raise UserError(
-            f"lora.rank: found {config.lora.rank} without train.init_from, which names the model that gets adapters; "
-            "set it, or lora.rank to null"
-        )
+def with_base(config, start, precision):
+    """The Start of a run that trains adapters with the weights beside them, which are needed also where it is resumed;
+    that of another run as it is. Every rank must call this: it begins with what rank 0 has found. Raises UserError."""
+    base = as_rank_0(lambda: trained.base_of(config, start.path, start.state.get("base")))
+    if base is None:
+        return start
     if config.lora.base_bits:
         four_bit.require()
-    if path:
-        base = state["base"]
-        as_rank_0(lambda: trained.check_base(base, path))
-        init_source, load_weights = trained.open_weights(base["path"], config.model)
-        return Start(path, state, init_source, load_weights, base)
-    base = as_rank_0(lambda: trained.identity_of(config.train.init_from))
-    init_source, load_weights = trained.open_weights(config.train.init_from, config.model)
-    load_adapters = peft.open_adapter(config.lora, config.model) if config.lora.init_from else None
-    return Start(path, state, init_source, load_weights, base, load_adapters)
+        if start.path and start.state["precision"] != precision:
+            raise UserError(
+                f"train.precision: found {precision}, expected {start.state['precision']} as in {start.path}: the base "
+                "has other 4-bit weights in another precision"
+            )
+    init_source, load_weights = trained.open_weights(base["path"], config.model)
+    load_adapters = None
+    if config.lora.init_from and not start.path:
+        load_adapters = peft.open_adapter(config.lora, config.model)
+    return Start(start.path, start.state, init_source, load_weights, base, load_adapters)
 
 
 def facts_in_common(config, setup, start, train_data, val_data):
@@ -268,6 +266,7 @@ def micro_batches(run, data, step):
     weights = [1.0] * accumulation
     if data.is_uneven:  # micro-batches with different numbers of tokens that count
         batches = list(batches)
+        run.watchdog.turn()  # after the reading, which may hang on one rank
         weights = equal_weights(batches, group.world_size, group.device)
     yield from zip(batches, weights, strict=True)
 
@@ -278,7 +277,7 @@ def train_step(run, engine, data, step):
     accumulation = run.setup.gradient_accumulation_steps
     mean_loss = torch.zeros((), device=run.group.device)  # of this rank
     for micro_step, (batch, weight) in enumerate(micro_batches(run, data, step), start=1):
-        run.watchdog.heartbeat()
+        run.watchdog.turn()
         inputs, targets = to_device(batch[:2], run.group.device)
         on_cpu = map(torch.from_numpy, batch[2:])  # where documents begin, which the model wants there
         run.clock.mark("data")
@@ -310,10 +309,10 @@ def validate(run, engine, data, step):
     sizes = train.eval_tokens, train.micro_batch_size
     of_pairs = None
     if data.has_pairs:
-        of_pairs = validation_of_pairs(engine, data, *sizes, *run.group, progress=run.watchdog.heartbeat)
+        of_pairs = validation_of_pairs(engine, data, *sizes, *run.group, progress=run.watchdog.turn)
         loss = of_pairs["loss"]
     else:
-        loss = validation_loss(engine, data, *sizes, *run.group, progress=run.watchdog.heartbeat)
+        loss = validation_loss(engine, data, *sizes, *run.group, progress=run.watchdog.turn)
     run.record_validation(step, loss, time.perf_counter() - began, of_pairs)
     if run.group.rank == 0:
         draw_loss(run.folder.path)
@@ -324,7 +323,7 @@ def validate(run, engine, data, step):
 def show_sample(run, engine, tokenizer, step):
     """Print and log a text that the model writes. Every rank must call this."""
     seed = run.config.train.seed + step
-    run.record_sample(step, sampling.write_text(engine, tokenizer, run.group.device, seed, run.watchdog.heartbeat))
+    run.record_sample(step, sampling.write_text(engine, tokenizer, run.group.device, seed, run.watchdog.turn))
 
 
 def draw_loss(folder):
@@ -366,6 +365,8 @@ def main(config, watchdog=None):
             setup = choose_setup(config, group, precision, hardware.memory_bytes)
         with dist.all_or_none():  # begins with what rank 0 has chosen, so a rank that fails above must not skip it
             start = choose_start(config, train_data)
+        with dist.all_or_none():
+            start = with_base(config, start, setup.precision)
             tokenizer = sampling.open_tokenizer(config)
             facts = facts_in_common(config, setup, start, train_data, val_data)
         dist.refuse_different_ranks(facts)

@@ -24,6 +24,7 @@ import numpy as np
 
 from minzero import report
 from minzero.config.deepspeed import gradient_accumulation
+from minzero.config.sections import LoraConfig
 from minzero.data.mixture import Mixture
 from minzero.data.shards import token_dtype, write_shard
 from minzero.errors import UserError
@@ -100,11 +101,13 @@ def prepare_data(config, temporary):
     model = config.model
     try:
         for split in ("train", "val"):
-            data = Mixture(config.data.path, split, model.block_size, model.vocab_size, config.train.seed)
+            more = config.train.seed, None, config.data.document_mask
+            data = Mixture(config.data.path, split, model.block_size, model.vocab_size, *more)
             data.check_loss("next_token")
     except UserError as error:
         random_tokens(temporary / "data", config)
         config.data.path = str(temporary / "data")
+        config.data.document_mask = False
         return f"random tokens ({error})"
     return f"data {config.data.path}"
 
@@ -120,6 +123,7 @@ def benchmark_config(config, folder):
     train.out_dir = str(folder)
     train.resume = "never"
     train.init_from = None
+    config.lora = LoraConfig()  # adapters too need a model to start from: all weights are trained
     train.loss = "next_token"  # others need a model to start from
     train.loggers = []
     train.log_every = 1

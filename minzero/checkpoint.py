@@ -380,7 +380,7 @@ def open_weights(path, state=None):
     state = state or read_state(path, look_at_files=reads_weights())
     config = build({"model": state["config"]["model"]}, path / "state.json")
     of_data = state["config"]["data"]
-    config.data = DataConfig(of_data["path"], document_mask=of_data.get("document_mask", "auto"))
+    config.data = DataConfig(of_data["path"], document_mask=of_data.get("document_mask", False))
     config.train = as_saved(state, vars(TrainConfig()))
     config.lora = lora_of(state)
 

@@ -100,12 +100,12 @@ def fault_of_state(state):
         ("data", is_data(state["data"]), "what a run records of its data"),
         ("config", is_config(state["config"]), "the sections of a run's config"),
         ("config", is_lora(state["config"].get("lora", {})), "a section lora"),
-        ("base", "base" not in state or is_base(state["base"]), "the path and digest of a model"),
+        ("base", not has_adapters(state) or is_base(state.get("base")), "the path and digest of a model"),
         ("pieces", isinstance(state.get("pieces", {}), dict), "an object"),
     ]
     for name, right, expected in rules:
         if not right:
-            return f"{name}: found {str(state[name])[:100]}, expected {expected}"
+            return f"{name}: found {str(state.get(name))[:100]}, expected {expected}"
     elements = {name: math.prod(shape) for name, shape in parameters.items()}
     size = sum(entry["bytes"] for entry in files.values())
     if 4 * sum(elements.values()) > size:
@@ -176,6 +176,11 @@ def is_lora(value):
     known_bits = value.get("base_bits") in (None, 4)
     known_rank = rank is None or (is_count(rank) and rank > 0)
     return known_rank and is_number(value.get("alpha", 1)) and known_matrices and known_bits
+
+
+def has_adapters(state):
+    lora = state["config"].get("lora")
+    return isinstance(lora, dict) and lora.get("rank") is not None
 
 
 def is_base(value):

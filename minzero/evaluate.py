@@ -1,6 +1,7 @@
 """How good is a trained model? Its loss over validation splits, gzip on the same text, and lm-eval's benchmarks."""
 
 import contextlib
+import gc
 import gzip
 import importlib.util
 import math
@@ -58,8 +59,9 @@ def evaluate(model, streams, batch_size=16, device=None, rank=0, world_size=1, p
     if not tokens:
         folders = ", ".join(str(stream.folder) for stream in streams)
         raise UserError(f"{folders}: no token of the validation split counts, so there is no loss; give other data")
-    # only meta.json tells the bytes of the tokens' text
-    sizes = [stream.meta["splits"]["val"].get("bytes") if stream.meta else None for stream in streams]
+    # only meta.json tells the bytes of the tokens' text, and of all of it
+    knows = [stream.meta and stream.is_whole for stream in streams]
+    sizes = [stream.meta["splits"]["val"].get("bytes") for stream in streams] if all(knows) else [None]
     size = sum(sizes) if all(sizes) else None
     return {
         "val_loss": nats / tokens,
@@ -106,7 +108,7 @@ def open_reference(source: ModelSource, streams, path):
             f"answers to {streams[0].folder} are compared"
         )
     remedy = "give the model as --reference"
-    reference.attach(reference.read([source.path.parents[1]], digest, remedy), streams, remedy)
+    reference.attach(reference.read([source.path.resolve().parents[1]], digest, remedy), streams, remedy)
     return None
 
 
@@ -171,7 +173,11 @@ def evaluate_on_ranks(open_model, batch_size, by_role=False):
     ranks = device, rank, world_size
     if reference_source:
         with progress_bar("reference", passes) as progress:
-            reference.compute(load_sharded(reference_source, device), streams, batch_size, *ranks, progress)
+            model = load_sharded(reference_source, device)
+            reference.compute(model, streams, batch_size, *ranks, progress)
+        model.destroy()  # before the next one is there
+        del model
+        gc.collect()
     model = load_sharded(source, device)
     with progress_bar("evaluating", passes * (1 + by_role)) as progress:
         how = batch_size, *ranks, progress
@@ -285,7 +291,8 @@ def report(source: ModelSource, streams, result):
     elif streams:
         yield f"validation loss {result['val_loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}"
         if result["bits_per_byte"] is None:
-            yield "bits per byte unknown: the shards have no meta.json"
+            reason = "the shards have no meta.json" if all(stream.is_whole for stream in streams) else "some is cut"
+            yield f"bits per byte unknown: {reason}"
         else:
             yield f"bits per byte {result['bits_per_byte']:.4f}"
 

@@ -42,11 +42,11 @@ def answer_log_probabilities(
     found = torch.zeros(2, len(stream.lengths), dtype=torch.float64, device=device)
     with sums_of_each_answer(model) as sums:
         for first in range(0, len(windows), batch_size * world_size):
-            progress()
             start = first + rank * batch_size
             mine = windows[start : start + batch_size]
             # a rank without windows still runs a forward pass: ZeRO-3's gathers are collective
             inputs, targets, positions, reference = read_windows(stream, mine, batch_size)
+            progress()  # after the reading, which may hang on one rank
             sums.clear()
             model(inputs.to(device), targets.to(device), positions, reference)
             if mine:

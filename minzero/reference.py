@@ -47,11 +47,11 @@ def provide(run, engine, start, streams):
 
     if start.path:
         digest = start.state.get("reference")
-        content = as_rank_0(lambda: read([run.folder.path, start.path.parents[1]], digest))
+        content = as_rank_0(lambda: read([run.folder.path, start.path.resolve().parents[1]], digest))
         attach(content, streams)
     else:
         began = time.perf_counter()
-        compute(engine, streams, run.config.train.micro_batch_size, *run.group, progress=run.watchdog.heartbeat)
+        compute(engine, streams, run.config.train.micro_batch_size, *run.group, progress=run.watchdog.turn)
         engine.train()
         content = as_rank_0(lambda: as_file(streams))
         answers = sum(len(stream.reference) for stream in streams)

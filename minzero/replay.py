@@ -35,7 +35,6 @@ from minzero.resume import check_same_data
 from minzero.run import Run
 from minzero.run_folder import RunFolder
 from minzero.schedule import learning_rate
-from minzero.trained import check_base
 from minzero.watchdog import Watchdog
 
 DIFFERENT = 1  # the exit code
@@ -111,6 +110,8 @@ def config_of(run, settings):
     """The Config with which the steps were computed, with the stage, the precision and the kernels that the run chose.
     Raises UserError."""
     config = with_stage(build(settings["config"], run), settings["stage"])
+    if "document_mask" not in settings["config"]["data"]:  # of a run that is older than the key
+        config.data.document_mask = False
     train_section = config.train
     train_section.out_dir, train_section.resume, train_section.profile = str(run), "auto", None
     train_section.save_every_seconds = 0.0
@@ -137,12 +138,11 @@ def prepare(run_path, path, state, settings, group):
         check_same_data(settings["data"], data, path or run_path)
         setup = train.choose_setup(config, group, settings["precision"], memory)
         start = train.Start(path, state)
-        if config.lora.rank:
-            if not path and settings.get("base"):
-                check_base(settings["base"], run_path)
-            start = train.with_adapters(config, path, state)
-        elif config.train.init_from and not path:
+        if config.train.init_from and not path and not config.lora.rank:
             start = train.Start(path, state, *train.trained.open_weights(config.train.init_from, config.model))
+    with dist.all_or_none():  # begins with what rank 0 has found
+        recorded = state | {"base": settings["base"]} if settings.get("base") else state
+        start = train.with_base(config, start._replace(state=recorded), settings["precision"])._replace(state=state)
     if path and (fault := checkpoint.fault_of(path, state)):
         raise SharedError(fault)
     watchdog = Watchdog(config.train)  # never started: only its heartbeats are asked for

@@ -128,7 +128,7 @@ def settings(run):
     """Every key of the run's config, and the data that it found, one deep: {"train.lr": "0.001"}."""
     config = read_config_if_whole(run.folder)
     rows = {}
-    for section in ("model", "data", "train", "deepspeed", "data_found"):
+    for section in ("model", "data", "train", "lora", "deepspeed", "data_found"):
         for key, value in config.get(section, {}).items():
             rows[f"{section}.{key}"] = json.dumps(value)
     return rows

@@ -11,6 +11,7 @@ from minzero import checkpoint, checkpoint_folder, copier, dist, goodput, logger
 from minzero.compiled import failure_in_words
 from minzero.errors import SharedError, UserError
 from minzero.files import write_json
+from minzero.lora import count_adapters
 from minzero.run_folder import read_status
 from minzero.sizes import count_parameters
 
@@ -93,6 +94,7 @@ class Run:
         train = self.config.train
         try:
             parameters, _ = count_parameters(self.config.model)
+            parameters = count_adapters(self.config.model, self.config.lora) or parameters
         except UserError:  # an option that no formula knows
             return None
         saved = len(checkpoint_folder.Saved(self.folder.path / "checkpoints").entries)

@@ -11,6 +11,7 @@
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,13 +128,18 @@ def open_checkpoint(found):
     folders = sorted(data_weights(state["config"]["data"]["path"]))
     if not config.lora.rank:
         return ModelSource(found, fetch.in_words(found), model, lambda: read, state, config, folders)
-    check_base(state["base"], found)
-    _, load_base = open_weights(state["base"]["path"], model)
+    base = find_base(config.train.init_from, state["base"], found)
+    _, load_base = open_weights(base["path"], model)
+    shapes = own_shapes(model)
 
     def load():
-        read_base = load_base()
+        whole = load_base()
+
+        def read_base(name):  # learned positions past block_size are left out, as in training
+            return whole(name)[: shapes[name][0]]
+
         if config.lora.base_bits:
-            read_base = four_bit.as_quantized(model, read_base, state["precision"])
+            return lora.merged(model, config.lora, four_bit.as_quantized(model, read_base, state["precision"]), read)
         return lora.merged(model, config.lora, read_base, read)
 
     return ModelSource(found, fetch.in_words(found), model, load, state, config, folders, lambda: read)
@@ -215,8 +221,9 @@ def identity_of(source):
     folder = folder_to_start_from(source)
     if not is_published(folder):
         found = checkpoint_folder.must_find(folder, "best")
-        state = checkpoint.read_state(found)
-        return {"path": str(found.resolve()), "digest": checkpoint_state.state_checksum(state)}
+        files = checkpoint.read_state(found)["files"]  # of its weights, with their checksums
+        digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode())
+        return {"path": str(found.resolve()), "digest": digest.hexdigest()[:16]}
     digest = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = path.stat().st_size
@@ -228,9 +235,29 @@ def identity_of(source):
     return {"path": str(folder.resolve()), "digest": digest.hexdigest()[:16]}
 
 
-def check_base(base, where):
-    """Raises UserError if the model whose adapters are in the checkpoint `where` is not there any more, or is another.
-    base: as `identity_of` gave it."""
+def base_of(config, path, recorded):
+    """`identity_of` of the model beside which a run trains adapters; None if it trains none. path: the checkpoint from
+    which it continues, or None, and the base that is recorded there. Raises UserError."""
+    if not config.lora.rank:
+        return None
+    source = config.train.init_from
+    if not source:
+        raise UserError(
+            f"lora.rank: found {config.lora.rank} without train.init_from, which names the model that gets adapters; "
+            "set it, or lora.rank to null"
+        )
+    return find_base(source, recorded, path or config.train.out_dir) if recorded else identity_of(source)
+
+
+def find_base(source, base, where):
+    """Where the model is whose adapters are in the checkpoint `where`, as `identity_of` gives it: that of
+    train.init_from, if it is still the same, else where it was. base: as it was recorded. Raises UserError if it is not
+    there any more, or is another."""
+    if source:
+        with contextlib.suppress(UserError):
+            now = identity_of(source)
+            if now["digest"] == base["digest"]:
+                return now
     try:
         now = identity_of(base["path"])
     except UserError as error:
@@ -240,6 +267,7 @@ def check_base(base, where):
             f"{where}: its adapters belong to the weights that were in {base['path']}, and there are others now (found "
             f"{now['digest']}, expected {base['digest']}); put them back"
         )
+    return now
 
 
 def doubts_about_data(source, folders):

@@ -113,10 +113,11 @@ class Watchdog:
     A thread, woken by a pipe, because a rank that waits in NCCL or gloo for another never comes back to
     Python's signal handlers. So it also ends this rank where the loop no longer can: the launcher sends
     SIGTERM as well when a rank has died, and a rank that hangs is named after `timeout` seconds without progress of
-    any rank. What counts as progress calls `heartbeat`: a micro-batch, a batch of an evaluation, a tensor that is
-    saved or loaded, the begin of an exchange with the other ranks. The rank that hangs has called it less often than
-    those that wait for it. The thread itself gives a sign of life every ten seconds, whatever its rank does: where
-    there is no progress, a rank without these is lost, long before `timeout`."""
+    any rank. What counts as progress calls `heartbeat`, as a tensor that is saved or loaded, or `turn`, which all ranks
+    call equally often: a micro-batch, a batch of an evaluation, the begin of an exchange with the other ranks. The rank
+    that hangs has had fewer turns than those that wait for it. The thread itself gives a sign of life every ten
+    seconds, whatever its rank does: where there is no progress, a rank without these is lost, long before
+    `timeout`."""
 
     def __init__(self, train):
         self.out_dir = Path(train.out_dir)
@@ -131,7 +132,7 @@ class Watchdog:
         self.first_ctrl_c = None  # when it came
         # ---- progress, of this rank and of all
         self.peers = None  # {rank: process} of this machine, once the ranks have met
-        self.heartbeats = 0
+        self.heartbeats = self.turns = 0
         self.published = 0  # of them, in the store
         self.last_heartbeat = time.monotonic()
         self.heartbeats_of_all = None  # their sum
@@ -179,7 +180,7 @@ class Watchdog:
             with contextlib.suppress(psutil.NoSuchProcess):  # it will be missed soon enough
                 peers[rank] = psutil.Process(pid)
         self.peers = peers
-        dist.begins_exchange = self.heartbeat
+        dist.begins_exchange = self.turn
 
     def begin_loop(self):
         """From here on stop requests wait for the end of a step."""
@@ -208,6 +209,11 @@ class Watchdog:
         """This rank makes progress."""
         self.heartbeats += 1
         self.last_heartbeat = time.monotonic()
+
+    def turn(self):
+        """This rank makes progress, with something that each rank does equally often."""
+        self.turns += 1
+        self.heartbeat()
 
     def stop(self):
         """No more watching. The thread must be gone before the interpreter is: one that the interpreter's end
@@ -344,14 +350,14 @@ class Watchdog:
                 os._exit(1)
 
     def publish_heartbeats(self):
-        """Tell the store this rank's heartbeats, and add the new ones to those of all."""
-        count, new = self.heartbeats, self.heartbeats - self.published
-        self.published = count
-        dist.ask_store(lambda store: (store.set(f"beat/{self.rank}", str(count)), store.add("beats", new)))
+        """Tell the store this rank's turns, and add its new heartbeats to those of all."""
+        turns, new = self.turns, self.heartbeats - self.published
+        self.published += new
+        dist.ask_store(lambda store: (store.set(f"turns/{self.rank}", str(turns)), store.add("beats", new)))
 
-    def read_heartbeats(self):
-        """The number of heartbeats of each rank, or None if rank 0 does not answer."""
-        keys = [f"beat/{rank}" for rank in range(distributed.get_world_size())]
+    def read_turns(self):
+        """The number of turns of each rank, or None if rank 0 does not answer."""
+        keys = [f"turns/{rank}" for rank in range(distributed.get_world_size())]
         return dist.ask_store(lambda store: [int(value) for value in store.multi_get(keys)])
 
     def count_progress_of_others(self):
@@ -370,13 +376,12 @@ class Watchdog:
         known = dist.ask_store(lambda store: store.check(["hangs"]) and store.get("hangs").decode())
         if known:
             return known
-        heartbeats = self.read_heartbeats()
-        if heartbeats is None:
+        turns = self.read_turns()
+        if turns is None:
             return "rank 0 does not answer"
         words = "no rank makes progress"
-        lowest = min(heartbeats)
-        last = [rank for rank, count in enumerate(heartbeats) if count == lowest]
-        if len(last) < len(heartbeats):
+        last = [rank for rank, count in enumerate(turns) if count == min(turns)]
+        if len(last) < len(turns):
             hosts = sorted(self.hosts_of(last))
             verb = "hangs" if len(last) == 1 else "hang"
             words = f"{in_words(last)} {verb}{' on ' if hosts else ''}{', '.join(hosts[:8])}"

@@ -1,6 +1,6 @@
 """The sections of a config file: every key with its type, default, range and meaning.
 
-A run is described by four sections: `model` (model_section.py), `data` and `train` (the dataclasses below) and
+A run is described by five sections: `model` (model_section.py), `data`, `train` and `lora` (the dataclasses below) and
 `deepspeed` (DeepSpeed's own keys, see deepspeed_keys.py). To add a key, add a line here: reading, checks, overrides and
 --help follow from it.
 """

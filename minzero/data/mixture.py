@@ -159,9 +159,15 @@ def check_same_data(recorded, data, where):
     expected. recorded: the Mixture.fingerprint() in the checkpoint; where: names the checkpoint."""
     for folder, now in data.fingerprint().items():
         was = recorded.get(folder, {})
-        different = [name for name in now if now[name] != was.get(name)]
+        different = [name for name in dict.fromkeys([*now, *was]) if now.get(name) != was.get(name)]
+        if different == ["packing"]:
+            changed = "are not packed now, as they were" if was.get("packing") else "are packed now, and were not"
+            remedy = "true" if was.get("packing") else "false"
+            raise UserError(
+                f"data.document_mask: the conversations of {folder} {changed} in {where}; set it to {remedy}"
+            )
         if different:
-            found = ", ".join(f"{name} {now[name]}" for name in different)
+            found = ", ".join(f"{name} {now.get(name)}" for name in different)
             expected = ", ".join(str(was.get(name)) for name in different)
             raise UserError(
                 f"{folder}: found {found}, expected {expected} as in {where}; "

@@ -149,6 +149,10 @@ class PackedStream(DocumentStream):
         return None  # known when the conversations are
 
     @property
+    def is_whole(self):
+        return not (self.cut or self.left_out)
+
+    @property
     def windows_and_rest(self):
         return self.windows
 

@@ -165,7 +165,7 @@ def docstrings(args):
 
 
 def docstring_pairs(args):
-    """Questions about Python's standard library, each with a right answer and one about something else."""
+    """Questions about Python's standard library, each with an answer of one sentence, and one that goes on."""
     from minzero.data.docstrings import DocstringPairs
 
     return DocstringPairs(args.input)

@@ -179,6 +179,7 @@ class TokenStream:
 
     Raises UserError if a shard is missing, broken, or the split is shorter than one window."""
 
+    is_whole = True  # whether the windows have all tokens of the split
     has_documents = False  # whether `batch` has positions in documents, see packing.py
     has_pairs = False  # whether it has a reference's log-probabilities too
 

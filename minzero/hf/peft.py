@@ -64,7 +64,7 @@ def write_adapter(source, folder, dtype="float32"):
     for (first, second), (a, b), _, there, _ in parts_of(model, config):
         tensors[first] = read(a).to(getattr(torch, dtype))
         tensors[second] = there(read(b)).to(getattr(torch, dtype)).contiguous()
-    base = source.state["base"]["path"]
+    base = source.config.train.init_from  # as it was given: often a name on the hub
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -135,7 +135,7 @@ class Store:
 def test_progress_of_another_rank_is_no_hang_and_none_of_any_is(monkeypatch, tmp_path):
     monkeypatch.setattr(watchdog.distributed, "get_world_size", lambda: 3)
     watch = watchdog.Watchdog(TrainConfig(out_dir=str(tmp_path), timeout_seconds=10))
-    store = Store({"beat/0": 5, "beat/1": 5, "beat/2": 4})
+    store = Store({"turns/0": 5, "turns/1": 5, "turns/2": 4})
     monkeypatch.setattr(dist, "ask_store", lambda action: action(store))
     long_ago = watch.last_heartbeat - 9
 
@@ -146,7 +146,7 @@ def test_progress_of_another_rank_is_no_hang_and_none_of_any_is(monkeypatch, tmp
 
     assert not look(), "the first look has nothing to compare with"
     assert not look() and watch.who_hangs() == "rank 2 hangs on node2"
-    store.beats["beat/2"] = 5
+    store.beats["turns/2"] = 5
     assert look(), "rank 2 moved"
     assert not look() and watch.who_hangs() == "no rank makes progress"
 
