@@ -12,12 +12,13 @@ import plan
 from minzero.config.sections import Config
 from minzero.data import pipeline
 from minzero.data.conversations import Conversations
-from minzero.data.mixture import Mixture
+from minzero.data.mixture import Mixture, check_same_data
 from minzero.data.packing import DocumentStream, PackedStream, best_fit, mean_attended, open_stream, positions_of
 from minzero.data.shards import NO_LOSS, STARTS, TokenStream
 from minzero.data.tokenizer import load_tokenizer
 from minzero.document_attention import Documents, attention_within
 from minzero.errors import UserError
+from minzero.evaluate import evaluate
 from minzero.evaluate_loss import validation_loss, window_losses
 from minzero.metrics import throughput
 from minzero.sizes import IGNORE_INDEX, flops_per_token
@@ -353,6 +354,25 @@ def test_conversations_of_an_earlier_version_are_told_by_their_first_id(data, tm
     now, before = open_stream(data, "train", 96), open_stream(older, "train", 96)
     for pair in zip(now.batch(range(now.windows)), before.batch(range(before.windows)), strict=True):
         assert np.array_equal(*pair)
+
+
+@pytest.mark.parametrize(
+    "now, before, words", [("auto", False, "are packed now, .*false"), (False, "auto", "not packed")]
+)
+def test_a_run_that_is_resumed_with_another_packing_is_refused(now, before, words, data):
+    then = Mixture(str(data), "train", 96, 270, 1, document_mask=before).fingerprint()
+    mixture = Mixture(str(data), "train", 96, 270, 1, document_mask=now)
+    with pytest.raises(UserError, match=f"data.document_mask: .*{words}"):
+        check_same_data(then, mixture, "a checkpoint")
+    check_same_data(mixture.fingerprint(), mixture, "a checkpoint")
+
+
+def test_bits_per_byte_of_conversations_that_are_cut_are_not_known(data):
+    model = made(dataclasses.replace(LLAMA, block_size=96, vocab_size=270))
+    known = evaluate(model, [open_stream(data, "val", 96)])
+    assert open_stream(data, "val", 96).cut and known["bits_per_byte"] is None and known["val_loss"] > 0
+    model = made(dataclasses.replace(LLAMA, block_size=512, vocab_size=270))
+    assert evaluate(model, [open_stream(data, "val", 512)])["bits_per_byte"] > 0
 
 
 def test_speed_counts_what_is_computed(data, capsys):

@@ -21,7 +21,7 @@ from minzero.curves import read_run
 from minzero.errors import UserError
 from minzero.hf import peft
 from minzero.sizes import flops_per_token
-from minzero.trained import identity_of, open_checkpoint
+from minzero.trained import find_base, identity_of, open_checkpoint
 from model import GPT
 from tests.helpers.trained_runs import (
     FAMILIES,
@@ -82,6 +82,10 @@ def write_lora_run(run, model, base, data, **more):
     state |= {"versions": {"torch": torch.__version__, "device": "cpu"}, "base": identity_of(str(base))}
     checkpoint.commit(folder, name, state, best=True)
     return run
+
+
+def open_state(run):
+    return checkpoint.read_state(checkpoint_folder.find(run))
 
 
 def test_it_begins_as_the_model_was_and_trains_adapters_alone():
@@ -164,6 +168,20 @@ def test_an_adapter_of_pefts_continues_here_step_by_step_as_there(name, tmp_path
         assert model(tokens, targets).item() != pytest.approx(losses[1].item(), rel=1e-5)
 
 
+def test_a_shorter_context_than_the_bases_is_read_as_it_was_trained(tmp_path):
+    """Learned positions past block_size are left out, also where adapters are added to them."""
+    data = write_data(tmp_path / "data")
+    base = write_run(tmp_path / "base", dataclasses.replace(GPT2, block_size=24), data)
+    short = GPT(GPT2)
+    for name, parameter in short.named_parameters():
+        parameter.data.copy_(dict(base.named_parameters())[name][: len(parameter)])
+    model = adapted(GPT2, short)
+    run = write_lora_run(tmp_path / "lora", model, tmp_path / "base", data)
+    tokens = random_tokens(GPT2)
+    assert torch.allclose(load(run)[0](tokens), model.eval()(tokens), atol=1e-5)
+    export.main([str(run), str(tmp_path / "merged"), "--merge"])
+
+
 def test_dropout_is_of_the_adapters_input():
     config = dataclasses.replace(SOME, dropout=0.5)
     model = random_model(LLAMA)
@@ -186,13 +204,16 @@ def test_other_weights_in_place_of_the_base_are_refused(tmp_path):
     base = write_run(tmp_path / "base", LLAMA, data)
     run = write_lora_run(tmp_path / "lora", adapted(LLAMA, base), tmp_path / "base", data)
     eval.main([str(run)])
-    other = write_run(tmp_path / "other", LLAMA, data, step=6)
-    assert other is not None
+    changed = {name: parameter.detach() + 0.1 for name, parameter in base.named_parameters()}
+    write_run(tmp_path / "other", LLAMA, data, step=6, read=changed.__getitem__)
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(UserError, match=r"adapters belong to the weights in .*base.*expected"):
         eval.main([str(run)])
     (tmp_path / "other/checkpoints/step_00000006").rename(tmp_path / "other/checkpoints/step_00000005")
     (tmp_path / "other").rename(tmp_path / "base")
+    # the same weights in another place
+    found = find_base(str(tmp_path / "moved"), open_state(run)["base"], run)
+    assert found["path"].startswith(str(tmp_path / "moved"))
     with pytest.raises(UserError, match=r"there are others now \(found [0-9a-f]+, expected [0-9a-f]+\); put them back"):
         eval.main([str(run)])
 

@@ -176,8 +176,8 @@ def test_the_start_of_a_run_is_summed_up_in_six_lines(tmp_path, small_data):
     warned = lines(warmup_tokens=20_000)
     assert len(warned) == 7 and "train.warmup_tokens 20,000 exceeds train.max_tokens 15,000" in warned[-1]
     verbose = lines(verbose=True)
-    assert [line.split(": {")[0] for line in verbose[:4]] == ["model", "data", "train", "deepspeed"]
-    assert verbose[4] == '"auto" of deepspeed: zero_optimization.overlap_comm true'
+    assert [line.split(": {")[0] for line in verbose[:5]] == ["model", "data", "train", "lora", "deepspeed"]
+    assert verbose[5] == '"auto" of deepspeed: zero_optimization.overlap_comm true'
 
 
 def test_each_folder_of_a_mixture_has_epochs_of_its_own(small_data, tmp_path):
