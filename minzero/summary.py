@@ -3,6 +3,7 @@
 import json
 
 from minzero import checkpoint_state, metrics, resume
+from minzero.checkpoint_folder import is_complete
 from minzero.config.deepspeed import with_auto_values
 from minzero.lora import count_adapters
 from minzero.schedule import learning_rate
@@ -68,6 +69,15 @@ def epochs(tokens, data):
         text = f"{number:,.2f}" if number >= 0.1 else f"{number:.2g}"
         parts.append(f"{text} epochs of {folder} ({stream.tokens:,} tokens)")
     return ", ".join(parts)
+
+
+def adapters_line(lora, base):
+    """Where adapters begin, and what they need from now on, or None without any. base: as of Start."""
+    if not lora.rank:
+        return None
+    began = f"adapters from {lora.init_from}" if lora.init_from else "new adapters"
+    of_run = f"; keep {base['path']}, which they need: its run deletes it when it continues"
+    return began + (of_run if is_complete(base["path"]) else "")
 
 
 def resume_line(start, group, setup):

@@ -181,6 +181,12 @@ class TrainConfig:
 
     def check(self):
         self.check_recomputation()
+        beta = TrainConfig.__dataclass_fields__["dpo_beta"].default
+        if self.loss == "next_token" and self.dpo_beta != beta:
+            raise UserError(
+                f"train.dpo_beta: found {self.dpo_beta} with train.loss next_token, which has none; set train.loss, or "
+                f"this to {beta}"
+            )
         if len(self.betas) != 2 or not all(0 <= beta <= 0.99999 for beta in self.betas):
             raise UserError(f"train.betas: found {in_short(self.betas)}, expected two numbers from 0 to 0.99999")
         if 0 < self.grad_clip < 1e-6:  # a gradient divided by less overflows float32
@@ -263,6 +269,12 @@ class LoraConfig:
         if self.rank is None:
             if self.init_from:
                 raise UserError(f"lora.init_from: found {self.init_from}, but lora.rank is null; set it as there")
+            for name, default in vars(LoraConfig()).items():
+                if (value := getattr(self, name)) != default:
+                    raise UserError(
+                        f"lora.{name}: found {in_short(value)}, but lora.rank is null, which trains all weights; set "
+                        f"lora.rank, or this to {in_short(default)}"
+                    )
             if self.base_bits:
                 raise UserError(
                     f"lora.base_bits: found {self.base_bits}, but lora.rank is null, and weights in so few bits cannot "

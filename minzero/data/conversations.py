@@ -83,14 +83,14 @@ def add_flags(parser, formats=FORMATS):
     """Add the flags of a prepare script for conversations to a FlagParser. formats: of rows, or None for just one."""
     if formats:
         parser.add_argument("--format", choices=formats, help="of the rows; default: the one that the first row has")
+        learn = "the assistant's words alone are learned, or all tokens but the first of a conversation"
+        parser.add_argument("--learn", choices=["assistant", "all"], default="assistant", help=learn)
     parser.add_argument(
         "--chat_template",
         default="auto",
         metavar="own|base|FILE",
         help="this project's form, the tokenizer's template, or one in Jinja; default: base where it has one, else own",
     )
-    learn = "the assistant's words alone are learned, or all tokens but the first of a conversation"
-    parser.add_argument("--learn", choices=["assistant", "all"], default="assistant", help=learn)
     fits = "cut a longer conversation after the last whole answer, or leave it out"
     parser.add_argument("--max_tokens", type=at_least(2), help=fits)
 

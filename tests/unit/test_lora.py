@@ -232,6 +232,9 @@ def test_the_digest_of_a_published_base_sees_one_changed_byte(tmp_path):
     "lora_section, more, message",
     [
         ({"init_from": "a"}, {}, "lora.init_from: found a, but lora.rank is null"),
+        ({"alpha": 8}, {}, "lora.alpha: found 8.*, but lora.rank is null"),
+        ({"matrices": ["qkv"]}, {}, "lora.matrices: .* but lora.rank is null"),
+        ({}, {"dpo_beta": 0.5}, "train.dpo_beta: found 0.5 with train.loss next_token"),
         ({"rank": 4, "matrices": []}, {"init_from": "x"}, r"lora.matrices: found \[\]"),
         ({"rank": 4, "matrices": ["qkv", "qkv"]}, {"init_from": "x"}, "each once"),
         ({"rank": 4, "matrices": ["head"]}, {"init_from": "x"}, "expected one of qkv, proj, up, down"),
