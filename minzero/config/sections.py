@@ -275,11 +275,6 @@ class LoraConfig:
                         f"lora.{name}: found {in_short(value)}, but lora.rank is null, which trains all weights; set "
                         f"lora.rank, or this to {in_short(default)}"
                     )
-            if self.base_bits:
-                raise UserError(
-                    f"lora.base_bits: found {self.base_bits}, but lora.rank is null, and weights in so few bits cannot "
-                    "be trained; set lora.rank, or this to null"
-                )
             return
         if self.base_bits and model.n_expert:
             raise UserError(

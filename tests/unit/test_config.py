@@ -164,6 +164,7 @@ NUMBERS = [
     for section, cls in SECTIONS.items()
     for f in dataclasses.fields(cls)
     if {int, float} & {f.type, *typing.get_args(f.type)} and typing.get_origin(f.type) is not list
+    if not f.metadata["choices"]  # which are the range
 ]
 
 
