@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from minzero.adapters import count_adapters
 from minzero.config.build import build
 from minzero.config.hints import rename_old_keys
 from minzero.errors import UserError
 from minzero.files import read_json
-from minzero.lora import count_adapters
 from minzero.metrics import good_lines
 from minzero.nearest import suggesting
 from minzero.sizes import flops_per_token

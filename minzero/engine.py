@@ -10,7 +10,7 @@ from deepspeed.git_version_info import installed_ops
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from minzero import four_bit, lora
+from minzero import adapters, four_bit, lora
 from minzero.compiled import compile_model
 from minzero.config.deepspeed import check_together, offload_device, offload_ratio, offloads_optimizer, zero_stage
 from minzero.config.sections import Recomputation
@@ -112,10 +112,10 @@ def least_memory(config, ds_config, on_gpu, world_size):
     in_device_memory = ("none",) if on_gpu else ("none", "cpu")
     weights = moments = bucket = 0
     if offload_device(zero, "offload_param") in in_device_memory:
-        packed = four_bit.count_of(model) if config.lora.base_bits else 0
-        weights = (parameters - packed) * width // (world_size if stage == 3 else 1) + int(packed * four_bit.BYTES)
+        packed = adapters.count_of(model) if config.lora.base_bits else 0
+        weights = (parameters - packed) * width // (world_size if stage == 3 else 1) + int(packed * adapters.BYTES)
     if offload_device(zero, "offload_optimizer") in in_device_memory:
-        trained = lora.count_adapters(model, config.lora) or parameters
+        trained = adapters.count_adapters(model, config.lora) or parameters
         moments = trained * 8 // (world_size if stage else 1)  # Adam's two in float32
     if stage and zero.get("contiguous_gradients", True):
         bucket = zero.get("reduce_bucket_size", 5 * 10**8)  # elements
@@ -161,7 +161,7 @@ def choose_kernels(wanted, device):
 def count_real_parameters(module):
     """The number of a model's own parameters, each counted once and whole, without adapters: under ZeRO-3 a rank holds
     a placeholder whose ds_numel is the number of elements."""
-    own = (parameter for name, parameter in module.named_parameters() if not lora.is_adapter(name))
+    own = (parameter for name, parameter in module.named_parameters() if not adapters.is_adapter(name))
     unpacked = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in own)
     return unpacked + four_bit.count_quantized(module)
 
@@ -249,7 +249,7 @@ def build_engine(config, ds_config, device, kernels="torch", compiled=False, loa
         with sharded(), device:
             lora.add_adapters(model, config.lora, train.seed)
         if load_adapters:
-            copy_into(model, load_adapters, lora.is_adapter)
+            copy_into(model, load_adapters, adapters.is_adapter)
     if compiled:
         compile_model(model)
     if stage == 3:  # a block's weights are gathered at once, by two hooks, and outside of its graph

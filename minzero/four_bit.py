@@ -11,12 +11,10 @@ import logging
 import torch
 from torch import distributed, nn
 
+from minzero.adapters import BLOCK, MODULES, rows_of_parts
 from minzero.config.sections import ModelConfig
 from minzero.errors import UserError
-from minzero.lora import MODULES, inputs_of, rows_of_parts
 
-BLOCK, BLOCK_OF_SCALES = 64, 256
-BYTES = 0.5 + 1 / BLOCK + 4 / (BLOCK * BLOCK_OF_SCALES)  # of a parameter
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -102,8 +100,3 @@ def quantize_blocks(model, precision, device):
 def count_quantized(module):
     """The number of a model's parameters that are in 4 bits."""
     return sum(part.out_features * part.in_features for part in module.modules() if isinstance(part, FourBitLinear))
-
-
-def count_of(model: ModelConfig):
-    """The same of a model that is not built."""
-    return model.n_layer * sum(inputs_of(model, matrix) * sum(rows_of_parts(model, matrix)) for matrix in MODULES)

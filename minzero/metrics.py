@@ -9,11 +9,11 @@ import resource
 import time
 from pathlib import Path
 
+from minzero.adapters import count_adapters
 from minzero.cards import peak_flops
 from minzero.errors import UserError
 from minzero.files import is_number, write_atomically
 from minzero.goodput import KINDS
-from minzero.lora import count_adapters
 from minzero.sizes import count_parameters, flops_per_token, recomputed_flops_per_token
 
 # The keys of a line of metrics.jsonl that hold a number, besides `step` and `tokens`.

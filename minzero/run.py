@@ -8,10 +8,10 @@ import time
 from typing import NamedTuple
 
 from minzero import checkpoint, checkpoint_folder, copier, dist, goodput, loggers, metrics, out_dir, profiler, restore
+from minzero.adapters import count_adapters
 from minzero.compiled import failure_in_words
 from minzero.errors import SharedError, UserError
 from minzero.files import write_json
-from minzero.lora import count_adapters
 from minzero.run_folder import read_status
 from minzero.sizes import count_parameters
 

@@ -3,9 +3,9 @@
 import json
 
 from minzero import checkpoint_state, metrics, resume
+from minzero.adapters import count_adapters
 from minzero.checkpoint_folder import is_complete
 from minzero.config.deepspeed import with_auto_values
-from minzero.lora import count_adapters
 from minzero.schedule import learning_rate
 from minzero.sizes import count_parameters, wide_heads
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from minzero import checkpoint, checkpoint_folder, checkpoint_state, fetch, four_bit, lora
+from minzero import adapters, checkpoint, checkpoint_folder, checkpoint_state, fetch, four_bit, lora
 from minzero.config.build import build
 from minzero.config.sections import Config, ModelConfig, data_weights
 from minzero.data.conversations import chat_template, learned_template
@@ -114,7 +114,7 @@ def model_of(found):
         raise UserError(f"{found}/state.json: {model.n_layer} layers, but {len(parameters)} parameters; use another")
     lora_config = checkpoint_state.lora_of(state)
     try:
-        expected = lora.adapter_shapes(model, lora_config) if lora_config.rank else own_shapes(model)
+        expected = adapters.adapter_shapes(model, lora_config) if lora_config.rank else own_shapes(model)
     except RuntimeError as error:  # torch's, of sizes that no number holds
         raise UserError(f"{found}/state.json: config.model: {describe(error)}") from None
     checkpoint.refuse_other_parameters(found, state, expected)

@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from minzero import lora
+from minzero import adapters
 from minzero.config.sections import LoraConfig, ModelConfig
 from minzero.config.values import in_short
 from minzero.data.meta import read_object
@@ -27,7 +27,7 @@ COMPUTED |= {"trainable_token_indices": None, "layer_replication": None, "target
 
 def their_modules(model: ModelConfig, matrix):
     """The names of transformers' modules that a matrix of ours is, with {} for the layer."""
-    return FAMILIES[family_of(model)].modules[f"blocks.{{}}.{lora.MODULES[matrix]}"]
+    return FAMILIES[family_of(model)].modules[f"blocks.{{}}.{adapters.MODULES[matrix]}"]
 
 
 def target_modules(model: ModelConfig, config: LoraConfig):
@@ -40,14 +40,14 @@ def parts_of(model: ModelConfig, config: LoraConfig):
     """Yields, for each adapter of PEFT's: the names of its A and B, ours, their shapes, and two functions that bring
     the rows of B from our order to theirs and back."""
     prefix = PREFIX + FAMILIES[family_of(model)].prefix
-    shapes = lora.adapter_shapes(model, config)
+    shapes = adapters.adapter_shapes(model, config)
     for layer in range(model.n_layer):
         for matrix in config.matrices:
-            module = f"blocks.{layer}.{lora.MODULES[matrix]}"
+            module = f"blocks.{layer}.{adapters.MODULES[matrix]}"
             there, back = rearrangements(f"{module}.bias", model)  # what is done to rows
             for part, name in enumerate(their_modules(model, matrix)):
                 theirs = [f"{prefix}{name.format(layer)}.lora_{kind}.weight" for kind in "AB"]
-                ours = [f"{module}{lora.MARK}{kind}.{part}.weight" for kind in "ab"]
+                ours = [f"{module}{adapters.MARK}{kind}.{part}.weight" for kind in "ab"]
                 yield theirs, ours, [shapes[name] for name in ours], there, back
 
 

@@ -7,7 +7,7 @@ bytes, sizes of weights in elements.
 import itertools
 from dataclasses import dataclass, field
 
-from minzero.lora import inputs_of, rows_of_parts
+from minzero.adapters import inputs_of, rows_of_parts
 from minzero.sizes import loss_chunk_tokens, padded_vocab_size
 
 

@@ -9,10 +9,10 @@ import dataclasses
 from collections import Counter
 from typing import NamedTuple
 
+from minzero.adapters import BYTES
 from minzero.config.build import build
 from minzero.config.deepspeed import check_stage, offloads_optimizer, zero_stage
 from minzero.errors import UserError
-from minzero.four_bit import BYTES
 from minzero.planner.batches import legal_batch, micro_batches, with_batch
 from minzero.planner.gpus import USABLE
 from minzero.planner.memory import replayed

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections import Counter
 
-from minzero.four_bit import BYTES
+from minzero.adapters import BYTES
 from minzero.planner.activations import calls_of, trace, weights_of
 
 PARTS = ("parameters", "gradients", "optimizer", "gathered", "buckets", "activations", "logits", "overhead")

@@ -5,6 +5,7 @@ import functools
 import json
 from dataclasses import dataclass, field
 
+from minzero.adapters import count_adapters, count_of
 from minzero.config.deepspeed import (
     auto_values,
     offload_device,
@@ -16,8 +17,6 @@ from minzero.config.deepspeed import (
 from minzero.config.sections import LoraConfig, ModelConfig, Recomputation
 from minzero.data.mixture import Mixture
 from minzero.errors import UserError
-from minzero.four_bit import count_of
-from minzero.lora import count_adapters
 from minzero.sizes import MOST_HEAD_SIZE
 
 LARGEST_VOCABULARY = 2**31  # of any data

@@ -8,8 +8,8 @@ a run was seen to need (measured.py).
 import math
 from dataclasses import asdict, dataclass, replace
 
+from minzero.adapters import adapter_shapes
 from minzero.config.sections import Recomputation
-from minzero.lora import adapter_shapes
 from minzero.planner.memory import checkpoint_bytes, offloaded_activations, offloaded_elements
 from minzero.sizes import (
     attention_flops_per_token,

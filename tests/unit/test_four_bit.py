@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import eval
 import export
-from minzero import four_bit, load, lora
+from minzero import adapters, four_bit, load, lora
 from minzero.checkpoint_state import is_lora
 from minzero.config.build import build
 from minzero.engine import count_real_parameters, least_memory
@@ -58,7 +58,7 @@ def adapted_again(model, seed):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if lora.is_adapter(name):
+            if adapters.is_adapter(name):
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model
 
@@ -142,14 +142,14 @@ def test_sizes():
         read = dict(GPT(config).named_parameters())
         packed = quantized(config, read.__getitem__)
         assert count_real_parameters(packed) == parameters == count_parameters(config)[0]
-        assert four_bit.count_quantized(packed) == four_bit.count_of(config)
+        assert four_bit.count_quantized(packed) == adapters.count_of(config)
         held = 0
         for module in packed.modules():
             if isinstance(module, four_bit.FourBitLinear):
                 for numbers, scales in module.packed:
                     tensors = numbers, scales.absmax, scales.state2.absmax
                     held += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        assert held == pytest.approx(four_bit.BYTES * four_bit.count_of(config), rel=0.01)
+        assert held == pytest.approx(adapters.BYTES * adapters.count_of(config), rel=0.01)
 
 
 def test_memory_that_is_counted():
@@ -161,7 +161,7 @@ def test_memory_that_is_counted():
         least = next(iter(least_memory(config, ds_config, True, 1).values()))
         memory, _ = simulate(settings_of(config, 1, 2**36))
         found.append((least, memory.held["parameters"]))
-    saved = (2 - four_bit.BYTES) * four_bit.count_of(config.model)
+    saved = (2 - adapters.BYTES) * adapters.count_of(config.model)
     for before, after in zip(*found, strict=True):
         assert before - after == pytest.approx(saved, rel=1e-6)
 

@@ -14,8 +14,8 @@ ORDER = """
     errors files store copier nearest launchers commands flags deepspeed_keys cards
     config.values config.model_section config.sections config.nested
     sizes config.auto config.deepspeed config.hints config.build config.help
-    hf.settings hf.families config.load meeting dist run_folder out_dir checkpoint_names nodes failures supervise
-    loss preference document_attention experts recompute rotary zero tensor_files
+    hf.settings hf.families adapters config.load meeting dist run_folder out_dir checkpoint_names nodes failures
+    supervise loss preference document_attention experts recompute rotary zero tensor_files
     data.order data.meta data.shards data.packing data.mixture data.text data.tokenizer_files data.tokenizer
     data.fast_encoding data.documents data.local_files data.sources data.docstrings data.chat_formats
     data.chat_templates data.conversations data.preferences data.output data.clean

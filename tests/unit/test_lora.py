@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import eval
 import export
-from minzero import checkpoint, checkpoint_folder, load, lora
+from minzero import adapters, checkpoint, checkpoint_folder, load, lora
 from minzero.config.build import build
 from minzero.config.sections import Config, DataConfig, LoraConfig, TrainConfig
 from minzero.curves import read_run
@@ -52,13 +52,13 @@ def adapted(config, model=None, seed=7):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if lora.is_adapter(name):
+            if adapters.is_adapter(name):
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model
 
 
 def adapters_of(model):
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if lora.is_adapter(name)}
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if adapters.is_adapter(name)}
 
 
 def write_lora_run(run, model, base, data, **more):
@@ -95,10 +95,10 @@ def test_it_begins_as_the_model_was_and_trains_adapters_alone():
     assert torch.equal(model(tokens), expected)
     model(tokens, tokens).backward()
     for name, parameter in model.named_parameters():
-        assert (parameter.grad is not None) == parameter.requires_grad == lora.is_adapter(name)
+        assert (parameter.grad is not None) == parameter.requires_grad == adapters.is_adapter(name)
     found = {name: list(value.shape) for name, value in adapters_of(model).items()}
-    assert found == lora.adapter_shapes(LLAMA, SOME)
-    assert lora.count_adapters(LLAMA, SOME) == sum(math.prod(shape) for shape in found.values())
+    assert found == adapters.adapter_shapes(LLAMA, SOME)
+    assert adapters.count_adapters(LLAMA, SOME) == sum(math.prod(shape) for shape in found.values())
     a = next(value for name, value in adapters_of(model).items() if ".a." in name)
     assert a.abs().max() <= 1 / math.sqrt(a.shape[1]) and a.std() > 0.4 / math.sqrt(a.shape[1])
 
@@ -146,7 +146,7 @@ def test_an_adapter_of_pefts_continues_here_step_by_step_as_there(name, tmp_path
     read = peft.open_adapter(taken, config)()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if lora.is_adapter(key):
+            if adapters.is_adapter(key):
                 parameter.copy_(read(key))
     ours = [parameter for parameter in model.parameters() if parameter.requires_grad]
     of_theirs = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
@@ -299,7 +299,7 @@ def test_a_model_that_transformers_does_not_have(tmp_path):
 
 
 def test_flops_count_no_gradients_of_frozen_weights(tmp_path):
-    adapters = lora.count_adapters(LLAMA, SOME)
+    trained = adapters.count_adapters(LLAMA, SOME)
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
@@ -308,7 +308,7 @@ def test_flops_count_no_gradients_of_frozen_weights(tmp_path):
     counter = FlopCounterMode(display=False)
     with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(tokens, tokens).backward()
-    assert flops_per_token(LLAMA, None, adapters) == pytest.approx(counter.get_total_flops() / 16, rel=1e-9)
+    assert flops_per_token(LLAMA, None, trained) == pytest.approx(counter.get_total_flops() / 16, rel=1e-9)
     data = write_data(tmp_path / "data")
     base = write_run(tmp_path / "base", LLAMA, data)
     run = write_lora_run(tmp_path / "lora", adapted(LLAMA, base), tmp_path / "base", data)
@@ -316,4 +316,4 @@ def test_flops_count_no_gradients_of_frozen_weights(tmp_path):
     (run / "config.json").write_text(json.dumps(state["config"]))
     (run / "metrics.jsonl").write_text('{"step": 1, "tokens": 1024, "loss": 5.0}\n')
     points = read_run(run, "flops").curves["loss"]
-    assert points[0][0] == 1024 * flops_per_token(LLAMA, None, adapters)
+    assert points[0][0] == 1024 * flops_per_token(LLAMA, None, trained)
