@@ -1,6 +1,7 @@
 """The lines that sum up a run at its start."""
 
 import json
+from pathlib import Path
 
 from minzero import checkpoint_state, metrics, resume
 from minzero.adapters import count_adapters
@@ -77,7 +78,7 @@ def adapters_line(lora, base):
         return None
     began = f"adapters from {lora.init_from}" if lora.init_from else "new adapters"
     of_run = f"; keep {base['path']}, which they need: its run deletes it when it continues"
-    return began + (of_run if is_complete(base["path"]) else "")
+    return began + (of_run if is_complete(Path(base["path"])) else "")
 
 
 def resume_line(start, group, setup):
