@@ -39,7 +39,7 @@ def test_a_run_leaves_what_it_promises(tiny_run):
     assert config["train"]["max_tokens"] == 100000 and config["world_size"] == 2
     assert config["versions"].keys() >= {"torch", "deepspeed", "git"}
     # its sections are those of the command, of which they make the same again
-    sections = {name: config[name] for name in ("model", "data", "train", "deepspeed")}
+    sections = {name: config[name] for name in ("model", "data", "train", "lora", "deepspeed")}
     command = [str(word) for word in (*TINY[1:], "--train.max_tokens", 100000, "--train.out_dir", out)]
     assert sections == load_config(command).to_dict() == build(sections, "config.json").to_dict()
     assert config["data_found"].keys() == {config["data"]["path"]}
