@@ -94,6 +94,7 @@ def seen_of(made, seconds, optimizer, source):
     """The Seen of a run. made: its config.json. Raises UserError for a card that is not known, or another file."""
     try:
         sections = {name: made[name] for name in ("model", "train", "deepspeed")}
+        sections["lora"] = made.get("lora", {})  # of a run that is older than this section there is none
         device, gpus = made["versions"]["device"], made["world_size"]
         check_made(made, device, gpus)
         settings = settings_as_run(build(sections, str(source)), gpus, made)
