@@ -57,6 +57,12 @@ def adapter_shapes(model: ModelConfig, lora: LoraConfig):
     return found
 
 
+def matrix_of(name):
+    """Which matrix of a block the weight of this name is: qkv, proj, up or down; None for any other parameter."""
+    of_block = name.split(".", 2)[2] if name.startswith("blocks.") else None
+    return next((matrix for matrix, module in MODULES.items() if of_block == f"{module}.weight"), None)
+
+
 def is_adapter(name):
     """Whether the parameter of this name is an adapter's."""
     return MARK in name

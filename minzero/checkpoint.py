@@ -33,6 +33,7 @@ from torch import distributed
 from minzero import dist, errors
 from minzero.checkpoint_folder import Saved, is_ours, name_of, prune, remove_unfinished, write_marks
 from minzero.checkpoint_state import SCALER, as_saved, lora_of, read_state, state_checksum
+from minzero.commands import is_first_rank
 from minzero.config.build import build
 from minzero.config.sections import DataConfig, TrainConfig
 from minzero.errors import SharedError, UserError
@@ -61,8 +62,7 @@ def as_rank_0(choose):
             answer[0] = choose()
         except UserError as error:
             answer[1] = str(error)
-    distributed.broadcast_object_list(answer)
-    value, fault = answer
+    value, fault = dist.from_rank_0(answer)
     if fault is not None:
         raise SharedError(fault)
     return value
@@ -105,7 +105,7 @@ class Saving:
                 make_room(self.folder, self.name)
             except OSError as error:
                 fault = str(cannot_write(self.temporary, error))
-        progress()
+        dist.begins_exchange()
         distributed.barrier()
         sizes, tensors = tensors_to_save(engine)
         self.pieces = pieces_in({name: elements for name, (_, elements) in sizes.items()})
@@ -154,7 +154,6 @@ class Saving:
         waited_from = time.perf_counter()
         if self.writer:
             self.writer.join()
-        self.progress()
         own = {self.file: self.written}, index_of([self.pieces])
         of_all = dist.merge_on_rank_0(own, merged)
         try:
@@ -364,11 +363,6 @@ def restore_random_state(saved, state, seed):
         raise damaged(file.path, f"random/cpu/0: {' '.join(str(error).split())[:100]}") from None
 
 
-def reads_weights():
-    """Whether this process is the one that reads weights, for itself or for the other ranks."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def open_weights(path, state=None):
     """Open a checkpoint of any ZeRO stage in one process, without an engine. Returns (its state, its Config, read).
     read(name) returns the whole float32 value of a parameter, in its shape; it reads and verifies only those bytes, and
@@ -377,7 +371,7 @@ def open_weights(path, state=None):
     state: of `read_state`, if it was read already. Of the Config only the model section is checked. data and train are
     as they were saved: weights can be used even if today's code refuses the settings of their training."""
     path = Path(path)
-    state = state or read_state(path, look_at_files=reads_weights())
+    state = state or read_state(path, look_at_files=is_first_rank())
     config = build({"model": state["config"]["model"]}, path / "state.json")
     of_data = state["config"]["data"]
     config.data = DataConfig(of_data["path"], document_mask=of_data.get("document_mask", False))
@@ -390,7 +384,7 @@ def open_weights(path, state=None):
         check_sums(path, {name: entry for name, entry in state["files"].items() if "header_crc32" not in entry})
         return SavedPieces(path, state, verify=True, kinds=["fp32"])
 
-    if reads_weights():
+    if is_first_rank():  # it reads for the others
         pieces().hold()
 
     def read(name):

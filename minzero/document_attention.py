@@ -82,7 +82,8 @@ def attention_within(positions, windows, x, head_size, dropout, is_compiled):
     T = positions.shape[1]
     on_gpu = x.is_cuda
     fits_varlen = x.dtype in (torch.float16, torch.bfloat16) and not dropout and head_size <= MOST_HEAD_SIZE
-    if not (fits_varlen if on_gpu else not is_compiled):
+    one_after_the_other = fits_varlen if on_gpu else not is_compiled
+    if not one_after_the_other:
         positions = positions.to(x.device, non_blocking=True)
         return {window: document_mask(positions, window) for window in windows}
     starts = first_tokens(positions).flatten().nonzero()[:, 0]

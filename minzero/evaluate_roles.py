@@ -150,18 +150,15 @@ def read_rows(stream, windows, rows, roles, groups):
     positions = np.tile(np.arange(stream.block_size), (rows, 1))
     of_targets = np.full((3, *inputs.shape), -1)
     for row, window in enumerate(windows):
-        place = 0
-        for document in stream.order[stream.first[window] : stream.first[window + 1]]:
+        for document, of in stream.places_in(window):
             start, length = int(stream.document_starts[document]), int(stream.lengths[document])
             stored = np.empty(length, dtype=stream.dtype)
             stream.fill(start, stored)
             ids = stream.ids(stored, lambda token, start=start: start + token).astype(np.int64)
             learned = stored < NO_LOSS
-            of = slice(place, place + length - 1)
             inputs[row, of], targets[row, of], positions[row, of] = ids[:-1], ids[1:], np.arange(length - 1)
             of_targets[:, row, of] = groups.of(roles.of(ids, learned), learned)
-            place = of.stop
-        positions[row, place:] = np.arange(stream.block_size - place)
+        positions[row, of.stop :] = np.arange(stream.block_size - of.stop)
     return tuple(map(torch.from_numpy, (inputs, targets, positions))), of_targets
 
 

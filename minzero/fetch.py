@@ -6,7 +6,6 @@ room. All checksums of the weights are compared. TMPDIR says where the folder is
 """
 
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from minzero.checkpoint_folder import Saved, find
 from minzero.checkpoint_names import is_name, name_of, step_and_suffix
 from minzero.checkpoint_state import read_state
+from minzero.commands import is_first_rank
 from minzero.errors import UserError
 from minzero.store import CHECKPOINTS, SMALL_FILES, STATE, Store
 from minzero.tensor_files import MOST_HEADER_BYTES, TensorFile, check_sums, damaged
@@ -92,7 +92,7 @@ def fetch(store, checkpoint):
     for file in SMALL_FILES:  # of which export.py makes a model card
         if (content := store.read(file)) is not None:
             (checkpoint.parents[1] / file).write_bytes(content)
-    needs_weights = os.environ.get("RANK", "0") == "0" or "pieces" not in state  # of older code: all read the headers
+    needs_weights = is_first_rank() or "pieces" not in state  # of older code: all read the headers
     for file, entry in sorted(state["files"].items()):
         if "header_crc32" not in entry:  # of older code, whose checksum is of the whole file
             if missing := store.fetch(checkpoint.name, [file], checkpoint):

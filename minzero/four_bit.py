@@ -11,7 +11,7 @@ import logging
 import torch
 from torch import distributed, nn
 
-from minzero.adapters import BLOCK, MODULES, rows_of_parts
+from minzero.adapters import BLOCK, MODULES, matrix_of, rows_of_parts
 from minzero.config.sections import ModelConfig
 from minzero.errors import UserError
 
@@ -48,12 +48,11 @@ def as_quantized(model: ModelConfig, read, precision):
     """A function that reads weights as those of a 4-bit base are: quantised from their value in `precision`, and
     made float32 again. read(name): the weight itself."""
     functional = require().functional
-    matrix_of = {f"{module}.weight": matrix for matrix, module in MODULES.items()}
 
     def read_again(name):
         weight = read(name)
-        matrix = matrix_of.get(".".join(name.split(".")[2:]))
-        if not name.startswith("blocks.") or matrix is None:
+        matrix = matrix_of(name)
+        if matrix is None:
             return weight
         parts = weight.to(DTYPES[precision]).split(rows_of_parts(model, matrix))
         return torch.cat([functional.dequantize_4bit(*quantize(part)) for part in parts]).float()

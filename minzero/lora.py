@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minzero.adapters import MARK, MODULES, inputs_of, rows_of_parts
+from minzero.adapters import MARK, MODULES, inputs_of, matrix_of, rows_of_parts
 from minzero.config.sections import LoraConfig, ModelConfig
 
 
@@ -80,12 +80,11 @@ def add_adapters(model, lora: LoraConfig, seed):
 def merged(model: ModelConfig, lora: LoraConfig, read_base, read_adapter):
     """A function that reads a weight with its adapters added to it, in float32: from that of the base and those of the
     adapters, each read(name)."""
-    of_weight = {f"{MODULES[matrix]}.weight": matrix for matrix in lora.matrices}
 
     def read(name):
         weight = read_base(name)
-        matrix = of_weight.get(".".join(name.split(".")[2:]))
-        if not name.startswith("blocks.") or matrix is None:
+        matrix = matrix_of(name)
+        if matrix not in lora.matrices:
             return weight
         adapter = name.removesuffix(".weight") + MARK
         parts = range(len(rows_of_parts(model, matrix)))

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from minzero import adapters, checkpoint, checkpoint_folder, checkpoint_state, fetch, four_bit, lora
+from minzero.commands import is_first_rank
 from minzero.config.build import build
 from minzero.config.sections import Config, ModelConfig, data_weights
 from minzero.data.conversations import chat_template, learned_template
@@ -107,7 +108,7 @@ def holds_model(path):
 def model_of(found):
     """(the ModelConfig of a checkpoint, its state), without its weights. Raises UserError if it holds parameters of
     another."""
-    state = checkpoint.read_state(found, look_at_files=checkpoint.reads_weights())
+    state = checkpoint.read_state(found, look_at_files=is_first_rank())
     model = build({"model": state["config"]["model"]}, found / "state.json").model
     parameters = state["parameters"]
     if model.n_layer > len(parameters):  # which would take long to build
@@ -121,9 +122,9 @@ def model_of(found):
     return model, state
 
 
-def open_checkpoint(found):
-    """A checkpoint's folder -> ModelSource. Raises UserError."""
-    model, state = model_of(found)  # before the weights are looked at
+def open_checkpoint(found, known=None):
+    """A checkpoint's folder -> ModelSource. known: its `model_of`, if it was read already. Raises UserError."""
+    model, state = known or model_of(found)  # before the weights are looked at
     state, config, read = checkpoint.open_weights(found, state)
     folders = sorted(data_weights(state["config"]["data"]["path"]))
     if not config.lora.rank:
@@ -209,9 +210,9 @@ def open_weights(source, model: ModelConfig):
     if is_published(folder):
         description, _, load = open_published(folder, model)
         return description.replace(str(folder), source, 1), load
-    found, saved = checkpoint_folder.reading(folder, "best", lambda found: (found, model_of(found)[0]))
-    refuse_differences(found, model, saved)
-    return str(found), open_checkpoint(found).load
+    found, known = checkpoint_folder.reading(folder, "best", lambda found: (found, model_of(found)))
+    refuse_differences(found, model, known[0])
+    return str(found), open_checkpoint(found, known).load
 
 
 def identity_of(source):

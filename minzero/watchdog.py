@@ -372,7 +372,7 @@ class Watchdog:
 
     def who_hangs(self):
         """The ranks that hang, in words. The first rank that counts them writes the words into the store: not all of
-        many ranks that end at once read the heartbeats of all."""
+        many ranks that end at once read the turns of all."""
         known = dist.ask_store(lambda store: store.check(["hangs"]) and store.get("hangs").decode())
         if known:
             return known

@@ -145,6 +145,13 @@ class PackedStream(DocumentStream):
         """The numbers of the conversations in a window, in their order there, (n,) int64."""
         return self.order[self.first[int(window)] : self.first[int(window) + 1]]
 
+    def places_in(self, window):
+        """Yields the number of each conversation in a window, and the slice of its places there."""
+        place = 0
+        for document in self.documents_in(window):
+            yield document, slice(place, place + int(self.lengths[document]) - 1)
+            place += int(self.lengths[document]) - 1
+
     def count_windows(self):
         return None  # known when the conversations are
 
@@ -182,13 +189,10 @@ class PackedStream(DocumentStream):
         targets = np.full_like(inputs, IGNORE_INDEX)
         positions = np.empty_like(inputs)
         for row, window in enumerate(windows):
-            place = 0
-            for document in self.documents_in(window):
-                of = slice(place, place + int(self.lengths[document]) - 1)
+            for document, of in self.places_in(window):
                 found = self.example(int(self.document_starts[document]), of.stop - of.start)
                 inputs[row, of], targets[row, of], positions[row, of] = found
-                place = of.stop
-            positions[row, place:] = np.arange(self.block_size - place)
+            positions[row, of.stop :] = np.arange(self.block_size - of.stop)
         return inputs, targets, positions
 
     def attended(self):
@@ -252,9 +256,8 @@ class PairStream(PackedStream):
         arrays = super().batch(windows)
         reference = np.full(arrays[0].shape, np.nan, dtype=np.float32)
         for row, window in enumerate(windows):
-            documents = self.documents_in(window)
-            places = np.cumsum(self.lengths[documents] - 1)
-            reference[row, np.append(0, places[:-1])] = self.reference[documents]
+            for document, of in self.places_in(window):
+                reference[row, of.start] = self.reference[document]
         return *arrays, reference
 
     def fingerprint(self):
