@@ -65,3 +65,17 @@ def quick():
     folder = Path(tempfile.mkdtemp(prefix="minzero_", dir=base))
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    """A process group of this process alone, unless another file's tests have left one."""
+    from torch import distributed  # which most tests' processes need not load
+
+    if distributed.is_initialized():
+        yield
+        return
+    file = tmp_path_factory.mktemp("group") / "store"
+    distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-import torch
 
 from minzero import checkpoint_folder, copier, restore
 from minzero.checkpoint_folder import name_of, prune
@@ -26,17 +25,7 @@ from tests.helpers.processes import environment
 from tests.helpers.s3_server import S3Server, s3  # noqa: F401
 from tests.helpers.saved_checkpoints import save, steps_of, write_state
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory):
-    """A process group of this process alone, unless another file's tests have left one."""
-    if torch.distributed.is_initialized():
-        yield
-        return
-    file = tmp_path_factory.mktemp("group") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture(params=["memory", "folder", "s3"])

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import eval
 import export
-from minzero import adapters, four_bit, load, lora
+from minzero import adapters, four_bit, load
 from minzero.checkpoint_state import is_lora
 from minzero.config.build import build
 from minzero.engine import count_real_parameters, least_memory
@@ -22,7 +22,7 @@ from minzero.sizes import count_parameters
 from minzero.trained import open_weights
 from model import GPT
 from tests.helpers.trained_runs import GPT2, LLAMA, make_folder, write_data, write_run
-from tests.unit.test_lora import SOME, adapted, write_lora_run
+from tests.unit.test_lora import SOME, adapted, with_random_adapters, write_lora_run
 
 QUANTIZED = dataclasses.replace(SOME, base_bits=4)
 SHAPES = {  # of at least a block's width, or bitsandbytes' own layer fails on some CPUs
@@ -30,17 +30,8 @@ SHAPES = {  # of at least a block's width, or bitsandbytes' own layer fails on s
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory):
-    """A process group of this process alone, unless another file's tests have left one."""
-    pytest.importorskip("bitsandbytes")
-    if torch.distributed.is_initialized():
-        yield
-        return
-    file = tmp_path_factory.mktemp("group") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def quantized(config, read, precision="fp32", seed=7):
@@ -54,13 +45,7 @@ def quantized(config, read, precision="fp32", seed=7):
 
 
 def adapted_again(model, seed):
-    lora.add_adapters(model, QUANTIZED, seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if adapters.is_adapter(name):
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return with_random_adapters(model, QUANTIZED, seed)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

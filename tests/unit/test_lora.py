@@ -47,8 +47,12 @@ def of(config):
 
 def adapted(config, model=None, seed=7):
     """A GPT with random adapters, of which B is not zero."""
-    model = copy.deepcopy(model or random_model(config))
-    lora.add_adapters(model, of(config), seed)
+    return with_random_adapters(copy.deepcopy(model or random_model(config)), of(config), seed)
+
+
+def with_random_adapters(model, config, seed):
+    """The same model, with adapters of which B is not zero. config: a LoraConfig."""
+    lora.add_adapters(model, config, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

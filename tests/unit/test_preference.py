@@ -16,7 +16,7 @@ from minzero.config.load import load_config
 from minzero.data.meta import read_meta
 from minzero.data.mixture import Mixture
 from minzero.data.packing import PackedStream, PairStream, open_stream
-from minzero.data.shards import STARTS, TokenStream, write_shard
+from minzero.data.shards import TokenStream, write_shard
 from minzero.errors import UserError
 from minzero.evaluate_pairs import answer_log_probabilities, evaluate_pairs, validation_of_pairs
 from minzero.files import write_json
@@ -26,6 +26,7 @@ from minzero.sizes import IGNORE_INDEX
 from minzero.store import REFERENCE
 from tests.helpers.pairs import rows, write_pairs
 from tests.helpers.trained_runs import FAMILIES, LLAMA, random_model, write_run
+from tests.unit.test_document_mask import documents_in
 from train import open_data
 
 CPU = torch.device("cpu")
@@ -76,17 +77,12 @@ def test_gradients_in_fp16_take_the_loss_scale():
 # ---- pairs in windows
 
 
-def answers(stream):
-    """The tokens of each conversation of the shards, as they are stored."""
-    stored = np.empty(stream.tokens, stream.dtype)
-    stream.fill(0, stored)
-    return np.split(stored, np.flatnonzero(stored & STARTS)[1:])
-
-
 def test_both_answers_of_a_pair_are_whole_in_one_window(data):
     plain, stream = TokenStream(data, "train", 160), open_stream(data, "train", 160)
     assert isinstance(stream, PairStream) and stream.has_pairs
-    expected = [tuple(part.tolist() for part in plain.inputs_and_targets(tokens, None)) for tokens in answers(plain)]
+    expected = [
+        tuple(part.tolist() for part in plain.inputs_and_targets(tokens, None)) for tokens in documents_in(plain)
+    ]
     stream.reference = np.arange(len(stream.lengths), dtype=np.float32)
     inputs, targets, positions, by_reference = stream.batch(range(stream.windows))
     found = {}
@@ -105,7 +101,7 @@ def test_both_answers_of_a_pair_are_whole_in_one_window(data):
 
 
 def test_pairs_that_do_not_fit_are_left_out(data):
-    sizes = [len(tokens) - 1 for tokens in answers(TokenStream(data, "train", 160))]
+    sizes = [len(tokens) - 1 for tokens in documents_in(TokenStream(data, "train", 160))]
     pairs = [sum(two) for two in zip(sizes[::2], sizes[1::2], strict=True)]
     room = sorted(pairs)[len(pairs) // 2]
     stream = open_stream(data, "train", room)
@@ -286,7 +282,7 @@ def test_an_odd_number_of_answers_is_found(data, tmp_path):
     write_json(folder / "meta.json", meta | {"pairs": False})
     assert isinstance(open_stream(folder, "train", 160), PackedStream)
     stream = TokenStream(folder, "val", 160)
-    whole = np.concatenate(answers(stream)[:-1])
+    whole = np.concatenate(documents_in(stream)[:-1])
     meta["splits"]["val"]["shards"] = [write_shard(folder / "val_000000.bin", whole)]
     write_json(folder / "meta.json", meta)
     with pytest.raises(UserError, match="expected two for each pair; prepare the data again"):
