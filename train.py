@@ -387,7 +387,7 @@ def main(config, watchdog=None):
         if start.init_source and not start.path:
             dist.print0(f"weights from {start.init_source}")
             dist.print0(summary.adapters_line(config.lora, start.base))
-            if group.rank == 0:  # here, for it draws random numbers, which begin anew when the engine is made
+            if group.rank == 0:  # here, for it draws random numbers, which begin again when the engine is made
                 for line in trained.doubts_about_data(train.init_from, train_data.folders):
                     dist.print0(line)
         engine, not_compiled = make_engine(config, group, setup, start)

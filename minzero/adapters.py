@@ -1,6 +1,8 @@
 """Adapters beside frozen weights (lora.py), by a model's configuration alone: their shapes and number, and the size of
 a base in 4 bits (four_bit.py). Needs no torch."""
 
+import math
+
 from minzero.config.sections import LoraConfig, ModelConfig
 from minzero.errors import UserError
 from minzero.hf.families import FAMILIES, family_of
@@ -34,27 +36,28 @@ def inputs_of(model: ModelConfig, matrix):
     return {"proj": model.n_head * model.head_size, "down": model.mlp_width}.get(matrix, model.n_embd)
 
 
-def count_adapters(model: ModelConfig, lora: LoraConfig):
-    """The number of parameters that are trained."""
-    if not lora.rank:
-        return 0
-    of_block = 0
+def shapes_in_block(model: ModelConfig, lora: LoraConfig):
+    """{name of an adapter's parameter within its block: its shape as a list}"""
+    found = {}
     for matrix in lora.matrices:
-        rows = rows_of_parts(model, matrix)
-        of_block += lora.rank * (len(rows) * inputs_of(model, matrix) + sum(rows))
-    return model.n_layer * of_block
+        name = f"{MODULES[matrix]}{MARK}"
+        for part, rows in enumerate(rows_of_parts(model, matrix)):
+            found[f"{name}a.{part}.weight"] = [lora.rank, inputs_of(model, matrix)]
+            found[f"{name}b.{part}.weight"] = [rows, lora.rank]
+    return found
 
 
 def adapter_shapes(model: ModelConfig, lora: LoraConfig):
     """{name of an adapter's parameter: its shape as a list}"""
-    found = {}
-    for layer in range(model.n_layer):
-        for matrix in lora.matrices:
-            name = f"blocks.{layer}.{MODULES[matrix]}{MARK}"
-            for part, rows in enumerate(rows_of_parts(model, matrix)):
-                found[f"{name}a.{part}.weight"] = [lora.rank, inputs_of(model, matrix)]
-                found[f"{name}b.{part}.weight"] = [rows, lora.rank]
-    return found
+    of_block = shapes_in_block(model, lora).items()
+    return {f"blocks.{layer}.{name}": shape for layer in range(model.n_layer) for name, shape in of_block}
+
+
+def count_adapters(model: ModelConfig, lora: LoraConfig):
+    """The number of parameters that are trained."""
+    if not lora.rank:
+        return 0
+    return model.n_layer * sum(map(math.prod, shapes_in_block(model, lora).values()))
 
 
 def matrix_of(name):

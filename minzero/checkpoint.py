@@ -374,7 +374,7 @@ def open_weights(path, state=None):
     state = state or read_state(path, look_at_files=is_first_rank())
     config = build({"model": state["config"]["model"]}, path / "state.json")
     of_data = state["config"]["data"]
-    config.data = DataConfig(of_data["path"], document_mask=of_data.get("document_mask", False))
+    config.data = DataConfig(of_data["path"], document_mask=of_data["document_mask"])
     config.train = as_saved(state, vars(TrainConfig()))
     config.lora = lora_of(state)
 

@@ -64,6 +64,7 @@ def read_state(path, look_at_files=True):
         raise damaged(file, fault)
     state.setdefault("best_val_loss", None)
     state["config"], _ = rename_old_keys(state["config"], file)
+    state["config"]["data"].setdefault("document_mask", False)  # a run that is older than this key had no masks
     if look_at_files:
         for name, entry in state["files"].items():
             check_size(Path(path) / name, entry["bytes"])

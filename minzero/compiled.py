@@ -6,10 +6,8 @@ import logging
 import torch
 from deepspeed import comm
 
-from minzero.zero import torch_linear
+from minzero.zero import DTYPES, torch_linear
 from model import GPT
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # -- before the run --------------------------------------------------------------------------------
 

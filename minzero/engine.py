@@ -103,7 +103,7 @@ def least_memory(config, ds_config, on_gpu, world_size):
     model, train = config.model, config.train
     zero = ds_config.get("zero_optimization", {})
     stage = zero_stage(ds_config)
-    width = 2 if ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"] else 4  # bytes of a weight
+    width = 4 if precision_of(ds_config) == "fp32" else 2  # bytes of a weight
     try:
         parameters, _ = count_parameters(model)
     except UserError:

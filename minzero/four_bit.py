@@ -14,8 +14,7 @@ from torch import distributed, nn
 from minzero.adapters import BLOCK, MODULES, matrix_of, rows_of_parts
 from minzero.config.sections import ModelConfig
 from minzero.errors import UserError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from minzero.zero import DTYPES
 
 
 def require():

@@ -158,8 +158,6 @@ def changed_settings(saved, now):
         was = saved.get(section, {})
         if section != "deepspeed":
             was = defaults[section] | was
-        if section == "data" and section in saved:  # a run that is older than this key had no masks
-            was["document_mask"] = saved["data"].get("document_mask", False)
         before, after = flat(was, f"{section}."), flat(now[section], f"{section}.")
         for name in dict.fromkeys([*before, *after]):
             values = before.get(name), after.get(name)

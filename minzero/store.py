@@ -25,13 +25,8 @@ CHECKPOINTS = "checkpoints"
 STATE = "state.json"
 RUN_ID = "run_id"
 REFERENCE = "reference.safetensors"  # of preference tuning, see reference.py
-SMALL_FILES = (
-    RUN_ID,
-    "config.json",
-    "metrics.jsonl",
-    "wandb_id",
-    REFERENCE,
-)  # of the run's folder; those that are there
+# of the run's folder; those that are there
+SMALL_FILES = (RUN_ID, "config.json", "metrics.jsonl", "wandb_id", REFERENCE)
 TRANSFERS = 4  # files at the same time, each of which s3fs cuts into parts of 50 MB, 10 at the same time
 MAKE_BUCKETS = {"s3", "s3a", "gs", "gcs"}  # where making a folder would make a bucket, perhaps of a misspelt name
 

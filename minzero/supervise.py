@@ -246,7 +246,7 @@ class Supervisor:
         running = self.record["running"]
         if running["host"] != socket.gethostname():
             return []
-        with contextlib.suppress(psutil.Error):  # the numbers of processes begin anew with a machine or a container
+        with contextlib.suppress(psutil.Error):  # the numbers of processes begin again with a machine or a container
             if psutil.Process(1).create_time() > running["began"] + 1:
                 return []
         found = []

@@ -15,6 +15,7 @@ from torch import distributed
 
 from minzero.errors import UserError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of train.precision
 KINDS = ("exp_avg", "exp_avg_sq", "fp32")  # per element: Adam's two moments and the float32 weight
 
 

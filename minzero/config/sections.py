@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from minzero.config.model_section import ModelConfig
-from minzero.config.values import fault_of_text, in_short, key
+from minzero.config.values import as_flag, fault_of_text, in_short, key
 from minzero.errors import UserError
 
 
@@ -267,12 +267,10 @@ class LoraConfig:
 
     def check(self, model):
         if self.rank is None:
-            if self.init_from:
-                raise UserError(f"lora.init_from: found {self.init_from}, but lora.rank is null; set it as there")
             for name, default in vars(LoraConfig()).items():
                 if (value := getattr(self, name)) != default:
                     raise UserError(
-                        f"lora.{name}: found {in_short(value)}, but lora.rank is null, which trains all weights; set "
+                        f"lora.{name}: found {as_flag(value)}, but lora.rank is null, which trains all weights; set "
                         f"lora.rank, or this to {in_short(default)}"
                     )
             return

@@ -74,7 +74,7 @@ class DocumentStream(TokenStream):
             )
 
     @property
-    def begins_anew(self):
+    def begins_another(self):
         """Whether the token that begins a document is not also the end of the one before."""
         return not self.loss_mask and bool(document_of(self.meta)[1])
 
@@ -84,13 +84,13 @@ class DocumentStream(TokenStream):
     def inputs_and_targets(self, tokens, position):
         inputs, targets = super().inputs_and_targets(tokens, position)
         first = self.begins_document(tokens)
-        if self.begins_anew:
+        if self.begins_another:
             targets[first[..., 1:]] = IGNORE_INDEX
         return inputs, targets, positions_of(first[..., :-1])
 
     @property
     def is_uneven(self):
-        return self.loss_mask or self.begins_anew
+        return self.loss_mask or self.begins_another
 
     def attended(self):
         """The mean length of a token's document within its window, over some windows, in tokens."""

@@ -144,7 +144,7 @@ def test_a_second_choice_of_a_checkpoint_is_rank_0s(tmp_path, monkeypatch):
     faults = {on_rank_0 / "checkpoints" / name_of(15): "a wrong checksum"}
     told = []
 
-    def broadcast(values):
+    def broadcast(values, src):
         """The first call is rank 0's and is remembered; later calls receive its values."""
         if not told:
             told.extend(values)

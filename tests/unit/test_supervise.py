@@ -236,7 +236,7 @@ def test_ranks_that_hang_without_a_launcher_are_killed(tmp_path):
 
 
 def test_a_machine_that_was_started_again_has_none_of_the_commands_processes(tmp_path):
-    """The numbers of processes begin anew, so another session may have the number of the command's."""
+    """The numbers of processes begin again, so another session may have the number of the command's."""
     supervisor = Supervisor(Orders(["true"], tmp_path, 1, 0.0, 2.0))
     here = {"host": socket.gethostname(), "process": os.getsid(0), "log_from": 0}
     booted = psutil.Process(1).create_time()
