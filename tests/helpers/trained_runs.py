@@ -7,6 +7,7 @@ import random
 import torch
 
 import export
+import sample
 from minzero import checkpoint, checkpoint_folder
 from minzero.config.sections import Config, DataConfig, ModelConfig
 from minzero.data import pipeline
@@ -126,6 +127,16 @@ def write_runs(folder, configs):
         if name in FAMILIES:
             export.main([str(folder / name), str(folder / f"hf_{name}")])
     return folder
+
+
+def answers_of_both(folder, capsys):
+    """What the run and its export in `folder`, run and hf, print when they are asked the same question in a chat."""
+    capsys.readouterr()
+    answers = []
+    for source in (folder / "run", folder / "hf"):
+        sample.main([str(source), "--chat", "--prompt", "Why?", "--tokens", "6", "--temperature", "0"])
+        answers.append(capsys.readouterr())
+    return answers
 
 
 # -- models of transformers ----------------------------------------------------------------------

@@ -23,7 +23,7 @@ from minzero.generate import Writer
 from minzero.trained import load, open_trained
 from tests.helpers.data_sets import prepare
 from tests.helpers.foreign_tokenizers import LLAMA3, QWEN, byte_fallback, byte_level, odd_strings, save
-from tests.helpers.trained_runs import LLAMA, write_run
+from tests.helpers.trained_runs import LLAMA, answers_of_both, write_run
 
 # In the style of published models' templates. [[ and ]] are around what is learned: {% generation %} or nothing.
 CHATML = (
@@ -345,11 +345,7 @@ def test_shards_sampling_and_the_export_are_in_the_same_template(place, name, tm
     path = tmp_path / "hf" / "generation_config.json"  # of a run, no id is written that stands for no token
     beyond = list(range(load_tokenizer(tmp_path / "hf").n_vocab, 1536))
     path.write_text(json.dumps(json.loads(path.read_text()) | {"suppress_tokens": beyond}))
-    capsys.readouterr()
-    answers = []
-    for source in (tmp_path / "run", tmp_path / "hf"):
-        sample.main([str(source), "--chat", "--prompt", "Why?", "--tokens", "6", "--temperature", "0"])
-        answers.append(capsys.readouterr())
+    answers = answers_of_both(tmp_path, capsys)
     assert answers[0] == answers[1] and not answers[0].err
 
 

@@ -23,7 +23,7 @@ from minzero.hf import read as hf_read
 from minzero.trained import doubts_about_data, open_trained
 from tests.helpers.data_sets import prepare
 from tests.helpers.foreign_tokenizers import KINDS, odd_strings, texts, write_all
-from tests.helpers.trained_runs import GPT2, LLAMA, write_run
+from tests.helpers.trained_runs import GPT2, LLAMA, answers_of_both, write_run
 
 MODEL = ModelConfig(**vars(LLAMA) | {"vocab_size": 1536, "block_size": 64})  # wider than any of the tokenizers
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
@@ -328,9 +328,5 @@ def test_conversations_are_stored_and_asked_for_in_the_exported_template(place, 
         place_in += len(whole)
         expected[whole] -= 1
     assert not any(expected.values())
-    capsys.readouterr()
-    answers = []
-    for source in (tmp_path / "run", tmp_path / "hf"):
-        sample.main([str(source), "--chat", "--prompt", "Why?", "--tokens", "6", "--temperature", "0"])
-        answers.append(capsys.readouterr())
+    answers = answers_of_both(tmp_path, capsys)
     assert answers[0] == answers[1] and not answers[0].err
