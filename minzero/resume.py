@@ -161,7 +161,9 @@ def changed_settings(saved, now):
         before, after = flat(was, f"{section}."), flat(now[section], f"{section}.")
         for name in dict.fromkeys([*before, *after]):
             values = before.get(name), after.get(name)
-            if values[0] != values[1] and name not in HOW_IT_RESUMES:
+            # auto and false differ on packed conversations alone, and check_same_data refuses those
+            is_same_mask = name == "data.document_mask" and set(values) == {"auto", False}
+            if values[0] != values[1] and not is_same_mask and name not in HOW_IT_RESUMES:
                 changed[name] = values
     return changed
 

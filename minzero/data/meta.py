@@ -44,7 +44,8 @@ def read_meta(folder):
     expect(isinstance(document, dict), "document", document, "an object")
     for name, ids in document.items():
         known = isinstance(ids, list) and all(is_count(number) and number < vocab_size for number in ids)
-        expect(known and name in ("begin", "end"), f"document.{name}", ids, "a list of token ids")
+        expected = f"a list of token ids below vocab_size {vocab_size}"
+        expect(known and name in ("begin", "end"), f"document.{name}", ids, expected)
     expect(isinstance(meta.get("settings", {}), dict), "settings", meta.get("settings"), "an object")
     template = meta.get("chat_template", {"name": "", "text": ""})
     is_template = isinstance(template, dict) and all(isinstance(template.get(name), str) for name in ("name", "text"))

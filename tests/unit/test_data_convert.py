@@ -306,7 +306,7 @@ def test_what_nanogpt_cannot_read(tmp_path, prepared):
     refused("masked: found tokens without loss", tmp_path / "masked")
     write_json(tmp_path / "masked/meta.json", meta | {"vocab_size": 65537})
     refused("found a vocabulary of 65537, expected at most 65536: nanoGPT reads uint16", tmp_path / "masked")
-    write_json(tmp_path / "masked/meta.json", meta | {"vocab_size": 100, "end_of_text": 1})
+    write_json(tmp_path / "masked/meta.json", meta | {"vocab_size": 100, "end_of_text": 1, "document": {}})
     refused("val_000000.bin: found token id", tmp_path / "masked")
     refused("no such folder", tmp_path / "nowhere")
     refused("choose another folder", prepared, prepared)
