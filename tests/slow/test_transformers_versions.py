@@ -108,7 +108,7 @@ def exports(tmp_path_factory, shared):
     documents = ((str(number), with_marks("", TALKS[0])) for number in range(40))
     flags = ["--out", str(folder / "talks"), "--workers", "1", "--val_fraction", "0.3"]
     pipeline.prepare(documents, "bytes", pipeline.options("", ".").parse_args(flags), loss_mask=True)
-    write_run(folder / "runs" / "chat", LLAMA, str(folder / "talks"))
+    write_run(folder / "runs" / "chat", dataclasses.replace(LLAMA, block_size=256), str(folder / "talks"))
     export.main([str(folder / "runs" / "chat"), str(folder / "chat")])
     generator = random.Random(0)
     pieces = [*"  \n\r\t'stLlvRe0123456789½²\u017fKabß.,/-é東\u0301\u00a0\u2028\u3000😀ǅ", "\n\n", "'LL", "'re"]
