@@ -93,7 +93,7 @@ def machine_of_all(group):
 class Setup(NamedTuple):
     """How this run computes, by its config and by the machine that it is on."""
 
-    gradient_accumulation_steps: int  # micro-batches of a rank in one optimizer step
+    gradient_accumulation_steps: int  # micro-batches of a rank in one optimizer step, the largest where they grow
     precision: str  # bf16, fp16 or fp32
     stage: int  # of ZeRO
     ds_config: dict  # DeepSpeed's complete configuration
@@ -259,10 +259,9 @@ def to_device(arrays, device):
 def micro_batches(run, data, step):
     """Yields this rank's micro-batches of a step, read when it is their turn: (batch of the data, loss weight)."""
     group = run.group
-    accumulation = run.setup.gradient_accumulation_steps
-    micro_batch_size = run.config.train.micro_batch_size
-    first_sample = run.tokens_before // data.block_size
-    batches = data.batches(step - 1, group.rank, group.world_size, micro_batch_size, accumulation, first_sample)
+    accumulation = run.accumulation_of(step)
+    first_sample, _ = run.samples_of(step)
+    batches = data.batches(first_sample, group.rank, group.world_size, run.config.train.micro_batch_size, accumulation)
     weights = [1.0] * accumulation
     if data.is_uneven:  # micro-batches with different numbers of tokens that count
         batches = list(batches)
@@ -274,7 +273,8 @@ def micro_batches(run, data, step):
 def train_step(run, engine, data, step):
     """One optimizer step: forward and backward over this rank's micro-batches, then the update. DeepSpeed averages the
     gradient over micro-batches and ranks. Every rank must call this. Returns a StepResult."""
-    accumulation = run.setup.gradient_accumulation_steps
+    accumulation = run.accumulation_of(step)
+    engine.set_train_batch_size(run.tokens_of(step) // data.block_size)
     mean_loss = torch.zeros((), device=run.group.device)  # of this rank
     for micro_step, (batch, weight) in enumerate(micro_batches(run, data, step), start=1):
         run.watchdog.turn()
@@ -282,6 +282,7 @@ def train_step(run, engine, data, step):
         on_cpu = map(torch.from_numpy, batch[2:])  # where documents begin, which the model wants there
         run.clock.mark("data")
 
+        engine.set_gradient_accumulation_boundary(micro_step == accumulation)
         micro_loss = engine(inputs, targets, *on_cpu) * weight
         engine.backward(micro_loss)
         mean_loss += micro_loss.detach() / accumulation
@@ -397,7 +398,7 @@ def main(config, watchdog=None):
             checkpoint.load(engine, start.path, start.state, train.seed, watchdog.heartbeat)
             time_use.mark("resume")
             dist.print0(summary.resume_line(start, group, setup))
-            dist.print0(summary.changed_settings(start.state, config, setup.auto, run.tokens_before))
+            dist.print0(summary.changed_settings(start.state, config, setup.auto))
         digest = None  # of what the reference of preference tuning says
         if train_data.has_pairs:
             digest = reference.provide(run, engine, start, [*train_data.streams, *val_data.streams])

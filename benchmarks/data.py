@@ -224,7 +224,7 @@ def reader(folder):
     numbers = iter(range(10**9))
 
     def our_batch():
-        samples = order.sample_numbers(next(numbers), 0, 0, 1, BATCH, 1)
+        samples = order.sample_numbers(next(numbers) * BATCH, 0, 0, 1, BATCH)
         return [torch.from_numpy(array) for array in data.batch(data.windows_of(samples))]
 
     def get_batch():

@@ -118,12 +118,12 @@ def nanogpt_step(config, path, precision, compiled=False, tanh_gelu=False):
     optimizer, update = nanogpt_optimizer(gpt, config.train, device)
     run = torch.compile(gpt) if compiled else gpt
     data = Mixture(config.data.path, "train", shape.block_size, shape.vocab_size, config.train.seed)
-    accumulation = gradient_accumulation(config, 1)
+    accumulation, size = gradient_accumulation(config, 1), config.train.micro_batch_size
 
     def step(number):
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(config.train, number * config.train.global_batch_tokens)
-        batches = data.batches(number - 1, 0, 1, config.train.micro_batch_size, accumulation)
+        batches = data.batches((number - 1) * accumulation * size, 0, 1, size, accumulation)
         loss = nanogpt_passes(run, [train.to_device(batch, device) for batch in batches], precision)
         update()
         return loss
@@ -155,7 +155,7 @@ def nanogpt_speed(config, path, precision, compiled, steps, warmup):
         device_name = torch.cuda.get_device_name()
         result["allocated_bytes"] = torch.cuda.max_memory_allocated()
         result["reserved_bytes"] = torch.cuda.max_memory_reserved()
-    rates = metrics.throughput(config, result["step_seconds"], 1, device_name)
+    rates = metrics.throughput(config, result["tokens_per_second"], 1, device_name)
     return result | {key: rates[key] for key in ("tflops", "mfu")}
 
 

@@ -68,7 +68,8 @@ class Setting:
     def micro_batches(self, number):
         """This rank's batches of a step, from 1: pairs of inputs and targets, (B, T) on the device."""
         sizes = self.args.micro_batch_size, self.args.accumulation
-        for batch in self.data.batches(number - 1, self.group.rank, self.group.world_size, *sizes):
+        first_sample = (number - 1) * self.group.world_size * math.prod(sizes)
+        for batch in self.data.batches(first_sample, self.group.rank, self.group.world_size, *sizes):
             yield train.to_device(batch, self.device)
 
 

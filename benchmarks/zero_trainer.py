@@ -73,8 +73,8 @@ class Sequences(torch.utils.data.Dataset):
         batch, place = divmod(index, setting.args.micro_batch_size)
         step, turn = divmod(batch, self.per_step)
         micro_step, rank = divmod(turn, setting.group.world_size)
-        sizes = setting.args.micro_batch_size, setting.args.accumulation
-        sample = sample_numbers(step, micro_step, rank, setting.group.world_size, *sizes)[place : place + 1]
+        size, first_sample = setting.args.micro_batch_size, step * self.per_step * setting.args.micro_batch_size
+        sample = sample_numbers(first_sample, micro_step, rank, setting.group.world_size, size)[place : place + 1]
         inputs, targets = (torch.from_numpy(part[0]) for part in setting.data.batch(setting.data.windows_of(sample)))
         return {"input_ids": inputs, "labels": targets, "shift_labels": targets}
 

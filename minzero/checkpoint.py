@@ -82,11 +82,13 @@ class Saving:
     background: copy the tensors to CPU memory and let a thread write them while training continues; otherwise they are
         written when this returns
     progress: called for each tensor that is written
-    is_copied: see `checkpoint_folder.prune`
+    is_copied, keep_every: see `checkpoint_folder.prune`
 
     Errors are raised by `finish`, on all ranks."""
 
-    def __init__(self, engine, folder, state, best, keep, background=False, progress=lambda: None, is_copied=None):
+    def __init__(
+        self, engine, folder, state, best, keep, background=False, progress=lambda: None, is_copied=None, keep_every=0
+    ):
         self.began = time.perf_counter()
         self.folder = Path(folder)
         self.name = name_of(state["step"])
@@ -94,7 +96,7 @@ class Saving:
         self.file = f"rank_{distributed.get_rank():05d}.safetensors"
         self.state = state | description(engine)
         self.best = best
-        self.keep = keep
+        self.keep, self.keep_every = keep, keep_every
         self.progress = progress
         self.is_copied = is_copied
         self.written = None  # the file's entry in state.json, or a str: the fault
@@ -173,7 +175,7 @@ class Saving:
                 raise UserError(written or f"{self.temporary / file}: was not written")
         try:
             commit(self.folder, self.name, self.state | {"files": files, "pieces": pieces}, self.best)
-            prune(self.folder, self.keep, self.is_copied)
+            prune(self.folder, self.keep, self.is_copied, self.keep_every)
         except OSError as error:
             raise cannot_write(self.folder / self.name, error) from None
 

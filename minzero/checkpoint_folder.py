@@ -276,10 +276,11 @@ def tidy(folder):
     write_marks(folder)
 
 
-def prune(folder, keep, is_copied=None):
+def prune(folder, keep, is_copied=None, keep_every=0):
     """Delete old checkpoints. Kept are the newest `keep` good ones of the run as it was continued, the newest `keep`
     suspect ones after them, the latest and the best, and stale ones until the continued run has saved `keep` good ones.
-    So no good checkpoint is deleted because of a suspect one or one whose state.json cannot be read.
+    So no good checkpoint is deleted because of a suspect one or one whose state.json cannot be read. keep_every: also
+    kept are those of the run as it was continued whose step is a multiple of this.
 
     is_copied: tells of a path whether its copy at train.copy_to is whole. The others are kept as well, unless the disk
     has no room for the next checkpoint."""
@@ -291,7 +292,8 @@ def prune(folder, keep, is_copied=None):
     victims = [entry for entry in saved.own if entry.suspect or (good and entry.step < oldest.step)]
     if len(good) == keep and all(entry.number < oldest.number for entry in saved.stale):
         victims += saved.stale
-    spared = {saved.latest, saved.best, *(entry.path for entry in suspect)}
+    forever = [entry for entry in saved.own if keep_every and entry.step % keep_every == 0]
+    spared = {saved.latest, saved.best, *(entry.path for entry in suspect + forever)}
     old = [entry.path for entry in victims if entry.path not in spared and is_ours(entry.path)]
     waiting = [path for path in old if is_copied and not is_copied(path)]
     for path in old:

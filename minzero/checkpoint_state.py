@@ -22,7 +22,10 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # th
 RANK_FILE = re.compile(r"rank_[0-9]{5,7}\.safetensors")
 MOST_STATE_BYTES = 1 << 28  # state.json takes kilobytes
 # keys of the train section that shape the learning rate; all but the first are numbers
-SHAPES_THE_RATE = ("schedule", "lr", "min_lr_ratio", "warmup_tokens", "max_tokens")
+# keys of the train section, by what they shape; those that hold text come first
+SHAPES_THE_RATE = ("schedule", "decay_shape", "lr", "min_lr_ratio", "warmup_tokens", "max_tokens", "decay_tokens")
+SHAPES_THE_BATCH = ("global_batch_tokens", "first_batch_tokens", "batch_ramp_tokens", "batch_ramp_jumps")
+MAY_BE_NULL = ("decay_tokens", "first_batch_tokens")
 MOST_NUMBER = 1e300  # a float, far from overflow
 # the fields of every version, and their types
 FIELDS = dict.fromkeys(("step", "tokens", "optimizer_steps", "world_size", "stage"), int) | {"precision": str}
@@ -156,8 +159,10 @@ def is_config(config):
     path = config["data"].get("path")
     train = config["train"]
     weights = isinstance(path, dict) and path and all(map(is_number, path.values()))
-    numbers = (train.get(name, 0) for name in (*SHAPES_THE_RATE[1:], "global_batch_tokens"))
-    right = isinstance(train.get("schedule", ""), str) and all(is_number(number, MOST_NUMBER) for number in numbers)
+    texts = (train.get(name, "") for name in SHAPES_THE_RATE[:2])
+    names = (*SHAPES_THE_RATE[2:], *SHAPES_THE_BATCH)
+    numbers = [train[name] for name in names if name in train and not (train[name] is None and name in MAY_BE_NULL)]
+    right = all(isinstance(text, str) for text in texts) and all(is_number(n, MOST_NUMBER) for n in numbers)
     return bool(right and (isinstance(path, str) or weights))
 
 

@@ -68,15 +68,14 @@ def formula_fault(model, parameters):
     return None
 
 
-def throughput(config, step_seconds, devices, device_name, parameters=None, attended=None):
+def throughput(config, tokens_per_second, devices, device_name, parameters=None, attended=None):
     """The speed of a step, as metrics.jsonl has it.
 
-    config: of the run; devices: how many took part; parameters: the number of parameters of the real model; attended:
-    see sizes.attention_flops_per_token.
+    config: of the run; tokens_per_second: of all devices; devices: how many took part; parameters: the number of
+    parameters of the real model; attended: see sizes.attention_flops_per_token.
     tflops: model FLOPs per second of one device, in 10^12 (PaLM, https://arxiv.org/abs/2204.02311, appendix B);
     mfu, hfu: model FLOPs, and those with recomputation, over the device's peak. mfu and hfu are None for a device
     whose peak is not known, and all three for a model that the formulas do not describe."""
-    tokens_per_second = config.train.global_batch_tokens / step_seconds
     speed = {"tokens_per_second": tokens_per_second, "tflops": None, "mfu": None, "hfu": None}
     if parameters is not None and formula_fault(config.model, parameters):
         return speed
@@ -256,10 +255,10 @@ def goodput_in_words(line):
     return f"{share:.1%} of {duration(everything)}{f' ({parts})' if parts else ''}"
 
 
-def console_line(line, total_steps):
-    """One logged step as text. line: of metrics.jsonl."""
+def console_line(line, total_steps, tokens_left):
+    """One logged step as text. line: of metrics.jsonl. tokens_left: of the run."""
     step = f"{line['step']:>{len(str(total_steps))}}"
-    remaining_seconds = (total_steps - line["step"]) * line["step_seconds"]
+    remaining_seconds = tokens_left / line["tokens_per_second"]
     parts = [
         f"step {step}/{total_steps}",
         f"loss {line['loss']:.4f}",

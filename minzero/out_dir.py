@@ -84,5 +84,5 @@ def check_space(path, parameters, keeps, saved):
         return None
     return (
         f"warning: {path} has room for {room} checkpoints of {size / GIB:,.2f} GiB ({usage.free / GIB:,.2f} GiB free), "
-        f"and this run keeps up to {keeps}; make room, or lower train.keep_checkpoints"
+        f"and this run keeps up to {keeps}; make room, or keep fewer (train.keep_checkpoints, train.keep_every)"
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minzero.checkpoint import as_rank_0, fault_of
 from minzero.checkpoint_folder import Saved, find, folders_of_run, is_complete, restore_replaced
-from minzero.checkpoint_state import SHAPES_THE_RATE, as_saved, read_state, state_if_whole
+from minzero.checkpoint_state import SHAPES_THE_BATCH, SHAPES_THE_RATE, as_saved, read_state, state_if_whole
 from minzero.config.nested import flat
 from minzero.config.sections import Config, LoraConfig, ModelConfig, TrainConfig
 from minzero.config.values import in_short
@@ -137,6 +137,10 @@ def check_same_run(path, state, config):
         section, name = key.split(".")
         if key not in config.train.allow_changed:
             pairs.append((key, saved[section].get(name), now[section][name]))
+    was = as_saved(state, SHAPES_THE_BATCH)
+    grows = state["tokens"] < max(was.batch_ramp_tokens, config.train.batch_ramp_tokens)
+    if grows and "train.global_batch_tokens" not in config.train.allow_changed:
+        pairs += [(f"train.{name}", getattr(was, name), now["train"][name]) for name in SHAPES_THE_BATCH[1:]]
     different = [f"{name} {in_short(was)} -> {in_short(value)}" for name, was, value in pairs if was != value]
     if different:
         remedy = "set them back, or start another run with --train.out_dir"
@@ -171,11 +175,12 @@ def changed_settings(saved, now):
 def saved_train_config(state):
     """A TrainConfig with those settings of a checkpoint that shape the learning rate. Raises UserError for a schedule
     that this code does not know."""
-    train = as_saved(state, [*SHAPES_THE_RATE, "global_batch_tokens"])
-    schedules = TrainConfig.__dataclass_fields__["schedule"].metadata["choices"]
-    if train.schedule not in schedules:
-        found = f"the checkpoint was saved with {train.schedule[:40]!r}"
-        raise UserError(f"train.schedule: {found}, expected {', '.join(schedules)}; start another run")
+    train = as_saved(state, SHAPES_THE_RATE)
+    for name in SHAPES_THE_RATE[:2]:
+        choices, value = TrainConfig.__dataclass_fields__[name].metadata["choices"], getattr(train, name)
+        if value not in choices:
+            found = f"the checkpoint was saved with {value[:40]!r}"
+            raise UserError(f"train.{name}: {found}, expected {', '.join(choices)}; start another run")
     return train
 
 

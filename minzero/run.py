@@ -13,6 +13,7 @@ from minzero.compiled import failure_in_words
 from minzero.errors import SharedError, UserError
 from minzero.files import write_json
 from minzero.run_folder import read_status
+from minzero.schedule import Steps
 from minzero.sizes import count_parameters
 
 STEPS_PER_COLLECTION = 50  # of Python's unreachable cycles
@@ -44,9 +45,10 @@ class Run:
 
         # ---- how far it is
         self.steps_done = state["step"]  # before this start
-        # other than zero only where train.global_batch_tokens was changed on the way
-        self.tokens_before = state["tokens"] - self.steps_done * train.global_batch_tokens
-        self.total_steps = (train.max_tokens - self.tokens_before) // train.global_batch_tokens
+        planned = Steps(train, self.steps_done, state["tokens"])
+        self.total_steps = planned.total
+        self.tokens_at = planned.tokens_at  # tokens that the run has seen after a step
+        self.tokens_of = planned.tokens_of  # tokens of a step
 
         # ---- evaluations
         self.val_loss = None  # the last, of this start
@@ -61,6 +63,7 @@ class Run:
 
         # ---- measurements
         self.log = None  # the MetricsLog, on rank 0
+        self.logged_at = self.steps_done  # the step of its last line with a loss
         self.clock = metrics.Stopwatch(group.device)
         self.time_use = time_use or goodput.TimeUse()
         self.own_time = goodput.OwnTime(group.device)
@@ -98,7 +101,9 @@ class Run:
         except UserError:  # an option that no formula knows
             return None
         saved = len(checkpoint_folder.Saved(self.folder.path / "checkpoints").entries)
-        return out_dir.check_space(self.folder.path, parameters, train.keep_checkpoints + train.save_best + 1, saved)
+        keeps = train.keep_checkpoints + train.save_best + 1
+        keeps += self.total_steps // train.keep_every if train.keep_every else 0
+        return out_dir.check_space(self.folder.path, parameters, keeps, saved)
 
     def check_folder_is_shared(self):
         """Raise SharedError if another machine sees another folder in the place of the one that rank 0 has just taken.
@@ -162,15 +167,15 @@ class Run:
     def is_last(self, step):
         return step == self.total_steps
 
-    def tokens_at(self, step):
-        """Tokens that the run has seen after a step."""
-        return self.tokens_before + step * self.config.train.global_batch_tokens
-
     def samples_of(self, step):
         """First and last sample of a step, counted through the whole run."""
         block_size = self.config.model.block_size
-        after = self.tokens_at(step) // block_size
-        return after - self.config.train.global_batch_tokens // block_size, after - 1
+        return self.tokens_at(step - 1) // block_size, self.tokens_at(step) // block_size - 1
+
+    def accumulation_of(self, step):
+        """Micro-batches of each rank in a step."""
+        train = self.config.train
+        return self.tokens_of(step) // (self.config.model.block_size * train.micro_batch_size * self.group.world_size)
 
     def stop_requested(self):
         """Whether this rank was asked to stop."""
@@ -218,8 +223,11 @@ class Run:
         line = {"loss": result.facts.loss, "lr": rate}
         line |= {"grad_norm": result.grad_norm, "skipped": self.bad_steps.skipped}
         line |= seconds
+        tokens = self.tokens_at(step) - self.tokens_at(self.logged_at)
+        speed = tokens / (step - self.logged_at) / seconds["step_seconds"]
         whole = self.group.world_size, device, self.parameters, self.run_info["attended_tokens"]
-        line |= metrics.throughput(self.config, seconds["step_seconds"], *whole)
+        line |= metrics.throughput(self.config, speed, *whole)
+        self.logged_at = step
         line |= metrics.peak_memory()
         routing, rewards = self.take_from_model()
         line |= metrics.expert_loads(routing, self.config.model.balance_over == "layer")
@@ -233,7 +241,8 @@ class Run:
             self.slowest = slowest
         self.folder.report("running", step)
         self.write(step, line)
-        dist.print0(metrics.console_line(line | {"step": step}, self.total_steps))
+        rest = self.tokens_at(self.total_steps) - self.tokens_at(step)
+        dist.print0(metrics.console_line(line | {"step": step}, self.total_steps, rest))
 
     def end_step(self, step, result):
         """Call before anything that is no part of a step, such as an evaluation: its time does not count."""
@@ -304,7 +313,7 @@ class Run:
         if self.is_last(step) or result.facts.stop_requested or result.facts.save_due:
             return True
         is_best = self.best_at == step and train.save_best
-        return is_best or (train.save_every > 0 and step % train.save_every == 0)
+        return is_best or any(every > 0 and step % every == 0 for every in (train.save_every, train.keep_every))
 
     def save(self, step, result):
         """Save a checkpoint. In the background, only a copy is made now, and `finish_saving` is called when all ranks
@@ -330,6 +339,7 @@ class Run:
             train.save_in_background,
             self.watchdog.heartbeat,
             self.copier and self.copier.is_copied,
+            train.keep_every,
         )
         if self.is_last(step) or result.facts.stop_requested or not train.save_in_background:
             self.finish_saving()
@@ -380,8 +390,8 @@ class Run:
         if self.copier:
             for line in self.copier.finish(self.config.train.timeout_seconds, self.watchdog.heartbeat):
                 dist.print0(line)
-            folder, keep = self.folder.path / "checkpoints", self.config.train.keep_checkpoints
-            checkpoint_folder.prune(folder, keep, self.copier.is_copied)
+            train, folder = self.config.train, self.folder.path / "checkpoints"
+            checkpoint_folder.prune(folder, train.keep_checkpoints, self.copier.is_copied, train.keep_every)
         dist.print0(f"goodput {metrics.goodput_in_words(self.time_use.totals())}")
         if self.is_last(step):
             self.bad_steps.check_end(step, self.config.train)

@@ -7,7 +7,7 @@ from minzero import checkpoint_state, metrics, resume
 from minzero.adapters import count_adapters
 from minzero.checkpoint_folder import is_complete
 from minzero.config.deepspeed import with_auto_values
-from minzero.schedule import learning_rate
+from minzero.schedule import Steps, learning_rate
 from minzero.sizes import count_parameters, wide_heads
 
 SHAPES_THE_RATE = [f"train.{name}" for name in checkpoint_state.SHAPES_THE_RATE]
@@ -44,6 +44,12 @@ def start_lines(run, data, not_compiled=None):
         f"{setup.gradient_accumulation_steps} (micro-batches) x {train.micro_batch_size} (sequences) x "
         f"{model.block_size} (tokens)"
     )
+    if train.first_batch_tokens:
+        grows = f"{train.batch_ramp_jumps} times" if train.batch_ramp_jumps else "linearly"
+        lines.append(
+            f"fewer tokens a step before that: from {train.first_batch_tokens:,} on they grow {grows} over the first "
+            f"{train.batch_ramp_tokens:,} tokens of the run"
+        )
     tokens = run.tokens_at(run.total_steps)
     done = f", {run.steps_done:,} of them done" if run.steps_done else ""
     lines.append(f"{run.total_steps:,} steps{done}; {tokens:,} tokens: {epochs(tokens, data)}")
@@ -90,9 +96,9 @@ def resume_line(start, group, setup):
     return f"continuing from {start.path}: step {state['step']}, {state['tokens']:,} tokens{moved}"
 
 
-def changed_settings(state, config, auto, tokens_before):
+def changed_settings(state, config, auto):
     """The settings in which a resumed run differs from its checkpoint, in one line, or None. state: the checkpoint's.
-    auto, tokens_before: see Setup and Run. Raises UserError for a schedule that this code does not know."""
+    auto: see Setup. Raises UserError for a schedule that this code does not know."""
     saved, now = dict(state["config"]), config.to_dict()
     saved["deepspeed"] = with_auto_values(saved.get("deepspeed", {}), state.get("deepspeed_auto", {}))
     now["deepspeed"] = with_auto_values(now["deepspeed"], auto)
@@ -104,9 +110,8 @@ def changed_settings(state, config, auto, tokens_before):
     if any(name in changed for name in SHAPES_THE_RATE):
         train = config.train
         step = state["step"]
-        next_tokens = tokens_before + (step + 1) * train.global_batch_tokens
         before = learning_rate(resume.saved_train_config(state), state["tokens"])
-        after = learning_rate(train, next_tokens)
+        after = learning_rate(train, Steps(train, step, state["tokens"]).tokens_at(step + 1))
         last = learning_rate(train, train.max_tokens)
         line += f"; the learning rate goes from {before:.2e} at step {step} to {after:.2e} at step {step + 1}"
         line += f" and to {last:.2e} at the end"

@@ -141,22 +141,31 @@ def check_stage(deepspeed, precision):
 def gradient_accumulation(config, world_size):
     """Micro-batches per rank and optimizer step, so that the step has exactly global_batch_tokens.
 
-    Raises UserError with the nearest settings that divide."""
+    Raises UserError with the nearest settings that divide; also where first_batch_tokens does not, and so the batches
+    between them might not."""
+    if config.train.first_batch_tokens:
+        micro_batches_of("first_batch_tokens", config, world_size)
+    return micro_batches_of("global_batch_tokens", config, world_size)
+
+
+def micro_batches_of(name, config, world_size):
+    """Micro-batches per rank of a step with the tokens of one key of the train section. Raises UserError."""
     train = config.train
+    wanted = getattr(train, name)
     block = config.model.block_size
-    sequences, remainder = divmod(train.global_batch_tokens, block)
+    sequences, remainder = divmod(wanted, block)
     per_round = train.micro_batch_size * world_size
     if not remainder and sequences % per_round == 0:
         return sequences // per_round
     unit = block * per_round
-    below = train.global_batch_tokens // unit * unit
+    below = wanted // unit * unit
     tokens = " or ".join(str(t) for t in (below, below + unit) if t)
-    remedy = f"set train.global_batch_tokens to {tokens}"
+    remedy = f"set train.{name} to {tokens}"
     if not remainder and sequences % world_size == 0:
         sizes = nearest_divisors(sequences // world_size, train.micro_batch_size)
         remedy += f", or train.micro_batch_size to {sizes}"
     raise UserError(
-        f"train.global_batch_tokens: {train.global_batch_tokens} is not a multiple of block_size {block} x "
+        f"train.{name}: {wanted} is not a multiple of block_size {block} x "
         f"micro_batch_size {train.micro_batch_size} x {world_size} ranks = {unit}; {remedy}"
     )
 

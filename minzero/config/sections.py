@@ -14,6 +14,7 @@ from typing import NamedTuple
 from minzero.config.model_section import ModelConfig
 from minzero.config.values import as_flag, fault_of_text, in_short, key
 from minzero.errors import UserError
+from minzero.schedule import Steps, decay_tokens
 
 
 class Recomputation(NamedTuple):
@@ -75,11 +76,34 @@ class TrainConfig:
     global_batch_tokens: int = key(
         524288, "tokens of one optimizer step, summed over all ranks", minimum=1, maximum=10**10
     )
+    first_batch_tokens: int | None = key(
+        None, "tokens of the first step, if the batch grows; null: global_batch_tokens", minimum=1, maximum=10**10
+    )
+    batch_ramp_tokens: int = key(
+        0, "tokens over which the batch grows from first_batch_tokens on", minimum=0, maximum=10**18
+    )
+    batch_ramp_jumps: int = key(
+        0, "how often it grows, by the same factor each time; 0: linearly", minimum=0, maximum=1000
+    )
     max_tokens: int = key(10_000_000_000, "length of the run in tokens", minimum=1, maximum=10**18)
     warmup_tokens: int = key(0, "tokens over which the learning rate rises from zero", minimum=0, maximum=10**18)
     lr: float = key(6e-4, "peak learning rate", minimum=0, maximum=10)
     min_lr_ratio: float = key(0.1, "last learning rate over the peak", minimum=0, maximum=1)
-    schedule: str = key("cosine", "how the learning rate falls after warm-up", ["cosine", "linear", "constant"])
+    schedule: str = key(
+        "cosine",
+        "how the learning rate falls after warm-up; wsd: it stays until the last decay_tokens, so that runs of several "
+        "lengths can branch from one",
+        ["cosine", "linear", "constant", "wsd"],
+    )
+    decay_tokens: int | None = key(
+        None,
+        "with schedule wsd, tokens of the fall at the end of the run; 0: none; null: a fifth of max_tokens",
+        minimum=0,
+        maximum=10**18,
+    )
+    decay_shape: str = key(
+        "sqrt", "with schedule wsd, how it falls; sqrt is 1 - sqrt(progress)", ["sqrt", "linear", "cosine"]
+    )
     weight_decay: float = key(0.1, "weight decay of AdamW, on matrices only", minimum=0, maximum=100)
     betas: list[float] = key([0.9, 0.95], "decay rates of AdamW's two moments")
     eps: float = key(1e-8, "epsilon of AdamW", minimum=1e-16, maximum=1)
@@ -125,6 +149,12 @@ class TrainConfig:
     save_best: bool = key(True, "also save when the validation loss is the lowest so far")
     keep_checkpoints: int = key(
         2, "how many of the newest checkpoints are kept, besides the best", minimum=1, maximum=10**9
+    )
+    keep_every: int = key(
+        0,
+        "optimizer steps from one checkpoint that is never deleted to the next, to branch from; 0: none",
+        minimum=0,
+        maximum=10**15,
     )
     copy_to: str | None = key(
         None,
@@ -172,7 +202,7 @@ class TrainConfig:
     save_timeout_seconds: float = key(0.0, "the same for saves; 0: timeout_seconds", minimum=0, maximum=10**9)
     allow_changed: list[str] = key(
         [],
-        "keys in which a resumed run may differ from its checkpoint",
+        "keys in which a resumed run may differ from its checkpoint; the last also stands for those of a growing batch",
         ["data.path", "train.seed", "train.global_batch_tokens"],
     )
     loggers: list[str] = key([], "where metrics go besides metrics.jsonl", ["tensorboard", "wandb"])
@@ -181,6 +211,8 @@ class TrainConfig:
 
     def check(self):
         self.check_recomputation()
+        self.check_decay()
+        self.check_batch_ramp()
         beta = TrainConfig.__dataclass_fields__["dpo_beta"].default
         if self.loss == "next_token" and self.dpo_beta != beta:
             raise UserError(
@@ -214,12 +246,51 @@ class TrainConfig:
             )
         if self.profile is not None:
             first, last = self.profile_steps or (0, 0)
-            steps = self.max_tokens // self.global_batch_tokens
+            steps = Steps(self).total
             if not 1 <= first <= last or (last > steps and not self.allow_changed):
                 raise UserError(
                     f"train.profile: found {json.dumps(self.profile)}, expected the first and last step to record, "
                     f"as 10:15, of 1 to {steps}"
                 )
+
+    def check_decay(self):
+        if self.schedule != "wsd":
+            defaults = TrainConfig.__dataclass_fields__
+            for name in ("decay_tokens", "decay_shape"):
+                if (value := getattr(self, name)) != (default := defaults[name].default):
+                    raise UserError(
+                        f"train.{name}: found {in_short(value)} with train.schedule {self.schedule}, which has no such "
+                        f"decay; set train.schedule to wsd, or this to {in_short(default)}"
+                    )
+            return
+        decay = decay_tokens(self)
+        room = self.max_tokens - self.warmup_tokens
+        if decay > max(0, room):
+            raise UserError(
+                f"train.decay_tokens: found {decay} of train.max_tokens {self.max_tokens} with train.warmup_tokens "
+                f"{self.warmup_tokens}; expected at most {max(0, room)}, what is left after warm-up"
+            )
+
+    def check_batch_ramp(self):
+        first = self.first_batch_tokens
+        if first is None:
+            for name in ("batch_ramp_tokens", "batch_ramp_jumps"):
+                if value := getattr(self, name):
+                    raise UserError(
+                        f"train.{name}: found {value}, but train.first_batch_tokens is null: the batch does not grow; "
+                        "set train.first_batch_tokens, or this to 0"
+                    )
+            return
+        if first > self.global_batch_tokens:
+            raise UserError(
+                f"train.first_batch_tokens: found {first}, which is more than train.global_batch_tokens "
+                f"{self.global_batch_tokens}; expected less, or null for a batch that does not grow"
+            )
+        if not self.batch_ramp_tokens:
+            raise UserError(
+                f"train.batch_ramp_tokens: found 0 with train.first_batch_tokens {first}; expected the tokens over "
+                "which the batch grows, or set train.first_batch_tokens to null"
+            )
 
     def check_recomputation(self):
         wanted = self.activation_checkpointing

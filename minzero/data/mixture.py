@@ -62,12 +62,12 @@ class Mixture:
             windows[mine] = order + self.first_windows[number]
         return windows
 
-    def batches(self, step, rank, world_size, micro_batch_size, accumulation, first_sample=0):
-        """Yield the micro-batches of one rank in one optimizer step, as `batch` returns them. accumulation: their
-        number. first_sample: the number of the run's first sample."""
+    def batches(self, first_sample, rank, world_size, micro_batch_size, accumulation):
+        """Yield the micro-batches of one rank in one optimizer step, as `batch` returns them. first_sample: the number
+        of the step's first sample. accumulation: the number of micro-batches."""
         for micro_step in range(accumulation):
-            samples = sample_numbers(step, micro_step, rank, world_size, micro_batch_size, accumulation)
-            yield self.batch(self.windows_of(samples + first_sample))
+            samples = sample_numbers(first_sample, micro_step, rank, world_size, micro_batch_size)
+            yield self.batch(self.windows_of(samples))
 
     def batch(self, windows):
         """Window numbers (k,) -> inputs, targets and, where attention is within documents, positions in them, each

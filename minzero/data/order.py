@@ -106,13 +106,12 @@ class Schedule:
         return sets.astype(np.int64), rounds * np.array(self.counts)[sets] + self.before[places]
 
 
-def sample_numbers(step, micro_step, rank, world_size, micro_batch_size, accumulation):
+def sample_numbers(first_sample, micro_step, rank, world_size, micro_batch_size):
     """The sample numbers of one micro-batch of one rank, (micro_batch_size,) int64.
 
-    Step s of a run is samples [s * batch, (s + 1) * batch). Ranks and micro-batches only divide them, so the global
+    A step of a run is consecutive samples from first_sample on. Ranks and micro-batches only divide them, so the global
     batch does not depend on the number of ranks."""
-    round_size = micro_batch_size * world_size
-    first = (step * accumulation + micro_step) * round_size + rank * micro_batch_size
+    first = first_sample + (micro_step * world_size + rank) * micro_batch_size
     return np.arange(first, first + micro_batch_size)
 
 

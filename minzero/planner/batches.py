@@ -1,6 +1,7 @@
 """Batches that train.py takes: each rank has whole micro-batches of a step, and each step has global_batch_tokens."""
 
 import dataclasses
+import math
 
 from minzero.config.values import divisors
 from minzero.errors import UserError
@@ -17,8 +18,11 @@ def with_batch(config, micro_batch_size, global_batch_tokens=None):
 
 
 def sequences_of_rank(config, gpus):
-    """Sequences of one rank in a step; None where they are not whole."""
-    share, rest = divmod(config.train.global_batch_tokens, config.model.block_size * gpus)
+    """Sequences of one rank in a step, or where the batch grows, what their number is always a multiple of; None where
+    they are not whole."""
+    train = config.train
+    tokens = math.gcd(train.global_batch_tokens, train.first_batch_tokens or 0)
+    share, rest = divmod(tokens, config.model.block_size * gpus)
     return share if share and not rest else None
 
 
@@ -37,10 +41,15 @@ def legal_batch(config, gpus):
     """The nearest Config whose batch train.py takes on this many GPUs; the given one if it does. global_batch_tokens
     stays where the GPUs divide its sequences, else it is the nearest that they do; then the micro-batch is the nearest
     that divides. Where that is less than a quarter, as of a prime number of sequences, the micro-batch stays and
-    global_batch_tokens is the nearest that takes it, if that is within MOST_CHANGE. Raises UserError if the run is
-    shorter than a sequence for each GPU."""
+    global_batch_tokens is the nearest that takes it, if that is within MOST_CHANGE. first_batch_tokens follows. Raises
+    UserError if the run is shorter than a sequence for each GPU."""
     if is_legal(config, gpus):
         return config
+    if first := config.train.first_batch_tokens:
+        legal = legal_batch(with_first_batch(config, None), gpus)
+        whole = legal.train.micro_batch_size * config.model.block_size * gpus
+        nearest = max(1, round(first / whole)) * whole
+        return with_first_batch(legal, min(nearest, legal.train.global_batch_tokens))
     train, one_each = config.train, config.model.block_size * gpus
     below = train.global_batch_tokens // one_each * one_each
     above = below + one_each
@@ -61,9 +70,13 @@ def legal_batch(config, gpus):
     return with_batch(config, size, tokens)
 
 
+def with_first_batch(config, tokens):
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, first_batch_tokens=tokens))
+
+
 def changed_batch(given, legal):
     """{key: value} in which the batches of two configurations differ."""
-    names = ("global_batch_tokens", "micro_batch_size")
+    names = ("global_batch_tokens", "first_batch_tokens", "micro_batch_size")
     return {
         f"train.{name}": getattr(legal.train, name)
         for name in names
@@ -74,7 +87,11 @@ def changed_batch(given, legal):
 def refused_batch(given, legal, gpus):
     """A line on a batch that train.py refuses, and the nearest one that it takes."""
     train, block = given.train, given.model.block_size
-    found = f"{train.global_batch_tokens:,} tokens a step are not a multiple of"
+    whole = gpus * train.micro_batch_size * block
+    tokens = train.global_batch_tokens
+    if train.first_batch_tokens and tokens % whole == 0:
+        tokens = train.first_batch_tokens
+    found = f"{tokens:,} tokens a step are not a multiple of"
     line = f"train.py refuses this batch: {found} {gpus} GPUs x micro-batch {train.micro_batch_size} x {block:,} tokens"
     change = changed_batch(given, legal)
     flags = []

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from minzero.adapters import adapter_shapes
 from minzero.config.sections import Recomputation
 from minzero.planner.memory import checkpoint_bytes, offloaded_activations, offloaded_elements
+from minzero.schedule import Steps
 from minzero.sizes import (
     attention_flops_per_token,
     count_parameters,
@@ -340,8 +341,31 @@ def seconds_between_steps(config, settings, engine, step, hardware, assumptions)
 
 
 def steps_of(config):
-    """Optimizer steps of a run."""
-    return -(-config.train.max_tokens // config.train.global_batch_tokens)
+    """Optimizer steps of a run, the last of which may not be whole."""
+    steps = Steps(config.train)
+    return steps.total + (steps.tokens_at(steps.total) < config.train.max_tokens)
+
+
+def seconds_of_steps(config, settings, engine, hardware, assumptions, code=None):
+    """Seconds of all steps of a run. Those of a smaller batch, where it grows, have fewer micro-batches; the time of a
+    step is a straight line over their number."""
+    train = config.train
+
+    def seconds(tokens):
+        number = max(1, tokens // (settings.tokens * settings.world_size))
+        few = replace(settings, gradient_accumulation_steps=number)
+        return step_time(few, engine, hardware, assumptions, code).seconds
+
+    whole = step_time(settings, engine, hardware, assumptions, code).seconds
+    each = settings.gradient_accumulation_steps * settings.tokens * settings.world_size  # tokens of a step
+    growing = Steps(train).ends[1:]
+    if not growing:
+        return train.max_tokens / each * whole
+    first, last = train.first_batch_tokens, train.global_batch_tokens
+    smallest = seconds(first)
+    slope = (whole - smallest) / (last - first) if last > first else 0
+    growing_seconds = len(growing) * smallest + (growing[-1] - len(growing) * first) * slope
+    return growing_seconds + (train.max_tokens - growing[-1]) / each * whole
 
 
 def speed_and_cost(config, settings, engine, hardware, assumptions, code=None):
@@ -363,7 +387,8 @@ def speed_and_cost(config, settings, engine, hardware, assumptions, code=None):
         found["mfu"], found["hfu"] = rate * flops, rate * (flops + recomputed)
     evaluating, saving = seconds_between_steps(config, settings, engine, step, hardware, assumptions)
     found["evaluation_days"], found["saving_days"] = evaluating / 86400, saving / 86400
-    found["days"] = (config.train.max_tokens / found["tokens_per_second"] + evaluating + saving) / 86400
+    training = seconds_of_steps(config, settings, engine, hardware, assumptions, code)
+    found["days"] = (training + evaluating + saving) / 86400
     found["gpu_hours"] = found["days"] * 24 * settings.world_size
     if hardware.price is not None:
         found["cost"] = found["gpu_hours"] * hardware.price

@@ -176,9 +176,7 @@ def test_independent_of_ranks_micro_batch_and_resume(folders, ranks, micro, othe
 
     def step_rows(step, ranks, micro):
         accumulation = batch // (ranks * micro)
-        parts = [
-            sample_numbers(step, a, r, ranks, micro, accumulation) for a in range(accumulation) for r in range(ranks)
-        ]
+        parts = [sample_numbers(step * batch, a, r, ranks, micro) for a in range(accumulation) for r in range(ranks)]
         assert {len(part) for part in parts} == {micro}  # no rank ever waits for another
         return [data.batch(data.windows_of(part))[0] for part in parts]
 

@@ -11,7 +11,7 @@ from tests.helpers.processes import ROOT
 # A file imports only files above it. `model` and `train` are those at the root, whose other
 # files import any.
 ORDER = """
-    errors files store copier nearest launchers commands flags deepspeed_keys cards
+    errors schedule files store copier nearest launchers commands flags deepspeed_keys cards
     config.values config.model_section config.sections config.nested
     sizes config.auto config.deepspeed config.hints config.build config.help
     hf.settings hf.families adapters config.load meeting dist run_folder out_dir checkpoint_names nodes failures
@@ -22,7 +22,7 @@ ORDER = """
     data.encode data.pipeline data.learn_tokenizer data.scripts data.verify data.foreign data.convert
     checkpoint_state checkpoint_folder checkpoint resume restore fetch model hf.weights
     hf.comparison hf.read lora four_bit trained init_from compiled
-    engine schedule watchdog bad_steps goodput metrics loggers profiler curves plot report hf.card hf.write
+    engine watchdog bad_steps goodput metrics loggers profiler curves plot report hf.card hf.write
     hf.peft hf.gguf summary run
     evaluate_loss evaluate_pairs evaluate_roles reference sampling evaluate generate
     planner.units planner.gpus planner.batches planner.settings planner.activations planner.replay planner.stage3
