@@ -115,6 +115,15 @@ ELSEWHERE |= dict.fromkeys(
     ),
     "test_lora, with a small Llama",
 )
+ELSEWHERE |= dict.fromkeys(
+    (
+        "deepspeed --num_gpus 8 train.py configs/gpt2-124m.json --train.out_dir out/long --train.schedule wsd "
+        "--train.decay_tokens 0 --train.max_tokens 100e9 --train.keep_every 5000",
+        "deepspeed --num_gpus 8 train.py configs/gpt2-124m.json --train.out_dir out/branch --train.schedule wsd "
+        "--train.resume out/long/checkpoints/step_00020000 --train.max_tokens 12e9 --train.decay_tokens 2e9",
+    ),
+    "test_schedules, with a small model",
+)
 SHORT = {  # flags added to a command of train.py
     "train": {"max_tokens": 16 * 128, "global_batch_tokens": 128, "micro_batch_size": 2, "warmup_tokens": 0},
     "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_kv_head": "null", "block_size": 16, "vocab_size": 270},

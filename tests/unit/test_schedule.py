@@ -121,7 +121,7 @@ def test_a_ramp_is_changed_only_after_its_end_or_by_leave():
     with pytest.raises(UserError, match=r"train.batch_ramp_tokens 4000000000 -> 2000000000.* train.allow_changed"):
         resume.check_same_run("step_1", state, longer)
     none = {name: value for name, value in GPT3.items() if name not in ("first_batch_tokens", "batch_ramp_tokens")}
-    with pytest.raises(UserError, match="train.first_batch_tokens 32768 -> null"):
+    with pytest.raises(UserError, match=r"train.first_batch_tokens 32768 -> null"):
         resume.check_same_run("step_1", state, build({"train": none}, "x"))
     resume.check_same_run("step_1", checkpoint_of(saved, 5 * 10**9), build({"train": none}, "x"))
     longer.train.allow_changed = ["train.global_batch_tokens"]
