@@ -162,6 +162,7 @@ def with_base(config, start, precision):
     load_adapters = None
     if config.lora.init_from and not start.path:
         load_adapters = peft.open_adapter(config.lora, config.model)
+        dist.print0(peft.other_base(config.lora.init_from, config.train.init_from))
     return Start(start.path, start.state, init_source, load_weights, base, load_adapters)
 
 

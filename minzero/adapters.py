@@ -11,6 +11,7 @@ from minzero.hf.families import FAMILIES, family_of
 BLOCK, BLOCK_OF_SCALES = 64, 256
 BYTES = 0.5 + 1 / BLOCK + 4 / (BLOCK * BLOCK_OF_SCALES)  # of a parameter
 MODULES = {"qkv": "attention.qkv", "proj": "attention.proj", "up": "mlp.up", "down": "mlp.down"}
+CONFIG = "adapter_config.json"  # of PEFT's
 MARK = ".adapter."  # in the names of what is trained
 
 

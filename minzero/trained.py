@@ -181,6 +181,11 @@ def folder_to_start_from(source, weights=True):
     """The folder that train.init_from names, which holds a model: see `local_folder`. Raises UserError."""
     with suggesting(source, holds_model):
         folder = local_folder(source, weights)
+        if not is_published(folder) and (folder / adapters.CONFIG).is_file():
+            raise UserError(
+                f"train.init_from: {source} holds an adapter, expected a model; give the model that the adapter was "
+                "trained beside, and the adapter as lora.init_from"
+            )
         if not is_published(folder) and checkpoint_folder.find(folder, "best") is None:
             raise UserError(
                 f"train.init_from: {source}: found neither a config.json of transformers' nor a checkpoint; expected "

@@ -223,6 +223,9 @@ class Conversations:
         if self.format_name:
             return self.format_name, column_of(row, self.columns)
         found = recognise(row, self.columns)
+        if found is None and {"chosen", "rejected"} <= row.keys():
+            fault = "found a pair of answers (chosen, rejected), expected one conversation"
+            raise BadDocument(key, fault, "prepare pairs with data/preferences/prepare.py")
         if found is None:
             name = column_of(row, self.columns)
             raise checked_value(key, row.get(name), name, list, row)

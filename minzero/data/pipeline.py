@@ -414,7 +414,8 @@ def check_enough(splits, skipped, args):
     left_out = f"; skipped {plural(skipped.documents, 'document')}: see {skipped.path}" if skipped.documents else ""
     where = " ".join(args.input) if args.input else "the source"
     if not sum(split.bytes for split in splits.values()):
-        raise UserError(f"{where[:200]}: found no text, expected at least one document with text{left_out}")
+        within = f" within --max_tokens {args.max_tokens}" if getattr(args, "max_tokens", None) else ""
+        raise UserError(f"{where[:200]}: found no text{within}, expected at least one document with text{left_out}")
     if not splits["train"].bytes and args.val_fraction < 1:
         raise UserError(
             f"{where[:200]}: no text fell into the train split ({splits['val'].tokens:,} tokens into val); give more "

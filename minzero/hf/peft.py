@@ -7,6 +7,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minzero import adapters
+from minzero.adapters import CONFIG
 from minzero.config.sections import LoraConfig, ModelConfig
 from minzero.config.values import in_short
 from minzero.data.meta import read_object
@@ -17,7 +18,7 @@ from minzero.hf.families import FAMILIES, family_of
 from minzero.hf.weights import rearrangements
 from minzero.hf.write import check_new_folder, written_whole
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # settings of adapter_config.json that change what is computed, and the values with which it is what lora.py computes
 COMPUTED = {"use_dora": False, "use_rslora": False, "fan_in_fan_out": None, "bias": "none", "lora_bias": False}
@@ -83,6 +84,15 @@ def write_adapter(source, folder, dtype="float32"):
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / WEIGHTS).chmod(0o644)  # else nobody but the owner may read it
     return f"PEFT's adapter of rank {config.rank}, {dtype}, for the model in {base}"
+
+
+def other_base(folder, base):
+    """A warning if the adapter in a folder says that it was trained beside another model than `base`, or None. Only the
+    names are known: the same model may have two. Raises UserError."""
+    trained = read_object(Path(folder) / CONFIG).get("base_model_name_or_path")
+    if not trained or trained == base:
+        return None
+    return f"warning: lora.init_from: {folder} was trained beside {in_short(trained)}; train.init_from is {base}"
 
 
 def open_adapter(config: LoraConfig, model: ModelConfig):

@@ -223,6 +223,7 @@ BAD = [
     ({"instruction": "x", "output": "x", "history": ["x"]}, None, "history: found x, expected pairs"),
     ({"prompt": 1, "completion": "x"}, None, "prompt: found int, expected a text or a list of messages"),
     ({"prompt": [5], "completion": "x"}, None, "message 1: found 5"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, None, "found a pair of answers.*data/preferences/prepare.py"),
     ({"messages": ASKED}, "alpaca", "found nothing, expected a string under 'instruction'"),
     ({"messages": ASKED}, "sharegpt", "message 1: found .* expected from"),
     ({"conversations": [{"from": "human", "value": "x"}]}, "messages", "message 1: found .* expected a role"),

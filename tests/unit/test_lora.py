@@ -21,7 +21,7 @@ from minzero.curves import read_run
 from minzero.errors import UserError
 from minzero.hf import peft
 from minzero.sizes import flops_per_token
-from minzero.trained import find_base, identity_of, open_checkpoint
+from minzero.trained import find_base, folder_to_start_from, identity_of, open_checkpoint
 from model import GPT
 from tests.helpers.trained_runs import (
     FAMILIES,
@@ -289,6 +289,21 @@ def test_an_adapter_for_other_matrices_is_refused(tmp_path):
         peft.open_adapter(wanted, LLAMA)
     with pytest.raises(UserError, match="expected the folder of an adapter"):
         peft.open_adapter(dataclasses.replace(SOME, init_from=str(tmp_path / "none")), LLAMA)
+
+
+def test_an_adapter_in_the_wrong_place(tmp_path):
+    """In the place of the model, and beside another than its own."""
+    data = write_data(tmp_path / "data")
+    base = write_run(tmp_path / "base", LLAMA, data)
+    write_lora_run(tmp_path / "lora", adapted(LLAMA, base), tmp_path / "base", data)
+    export.main([str(tmp_path / "lora"), str(tmp_path / "adapter")])
+    with pytest.raises(UserError, match=r"train.init_from: .*adapter holds an adapter.* as lora.init_from"):
+        folder_to_start_from(str(tmp_path / "adapter"))
+    with pytest.raises(UserError, match=r"train.init_from: .*none"):
+        folder_to_start_from(str(tmp_path / "none"))
+    trained = json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert peft.other_base(tmp_path / "adapter", trained) is None
+    assert f'was trained beside "{trained}"; train.init_from is other' in peft.other_base(tmp_path / "adapter", "other")
 
 
 def test_a_model_that_transformers_does_not_have(tmp_path):
