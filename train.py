@@ -48,6 +48,7 @@ from minzero.engine import (
 from minzero.errors import UserError
 from minzero.evaluate_loss import validation_loss
 from minzero.evaluate_pairs import validation_of_pairs
+from minzero.evaluate_tasks import open_for_run
 from minzero.goodput import TimeUse
 from minzero.hf import peft
 from minzero.init_from import model_defaults
@@ -320,6 +321,17 @@ def validate(run, engine, data, step):
     run.time_use.mark("evaluation")
 
 
+def score_tasks(run, engine, tasks, step):
+    """Score the model on train.eval_tasks, log it, and draw the run's picture. Every rank must call this."""
+    began = time.perf_counter()
+    scores = tasks.scores(engine, run.config.train.micro_batch_size, run.group, run.watchdog.turn)
+    run.record_tasks(step, scores, time.perf_counter() - began)
+    if run.group.rank == 0:
+        draw_loss(run.folder.path)
+        run.watchdog.heartbeat()
+    run.time_use.mark("evaluation")
+
+
 def show_sample(run, engine, tokenizer, step):
     """Print and log a text that the model writes. Every rank must call this."""
     seed = run.config.train.seed + step
@@ -379,6 +391,7 @@ def main(config, watchdog=None):
         if run.is_complete():
             run.report_complete(start)
             return run.best_val_loss
+        tasks = open_for_run(config)
         run.take_folder(resumes=start.path is not None)
 
         # ---- model and optimizer: in mixed precision 16 bytes a parameter, 2 of weight, 2 of gradient, 4 of float32
@@ -426,6 +439,9 @@ def main(config, watchdog=None):
             if run.should_evaluate(step):
                 with watchdog.during("evaluation"):
                     validate(run, engine, val_data, step)
+            if run.should_score_tasks(step, result):
+                with watchdog.during("evaluation"):
+                    score_tasks(run, engine, tasks, step)
 
             # 12 bytes a parameter, over all ranks: the weight and Adam's two moments in float32
             if run.should_save(step, result):
