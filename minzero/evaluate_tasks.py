@@ -240,9 +240,8 @@ def make_model(folder, block_size):
             self.pairs = [(context, answer) for _, context, answer in requests]
             for (_, text), _, answer in requests:
                 if not 0 < len(answer) <= block_size:
-                    raise UserError(
-                        f"an answer has {len(answer)} tokens, expected 1 to {block_size} (model.block_size): {text[:40]!r}"
-                    )
+                    expected = f"expected 1 to {block_size} (model.block_size)"
+                    raise UserError(f"found an answer of {len(answer)} tokens, {text[:40]!r}, {expected}")
             return [(-1.0, False)] * len(requests)
 
         def get_model_info(self):
