@@ -62,6 +62,9 @@ class DataConfig:
                 )
 
 
+EVAL_TASKS = ("eval_tasks", "eval_tasks_every", "eval_tasks_limit", "eval_tasks_path")  # of the train section
+
+
 @dataclass
 class TrainConfig:
     out_dir: str | None = key(None, "folder of the run; null: out/<name of the config file>")
@@ -238,7 +241,7 @@ class TrainConfig:
     def check_eval_tasks(self):
         if "" in self.eval_tasks or len(set(self.eval_tasks)) < len(self.eval_tasks):
             raise UserError(f"train.eval_tasks: found {in_short(self.eval_tasks)}, expected names of tasks, each once")
-        for name in ("eval_tasks_every", "eval_tasks_limit", "eval_tasks_path"):
+        for name in EVAL_TASKS[1:]:
             value, default = getattr(self, name), TrainConfig.__dataclass_fields__[name].default
             if value != default and not self.eval_tasks:
                 raise UserError(
