@@ -48,7 +48,7 @@ from minzero.engine import (
 from minzero.errors import UserError
 from minzero.evaluate_loss import validation_loss
 from minzero.evaluate_pairs import validation_of_pairs
-from minzero.evaluate_tasks import open_for_run
+from minzero.evaluate_tasks import open_for_run, score_tasks
 from minzero.goodput import TimeUse
 from minzero.hf import peft
 from minzero.init_from import model_defaults
@@ -315,37 +315,13 @@ def validate(run, engine, data, step):
     else:
         loss = validation_loss(engine, data, *sizes, *run.group, progress=run.watchdog.turn)
     run.record_validation(step, loss, time.perf_counter() - began, of_pairs)
-    if run.group.rank == 0:
-        draw_loss(run.folder.path)
-        run.watchdog.heartbeat()
-    run.time_use.mark("evaluation")
-
-
-def score_tasks(run, engine, tasks, step):
-    """Score the model on train.eval_tasks, log it, and draw the run's picture. Every rank must call this."""
-    began = time.perf_counter()
-    scores = tasks.scores(engine, run.config.train.micro_batch_size, run.group, run.watchdog.turn)
-    run.record_tasks(step, scores, time.perf_counter() - began)
-    if run.group.rank == 0:
-        draw_loss(run.folder.path)
-        run.watchdog.heartbeat()
-    run.time_use.mark("evaluation")
+    run.draw_loss()
 
 
 def show_sample(run, engine, tokenizer, step):
     """Print and log a text that the model writes. Every rank must call this."""
     seed = run.config.train.seed + step
     run.record_sample(step, sampling.write_text(engine, tokenizer, run.group.device, seed, run.watchdog.turn))
-
-
-def draw_loss(folder):
-    """Draw <folder>/loss.png."""
-    try:
-        from minzero import plot  # matplotlib takes a second to import, and only rank 0 draws
-
-        plot.plot_loss([folder], folder / "loss.png")
-    except Exception as error:  # a picture must not cost the run
-        dist.print0(f"{folder / 'loss.png'} was not drawn: {type(error).__name__}: {error}")
 
 
 # ---- the run
@@ -440,8 +416,7 @@ def main(config, watchdog=None):
                 with watchdog.during("evaluation"):
                     validate(run, engine, val_data, step)
             if run.should_score_tasks(step, result):
-                with watchdog.during("evaluation"):
-                    score_tasks(run, engine, tasks, step)
+                score_tasks(run, engine, tasks, step)
 
             # 12 bytes a parameter, over all ranks: the weight and Adam's two moments in float32
             if run.should_save(step, result):

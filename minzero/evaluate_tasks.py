@@ -14,6 +14,7 @@ import itertools
 import logging
 import random
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -422,3 +423,12 @@ def open_for_run(config):
     requests, description = as_rank_0(make)
     dist.print0(description)
     return Tasks(requests, *made or [None])
+
+
+def score_tasks(run, engine, tasks, step):
+    """Score the model on train.eval_tasks, log it, draw the run's picture. run: a Run. Every rank must call this."""
+    began = time.perf_counter()
+    with run.watchdog.during("evaluation"):
+        scores = tasks.scores(engine, run.config.train.micro_batch_size, run.group, run.watchdog.turn)
+        run.record_tasks(step, scores, time.perf_counter() - began)
+        run.draw_loss()

@@ -288,6 +288,19 @@ class Run:
         self.folder.report("running", step)
         self.write(step, line)
 
+    def draw_loss(self):
+        """Draw loss.png in the run's folder, on rank 0. It ends an evaluation."""
+        if self.group.rank == 0:
+            picture = self.folder.path / "loss.png"
+            try:
+                from minzero import plot  # matplotlib takes a second to import, and only rank 0 draws
+
+                plot.plot_loss([self.folder.path], picture)
+            except Exception as error:  # a picture must not cost the run
+                dist.print0(f"{picture} was not drawn: {type(error).__name__}: {error}")
+            self.watchdog.heartbeat()
+        self.time_use.mark("evaluation")
+
     def should_score_tasks(self, step, result):
         if not self.config.train.eval_tasks:
             return False
