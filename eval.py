@@ -61,7 +61,7 @@ def count_ranks():
 def main(arguments):
     args = parse(arguments)
     # after the flags, so that --help and a wrong flag are answered at once: these take seconds to import
-    from minzero import evaluate
+    from minzero import evaluate, evaluate_tasks
     from minzero.evaluate_roles import report_roles
 
     ranks = count_ranks()
@@ -85,7 +85,7 @@ def main(arguments):
         result |= found
     else:
         source, streams, reference = open_model()
-        manager = evaluate.open_tasks(args.names, args.task_path) if args.names else None
+        manager = evaluate_tasks.open_tasks(args.names, args.task_path) if args.names else None
         if streams:
             result |= evaluate.evaluate_alone(source, streams, args.batch_size, reference, args.by_role)
     for line in evaluate.report(source, streams, result):
@@ -96,8 +96,8 @@ def main(arguments):
         result |= evaluate.compress(streams[-1])
         print(evaluate.report_compression(result))
     if args.names:
-        result["tasks"] = evaluate.run_tasks(source, args.names, manager, args.limit, args.chat)
-        print(evaluate.report_tasks(result["tasks"]))
+        result["tasks"] = evaluate_tasks.run_tasks(source, args.names, manager, args.limit, args.chat)
+        print(evaluate_tasks.report_tasks(result["tasks"]))
     if args.json:
         print(json.dumps({key: evaluate.finite_or_none(value) for key, value in result.items()}))
 

@@ -48,6 +48,7 @@ from minzero.engine import (
 from minzero.errors import UserError
 from minzero.evaluate_loss import validation_loss
 from minzero.evaluate_pairs import validation_of_pairs
+from minzero.evaluate_tasks import open_for_run, score_tasks
 from minzero.goodput import TimeUse
 from minzero.hf import peft
 from minzero.init_from import model_defaults
@@ -316,26 +317,13 @@ def validate(run, engine, data, step):
     else:
         loss = validation_loss(engine, data, *sizes, *run.group, progress=run.watchdog.turn)
     run.record_validation(step, loss, time.perf_counter() - began, of_pairs)
-    if run.group.rank == 0:
-        draw_loss(run.folder.path)
-        run.watchdog.heartbeat()
-    run.time_use.mark("evaluation")
+    run.draw_loss()
 
 
 def show_sample(run, engine, tokenizer, step):
     """Print and log a text that the model writes. Every rank must call this."""
     seed = run.config.train.seed + step
     run.record_sample(step, sampling.write_text(engine, tokenizer, run.group.device, seed, run.watchdog.turn))
-
-
-def draw_loss(folder):
-    """Draw <folder>/loss.png."""
-    try:
-        from minzero import plot  # matplotlib takes a second to import, and only rank 0 draws
-
-        plot.plot_loss([folder], folder / "loss.png")
-    except Exception as error:  # a picture must not cost the run
-        dist.print0(f"{folder / 'loss.png'} was not drawn: {type(error).__name__}: {error}")
 
 
 # ---- the run
@@ -381,6 +369,7 @@ def main(config, watchdog=None):
         if run.is_complete():
             run.report_complete(start)
             return run.best_val_loss
+        tasks = open_for_run(config)
         run.take_folder(resumes=start.path is not None)
 
         # ---- model and optimizer: in mixed precision 16 bytes a parameter, 2 of weight, 2 of gradient, 4 of float32
@@ -428,6 +417,8 @@ def main(config, watchdog=None):
             if run.should_evaluate(step):
                 with watchdog.during("evaluation"):
                     validate(run, engine, val_data, step)
+            if run.should_score_tasks(step, result):
+                score_tasks(run, engine, tasks, step)
 
             # 12 bytes a parameter, over all ranks: the weight and Adam's two moments in float32
             if run.should_save(step, result):

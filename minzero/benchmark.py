@@ -24,7 +24,7 @@ import numpy as np
 
 from minzero import report
 from minzero.config.deepspeed import gradient_accumulation
-from minzero.config.sections import LoraConfig
+from minzero.config.sections import EVAL_TASKS, LoraConfig, TrainConfig
 from minzero.data.mixture import Mixture
 from minzero.data.shards import token_dtype, write_shard
 from minzero.errors import UserError
@@ -127,7 +127,9 @@ def benchmark_config(config, folder):
     train.loss = "next_token"  # others need a model to start from
     train.loggers = []
     train.log_every = 1
-    train.eval_every = train.save_every = train.save_every_seconds = 0
+    train.eval_every = train.save_every = train.save_every_seconds = train.sample_every = 0
+    for name in EVAL_TASKS:
+        setattr(train, name, getattr(TrainConfig(), name))
     train.save_best = False
     train.max_tokens = 10**9 * train.global_batch_tokens
     return config

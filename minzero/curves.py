@@ -11,7 +11,7 @@ from minzero.config.build import build
 from minzero.config.hints import rename_old_keys
 from minzero.errors import UserError
 from minzero.files import read_json
-from minzero.metrics import good_lines
+from minzero.metrics import OF_TASKS, good_lines
 from minzero.nearest import suggesting
 from minzero.sizes import flops_per_token
 
@@ -25,16 +25,34 @@ PANELS = {
     "expert_load_max": "busiest expert's load",  # over an equal share
     "reward_accuracy": "reward accuracy",  # the part of the pairs whose preferred answer has the higher reward
     "reward_margin": "reward margin",
+    "bits_per_byte": "task bits per byte",
+    "accuracy": "task accuracy",
 }
 ONLY_OF_SOME = ("expert_load_max", "reward_accuracy", "reward_margin")  # panels of runs with experts, or of pairs
+# panels with a curve a task: of the first of these metrics that it has
+TASK_PANELS = {"bits_per_byte": ("bits_per_byte",), "accuracy": ("acc_norm", "acc")}
 VALIDATION = {"reward_accuracy": "val_accuracy", "reward_margin": "val_margin"}  # what is drawn into the same panel
 
 
 def panels_of(runs):
     """{key of PANELS: its title} of those that these runs have: the experts' only where there are experts."""
-    return {
-        key: title for key, title in PANELS.items() if key not in ONLY_OF_SOME or any(key in r.curves for r in runs)
-    }
+    return {key: title for key, title in PANELS.items() if any(has_panel(run, key) for run in runs)}
+
+
+def has_panel(run, key):
+    if key in TASK_PANELS:
+        return bool(task_curves(run, key))
+    return key not in ONLY_OF_SOME or key in run.curves
+
+
+def task_curves(run, panel):
+    """{name of a task of train.eval_tasks: (x, y)} of one of TASK_PANELS."""
+    found = {}
+    for metric in TASK_PANELS[panel]:
+        for key, curve in run.curves.items():
+            if key.startswith(OF_TASKS) and key.endswith(f"_{metric}"):
+                found.setdefault(key[len(OF_TASKS) : -len(metric) - 1], curve)
+    return found
 
 
 # -- reading runs --------------------------------------------------------------------------------
@@ -127,6 +145,7 @@ def read_run(folder, x="tokens", name=None):
         attended = number_of(found, "attended_tokens", None)
         scale = flops_per_token(config.model, attended, count_adapters(config.model, config.lora))
     lines, skipped = good_lines(folder)
+    drawn = {"loss", "val_loss", *PANELS, *VALIDATION.values()}
     points = {}  # key -> {step: (x, y)}
     bad_steps = []
     seconds = 0.0
@@ -138,8 +157,8 @@ def read_run(folder, x="tokens", name=None):
         place = seconds if x == "time" else float(line.get("tokens") or 0) * scale
         if "bad_step" in line:
             bad_steps.append(place)
-        for key in ("loss", "val_loss", *PANELS, *VALIDATION.values()):
-            if key in line:
+        for key in line:
+            if key in drawn or key.startswith(OF_TASKS):
                 points.setdefault(key, {})[line["step"]] = (place, number_of(line, key))
     curves = {}
     for key, by_step in points.items():

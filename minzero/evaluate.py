@@ -1,32 +1,26 @@
-"""How good is a trained model? Its loss over validation splits, gzip on the same text, and lm-eval's benchmarks."""
+"""How good is a trained model? Its loss over validation splits, and gzip on the same text."""
 
 import contextlib
 import gc
 import gzip
-import importlib.util
 import math
 import os
-import tempfile
-from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from minzero import reference
 from minzero.config.sections import TrainConfig
-from minzero.config.values import did_you_mean
 from minzero.data.mixture import content_digest
 from minzero.data.packing import open_stream
 from minzero.data.pipeline import tokenizer_of
-from minzero.errors import UserError, describe
+from minzero.errors import UserError
 from minzero.evaluate_loss import count_passes, window_losses
 from minzero.evaluate_pairs import evaluate_pairs
 from minzero.evaluate_roles import Roles, evaluate_roles
 from minzero.hf.weights import own_shapes
-from minzero.hf.write import write_model
 from minzero.preference import LOSSES, Preference
-from minzero.trained import ModelSource, best_device, load_model, load_sharded, open_trained
+from minzero.trained import ModelSource, load_model, load_sharded, open_trained
 
 SHOW_AFTER = 1.0  # seconds that work must take before its progress is shown
 
@@ -211,68 +205,6 @@ def compress(stream):
     return {"gzip_bits_per_byte": joined * 8 / size, "gzip_one_by_one_bits_per_byte": one_by_one * 8 / size}
 
 
-# -- benchmarks ----------------------------------------------------------------------------------
-
-
-def open_tasks(names, task_path):
-    """lm-eval's TaskManager, checked to know these tasks: names, or paths of yaml files. task_path: a folder of more
-    task files. Raises UserError."""
-    missing = [name for name in ("lm_eval", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f'--tasks: {" and ".join(missing)} not installed, expected lm-eval; pip install "lm-eval[hf]"')
-    from lm_eval.tasks import TaskManager
-
-    if task_path and not Path(task_path).is_dir():
-        raise UserError(f"--task_path: {task_path}: no such folder; expected one that holds lm-eval's task files")
-    files = {name for name in names if Path(name).suffix == ".yaml" and Path(name).is_file()}
-    # indexing its own ten thousand tasks takes a dozen seconds, for which files of tasks need not wait
-    for include_defaults in (False, True):
-        manager = TaskManager(include_path=task_path, include_defaults=include_defaults)
-        known = set(manager.all_tasks) | files
-        if known.issuperset(names):
-            return manager
-    unknown = next(name for name in names if name not in known)
-    raise UserError(
-        f"--tasks: {unknown!r} is neither one of lm-eval's nor a yaml file; {did_you_mean(unknown, manager.all_tasks)}"
-    )
-
-
-def run_tasks(source: ModelSource, names, manager, limit, chat=False):
-    """lm-eval's results, {task: {metric: value}}, of its harness on the model as transformers'. chat: a question is a
-    user's message in the chat template, and each example before it a turn. Raises UserError."""
-    import lm_eval
-
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = source.path
-        if source.state:  # a checkpoint of ours
-            folder = Path(temporary) / "model"
-            write_model(source, folder)
-        if not (folder / "tokenizer.json").exists():
-            raise UserError(f"--tasks: {source.path} has no tokenizer that is known, and tasks are made of text")
-        if chat:
-            check_chat_template(source, folder)
-        # several GPUs in the machine share the model
-        model = {"pretrained": str(folder), "parallelize": torch.cuda.device_count() > 1}
-        settings = {"device": best_device().type, "limit": limit, "log_samples": False}
-        settings |= {"apply_chat_template": chat, "fewshot_as_multiturn": chat}
-        try:
-            found = lm_eval.simple_evaluate("hf", model, names, task_manager=manager, **settings)
-        except Exception as error:  # of many classes: no network, a broken task file, a task that this model cannot
-            raise UserError(f"--tasks: lm-eval ended with {describe(error)}") from None
-    return found["results"]
-
-
-def check_chat_template(source: ModelSource, folder):
-    """Raise UserError if the tokenizer of a folder in transformers' format has no chat template."""
-    from transformers import AutoTokenizer
-
-    if AutoTokenizer.from_pretrained(folder).chat_template is None:
-        raise UserError(
-            f"--chat: the tokenizer of {source.path} has no chat template, and its data holds no conversations; leave "
-            "--chat out, or fine-tune it on conversations"
-        )
-
-
 # -- in words ------------------------------------------------------------------------------------
 
 
@@ -300,19 +232,6 @@ def report(source: ModelSource, streams, result):
 def report_compression(result):
     joined, one_by_one = result["gzip_bits_per_byte"], result["gzip_one_by_one_bits_per_byte"]
     return f"gzip -9 on the same text: {joined:.4f} bits per byte joined, {one_by_one:.4f} file by file"
-
-
-def report_tasks(results):
-    """Text of a line a task about the results of `run_tasks`."""
-    lines = []
-    for task, metrics in results.items():
-        numbers = [
-            f"{name.removesuffix(',none')} {value:.4f}"
-            for name, value in metrics.items()
-            if isinstance(value, float) and "stderr" not in name
-        ]
-        lines.append(f"{task}: {', '.join(numbers)}")
-    return "\n".join(lines)
 
 
 def finite_or_none(value):

@@ -46,9 +46,10 @@ def count_passes(stream, batch_size, world_size=1, wanted_tokens=None):
 
 
 @contextlib.contextmanager
-def loss_of_each_token(model):
+def loss_of_each_token(model, likeliest=None):
     """Gives a list to which each forward pass with targets appends the cross-entropy of its tokens in nats, (N,)
-    float32 tensors, chunk by chunk. The model computes its own loss again after this block."""
+    float32 tensors, chunk by chunk. likeliest: a list that gets, likewise, whether each target was the likeliest token.
+    The model computes its own loss again after this block."""
     head = getattr(model, "module", model).head
     own = vars(head).get("cross_entropy")  # of a compiled model; else it is the class's
     found = []
@@ -56,6 +57,8 @@ def loss_of_each_token(model):
     def keep(logits, targets, picked, vocab_size, with_gradient=True):
         logits = logits[:, :vocab_size].float()
         found.append(F.cross_entropy(logits, targets[:, 0], ignore_index=IGNORE_INDEX, reduction="none"))
+        if likeliest is not None:
+            likeliest.append(logits.argmax(dim=-1) == targets[:, 0])
         return found[-1].sum()
 
     head.cross_entropy = keep

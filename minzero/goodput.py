@@ -20,7 +20,7 @@ KINDS = {
     "start": "from the start of rank 0's process to the first step",
     "compile": "the first step of a start whose model is compiled",
     "resume": "reading and loading a checkpoint",
-    "evaluation": "evaluating, drawing and sampling",
+    "evaluation": "evaluating, scoring tasks, drawing and sampling",
     "save": "standing still for a checkpoint",
     "lost": "steps after the checkpoint that a later start continued from, and bad steps",
     "down": "from a start's last line in the log to the next start",

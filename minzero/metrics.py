@@ -35,6 +35,7 @@ NUMBERS = {
     "peak_reserved_bytes",
     "peak_cpu_bytes",
     "eval_seconds",
+    "eval_tasks_seconds",
     "save_seconds",
     "stall_seconds",
     "balance_loss",
@@ -51,6 +52,13 @@ NUMBERS = {
     "run_seconds",
     *(f"run_{kind}_seconds" for kind in KINDS),
 }
+
+OF_TASKS = "task_"  # how the keys of train.eval_tasks' scores begin, which are numbers as well
+
+
+def task_key(task, metric):
+    """The key of a task's score in metrics.jsonl."""
+    return f"{OF_TASKS}{task}_{metric}"
 
 
 # -- speed and memory ----------------------------------------------------------------------------
@@ -348,13 +356,14 @@ def parse_line(text):
 
 def is_line(line):
     """Whether a JSON value can be a line of metrics.jsonl: an object with a step that is a whole number, in which each
-    of NUMBERS is a number that a float can hold, or null, which stands for one that is not finite."""
+    of NUMBERS, and each score of a task, is a number that a float can hold, or null, which stands for one that is not
+    finite."""
     if not isinstance(line, dict) or "step" not in line:
         return False
     for key in line.keys() & {"step", "tokens"}:
         if type(line[key]) is not int or not 0 <= line[key] < 2**63:
             return False
-    return all(is_number_or_null(line[key]) for key in line.keys() & NUMBERS)
+    return all(is_number_or_null(value) for key, value in line.items() if key in NUMBERS or key.startswith(OF_TASKS))
 
 
 def is_number_or_null(value):

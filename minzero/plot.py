@@ -6,7 +6,19 @@ import math
 
 import numpy as np
 
-from minzero.curves import PANELS, VALIDATION, last_finite, names_of, panels_of, read_run, smoothed_curve, thin
+from minzero.curves import (
+    PANELS,
+    TASK_PANELS,
+    VALIDATION,
+    has_panel,
+    last_finite,
+    names_of,
+    panels_of,
+    read_run,
+    smoothed_curve,
+    task_curves,
+    thin,
+)
 from minzero.errors import UserError, one_line
 from minzero.files import write_atomically
 
@@ -256,6 +268,10 @@ def explain_kinds(axes, kinds):
 def draw_panel(axes, runs, x, key):
     """A curve of each run. key: of PANELS."""
     xlabel, unit = x_axis(runs, x)
+    if key in TASK_PANELS:
+        draw_tasks(axes, runs, unit, key)
+        set_up_axes(axes, x, xlabel, PANELS[key])
+        return
     shown = []  # of each run, the values that are finite
     for run, style in zip(runs, styles_of(len(runs)), strict=True):
         if key not in run.curves:
@@ -277,6 +293,25 @@ def draw_panel(axes, runs, x, key):
             shown.append(np.concatenate(finite))
     set_up_axes(axes, x, xlabel, PANELS[key])
     set_up_values(axes, key, shown)
+
+
+def draw_tasks(axes, runs, unit, panel):
+    """A curve of each task of each run, where there is one run with a look a task; the curves of several runs have the
+    look of their run, and a marker a task. panel: of curves.TASK_PANELS."""
+    names = list(dict.fromkeys(name for run in runs for name in task_curves(run, panel)))
+    of_runs, of_tasks = styles_of(len(runs)), dict(zip(names, styles_of(len(names)), strict=True))
+    for run, of_run in zip(runs, of_runs, strict=True):
+        for name, (place, value) in task_curves(run, panel).items():
+            style = of_tasks[name] if len(runs) == 1 else of_run
+            line = axes.plot(*thin(place / unit, value), color=style.color, linestyle=style.linestyle)[0]
+            line.set(marker=of_tasks[name].marker, markersize=4, linewidth=1.3)
+            line.set_markevery(math.ceil(len(line.get_xdata()) / 25) or 1)
+    for name, style in of_tasks.items():
+        color = style.color if len(runs) == 1 else "gray"
+        linestyle = style.linestyle if len(runs) == 1 else ""
+        label = legend_text(name)
+        axes.plot([], [], color=color, linestyle=linestyle, marker=style.marker, markersize=4, label=label)
+    axes.legend(fontsize=8, frameon=False, ncols=math.ceil(len(names) / 6))
 
 
 def set_up_values(axes, key, shown):
@@ -338,17 +373,23 @@ def add_legend(figure, axes):
 
 
 def plot_loss(folders, picture):
-    """Draw the loss of one or several runs against tokens, as a picture of its own. folders: those of the runs."""
+    """Draw the loss of one or several runs against tokens, as a picture of its own, and below it the scores of
+    train.eval_tasks where there are any. folders: those of the runs."""
     plt = pyplot()
     runs = [read_run(folder, name=name) for folder, name in zip(folders, names_of(folders), strict=True)]
     begin = detail_begin(runs)
-    if begin is None:
-        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    else:
-        figure, (axes, detail) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-        draw_detail(detail, runs, "tokens", begin)
-    explain_kinds(axes, draw_loss(axes, runs, "tokens"))
-    add_legend(figure, axes)
+    rows = [["loss", "loss"] if begin is None else ["loss", "detail"]]
+    of_tasks = [key for key in TASK_PANELS if any(has_panel(run, key) for run in runs)]
+    if of_tasks:
+        rows.append([of_tasks[0], of_tasks[-1]])
+    size = (8 if begin is None else 12, 4.5 + 3 * len(rows[1:]))
+    figure, panels = plt.subplot_mosaic(rows, figsize=size, layout="constrained")
+    if begin is not None:
+        draw_detail(panels["detail"], runs, "tokens", begin)
+    for key in of_tasks:
+        draw_panel(panels[key], runs, "tokens", key)
+    explain_kinds(panels["loss"], draw_loss(panels["loss"], runs, "tokens"))
+    add_legend(figure, panels["loss"])
     save(figure, picture)
 
 

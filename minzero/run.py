@@ -247,6 +247,7 @@ class Run:
     def end_step(self, step, result):
         """Call before anything that is no part of a step, such as an evaluation: its time does not count."""
         does_more = self.should_evaluate(step) or self.should_save(step, result) or self.should_sample(step, result)
+        does_more = does_more or self.should_score_tasks(step, result)
         if does_more or result.facts.ranks_that_wrote or step == self.profiler.last:
             self.clock.pause()
         self.watchdog.end_start()
@@ -294,6 +295,36 @@ class Run:
         best = ", the best so far" if self.best_at == step else ""
         dist.print0(f"step {step}: validation loss {loss:.4f}{more}{best}")
         self.folder.report("running", step)
+        self.write(step, line)
+
+    def draw_loss(self):
+        """Draw loss.png in the run's folder, on rank 0. It ends an evaluation."""
+        if self.group.rank == 0:
+            picture = self.folder.path / "loss.png"
+            try:
+                from minzero import plot  # matplotlib takes a second to import, and only rank 0 draws
+
+                plot.plot_loss([self.folder.path], picture)
+            except Exception as error:  # a picture must not cost the run
+                dist.print0(f"{picture} was not drawn: {type(error).__name__}: {error}")
+            self.watchdog.heartbeat()
+        self.time_use.mark("evaluation")
+
+    def should_score_tasks(self, step, result):
+        if not self.config.train.eval_tasks:
+            return False
+        every = self.config.train.eval_tasks_every
+        is_due = every > 0 and step % every == 0 and not result.facts.stop_requested
+        return is_due or self.is_last(step)
+
+    def record_tasks(self, step, scores, seconds):
+        """Log and print the scores of tasks, {task: {metric: number}}, which took some seconds."""
+        line = {"eval_tasks_seconds": seconds}
+        parts = []
+        for task, found in scores.items():
+            line |= {metrics.task_key(task, metric): value for metric, value in found.items()}
+            parts.append(f"{task} " + ", ".join(f"{metric} {value:.4f}" for metric, value in found.items()))
+        dist.print0(f"step {step}: {'; '.join(parts)}" if parts else None)
         self.write(step, line)
 
     def should_sample(self, step, result):

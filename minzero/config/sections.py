@@ -63,6 +63,9 @@ class DataConfig:
                 )
 
 
+EVAL_TASKS = ("eval_tasks", "eval_tasks_every", "eval_tasks_limit", "eval_tasks_path")  # of the train section
+
+
 @dataclass
 class TrainConfig:
     out_dir: str | None = key(None, "folder of the run; null: out/<name of the config file>")
@@ -133,6 +136,19 @@ class TrainConfig:
     eval_tokens: int = key(
         1_048_576, "validation tokens of one evaluation, the same tokens each time", minimum=1, maximum=10**15
     )
+    eval_tasks: list[str] = key(
+        [],
+        "benchmarks to score in training: names of lm-eval's tasks with given answers, or yaml files of such tasks; "
+        'needs pip install "lm-eval[hf]"',
+    )
+    eval_tasks_every: int = key(
+        0,
+        "optimizer steps from one scoring of train.eval_tasks to the next; 0: only at the end",
+        minimum=0,
+        maximum=10**15,
+    )
+    eval_tasks_limit: int = key(0, "at most that many examples of each task; 0: all", minimum=0, maximum=10**9)
+    eval_tasks_path: str | None = key(None, "folder of further task files for train.eval_tasks; null: none")
     sample_every: int = key(
         0,
         "optimizer steps from one text that the model writes to the next; in the console and metrics.jsonl; 0: none",
@@ -219,6 +235,7 @@ class TrainConfig:
                 f"train.dpo_beta: found {self.dpo_beta} with train.loss next_token, which has none; set train.loss, or "
                 f"this to {beta}"
             )
+        self.check_eval_tasks()
         if len(self.betas) != 2 or not all(0 <= beta <= 0.99999 for beta in self.betas):
             raise UserError(f"train.betas: found {in_short(self.betas)}, expected two numbers from 0 to 0.99999")
         if 0 < self.grad_clip < 1e-6:  # a gradient divided by less overflows float32
@@ -291,6 +308,17 @@ class TrainConfig:
                 f"train.batch_ramp_tokens: found 0 with train.first_batch_tokens {first}; expected the tokens over "
                 "which the batch grows, or set train.first_batch_tokens to null"
             )
+
+    def check_eval_tasks(self):
+        if "" in self.eval_tasks or len(set(self.eval_tasks)) < len(self.eval_tasks):
+            raise UserError(f"train.eval_tasks: found {in_short(self.eval_tasks)}, expected names of tasks, each once")
+        for name in EVAL_TASKS[1:]:
+            value, default = getattr(self, name), TrainConfig.__dataclass_fields__[name].default
+            if value != default and not self.eval_tasks:
+                raise UserError(
+                    f"train.{name}: found {as_flag(value)} without train.eval_tasks, which it is for; name tasks "
+                    f"there, or set this to {as_flag(default)}"
+                )
 
     def check_recomputation(self):
         wanted = self.activation_checkpointing

@@ -141,6 +141,24 @@ def fault_of_auto_tokenizer(folder, tokenizer):
     return None
 
 
+def write_settings(folder, model: ModelConfig, data, tokenizer=None, dtype="float32"):
+    """Write all of an exported folder but the weights and the card: config.json, generation_config.json and, of a
+    tokenizer of data.tokenizer, its files. data: the folders that the model learned from. Returns (transformers'
+    config, a line as of `fault_of_auto_tokenizer`). Raises UserError where transformers has no such model."""
+    check_expressible(model)
+    ids = (tokenizer.end_of_text, tokenizer.start_of_document, tokenizer.pad) if tokenizer else ()
+    theirs = transformers_config(model, dtype, *ids)
+    write_json(folder / "config.json", config_json(theirs))
+    write_json(folder / "generation_config.json", generation_config_json(tokenizer, data))
+    if tokenizer is None:
+        return theirs, None
+    settings = {"model_max_length": model.block_size}
+    if holds_conversations(data):  # in place of a template that the tokenizer came with: the model learned this form
+        settings["chat_template"] = learned_template(tokenizer, data)
+    tokenizer.save(folder, **settings)
+    return theirs, fault_of_auto_tokenizer(folder, tokenizer)
+
+
 def write_model(source, folder, dtype="float32"):
     """Write a checkpoint as a folder in transformers' format, which must not be there yet, or be empty. source: of
     `trained.open_checkpoint`. Returns a description. Raises UserError."""
@@ -151,23 +169,13 @@ def write_model(source, folder, dtype="float32"):
     check_new_folder(folder, temporary)
     check_expressible(source.model)
     data = source.data[0]
-    tokenizer, ids = None, ()
+    tokenizer = None
     if read_meta(data):
         source.check_tokenizer(data)
         tokenizer = tokenizer_of(data)
-        ids = tokenizer.end_of_text, tokenizer.start_of_document, tokenizer.pad
     is_chat = holds_conversations(source.data)
-    theirs = transformers_config(source.model, dtype, *ids)
-    fault = None
     with written_whole(folder, temporary):
-        write_json(temporary / "config.json", config_json(theirs))
-        write_json(temporary / "generation_config.json", generation_config_json(tokenizer, source.data))
-        if tokenizer:
-            settings = {"model_max_length": source.model.block_size}
-            if is_chat:  # in place of a template that the tokenizer came with: the model learned this form
-                settings["chat_template"] = learned_template(tokenizer, source.data)
-            tokenizer.save(temporary, **settings)
-            fault = fault_of_auto_tokenizer(temporary, tokenizer)
+        theirs, fault = write_settings(temporary, source.model, source.data, tokenizer, dtype)
         write_weights(temporary, source.model, source.load(), getattr(torch, dtype))
         write_model_card(temporary, source, dtype, is_chat, "PreTrainedTokenizerFast" if fault else "AutoTokenizer")
     description = f"{theirs.architectures[0]}, {dtype}"

@@ -45,6 +45,11 @@ ELSEWHERE = {  # command: what runs it, or why nothing can
     "python eval.py out/talks --tasks my_task.yaml --chat": "test_eval_chat",
     "python eval.py out/tiny --tasks my_task.yaml": "test_eval",
     "deepspeed --num_gpus 8 eval.py out/70b": "test_launch, on two ranks",
+    """deepspeed --num_gpus 8 train.py --train.eval_tasks '["hellaswag", "arc_easy"]' --train.eval_tasks_every 500""": (
+        "needs a network; test_eval_tasks has local tasks"
+    ),
+    """deepspeed --num_gpus 2 train.py configs/tiny.json --train.eval_tasks '["my_task.yaml"]' \
+--train.eval_tasks_every 50""": "test_eval_tasks",
     "python to_gguf.py hf/tiny tiny.gguf --llama_cpp llama_cpp_python-*/vendor/llama.cpp": "test_to_gguf",
     "python benchmark.py configs/1p7b.json": "test_benchmark, with a smaller model",
     "python benchmark.py configs/1p7b.json --gpus 8": "the same",

@@ -60,6 +60,34 @@ def test_any_number_of_points_is_drawn_and_the_picture_stays_small(points, tmp_p
     plt.close(figure)
 
 
+def test_scores_of_tasks_have_panels(tmp_path):
+    """Of one run a colour a task, of two a marker a task; of a task with both accuracies the normalised one."""
+    folders = [make_run(tmp_path / name, 40) for name in ("a", "b")]
+    for folder in folders:
+        with open(folder / "metrics.jsonl", "a") as file:
+            for step in (100, 200, 300, 400):
+                line = {"step": step, "tokens": step * 100, "eval_tasks_seconds": 1.0, "task_one_acc": 0.2}
+                line |= {"task_one_acc_norm": 0.3, "task_one_bits_per_byte": 100 / step, "task_two_acc": 0.5}
+                file.write(json.dumps(line | {"task_two_perplexity": 9.0}) + "\n")
+    runs = [curves.read_run(folder) for folder in folders]
+    assert "accuracy" in curves.panels_of(runs) and "accuracy" not in curves.panels_of([])
+    for shown, colors in ((runs[:1], 2), (runs, 2)):
+        figure = plot.draw_panels(shown, "tokens")
+        panels = {axes.get_ylabel(): axes for axes in figure.axes}
+        lines = [line for line in panels["task accuracy"].lines if len(line.get_xdata())]
+        assert [line.get_ydata()[0] for line in lines] == [0.3, 0.5] * len(shown)
+        assert len({line.get_color() for line in lines}) == colors and len({line.get_marker() for line in lines}) == 2
+        assert [text.get_text() for text in panels["task accuracy"].get_legend().get_texts()] == ["one", "two"]
+        bits = [line for line in panels["task bits per byte"].lines if len(line.get_xdata())]
+        assert [line.get_ydata().tolist() for line in bits] == [[1, 0.5, 1 / 3, 0.25]] * len(shown)
+        plt.close(figure)
+    plot.plot_loss(folders[:1], tmp_path / "with.png")
+    plain = make_run(tmp_path / "plain", 40)
+    plot.plot_loss([plain], tmp_path / "without.png")
+    heights = [plt.imread(tmp_path / name).shape[0] for name in ("with.png", "without.png")]
+    assert heights[0] > heights[1] + 200
+
+
 def test_a_spike_does_not_hide_the_curve(tmp_path):
     run = make_run(tmp_path / "run", 1000)
     spoilt = (run / "metrics.jsonl").read_text().replace('"loss": 1.01,', '"loss": 1e9,')
