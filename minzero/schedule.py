@@ -10,6 +10,8 @@ def learning_rate(train, tokens):
     if tokens < train.warmup_tokens:
         return train.lr * tokens / train.warmup_tokens
     progress = min(1.0, (tokens - train.warmup_tokens) / max(1, train.max_tokens - train.warmup_tokens))
+    if train.schedule == "range":  # of a learning-rate range test: rises exponentially
+        return train.lr * train.min_lr_ratio ** (1 - progress)
     remaining = {
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
         "linear": 1 - progress,

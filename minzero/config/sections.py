@@ -79,7 +79,11 @@ class TrainConfig:
     warmup_tokens: int = key(0, "tokens over which the learning rate rises from zero", minimum=0, maximum=10**18)
     lr: float = key(6e-4, "peak learning rate", minimum=0, maximum=10)
     min_lr_ratio: float = key(0.1, "last learning rate over the peak", minimum=0, maximum=1)
-    schedule: str = key("cosine", "how the learning rate falls after warm-up", ["cosine", "linear", "constant"])
+    schedule: str = key(
+        "cosine",
+        "how the learning rate falls after warm-up; range: it rises exponentially, from lr x min_lr_ratio to lr",
+        ["cosine", "linear", "constant", "range"],
+    )
     weight_decay: float = key(0.1, "weight decay of AdamW, on matrices only", minimum=0, maximum=100)
     betas: list[float] = key([0.9, 0.95], "decay rates of AdamW's two moments")
     eps: float = key(1e-8, "epsilon of AdamW", minimum=1e-16, maximum=1)
@@ -189,6 +193,11 @@ class TrainConfig:
             )
         if len(self.betas) != 2 or not all(0 <= beta <= 0.99999 for beta in self.betas):
             raise UserError(f"train.betas: found {in_short(self.betas)}, expected two numbers from 0 to 0.99999")
+        if self.schedule == "range" and self.min_lr_ratio < 1e-9:
+            raise UserError(
+                f"train.min_lr_ratio: found {self.min_lr_ratio} with train.schedule range, which rises from that part "
+                "of train.lr; expected at least 1e-9, as 1e-3"
+            )
         if 0 < self.grad_clip < 1e-6:  # a gradient divided by less overflows float32
             raise UserError(f"train.grad_clip: found {self.grad_clip}, expected at least 1e-06, or 0 for no clipping")
         if 0 < self.spike_zscore < 1:
