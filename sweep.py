@@ -176,6 +176,7 @@ def scaling(options, rest):
             runs.run()
             points, failures = runs.write_points(), runs.failures
     fits = fit(points, how, options.draws)
+    print("\n".join(fits_text(sweep, fits)), flush=True)  # before a prediction may be refused
     for flops in options.predict or []:
         write_prediction(sweep, fits, flops)
     predictions = all_predictions(sweep)
@@ -183,9 +184,7 @@ def scaling(options, rest):
     draw(fits, predictions, picture)
     result = as_json(fits, predictions)
     write_json(folder / "fits.json", result)
-    lines = fits_text(sweep, fits)
-    for prediction in predictions:
-        lines += ["", *prediction_text(prediction)]
+    lines = [line for prediction in predictions for line in ["", *prediction_text(prediction)]]
     print("\n".join([*lines, "", f"drawn: {picture}"]))
     if options.json:
         print(json.dumps(result))

@@ -68,10 +68,16 @@ def best_shape(family, law, flops):
         model = family.at(*shape)
         return law.loss(family.count(shape), flops / flops_per_token(model))
 
-    best = min(family.shapes(near / 10, near * 10), key=loss, default=None) if math.isfinite(near) else None
+    if not math.isfinite(near):
+        raise UserError(
+            f"--predict: {flops:g}: the runs do not show how the loss depends on size and tokens; add sizes or "
+            "budgets, or change --tokens_per_parameter"
+        )
+    best = min(family.shapes(near / 10, near * 10), key=loss, default=None)
     if best is None:
         raise UserError(
-            f"--predict: {flops:g}: the law's best size, N {near:.3g}, is no shape of this family; add budgets or sizes"
+            f"--predict: {flops:g}: the law has its lowest loss at N {near:.3g}, where this family has no shape; add "
+            "sizes or budgets, or change --tokens_per_parameter"
         )
     return family.at(*best)
 
@@ -159,6 +165,8 @@ def fits_text(sweep, fits):
     lines += [f"{point['run']}: {point['bad_steps']} of its steps were bad and not taken" for point in few]
     lines += ["", "parabolas: the lowest loss over N at each budget"]
     for parabola in fits.parabolas.parabolas:
+        if not parabola.inside:
+            continue
         tokens = tokens_at(family, parabola.budget, parabola.best)
         lines.append(
             f"  {parabola.budget:g} FLOPs: N {in_count(round(parabola.best))}, {in_count(round(tokens))} tokens, "

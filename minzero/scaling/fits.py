@@ -64,11 +64,14 @@ class Law(NamedTuple):
     @property
     def exponents(self):
         """(a, b): the best N grows as C^a and the best D as C^b, where C = 6 N D (equation 4 of Hoffmann et al.)."""
-        whole = self.alpha + self.beta
+        whole = self.alpha + self.beta or math.nan
         return self.beta / whole, self.alpha / whole
 
     def optimum(self, flops):
-        """(N, D) of the lowest loss where 6 N D is `flops` (equation 4 of Hoffmann et al.)."""
+        """(N, D) of the lowest loss where 6 N D is `flops` (equation 4 of Hoffmann et al.). NaN where a term is all but
+        gone, as where all sizes were too large."""
+        if min(self.alpha, self.beta) < 1e-3 or min(self.A, self.B) < 1e-9:
+            return math.nan, math.nan
         a, b = self.exponents
         scale = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
         return scale * (flops / 6) ** a, (flops / 6) ** b / scale

@@ -1,7 +1,8 @@
 """The learning-rate range test: one short run whose rate rises exponentially, the loss over the rate, a peak rate.
 
-Smith 2015 (arXiv 1506.01186), as fast.ai's lr_find has it: there the loss is smoothed by an average that forgets
-exponentially, and the rate is read off where the loss falls fastest, or as a tenth of where it is lowest.
+Smith 2015 (arXiv 1506.01186), as fast.ai's lr_find has it, which reads the rate off where the smoothed loss falls
+fastest, or as a tenth of where it is lowest. The average here is centred (curves.py): one that only looks back shows
+both at higher rates than they are.
 """
 
 import math
@@ -9,11 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minzero.curves import smooth
 from minzero.errors import UserError
 from minzero.metrics import read_metrics
 
 SPAN = 1e-3  # the first rate over the last
-SMOOTHING = 0.95  # of each step's average, how much is the average before it
+HALF = 1 / 20  # of the steps, that the average reaches to both sides
 SKIPPED = 0.1  # of the steps at the start, in which the average has little to go by
 RISE = 0.02  # of the fall of the loss, by which it must rise again before its minimum is one
 LEAST_STEPS = 30
@@ -50,15 +52,6 @@ def train_keys(config, out_dir, highest, steps):
     }
 
 
-def smoothed(losses):
-    """The average that forgets exponentially, corrected for the zero that it starts from, as Adam's moments are."""
-    averages, average = [], 0.0
-    for number, loss in enumerate(losses, start=1):
-        average = SMOOTHING * average + (1 - SMOOTHING) * loss
-        averages.append(average / (1 - SMOOTHING**number))
-    return np.array(averages)
-
-
 def read_curve(folder):
     """(rates, losses) of a run's steps, up to the first whose loss is no number. Raises UserError for too few."""
     lines = [line for line in read_metrics(folder) if "loss" in line and "lr" in line]
@@ -79,7 +72,7 @@ def suggest(rates, losses):
     """The Found of a curve. The suggestion is a tenth of the rate at which the smoothed loss is lowest, because beyond
     that it rises: a run stays at its peak rate for long, which asks for room. Where the loss does not rise, it is the
     rate at which it falls fastest, which is only known to be safe."""
-    curve = smoothed(losses)
+    curve = smooth(losses, max(1, round(HALF * len(losses))))
     first = int(SKIPPED * len(curve))
     logs = np.log(rates)
     place = first + int(np.argmin(curve[first:]))

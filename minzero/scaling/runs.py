@@ -195,8 +195,8 @@ class Runs:
                 seconds.pop((size.name, job.run, job.tokens))
                 loss = loss_at(self.sweep.folder_of(size, job.run), job.tokens // size.global_batch_tokens)
                 shown = f"loss {loss:.4f}, " if job.budget and loss is not None else ""
-                left_over = f"about {in_time(sum(seconds.values()))} left"
-                say(f"{title}: {shown}{in_time(time.monotonic() - began)}; {left_over}")
+                left_over = f"; about {in_time(sum(seconds.values()))} left" if seconds else ""
+                say(f"{title}: {shown}{in_time(time.monotonic() - began)}{left_over}")
                 if job.budget:
                     self.write_points()
 
@@ -228,7 +228,7 @@ class Runs:
     # -- how long --------------------------------------------------------------------------------------
 
     def measured(self, size):
-        """(seconds of a step, of an evaluation, of a start) of a few steps of a size, which are run unless they were."""
+        """(seconds of a step, of an evaluation, of a start), from a few steps of a size; they are run once."""
         folder = self.sweep.folder_of(size, "probe")
         file = folder.parent / "probe.json"
         if not file.exists():

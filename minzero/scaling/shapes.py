@@ -21,7 +21,7 @@ COUNTS = {
     "flops": "model FLOPs per token / 6, with which C = 6 N D is exact",
 }
 MOST_LAYERS = 1000
-LOOSE = 1.3  # how far width / depth may be from the config's, as a factor
+LOOSE = 1.5  # how far width / depth may be from the config's, as a factor
 LAYERS_BY_NUMBER = ("no_rotary_layers", "full_attention_layers")
 
 
