@@ -19,7 +19,7 @@ from minzero.scaling.plan import Options, Sweep, has_wsd
 from tests.helpers.processes import ROOT, environment
 
 CONFIG = {
-    "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 64},
+    "model": {"n_layer": 1, "n_head": 4, "n_embd": 16, "block_size": 16, "vocab_size": 64},
     "train": {
         "micro_batch_size": 2,
         "global_batch_tokens": 64,
@@ -30,6 +30,7 @@ CONFIG = {
     "deepspeed": {"zero_optimization": {"stage": 1}},
 }
 TRAIN = {"lr": 0.01}
+SIZES = ["--sizes", "3", "--spacing", "1.5", "--tokens_per_parameter", "2"]
 
 
 def write_config(folder, data):
@@ -56,6 +57,11 @@ def until(condition, seconds=120):
         time.sleep(0.05)
 
 
+def size_of_first(out):
+    """The name of the smallest size."""
+    return read_json(out / "points.json")["points"][0]["size"]
+
+
 def losses(folder):
     return {line["step"]: line["loss"] for line in read_metrics(folder) if "loss" in line}
 
@@ -64,32 +70,19 @@ def test_a_sweep_that_is_killed_continues_and_answers(tmp_path, small_data, caps
     """kill -9 of sweep.py while a run trains: the next start waits for that run, repeats nothing, and ends with points
     that a single run of the same config has too."""
     config, out = write_config(tmp_path, small_data), tmp_path / "out"
-    arguments = [
-        config,
-        "--out",
-        out,
-        "--flops",
-        "2e8",
-        "4e8",
-        "--sizes",
-        "3",
-        "--schedule",
-        "constant",
-        "--draws",
-        "5",
-    ]
+    arguments = [config, "--out", out, "--flops", "2e8", "4e8", *SIZES, "--schedule", "constant", "--draws", "5"]
     first = started(*arguments)
     until(lambda: len(list(out.glob("*/trunk/metrics.jsonl"))) == 2)  # in the second size
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
-    done = list(out.glob("*/trunk/config.json"))[0].parent
-    mark = (out / done.parent.name / "trunk.log").stat().st_mtime_ns
+    (begun,) = [log for log in out.glob("*/trunk.log") if log.parent.name == size_of_first(out)]
+    before = begun.read_bytes()
     second = started(*arguments)
     said = second.communicate(timeout=300)[0]
     assert second.returncode == 0, said
     left_behind = rf"waits for the run that process {first.pid}, a sweep that has ended, left behind"
     assert re.search(left_behind, said) and "Traceback" not in said
-    assert (out / done.parent.name / "trunk.log").stat().st_mtime_ns == mark or "1/6" not in said
+    assert begun.read_bytes() == before  # both of its runs were done
     points = read_json(out / "points.json")["points"]
     assert len(points) == 6 and not any(point["left_out"] for point in points)
     assert "6 runs fitted" in said and (out / "scaling.png").exists()
@@ -113,7 +106,7 @@ def test_a_sweep_that_is_killed_continues_and_answers(tmp_path, small_data, caps
 @pytest.mark.skipif(not has_wsd(), reason="train.schedule has no wsd")
 def test_a_branch_is_the_run_that_was_planned_so(tmp_path, small_data):
     content = CONFIG | {"data": {"path": str(small_data)}, "train": CONFIG["train"] | TRAIN}
-    sweep = Sweep(tmp_path / "out", content, Options(), [2e8, 4e8], 3)
+    sweep = Sweep(tmp_path / "out", content, Options(spacing=1.5, tokens_per_parameter=2.0), [2e8, 4e8], 3)
     size = next(size for size in sweep.sizes if len(size.budgets) == 2)
     with open(tmp_path / "lock", "w") as lock:
         made = runs.Runs(sweep, lock)
@@ -134,14 +127,22 @@ def test_a_branch_is_the_run_that_was_planned_so(tmp_path, small_data):
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, small_data):
-    """A size whose trunk cannot be written: the larger budgets of that size alone are missing."""
     config, out = write_config(tmp_path, small_data), tmp_path / "out"
-    arguments = [config, "--out", out, "--flops", "2e8", "--sizes", "3", "--schedule", "constant"]
+    arguments = [config, "--out", out, "--flops", "2e8", *SIZES, "--schedule", "constant"]
     listed = started(*arguments, "--print").communicate(timeout=60)[0].splitlines()
     assert len(listed) == 3 and all(line.startswith("python train.py ") for line in listed)
+    # each run ends at the first step whose loss is above the mean of those before it, after the steps that are measured
+    fragile = ["--train.spike_zscore", "1", "--train.bad_step", "stop"]
+    sweep = started(config, "--out", tmp_path / "fragile", *arguments[3:], *fragile)
+    said = sweep.communicate(timeout=200)[0]
+    assert sweep.returncode == 2 and "Traceback" not in said
+    assert len(re.findall(r"^\[\d/3\] .* failed: .* \(code 2; .*trunk\.log\); the larger budgets", said, re.M)) == 3, (
+        said
+    )
+    assert "--fit: found 0 runs, expected at least 6" in said and "trunk failed: " in said
     # a refusal ends the sweep with the run's own words
     write_json(config, read_json(config) | {"data": {"path": str(tmp_path / "gone")}})
-    refused = started(config, "--out", tmp_path / "other", "--flops", "2e8", "--sizes", "3")
+    refused = started(config, "--out", tmp_path / "other", *arguments[3:])
     said = refused.communicate(timeout=100)[0]
     assert refused.returncode == 2 and "train.py refuses the run" in said and "gone" in said and "Traceback" not in said
 
