@@ -185,7 +185,8 @@ class Sweep:
             return {"schedule": self.options.schedule}
         if not has_wsd():
             return {"schedule": "linear"}
-        return {"schedule": "wsd", "decay_tokens": budget.decay_tokens}
+        shape = {name: self.content["train"][name] for name in ("decay_shape",) if name in self.content["train"]}
+        return {"schedule": "wsd", "decay_tokens": budget.decay_tokens} | shape
 
     def content_of_runs(self, size):
         """As `content_of`, without what only a single run has: evaluations and checkpoints on the way."""
@@ -193,7 +194,7 @@ class Sweep:
         seconds = self.config.train.save_every_seconds or SAVE_SECONDS
         train = {"eval_every": 0, "save_every": 0, "save_every_seconds": seconds, "save_best": False}
         content = merge(content, {"train": train})
-        for name in ("out_dir", "decay_tokens", "max_tokens", "schedule"):
+        for name in ("out_dir", "max_tokens", "schedule", "decay_tokens", "decay_shape"):
             content["train"].pop(name, None)
         return content
 

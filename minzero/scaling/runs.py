@@ -19,7 +19,8 @@ from pathlib import Path
 import psutil
 
 from minzero.benchmark import launch_command, why_it_ended
-from minzero.checkpoint_names import complete_checkpoints, step_and_suffix
+from minzero.checkpoint_names import complete_checkpoints, name_of, newest_step, step_and_suffix
+from minzero.data.meta import read_meta
 from minzero.errors import UserError
 from minzero.files import make_folder, read_json, write_json
 from minzero.metrics import read_metrics
@@ -133,6 +134,18 @@ def bad_steps_of(folder, first, last):
     return len({line["step"] for line in read_metrics(folder) if "bad_step" in line and first < line["step"] <= last})
 
 
+def repeated_data(sweep):
+    """A line for each folder of the data that a sweep's longest run reads more than once, which no law knows of."""
+    longest = max(budget.tokens for size in sweep.sizes for budget in size.budgets)
+    weights = sweep.config.data.weights
+    for folder, weight in weights.items():
+        meta = read_meta(folder)
+        tokens = meta and meta["splits"].get("train", {}).get("tokens")
+        wanted = longest * weight / sum(weights.values())
+        if tokens and wanted > tokens:
+            yield f"data.path: {folder} has {tokens:,} tokens, the longest run reads {wanted:,.0f}: prepare more text"
+
+
 # ---- the sweep
 
 
@@ -179,6 +192,8 @@ class Runs:
             return
         seconds = self.estimate(left)
         self.say_estimate(left, seconds)
+        for line in repeated_data(self.sweep):
+            say(line)
         number, whole = 0, sum(len(jobs) for _, jobs in left)
         for size, jobs in left:
             for job in jobs:
@@ -190,6 +205,8 @@ class Runs:
                 except RunFailed as failure:
                     self.failures[size.name, job.run] = str(failure.args[0])
                     say(f"{title}: failed: {failure.args[0]}; the larger budgets of {size.name} are left out")
+                    for other in jobs[jobs.index(job) :]:
+                        seconds.pop((size.name, other.run, other.tokens))
                     number += len(jobs) - jobs.index(job) - 1
                     break
                 seconds.pop((size.name, job.run, job.tokens))
@@ -203,16 +220,16 @@ class Runs:
     def start(self, job):
         """Run a job to its end. Raises RunFailed, and UserError where train.py refuses to begin."""
         folder = self.sweep.folder_of(job.size, job.run)
+        step = job.tokens // job.size.global_batch_tokens
+        if job.run == "trunk" and newest_step(folder) > step and not has_checkpoint(folder, step):
+            raise UserError(self.gone(folder / "checkpoints" / name_of(step), folder.parent))
         branch_from = job.flags[job.flags.index("--train.resume") + 1] if "--train.resume" in job.flags else None
         if (
             branch_from
             and not Path(branch_from, "state.json").is_file()
             and not complete_checkpoints(folder / "checkpoints")
         ):
-            raise UserError(
-                f"{branch_from}: no such checkpoint, and {folder} has not begun; remove {folder.parent}, and the same "
-                "command trains this size again"
-            )
+            raise UserError(self.gone(branch_from, folder.parent))
         words, log = self.sweep.words_of(job), folder.parent / f"{job.run}.log"
         before = read_status(folder).get("since")
         try:
@@ -224,6 +241,9 @@ class Runs:
             raise
         if not self.is_done(job):
             raise RunFailed(f"ended before its last step ({log})", 0)
+
+    def gone(self, checkpoint, folder):
+        return f"{checkpoint}: gone, and a run needs it; remove {folder}, and the same command trains this size again"
 
     # -- how long --------------------------------------------------------------------------------------
 

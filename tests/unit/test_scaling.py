@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import json
 import math
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -145,6 +147,13 @@ def test_parabolas_find_the_minimum_and_the_exponent():
         assert parabola.height == pytest.approx(TRUE.loss(*TRUE.optimum(parabola.budget)), rel=1e-3)
     assert found.size.exponent == pytest.approx(TRUE.exponents[0], abs=0.01)
     assert found.size.at(1e21) == pytest.approx(TRUE.optimum(1e21)[0], rel=0.1)
+
+
+def test_a_parabola_is_found_exactly():
+    sizes = np.geomspace(1e5, 1e6, 5)
+    found = fits.parabola_of(1e12, sizes, 3 + 0.1 * np.log(sizes / 6e5) ** 2)
+    assert (found.best, found.height, found.curvature) == pytest.approx((6e5, 3, 0.1)) and found.inside
+    assert fits.parabola_of(1e12, sizes, 3 - 0.1 * np.log(sizes / 6e5) ** 2) is None
 
 
 def test_the_exponent_is_within_the_interval_of_a_noisy_fit():
@@ -354,9 +363,27 @@ def test_runs_that_diverged_are_no_points_and_said(tmp_path):
     assert "3e+12: 1 of its steps were bad" in text
 
 
-def test_points_outlive_their_runs(tmp_path):
-    import shutil
+def test_a_trunk_that_is_past_a_branch_is_said(tmp_path):
+    sweep = open_at(tmp_path, [1e12, 3e12])
+    size = next(size for size in sweep.sizes if len(size.budgets) == 2)
+    trunk, branch = sweep.jobs_of(size)[:2]
+    remedy = f"gone, and a run needs it; remove {tmp_path / size.name}, and the same command trains"
+    with pytest.raises(UserError, match=remedy):
+        runs.Runs(sweep, None).start(branch)
+    later = sweep.folder_of(size, "trunk") / "checkpoints" / "step_00099999"
+    later.mkdir(parents=True)
+    (later / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=remedy):
+        runs.Runs(sweep, None).start(trunk)
 
+
+def test_data_that_the_longest_run_repeats_is_said(small_data):
+    sweep = planned(content=CONTENT | {"data": {"path": str(small_data)}})
+    (line,) = runs.repeated_data(sweep)
+    assert re.match(rf"data\.path: {small_data} has 60,000 tokens, the longest run reads [\d,]+: prepare more", line)
+
+
+def test_points_outlive_their_runs(tmp_path):
     sweep = open_at(tmp_path, [1e12, 3e12])
     write_runs(sweep)
     before = runs.Runs(sweep, None).write_points()
