@@ -133,6 +133,7 @@ def given_options(options, before):
 
 def scaling(options, rest):
     from minzero.scaling.answer import all_predictions, as_json, fit, fits_text, prediction_text, write_prediction
+    from minzero.scaling.fits import optimizer
     from minzero.scaling.picture import draw
     from minzero.scaling.runs import Runs, held, open_sweep
 
@@ -167,6 +168,7 @@ def scaling(options, rest):
         Runs(sweep, None).write_configs()
         print("\n".join(sweep.command_lines()))
         return
+    optimizer()  # refuses before the runs where scipy is missing
     failures = {}
     if options.fit:
         points = Runs(sweep, None).write_points()

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -127,6 +128,14 @@ def test_published_runs_give_the_published_law():
     theirs = value(6.17795598, 7.64273236, 0.59711196, 0.34781303, 0.36585412)  # of their notebook
     hoffmann = value(math.log(406.4), math.log(410.7), math.log(1.69), 0.34, 0.28)
     assert ours <= theirs < hoffmann
+
+
+def test_a_missing_scipy_is_said_before_anything_is_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    open_at(tmp_path, [1e12, 3e12])
+    with pytest.raises(UserError, match=r"^scipy: not installed, and the fits need it; pip install scipy$"):
+        command.main([str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
 
 
 def test_too_few_runs_are_refused():
