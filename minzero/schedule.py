@@ -12,6 +12,8 @@ def learning_rate(train, tokens):
         return train.lr * tokens / train.warmup_tokens
     decay_begins = train.max_tokens - decay_tokens(train) if train.schedule == "wsd" else train.warmup_tokens
     progress = max(0.0, min(1.0, (tokens - decay_begins) / max(1, train.max_tokens - decay_begins)))
+    if train.schedule == "range":  # of a learning-rate range test: rises exponentially
+        return train.lr * train.min_lr_ratio ** (1 - progress)
     shape = train.decay_shape if train.schedule == "wsd" else train.schedule
     remaining = {
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),

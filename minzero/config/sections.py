@@ -95,8 +95,8 @@ class TrainConfig:
     schedule: str = key(
         "cosine",
         "how the learning rate falls after warm-up; wsd: it stays until the last decay_tokens, so that runs of several "
-        "lengths can branch from one",
-        ["cosine", "linear", "constant", "wsd"],
+        "lengths can branch from one; range: it rises exponentially from lr x min_lr_ratio to lr, as sweep.py --lr_range",
+        ["cosine", "linear", "constant", "wsd", "range"],
     )
     decay_tokens: int | None = key(
         None,
@@ -238,6 +238,11 @@ class TrainConfig:
         self.check_eval_tasks()
         if len(self.betas) != 2 or not all(0 <= beta <= 0.99999 for beta in self.betas):
             raise UserError(f"train.betas: found {in_short(self.betas)}, expected two numbers from 0 to 0.99999")
+        if self.schedule == "range" and self.min_lr_ratio < 1e-9:
+            raise UserError(
+                f"train.min_lr_ratio: found {self.min_lr_ratio} with train.schedule range, which rises from that part "
+                "of train.lr; expected at least 1e-9, as 1e-3"
+            )
         if 0 < self.grad_clip < 1e-6:  # a gradient divided by less overflows float32
             raise UserError(f"train.grad_clip: found {self.grad_clip}, expected at least 1e-06, or 0 for no clipping")
         if 0 < self.spike_zscore < 1:

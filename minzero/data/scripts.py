@@ -157,6 +157,15 @@ def standard_library(args):
     return StandardLibrary(args.input)
 
 
+def installed_python(args):
+    """The source files of this Python's standard library and installed packages, or of the folders of --input."""
+    import sysconfig
+
+    from minzero.data.sources import StandardLibrary
+
+    return StandardLibrary(args.input or [sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")])
+
+
 def docstrings(args):
     """Questions and answers about Python's standard library, of this Python or in the folders of --input."""
     from minzero.data.docstrings import Docstrings

@@ -101,6 +101,7 @@ DEFAULTS = {  # script: tokenizer, val_fraction, column, vocab_size, loss_mask
     "preferences": ("gpt2", 0.02, "messages", None, True),
     "shakespeare_char": (None, 0.1, "text", None, False),
     "simplewiki": ("gpt2", 0.005, "text", None, False),
+    "python": (None, 0.05, "text", 1024, False),
     "stdlib": (None, 0.05, "text", 4096, False),
     "stdlib_preferences": ("data/stdlib/tokenizer", 0.05, "messages", None, True),
     "stdlib_chat": ("data/stdlib/tokenizer", 0.05, "messages", None, True),

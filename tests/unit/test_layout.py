@@ -28,7 +28,8 @@ ORDER = """
     planner.units planner.gpus planner.batches planner.settings planner.activations planner.replay planner.stage3
     planner.memory planner.speed planner.search planner.plan planner.stage planner.fitting planner.report
     planner.picture planner.offers planner.measured
-    benchmark train replay
+    benchmark scaling.shapes scaling.fits scaling.plan scaling.runs scaling.answer scaling.picture scaling.range_test
+    train replay
 """.split()
 AT_THE_TOP = ["model", "train"]
 ALONE = ["preflight"]  # runs before anything is installed, so it imports nothing
