@@ -77,10 +77,22 @@ class TrainConfig:
     )
     max_tokens: int = key(10_000_000_000, "length of the run in tokens", minimum=1, maximum=10**18)
     warmup_tokens: int = key(0, "tokens over which the learning rate rises from zero", minimum=0, maximum=10**18)
-    lr: float = key(6e-4, "peak learning rate", minimum=0, maximum=10)
+    optimizer: str = key(
+        "adamw", "adamw; muon: Muon for the matrices of the blocks, AdamW for everything else", ["adamw", "muon"]
+    )
+    lr: float = key(6e-4, "peak learning rate of AdamW", minimum=0, maximum=10)
+    muon_lr: float = key(0.02, "peak learning rate of Muon", minimum=0, maximum=10)
+    muon_momentum: float = key(0.95, "decay rate of Muon's momentum", minimum=0, maximum=0.99999)
+    mup_base_width: int | None = key(
+        None,
+        "the model.n_embd at which train.lr and model.init_std were chosen; at another width, those of each matrix "
+        "follow from them (muP); null: one rate and one deviation for all",
+        minimum=1,
+        maximum=2**20,
+    )
     min_lr_ratio: float = key(0.1, "last learning rate over the peak", minimum=0, maximum=1)
     schedule: str = key("cosine", "how the learning rate falls after warm-up", ["cosine", "linear", "constant"])
-    weight_decay: float = key(0.1, "weight decay of AdamW, on matrices only", minimum=0, maximum=100)
+    weight_decay: float = key(0.1, "weight decay, times the learning rate, on matrices only", minimum=0, maximum=100)
     betas: list[float] = key([0.9, 0.95], "decay rates of AdamW's two moments")
     eps: float = key(1e-8, "epsilon of AdamW", minimum=1e-16, maximum=1)
     grad_clip: float = key(
@@ -181,6 +193,7 @@ class TrainConfig:
 
     def check(self):
         self.check_recomputation()
+        self.check_muon()
         beta = TrainConfig.__dataclass_fields__["dpo_beta"].default
         if self.loss == "next_token" and self.dpo_beta != beta:
             raise UserError(
@@ -220,6 +233,23 @@ class TrainConfig:
                     f"train.profile: found {json.dumps(self.profile)}, expected the first and last step to record, "
                     f"as 10:15, of 1 to {steps}"
                 )
+
+    def check_muon(self):
+        if self.optimizer == "adamw":
+            for name in ("muon_lr", "muon_momentum"):
+                value, default = getattr(self, name), TrainConfig.__dataclass_fields__[name].default
+                if value != default:
+                    raise UserError(
+                        f"train.{name}: found {value} with train.optimizer adamw, which has none; set train.optimizer "
+                        f"muon, or this to {default}"
+                    )
+        elif self.lr == 0:  # every rate of a step is train.lr's, times a constant
+            raise UserError("train.lr: found 0 with train.optimizer muon, expected a rate above 0 for AdamW's weights")
+        elif self.muon_lr * self.weight_decay >= 1:
+            raise UserError(
+                f"train.weight_decay: found {self.weight_decay} with train.muon_lr {self.muon_lr}, which takes away "
+                "all of the weights at each step; expected a product below 1"
+            )
 
     def check_recomputation(self):
         wanted = self.activation_checkpointing
