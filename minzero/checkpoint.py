@@ -4,8 +4,8 @@
     out/<run>/checkpoints/step_00001000/state.json                    everything else
 
 A rank's file holds the fragments of the parameters that it updates, flat, without padding and in float32, and the
-optimizer's moments of the same elements (see `tensor_files`). Fragments are named by parameter and first element, so any
-number of ranks, at any ZeRO stage, with or without offload, reads what it needs: moving a run is the same code as
+optimizer's moments of the same elements (see `tensor_files`). Fragments are named by parameter and first element, so
+any number of ranks, at any ZeRO stage, with or without offload, reads what it needs: moving a run is the same code as
 resuming it.
 Loading a checkpoint executes nothing from it and opens no file outside its folder.
 

@@ -18,7 +18,7 @@ from minzero.errors import UserError
 from minzero.files import make_folder
 from minzero.muon import Muon, matrices_of
 from minzero.mup import rate_factor, role_of, width_ratio
-from minzero.sizes import count_parameters
+from minzero.sizes import count_parameters, moment_bytes
 from minzero.zero import copy_into, set_prefetch, torch_linear, undo_trial_step
 from model import GPT, Block
 
@@ -118,7 +118,7 @@ def least_memory(config, ds_config, on_gpu, world_size):
         weights = (parameters - packed) * width // (world_size if stage == 3 else 1) + int(packed * adapters.BYTES)
     if offload_device(zero, "offload_optimizer") in in_device_memory:
         trained = adapters.count_adapters(model, config.lora) or parameters
-        moments = trained * 8 // (world_size if stage else 1)  # Adam's two in float32
+        moments = int(trained * moment_bytes(model, train.optimizer)) // (world_size if stage else 1)
     if stage and zero.get("contiguous_gradients", True):
         bucket = zero.get("reduce_bucket_size", 5 * 10**8)  # elements
 
@@ -189,8 +189,9 @@ def parameter_groups(model, config, matrices=()):
             settings = {"weight_decay": 0.0}
         elif name in matrices:
             settings |= {"momentum": train.muon_momentum, "relative_rate": train.muon_lr / train.lr}
-        elif (factor := rate_factor(role_of(name), ratio)) != 1:
+        elif ratio != 1 and role_of(name) != "input":
             # AdamW takes away rate x decay of a weight; that product stays the same at every width
+            factor = rate_factor(role_of(name), ratio)
             settings = {"weight_decay": train.weight_decay / factor, "relative_rate": factor}
         group = groups.setdefault((is_vector, *settings.items()), {"params": [], **settings})
         group["params"].append(parameter)

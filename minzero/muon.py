@@ -9,7 +9,6 @@ good.
 DeepSpeed's function orthogonalises. Its own Muon is not used: docs/optimizers.md has the reasons.
 """
 
-import inspect
 import math
 from typing import NamedTuple
 
@@ -19,9 +18,8 @@ from torch import distributed
 from minzero import dist
 from minzero.config.sections import ModelConfig
 from minzero.mup import role_of
-from minzero.zero import KINDS_OF_MUON, local_fragments, optimizer_state, sharded_tensors
-
-NEWTON_SCHULZ_STEPS = 5  # DeepSpeed's default
+from minzero.sizes import MUON_AT_A_TIME
+from minzero.zero import KINDS_OF_MUON, local_fragments, newton_schulz, optimizer_state, sharded_tensors
 
 
 class Matrices(NamedTuple):
@@ -54,22 +52,28 @@ def matrices_of(model: ModelConfig, name, shape):
     module = name.split(".")[-2]
     if module == "qkv" and model.kv_heads != model.n_head:  # grouped queries
         key_rows = model.kv_heads * model.head_size
-        query = Matrices(name, 0, (1, rows - 2 * key_rows, columns))
-        return [query, Matrices(name, query.elements, (2, key_rows, columns))]
+        query_rows = rows - 2 * key_rows
+        keys_and_values = handled_at_once(name, query_rows * columns, 2, key_rows, columns)
+        return [Matrices(name, 0, (1, query_rows, columns)), *keys_and_values]
     count = {"qkv": 3, "up": 2 if model.gated else 1}.get(module, 1)
-    return [Matrices(name, 0, (experts * count, rows // count, columns))]
+    return handled_at_once(name, 0, experts * count, rows // count, columns)
+
+
+def handled_at_once(name, start, count, rows, columns):
+    """`count` matrices of one shape, from element `start` of a parameter on, in Matrices of at most MUON_AT_A_TIME
+    elements."""
+    most = max(1, MUON_AT_A_TIME // (rows * columns))
+    return [
+        Matrices(name, start + first * rows * columns, (min(most, count - first), rows, columns))
+        for first in range(0, count, most)
+    ]
 
 
 def orthogonal(matrices):
     """(n, rows, columns) -> each made nearly orthogonal, times sqrt(max(1, rows / columns)): DeepSpeed 0.19.8's
     muon_update after its momentum. In float16 where the device has it, else in float32."""
-    # imported here: it takes seconds. Not compiled, as its decorator has it: another run would need the same compiler
-    # to go on with the same numbers
-    from deepspeed.runtime.zero.muon import original_muon
-
-    newton_schulz = inspect.unwrap(original_muon.zeropower_via_gram_newtonschulz)
     rows, columns = matrices.shape[-2:]
-    return newton_schulz(matrices, steps=NEWTON_SCHULZ_STEPS).float() * math.sqrt(max(1, rows / columns))
+    return newton_schulz(matrices).float().mul_(math.sqrt(max(1, rows / columns)))
 
 
 class Round(NamedTuple):
@@ -137,18 +141,21 @@ class Muon(torch.optim.AdamW):
 
     def make_orthogonal(self, flat, one):
         """Make the matrices of a Round orthogonal, in place. flat: this rank's part of them and others."""
-        own = torch.cat([flat[offset : offset + length] for offset, length in one.sent]).to(self.device)
         lengths_sent = [length for _, length in one.sent]
         lengths_received = [length for _, length in one.received]
-        arrived = exchange(own, lengths_sent, lengths_received)
+        own = torch.cat([flat[offset : offset + length] for offset, length in one.sent]).to(self.device)
+        moved = exchange(own, lengths_sent, lengths_received)
+        del own  # the memory of one matrix
         if one.shape:
             whole = torch.empty(math.prod(one.shape), device=self.device)
-            for (first, length), piece in zip(one.received, arrived.split(lengths_received), strict=True):
+            for (first, length), piece in zip(one.received, moved.split(lengths_received), strict=True):
                 whole[first : first + length] = piece
+            del moved
             whole = orthogonal(whole.view(one.shape)).reshape(-1)
-            arrived = torch.cat([whole[first : first + length] for first, length in one.received])
-        returned = exchange(arrived, lengths_received, lengths_sent)
-        for (offset, length), piece in zip(one.sent, returned.split(lengths_sent), strict=True):
+            moved = torch.cat([whole[first : first + length] for first, length in one.received])
+            del whole
+        moved = exchange(moved, lengths_received, lengths_sent)
+        for (offset, length), piece in zip(one.sent, moved.split(lengths_sent), strict=True):
             flat[offset : offset + length] = piece
 
 

@@ -13,7 +13,7 @@ from minzero.compiled import failure_in_words
 from minzero.errors import SharedError, UserError
 from minzero.files import write_json
 from minzero.run_folder import read_status
-from minzero.sizes import count_parameters
+from minzero.sizes import count_parameters, moment_bytes
 
 STEPS_PER_COLLECTION = 50  # of Python's unreachable cycles
 
@@ -95,10 +95,11 @@ class Run:
         try:
             parameters, _ = count_parameters(self.config.model)
             parameters = count_adapters(self.config.model, self.config.lora) or parameters
+            size = int(parameters * (4 + moment_bytes(self.config.model, train.optimizer)))  # a weight and its moments
         except UserError:  # an option that no formula knows
             return None
         saved = len(checkpoint_folder.Saved(self.folder.path / "checkpoints").entries)
-        return out_dir.check_space(self.folder.path, parameters, train.keep_checkpoints + train.save_best + 1, saved)
+        return out_dir.check_space(self.folder.path, size, train.keep_checkpoints + train.save_best + 1, saved)
 
     def check_folder_is_shared(self):
         """Raise SharedError if another machine sees another folder in the place of the one that rank 0 has just taken.

@@ -5,6 +5,7 @@ here called fragments; `fragments_in_memory` gives their float32 weights and mom
 """
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from itertools import chain, groupby
@@ -124,6 +125,16 @@ def loss_scaler(engine):
 def trained_parameters(engine):
     """[(name, parameter)] of those that are not frozen, in the model's order."""
     return [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+
+
+def newton_schulz(matrices):
+    """Each of (n, rows, columns) with singular values near 1, by DeepSpeed's function: five Newton-Schulz steps, in
+    float16 where the device has it, else in float32."""
+    from deepspeed.runtime.zero.muon import original_muon  # see torch_linear
+
+    # not compiled, as its decorator has it: a run that continues elsewhere would need the same compiler for the same
+    # numbers
+    return inspect.unwrap(original_muon.zeropower_via_gram_newtonschulz)(matrices, steps=5)
 
 
 # -- fragments -------------------------------------------------------------------------------------
