@@ -154,11 +154,11 @@ def test_50_steps_are_those_of_one_process(folder, reference, name):
     assert len(found) == len(expected) == STEPS and expected[-1] < 0.5 * expected[0]
     difference = max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
     _, tensors = whole_tensors(folder / name / "checkpoints" / f"step_{STEPS:08d}")
-    of_weights = max(
-        float((tensors["fp32", key] - weight.flatten()).abs().max()) for key, weight in weights.items() if weight.ndim
-    )
+    # without biases: that of keys has no gradient but rounding errors, which Adam makes as large as any
+    matrices = {key: weight.detach().flatten() for key, weight in weights.items() if weight.ndim > 1}
+    of_weights = max(float((tensors["fp32", key] - weight).abs().max()) for key, weight in matrices.items())
     print(f"{name}: losses {difference:.1e}, weights {of_weights:.1e}")
-    assert difference < 1e-5 and of_weights < 1e-4
+    assert difference < 1e-5 and of_weights < 1e-5
 
 
 @pytest.mark.parametrize("name", ALL)
