@@ -245,9 +245,11 @@ def info_of(config, group, setup, train_data, compiled, **more):
 
 
 def set_learning_rate(engine, rate):
+    """rate: of AdamW at this step."""
     for optimizer in optimizers(engine):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        # each group keeps its own peak; with partial offload the second optimizer's groups are those of the first
+        for group, own in zip(optimizer.param_groups, engine.basic_optimizer.param_groups, strict=True):
+            group["lr"] = rate * own.get("relative_rate", 1)
 
 
 def to_device(arrays, device):

@@ -105,7 +105,7 @@ def compare_adams(config, rival):
         generator = torch.Generator(device).manual_seed(0)
         draw = functools.partial(torch.randn, device=device, generator=generator)
         weights = torch.nn.ParameterList(torch.nn.Parameter(0.02 * draw(shape)) for shape in shapes)
-        optimizer = make_adam(name, parameter_groups(weights, config.train.weight_decay), config.train)
+        optimizer = make_adam(name, parameter_groups(weights, config), config.train)
         for _ in range(10):
             for weight in weights:
                 weight.grad = draw(weight.shape)

@@ -141,7 +141,7 @@ def adamw(setting, model, parameters):
     keys = setting.config.train
     pairs = zip(model.parameters(), parameters, strict=True)
     theirs = {id(parameter): changed for parameter, changed in pairs}
-    groups = engine.parameter_groups(model, keys.weight_decay)
+    groups = engine.parameter_groups(model, setting.config)
     for group in groups:
         group["params"] = [theirs[id(parameter)] for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=keys.lr, betas=tuple(keys.betas), eps=keys.eps, fused=True)

@@ -3,9 +3,10 @@
     out/<run>/checkpoints/step_00001000/rank_00000.safetensors, ...   one file a rank
     out/<run>/checkpoints/step_00001000/state.json                    everything else
 
-A rank's file holds the fragments of the parameters that it updates, flat, without padding and in float32, and Adam's
-moments of the same elements (see `tensor_files`). Fragments are named by parameter and first element, so any number of
-ranks, at any ZeRO stage, with or without offload, reads what it needs: moving a run is the same code as resuming it.
+A rank's file holds the fragments of the parameters that it updates, flat, without padding and in float32, and the
+optimizer's moments of the same elements (see `tensor_files`). Fragments are named by parameter and first element, so
+any number of ranks, at any ZeRO stage, with or without offload, reads what it needs: moving a run is the same code as
+resuming it.
 Loading a checkpoint executes nothing from it and opens no file outside its folder.
 
 All ranks write into step_00001000.tmp. When all have finished, rank 0 adds state.json, with the size and checksum of
@@ -40,7 +41,6 @@ from minzero.errors import SharedError, UserError
 from minzero.files import cannot_write, make_way, write_json
 from minzero.tensor_files import SavedPieces, check_sums, damaged, index_of, merged, pieces_in, write_tensors
 from minzero.zero import (
-    KINDS,
     fragments_in_memory,
     local_fragments,
     loss_scaler,
@@ -203,9 +203,9 @@ def tensors_to_save(engine):
         random["random/cuda/0"] = torch.cuda.get_rng_state()
     sizes = {name: (state.dtype, len(state)) for name, state in random.items()}
     for fragment in fragments:
-        for kind in KINDS:
+        for kind in fragment.kinds:
             sizes[f"{kind}/{fragment.parameter}/{fragment.start}"] = (torch.float32, fragment.length)
-    tensors = (parts[kind] for _, parts, _ in fragments_in_memory(engine, fragments) for kind in KINDS)
+    tensors = (part for _, parts, _ in fragments_in_memory(engine, fragments) for part in parts.values())
     return sizes, chain(random.values(), tensors)
 
 

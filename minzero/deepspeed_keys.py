@@ -229,7 +229,9 @@ REFUSED = {
     "zero_optimization.load_from_fp32_weights": Refused("it is for DeepSpeed's own checkpoints", (True,)),
     "zero_optimization.override_module_apply": Refused("without it the initial weights are others", (True,)),
     "zero_optimization.pipeline_loading_checkpoint": Refused("it is for DeepSpeed's own checkpoints", (False,)),
-    "zero_optimization.save_muon_momentum_buffer_in_memory": Refused("the optimizer is AdamW", (False,)),
+    "zero_optimization.save_muon_momentum_buffer_in_memory": Refused(
+        "it is of DeepSpeed's own Muon, and train.optimizer muon is another", (False,)
+    ),
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": Refused(
         "its name is stage3_gather_16bit_weights_on_model_save", (False,)
     ),

@@ -16,7 +16,9 @@ from minzero.config.deepspeed import check_together, offload_device, offload_rat
 from minzero.config.sections import Recomputation
 from minzero.errors import UserError
 from minzero.files import make_folder
-from minzero.sizes import count_parameters
+from minzero.muon import Muon, matrices_of
+from minzero.mup import rate_factor, role_of, width_ratio
+from minzero.sizes import count_parameters, moment_bytes
 from minzero.zero import copy_into, set_prefetch, torch_linear, undo_trial_step
 from model import GPT, Block
 
@@ -116,7 +118,7 @@ def least_memory(config, ds_config, on_gpu, world_size):
         weights = (parameters - packed) * width // (world_size if stage == 3 else 1) + int(packed * adapters.BYTES)
     if offload_device(zero, "offload_optimizer") in in_device_memory:
         trained = adapters.count_adapters(model, config.lora) or parameters
-        moments = trained * 8 // (world_size if stage else 1)  # Adam's two in float32
+        moments = int(trained * moment_bytes(model, train.optimizer)) // (world_size if stage else 1)
     if stage and zero.get("contiguous_gradients", True):
         bucket = zero.get("reduce_bucket_size", 5 * 10**8)  # elements
 
@@ -166,17 +168,44 @@ def count_real_parameters(module):
     return unpacked + four_bit.count_quantized(module)
 
 
-def parameter_groups(model, weight_decay):
-    """The optimizer's groups: matrices and embeddings, which decay, and biases and the weights of norms, which are
-    vectors and do not, if there are any. Frozen weights are in none. Under ZeRO-3 a parameter here is an empty
-    placeholder whose true shape is ds_shape."""
-    matrices, vectors = [], []
-    for parameter in model.parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        if parameter.requires_grad:
-            (matrices if len(shape) >= 2 else vectors).append(parameter)
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def whole_shape(parameter):
+    """Under ZeRO-3 a parameter is an empty placeholder, whose true shape is ds_shape."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def parameter_groups(model, config, matrices=()):
+    """The optimizer's groups, each with its weight decay, and with its peak rate over train.lr as "relative_rate" if
+    that is not 1: biases and the weights of norms, which are vectors and do not decay, are the last; the others are
+    matrices and embeddings. Frozen weights are in none. matrices: names of the parameters that are Muon's."""
+    train = config.train
+    ratio = width_ratio(config.model, train.mup_base_width)
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        settings = {"weight_decay": train.weight_decay}
+        is_vector = len(whole_shape(parameter)) < 2
+        if is_vector:
+            settings = {"weight_decay": 0.0}
+        elif name in matrices:
+            settings |= {"momentum": train.muon_momentum, "relative_rate": train.muon_lr / train.lr}
+        elif ratio != 1 and role_of(name) != "input":
+            # AdamW takes away rate x decay of a weight; that product stays the same at every width
+            factor = rate_factor(role_of(name), ratio)
+            settings = {"weight_decay": train.weight_decay / factor, "relative_rate": factor}
+        group = groups.setdefault((is_vector, *settings.items()), {"params": [], **settings})
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, key=lambda key: key[0])]  # stable
+
+
+def muon(model, config):
+    """Muon's optimizer for these weights, with torch's AdamW for those that are not its own."""
+    train = config.train
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = {name: matrices_of(config.model, name, whole_shape(parameter)) for name, parameter in parameters.items()}
+    matrices = {name: parts for name, parts in found.items() if parts}
+    groups = parameter_groups(model, config, matrices)
+    return Muon(groups, matrices, lr=train.lr, betas=tuple(train.betas), eps=train.eps, fused=True)
 
 
 def apex_adam(groups, train):
@@ -240,7 +269,8 @@ def build_engine(config, ds_config, device, kernels="torch", compiled=False, loa
     quantized = config.lora.base_bits is not None
     # a whole model that is quantised is made in CPU memory, and reaches the device in 4 bits
     with sharded(), torch.device("cpu") if quantized and stage < 3 else device:
-        model = GPT(config.model, train.seed, train.activation_checkpointing, train.activation_offload, kernels)
+        how = train.activation_checkpointing, train.activation_offload, kernels, train.mup_base_width
+        model = GPT(config.model, train.seed, *how)
     if load_weights:
         copy_into(model, load_weights)
     if quantized:
@@ -255,17 +285,23 @@ def build_engine(config, ds_config, device, kernels="torch", compiled=False, loa
     if stage == 3:  # a block's weights are gathered at once, by two hooks, and outside of its graph
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
 
-    # ---- the optimizer: DeepSpeed makes it by ds_config, or it is Apex's
-    groups = parameter_groups(model, train.weight_decay)
-    optimizer = None
-    # at stage 0 in 16 bits DeepSpeed wraps Apex's in another way, which zero.py does not know
-    if kernels == "apex" and stage and not offloads_optimizer(ds_config):
-        optimizer = apex_adam(groups, train)
+    # ---- the optimizer: DeepSpeed makes it by ds_config, or it is Muon, or Apex's
+    groups = optimizer = None
+    if train.optimizer == "muon":
+        optimizer = muon(model, config)
+    else:
+        groups = parameter_groups(model, config)
+        # at stage 0 in 16 bits DeepSpeed wraps Apex's in another way, which zero.py does not know
+        if kernels == "apex" and stage and not offloads_optimizer(ds_config):
+            optimizer = apex_adam(groups, train)
+    if optimizer:
         ds_config = {name: section for name, section in ds_config.items() if name != "optimizer"}
 
     # ---- the engine
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=groups, config=ds_config)
     undo_trial_step(engine)
+    if train.optimizer == "muon":
+        optimizer.attach(engine)
     if stage == 3:
         set_prefetch(engine, ds_config["zero_optimization"].get("stage3_prefetch_bucket_size", 5e7))
     return engine

@@ -9,7 +9,6 @@ from minzero.errors import UserError
 from minzero.files import nearest
 
 PATIENCE = 10.0  # seconds that another node's file may need to become visible
-BYTES_PER_PARAMETER = 12  # of a checkpoint: the weight and Adam's two moments in float32
 GIB = 2**30
 
 
@@ -63,9 +62,9 @@ def lock_holds(lock, text):
     return True
 
 
-def check_space(path, parameters, keeps, saved):
-    """Check that the file system of a run's folder has room for checkpoints. parameters: how many the model has. keeps:
-    the most checkpoints that the run has at a time, the one that it writes included; saved: how many of them are there.
+def check_space(path, size, keeps, saved):
+    """Check that the file system of a run's folder has room for checkpoints. size: bytes of one. keeps: the most
+    checkpoints that the run has at a time, the one that it writes included; saved: how many of them are there.
 
     Returns a warning where there is room for one and not for all, else None. Raises UserError where there is room for
     none: the first save would end the run."""
@@ -73,7 +72,6 @@ def check_space(path, parameters, keeps, saved):
     usage = shutil.disk_usage(path if path.is_dir() else nearest(path))
     if not usage.total:  # a file system that does not say
         return None
-    size = parameters * BYTES_PER_PARAMETER
     if usage.free < size:
         raise UserError(
             f"train.out_dir: {path}: {usage.free / GIB:,.2f} GiB are free, and a checkpoint takes {size / GIB:,.2f} "

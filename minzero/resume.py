@@ -132,7 +132,9 @@ def check_same_run(path, state, config):
     pairs = [pair for pair in pairs if pair[0] != "model.family"]  # of exports alone
     before = vars(LoraConfig()) | saved.get("lora", {})
     pairs += [(f"lora.{name}", before[name], now["lora"][name]) for name in ADAPTERS]
-    pairs.append(("train.loss", saved["train"].get("loss", "next_token"), now["train"]["loss"]))
+    for name in ("loss", "optimizer"):
+        default = TrainConfig.__dataclass_fields__[name].default
+        pairs.append((f"train.{name}", saved["train"].get(name, default), now["train"][name]))
     for key in ("data.path", "train.seed", "train.global_batch_tokens"):
         section, name = key.split(".")
         if key not in config.train.allow_changed:
@@ -144,7 +146,7 @@ def check_same_run(path, state, config):
     different = [f"{name} {in_short(was)} -> {in_short(value)}" for name, was, value in pairs if was != value]
     if different:
         remedy = "set them back, or start another run with --train.out_dir"
-        if not any(name.startswith(("model.", "lora.", "train.loss")) for name in different):
+        if not any(name.startswith(("model.", "lora.", "train.loss", "train.optimizer")) for name in different):
             remedy += ", or name them in train.allow_changed"
         raise UserError(f"{path}: was saved with other settings: {'; '.join(different)}; {remedy}")
 

@@ -14,7 +14,7 @@ from minzero.errors import SharedError, UserError
 from minzero.files import write_json
 from minzero.run_folder import read_status
 from minzero.schedule import Steps
-from minzero.sizes import count_parameters
+from minzero.sizes import count_parameters, moment_bytes
 
 STEPS_PER_COLLECTION = 50  # of Python's unreachable cycles
 
@@ -98,12 +98,13 @@ class Run:
         try:
             parameters, _ = count_parameters(self.config.model)
             parameters = count_adapters(self.config.model, self.config.lora) or parameters
+            size = int(parameters * (4 + moment_bytes(self.config.model, train.optimizer)))  # a weight and its moments
         except UserError:  # an option that no formula knows
             return None
         saved = len(checkpoint_folder.Saved(self.folder.path / "checkpoints").entries)
         keeps = train.keep_checkpoints + train.save_best + 1
         keeps += self.total_steps // train.keep_every if train.keep_every else 0
-        return out_dir.check_space(self.folder.path, parameters, keeps, saved)
+        return out_dir.check_space(self.folder.path, size, keeps, saved)
 
     def check_folder_is_shared(self):
         """Raise SharedError if another machine sees another folder in the place of the one that rank 0 has just taken.

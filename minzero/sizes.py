@@ -12,6 +12,8 @@ IGNORE_INDEX = -1  # a target that does not count in the loss
 # and fewer partial gradients to add up.
 LOGITS_AT_A_TIME = 2**28
 
+MUON_AT_A_TIME = 2**25  # elements of small matrices that Muon makes orthogonal in one call: 128 MiB in float32
+
 MOST_HEAD_SIZE = 256  # channels of a head that flash attention and cuDNN take
 
 # Keys of the model section that the formulas here and planner/activations.py take into account.
@@ -62,6 +64,7 @@ class ParameterSizes(NamedTuple):
 
     block: list  # of one block
     outside: list  # of embeddings, final norm and output layer
+    hidden: list  # of those of a block that are matrices, or one for each expert, without the router
 
 
 def parameter_sizes(config: ModelConfig):
@@ -77,10 +80,12 @@ def parameter_sizes(config: ModelConfig):
     if dense_width:
         hidden = dense_width * (2 if config.gated else 1)  # SwiGLU has a gate and a value
         matrices += [(width, hidden, config.bias), (dense_width, width, config.bias)]
-    block = [inputs * outputs for inputs, outputs, _ in matrices]
-    block += [outputs for _, outputs, biased in matrices if biased]
+    hidden = [inputs * outputs for inputs, outputs, _ in matrices]
+    block = hidden + [outputs for _, outputs, biased in matrices if biased]
     if config.n_expert:
-        block += [size * config.n_expert for size in expert_sizes(config)]
+        router, *experts = [size * config.n_expert for size in expert_sizes(config)]
+        block += [router, *experts]
+        hidden = hidden + experts
     norms = [width, width]
     if config.qk_norm != "none":
         by_head = config.qk_norm == "head"
@@ -89,7 +94,24 @@ def parameter_sizes(config: ModelConfig):
     embeddings = [config.vocab_size * width] * (1 if config.tie_embeddings else 2)
     if config.position == "learned":
         embeddings.append(config.block_size * width)
-    return ParameterSizes(block + weights_of_norm * norms, embeddings + weights_of_norm * [width])
+    return ParameterSizes(block + weights_of_norm * norms, embeddings + weights_of_norm * [width], hidden)
+
+
+def moment_bytes(config: ModelConfig, optimizer):
+    """Bytes of the optimizer's float32 moments for the mean parameter: two of AdamW, and one of Muon for each of its
+    own, which are the blocks' matrices (muon.py). optimizer: train.optimizer."""
+    sizes = parameter_sizes(config)
+    total = config.n_layer * sum(sizes.block) + sum(sizes.outside)
+    of_muon = config.n_layer * sum(sizes.hidden) if optimizer == "muon" else 0
+    return 8 - 4 * of_muon / total if of_muon else 8
+
+
+def largest_of_muon(config: ModelConfig):
+    """Elements of the matrices that Muon makes orthogonal in one call, at the most: several small ones of a parameter,
+    or the largest single one."""
+    attention, width = config.n_head * config.head_size, config.n_embd
+    largest = max(attention * width, config.mlp_width * width * max(1, config.n_shared_expert))
+    return max(largest, min(MUON_AT_A_TIME, max(parameter_sizes(config).hidden)))
 
 
 def expert_sizes(config: ModelConfig):

@@ -1,10 +1,11 @@
 """DeepSpeed's private layout: where an engine keeps master weights and optimizer states, at any ZeRO stage.
 
 This is the only file that knows the internals of DeepSpeed 0.19.8. A rank updates contiguous parts of the parameters,
-here called fragments; `fragments_in_memory` gives their float32 weights and Adam moments as flat tensors.
+here called fragments; `fragments_in_memory` gives their float32 weights and moments as flat tensors.
 """
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from itertools import chain, groupby
@@ -17,6 +18,7 @@ from minzero.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of train.precision
 KINDS = ("exp_avg", "exp_avg_sq", "fp32")  # per element: Adam's two moments and the float32 weight
+KINDS_OF_MUON = ("exp_avg", "fp32")  # its momentum is the mean of gradients that Adam's first moment is
 
 
 def torch_linear():
@@ -70,8 +72,9 @@ def optimizer_of(engine, group):
     return on_cpu
 
 
-def adam_state(optimizer, flat):
-    """Adam's state {"step", "exp_avg", "exp_avg_sq"} of one flat tensor, created as zeros before the first step."""
+def optimizer_state(optimizer, flat, kinds=KINDS):
+    """The state {"step", "exp_avg", "exp_avg_sq"} of one flat tensor, created as zeros before the first step. kinds: of
+    its fragments; Muon's have no "exp_avg_sq"."""
     state = optimizer.state[flat]
     if not state:
         if isinstance(optimizer, torch.optim.AdamW):
@@ -79,8 +82,9 @@ def adam_state(optimizer, flat):
             state["step"] = torch.zeros((), device=device)
         else:  # DeepSpeed's counts in a plain number
             state["step"] = 0
-        state["exp_avg"] = torch.zeros_like(flat, requires_grad=False)
-        state["exp_avg_sq"] = torch.zeros_like(flat, requires_grad=False)
+        for kind in kinds:
+            if kind != "fp32":
+                state[kind] = torch.zeros_like(flat, requires_grad=False)
     return state
 
 
@@ -123,6 +127,16 @@ def trained_parameters(engine):
     return [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
 
 
+def newton_schulz(matrices):
+    """Each of (n, rows, columns) with singular values near 1, by DeepSpeed's function: five Newton-Schulz steps, in
+    float16 where the device has it, else in float32."""
+    from deepspeed.runtime.zero.muon import original_muon  # see torch_linear
+
+    # not compiled, as its decorator has it: a run that continues elsewhere would need the same compiler for the same
+    # numbers
+    return inspect.unwrap(original_muon.zeropower_via_gram_newtonschulz)(matrices, steps=5)
+
+
 # -- fragments -------------------------------------------------------------------------------------
 
 
@@ -136,6 +150,7 @@ class Fragment(NamedTuple):
     flat: torch.Tensor
     offset: int
     group: int
+    kinds: tuple = KINDS  # what the optimizer keeps of each element, with its float32 weight
 
 
 def stage_0_masters(engine):
@@ -184,8 +199,20 @@ def local_fragments(engine) -> list[Fragment]:
     those of one tensor are consecutive. At stage 0 every rank has them all."""
     stages = (stage_0_fragments, stage_1_and_2_fragments, stage_1_and_2_fragments, stage_3_fragments)
     found = [fragment for fragment in stages[engine.zero_optimization_stage()](engine) if fragment.length > 0]
+    by_muon = getattr(engine.basic_optimizer, "matrices", {})
+    found = [f._replace(kinds=KINDS_OF_MUON) if f.parameter in by_muon else f for f in found]
     order = {name: number for number, (name, _) in enumerate(engine.module.named_parameters())}
     return sorted(found, key=lambda fragment: (fragment.group, order[fragment.parameter]))
+
+
+def sharded_tensors(engine):
+    """Stages 1 to 3: the tensors of the optimizer on this rank, by the index that their fragments have as `group`."""
+    zero = engine.optimizer
+    return (
+        zero.fp32_partitioned_groups_flat
+        if engine.zero_optimization_stage() == 3
+        else (zero.single_partition_of_fp32_groups)
+    )
 
 
 # -- access to their values ------------------------------------------------------------------------
@@ -198,16 +225,16 @@ def nvme_swapper(engine):
 
 
 @contextlib.contextmanager
-def in_memory(engine, flat, group, changed):
-    """Context in which a tensor of the optimizer and its moments are in memory; yields its Adam state.
+def in_memory(engine, flat, group, changed, kinds=KINDS):
+    """Context in which a tensor of the optimizer and its moments are in memory; yields its `optimizer_state`.
     group: the index of its parameter group. changed: write the values back to NVMe at the end."""
     swapper = nvme_swapper(engine)
     if swapper is None or flat.ds_id not in swapper.swap_params_info:
-        yield adam_state(optimizer_of(engine, group), flat)
+        yield optimizer_state(optimizer_of(engine, group), flat, kinds)
         return
     swapper.swap_in_optimizer_state(flat, async_parameter=None)
     new = not engine.basic_optimizer.state[flat]
-    yield adam_state(engine.basic_optimizer, flat)
+    yield optimizer_state(engine.basic_optimizer, flat, kinds)
     if changed or new:
         swapper.writeback_optimizer_state_and_gradients(flat, write_opt_state=True, write_gradients=False)
     else:
@@ -216,14 +243,14 @@ def in_memory(engine, flat, group, changed):
 
 
 def fragments_in_memory(engine, fragments, changed=False) -> Iterator[tuple[Fragment, dict, dict]]:
-    """Yield (Fragment, {"fp32", "exp_avg", "exp_avg_sq": flat tensor of its elements}, Adam's state) for each of
+    """Yield (Fragment, {kind: flat tensor of its elements} of its kinds, its `optimizer_state`) for each of
     `local_fragments`. The tensors are views, valid until the next iteration: read them to save, or copy into them
     (`changed`) to load."""
     for _, same_tensor in groupby(fragments, key=lambda fragment: id(fragment.flat)):
         same_tensor = list(same_tensor)
-        flat = same_tensor[0].flat
-        with in_memory(engine, flat, same_tensor[0].group, changed) as state:
-            whole = {"fp32": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        flat, kinds = same_tensor[0].flat, same_tensor[0].kinds
+        with in_memory(engine, flat, same_tensor[0].group, changed, kinds) as state:
+            whole = {kind: flat.detach() if kind == "fp32" else state[kind] for kind in kinds}
             for fragment in same_tensor:
                 part = slice(fragment.offset, fragment.offset + fragment.length)
                 yield fragment, {kind: tensor.view(-1)[part] for kind, tensor in whole.items()}, state

@@ -2,7 +2,7 @@
 
 import copy
 
-from minzero.config.deepspeed import check_together, checked_section
+from minzero.config.deepspeed import check_together, checked_section, offload_device, offload_ratio
 from minzero.config.hints import suggest_key
 from minzero.config.sections import SECTIONS, Config, ModelConfig, Recomputation
 from minzero.config.values import convert, in_short, printable
@@ -65,7 +65,42 @@ def faults_between_keys(config):
         except UserError as error:
             faults.append(str(error))
     if not faults:
-        faults += faults_of_recomputation(config)
+        faults += faults_of_recomputation(config) + faults_of_optimizer(config)
+    return faults
+
+
+def faults_of_optimizer(config):
+    """A list with a line for each setting that Muon or width transfer does not go with."""
+    train = config.train
+    zero = config.deepspeed.get("zero_optimization", {})
+    of_muon, of_mup = f"train.optimizer: found {train.optimizer}", f"train.mup_base_width: found {train.mup_base_width}"
+    faults = []
+    if train.optimizer == "muon":
+        if config.lora.rank:
+            faults.append(
+                f"{of_muon} with lora.rank {config.lora.rank}: Muon is for whole matrices, not for the two "
+                "narrow ones of an adapter; expected adamw"
+            )
+        if offload_device(zero, "offload_optimizer") == "nvme":
+            faults.append(
+                f"{of_muon} with deepspeed.zero_optimization.offload_optimizer.device nvme, where DeepSpeed moves "
+                "Adam's two moments; expected cpu, none, or train.optimizer adamw"
+            )
+        if offload_ratio(zero) != 1:
+            faults.append(
+                f"{of_muon} with deepspeed.zero_optimization.offload_optimizer.ratio {offload_ratio(zero)}, where "
+                "DeepSpeed takes an Adam of its own for the rest; expected 1, or train.optimizer adamw"
+            )
+    if train.mup_base_width is not None:
+        if config.model.tie_embeddings:
+            faults.append(
+                f"{of_mup} with model.tie_embeddings true: the rate of an output layer falls with the width, that of "
+                "an embedding does not; set model.tie_embeddings to false"
+            )
+        if config.lora.rank:
+            faults.append(
+                f"{of_mup} with lora.rank {config.lora.rank}: it scales the rates of whole matrices; set it to null"
+            )
     return faults
 
 

@@ -226,7 +226,7 @@ def deepspeed_config(config, world_size, precision, on_gpu, memory=None):
     adam = {"lr": train.lr, "betas": train.betas, "eps": train.eps, "weight_decay": train.weight_decay}
     # torch's AdamW needs no compiler and resumes bit for bit. DeepSpeed's own vectorised Adam is worth its
     # compilation only for state that lives in a GPU machine's CPU memory.
-    if not (on_gpu and offloads_optimizer(config.deepspeed)):
+    if train.optimizer == "muon" or not (on_gpu and offloads_optimizer(config.deepspeed)):
         adam |= {"torch_adam": True, "fused": True}
     derived = {
         "train_batch_size": train.micro_batch_size * gradient_accumulation_steps * world_size,
@@ -235,6 +235,7 @@ def deepspeed_config(config, world_size, precision, on_gpu, memory=None):
         "gradient_clipping": train.grad_clip,
         "optimizer": {"type": "AdamW", "params": adam},
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": train.optimizer == "muon",
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},
         "steps_per_print": sys.maxsize,

@@ -90,12 +90,24 @@ class TrainConfig:
     )
     max_tokens: int = key(10_000_000_000, "length of the run in tokens", minimum=1, maximum=10**18)
     warmup_tokens: int = key(0, "tokens over which the learning rate rises from zero", minimum=0, maximum=10**18)
-    lr: float = key(6e-4, "peak learning rate", minimum=0, maximum=10)
+    optimizer: str = key(
+        "adamw", "adamw; muon: Muon for the matrices of the blocks, AdamW for everything else", ["adamw", "muon"]
+    )
+    lr: float = key(6e-4, "peak learning rate of AdamW", minimum=0, maximum=10)
+    muon_lr: float = key(0.02, "peak learning rate of Muon", minimum=0, maximum=10)
+    muon_momentum: float = key(0.95, "decay rate of Muon's momentum", minimum=0, maximum=0.99999)
+    mup_base_width: int | None = key(
+        None,
+        "the model.n_embd at which train.lr and model.init_std were chosen; at another width, those of each matrix "
+        "follow from them (muP); null: one rate and one deviation for all",
+        minimum=1,
+        maximum=2**20,
+    )
     min_lr_ratio: float = key(0.1, "last learning rate over the peak", minimum=0, maximum=1)
     schedule: str = key(
         "cosine",
         "how the learning rate falls after warm-up; wsd: it stays until the last decay_tokens, so that runs of several "
-        "lengths can branch from one; range: it rises exponentially from lr x min_lr_ratio to lr, as sweep.py --lr_range",
+        "lengths can branch from one; range: it rises from lr x min_lr_ratio to lr, for sweep.py --lr_range",
         ["cosine", "linear", "constant", "wsd", "range"],
     )
     decay_tokens: int | None = key(
@@ -107,7 +119,7 @@ class TrainConfig:
     decay_shape: str = key(
         "sqrt", "with schedule wsd, how it falls; sqrt is 1 - sqrt(progress)", ["sqrt", "linear", "cosine"]
     )
-    weight_decay: float = key(0.1, "weight decay of AdamW, on matrices only", minimum=0, maximum=100)
+    weight_decay: float = key(0.1, "weight decay, times the learning rate, on matrices only", minimum=0, maximum=100)
     betas: list[float] = key([0.9, 0.95], "decay rates of AdamW's two moments")
     eps: float = key(1e-8, "epsilon of AdamW", minimum=1e-16, maximum=1)
     grad_clip: float = key(
@@ -229,12 +241,9 @@ class TrainConfig:
         self.check_recomputation()
         self.check_decay()
         self.check_batch_ramp()
-        beta = TrainConfig.__dataclass_fields__["dpo_beta"].default
-        if self.loss == "next_token" and self.dpo_beta != beta:
-            raise UserError(
-                f"train.dpo_beta: found {self.dpo_beta} with train.loss next_token, which has none; set train.loss, or "
-                f"this to {beta}"
-            )
+        self.check_muon()
+        if self.loss == "next_token":
+            self.refuse_unused(["dpo_beta"], "with train.loss next_token, which has none; set train.loss")
         self.check_eval_tasks()
         if len(self.betas) != 2 or not all(0 <= beta <= 0.99999 for beta in self.betas):
             raise UserError(f"train.betas: found {in_short(self.betas)}, expected two numbers from 0 to 0.99999")
@@ -275,15 +284,18 @@ class TrainConfig:
                     f"as 10:15, of 1 to {steps}"
                 )
 
+    def refuse_unused(self, names, why):
+        """Raise UserError if one of these keys is not its default. why: they have no effect, and the remedy, in words
+        that come after the value."""
+        for name in names:
+            value, default = getattr(self, name), TrainConfig.__dataclass_fields__[name].default
+            if value != default:
+                raise UserError(f"train.{name}: found {as_flag(value)} {why}, or this to {as_flag(default)}")
+
     def check_decay(self):
         if self.schedule != "wsd":
-            defaults = TrainConfig.__dataclass_fields__
-            for name in ("decay_tokens", "decay_shape"):
-                if (value := getattr(self, name)) != (default := defaults[name].default):
-                    raise UserError(
-                        f"train.{name}: found {in_short(value)} with train.schedule {self.schedule}, which has no such "
-                        f"decay; set train.schedule to wsd, or this to {in_short(default)}"
-                    )
+            why = f"with train.schedule {self.schedule}, which has no such decay; set train.schedule to wsd"
+            self.refuse_unused(("decay_tokens", "decay_shape"), why)
             return
         decay = decay_tokens(self)
         room = self.max_tokens - self.warmup_tokens
@@ -296,12 +308,8 @@ class TrainConfig:
     def check_batch_ramp(self):
         first = self.first_batch_tokens
         if first is None:
-            for name in ("batch_ramp_tokens", "batch_ramp_jumps"):
-                if value := getattr(self, name):
-                    raise UserError(
-                        f"train.{name}: found {value}, but train.first_batch_tokens is null: the batch does not grow; "
-                        "set train.first_batch_tokens, or this to 0"
-                    )
+            why = "but train.first_batch_tokens is null: the batch does not grow; set train.first_batch_tokens"
+            self.refuse_unused(("batch_ramp_tokens", "batch_ramp_jumps"), why)
             return
         if first > self.global_batch_tokens:
             raise UserError(
@@ -317,13 +325,20 @@ class TrainConfig:
     def check_eval_tasks(self):
         if "" in self.eval_tasks or len(set(self.eval_tasks)) < len(self.eval_tasks):
             raise UserError(f"train.eval_tasks: found {in_short(self.eval_tasks)}, expected names of tasks, each once")
-        for name in EVAL_TASKS[1:]:
-            value, default = getattr(self, name), TrainConfig.__dataclass_fields__[name].default
-            if value != default and not self.eval_tasks:
-                raise UserError(
-                    f"train.{name}: found {as_flag(value)} without train.eval_tasks, which it is for; name tasks "
-                    f"there, or set this to {as_flag(default)}"
-                )
+        if not self.eval_tasks:
+            self.refuse_unused(EVAL_TASKS[1:], "without train.eval_tasks, which it is for; name tasks there")
+
+    def check_muon(self):
+        if self.optimizer == "adamw":
+            why = "with train.optimizer adamw, which has none; set train.optimizer to muon"
+            self.refuse_unused(("muon_lr", "muon_momentum"), why)
+        elif self.lr == 0:  # every rate of a step is train.lr's, times a constant
+            raise UserError("train.lr: found 0 with train.optimizer muon, expected a rate above 0 for AdamW's weights")
+        elif self.muon_lr * self.weight_decay >= 1:
+            raise UserError(
+                f"train.weight_decay: found {self.weight_decay} with train.muon_lr {self.muon_lr}, which takes away "
+                "all of the weights at each step; expected a product below 1"
+            )
 
     def check_recomputation(self):
         wanted = self.activation_checkpointing

@@ -82,6 +82,9 @@ def training_facts(state, config: Config, loss):
     if train.warmup_tokens:
         rate += f", {train.warmup_tokens:,} tokens of warm-up"
     decay = shown(train.weight_decay, "g")
+    muon = ""
+    if train.optimizer == "muon":
+        muon = f"Muon for matrices, rate {shown(train.muon_lr, 'g')}, momentum {shown(train.muon_momentum, 'g')}; "
     clipping = shown(train.grad_clip, "g")
     measured = "not measured at this step"
     if loss is not None:
@@ -94,7 +97,7 @@ def training_facts(state, config: Config, loss):
         ("validation loss", measured),
         ("batch", batch),
         ("learning rate", rate),
-        ("optimizer", f"AdamW, betas {train.betas}, weight decay {decay}, clipping {clipping}"),
+        ("optimizer", f"{muon}AdamW, betas {train.betas}, weight decay {decay}, clipping {clipping}"),
         ("precision", state["precision"]),
         (
             "hardware",

@@ -98,5 +98,5 @@ def pinned_blocks(settings, parameters):
 
 
 def checkpoint_bytes(settings, parameters):
-    """Bytes of one checkpoint, at any stage: master weights and Adam's moments (zero.py)."""
+    """Bytes of one checkpoint, at any stage: master weights and moments (zero.py)."""
     return parameters * (settings.master_bytes + settings.moment_bytes)

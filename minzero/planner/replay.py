@@ -231,6 +231,10 @@ class Engine:
         """The optimizer's step."""
         raise NotImplementedError
 
+    def orthogonalize(self):
+        """Muon's matrices of one call: in float32, normalised, and narrower ones (muon.py)."""
+        self.memory.touch("overhead", 12 * self.settings.largest_of_muon)
+
 
 class Stage0(Engine):
     """Every rank holds everything. 16-bit weights have a float32 copy of each and of its gradient."""
@@ -250,8 +254,9 @@ class Stage0(Engine):
             self.memory.touch("buckets", min(self.trained, 500_000_000) * self.settings.bytes)
 
     def step(self):
-        if self.settings.bytes < 4:
-            self.memory.touch("gradients", self.trained * 4)
+        master = self.memory.allocate("gradients", self.trained * 4 if self.settings.bytes < 4 else 0)
+        self.orthogonalize()
+        self.memory.free(master)
 
 
 class Stage12(Engine):
@@ -386,3 +391,7 @@ class Stage12(Engine):
             if s.bytes < 4:
                 self.memory.touch("gradients", size * 4)
             self.memory.free(flat)
+            if s.largest_of_muon:
+                flat = self.memory.allocate("gradients", size * 4)
+                self.orthogonalize()
+                self.memory.free(flat)

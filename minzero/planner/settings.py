@@ -17,7 +17,7 @@ from minzero.config.deepspeed import (
 from minzero.config.sections import LoraConfig, ModelConfig, Recomputation
 from minzero.data.mixture import Mixture
 from minzero.errors import UserError
-from minzero.sizes import MOST_HEAD_SIZE
+from minzero.sizes import MOST_HEAD_SIZE, largest_of_muon, moment_bytes
 
 LARGEST_VOCABULARY = 2**31  # of any data
 MOST_LAYERS = 2**12  # a model with more is not planned: each layer is replayed
@@ -74,7 +74,8 @@ class Settings:
     lora: LoraConfig = field(default_factory=LoraConfig)  # with a rank: adapters are trained, and nothing else
     save_in_background: bool = False  # a copy of the optimizer is in CPU memory while a checkpoint is written
     master_bytes: int = 4
-    moment_bytes: int = 8  # both of Adam's moments
+    moment_bytes: float = 8  # both of Adam's moments; the mean where Muon has one of its own weights
+    largest_of_muon: int = 0  # elements of the matrices that Muon makes orthogonal at a time; 0: AdamW alone
 
     @property
     def adapters(self):
@@ -197,6 +198,8 @@ def settings_of(config, gpus, memory, card=None):
         # checkpoint.py copies no optimizer that lives on NVMe: memory may not hold it
         save_in_background=train.save_in_background and offload_device(zero, "offload_optimizer") != "nvme",
         lora=config.lora,
+        moment_bytes=moment_bytes(config.model, train.optimizer),
+        largest_of_muon=largest_of_muon(config.model) if train.optimizer == "muon" else 0,
         attended=attended_tokens(json.dumps(config.data.path), config.model.block_size, config.data.document_mask),
         accumulation_bytes={"fp32": 4, "bf16": 2, "fp16": 2}.get(accumulated_type),
         **{field: zero[key] for key, field in ZERO_KEYS.items() if key in zero},

@@ -272,6 +272,7 @@ class Stage3(Engine):
             flat = memory.allocate("gradients", size * gradient_bytes)
             if gradient_bytes != s.master_bytes:
                 memory.touch("gradients", size * s.master_bytes)
+            self.orthogonalize()
             memory.free(flat)
 
     def sub_groups_on_gpu(self):

@@ -13,9 +13,9 @@ from tests.helpers.processes import ROOT
 ORDER = """
     errors schedule files store copier nearest launchers commands flags deepspeed_keys cards
     config.values config.model_section config.sections config.nested
-    sizes config.auto config.deepspeed config.hints config.build config.help
+    mup sizes config.auto config.deepspeed config.hints config.build config.help
     hf.settings hf.families adapters config.load meeting dist run_folder out_dir checkpoint_names nodes failures
-    supervise loss preference document_attention experts recompute rotary zero tensor_files
+    supervise loss preference document_attention experts recompute rotary zero muon tensor_files
     data.order data.meta data.shards data.packing data.mixture data.text data.tokenizer_files data.tokenizer
     data.fast_encoding data.documents data.local_files data.sources data.docstrings data.chat_formats
     data.chat_templates data.conversations data.preferences data.output data.clean
@@ -73,6 +73,7 @@ def test_a_file_imports_only_files_above_it(name):
 
 def test_the_model_knows_no_engine_and_no_files():
     known = {"config.sections", "sizes", "loss", "preference", "document_attention", "recompute", "rotary", "experts"}
+    known |= {"mup"}
     assert imported(ROOT / "model.py") <= known
 
 

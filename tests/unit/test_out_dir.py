@@ -49,13 +49,13 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     folder = tmp_path / "new" / "run"
     with pytest.raises(UserError, match=r"25\.00 GiB are free, and a checkpoint takes 25\.01 GiB; make room"):
-        out_dir.check_space(folder, 25.01 * gib / 12, keeps=4, saved=0)
-    parameters = gib  # 12 GiB a checkpoint
-    assert "has room for 2 checkpoints of 12.00 GiB" in out_dir.check_space(folder, parameters, keeps=4, saved=0)
-    assert "has room for 3 checkpoints" in out_dir.check_space(folder, parameters, keeps=4, saved=1)
-    assert out_dir.check_space(folder, parameters, keeps=4, saved=2) is None
+        out_dir.check_space(folder, 25.01 * gib, keeps=4, saved=0)
+    size = 12 * gib
+    assert "has room for 2 checkpoints of 12.00 GiB" in out_dir.check_space(folder, size, keeps=4, saved=0)
+    assert "has room for 3 checkpoints" in out_dir.check_space(folder, size, keeps=4, saved=1)
+    assert out_dir.check_space(folder, size, keeps=4, saved=2) is None
     usage = usage._replace(total=0, free=0)  # a file system that does not say
-    assert out_dir.check_space(folder, parameters, keeps=4, saved=0) is None
+    assert out_dir.check_space(folder, size, keeps=4, saved=0) is None
 
 
 def in_threads(faults, seconds=20):

@@ -95,6 +95,10 @@ def test_another_run_is_refused_with_what_differs(tmp_path):
     config.model.n_layer = 12
     resume.check_same_run(tmp_path, state, config)
     config = Config()
+    config.train.optimizer = "muon"
+    with pytest.raises(UserError, match=r'settings: train.optimizer "adamw" -> "muon"; .* with --train.out_dir$'):
+        resume.check_same_run(tmp_path, state, config)
+    config = Config()
     config.train.micro_batch_size, config.train.eval_every = 1, 5
     resume.check_same_run(tmp_path, state, config)  # neither changes what is learned
 

@@ -44,8 +44,9 @@ def test_learning_rate_warms_up_falls_and_ends_as_told():
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 def test_only_matrices_are_decayed(norm):
     """Ancestors' fault 2: norms were decayed because the filter named a parameter that does not exist."""
-    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=8, vocab_size=16, norm=norm))
-    decayed, spared = engine.parameter_groups(model, 0.1)
+    config = Config(model=ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=8, vocab_size=16, norm=norm))
+    model = GPT(config.model)
+    decayed, spared = engine.parameter_groups(model, config)
     assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0.0
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert all("norm" in names[id(p)] or "bias" in names[id(p)] for p in spared["params"])
