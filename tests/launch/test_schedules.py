@@ -101,7 +101,7 @@ def in_plain_torch(run, ends):
     torch.manual_seed(0)
     model = GPT(config.model, config.train.seed)
     data = Mixture(config.data.path, "train", config.model.block_size, config.model.vocab_size, config.train.seed)
-    groups = parameter_groups(model, config.train.weight_decay)
+    groups = parameter_groups(model, config)
     optimizer = torch.optim.AdamW(groups, betas=tuple(config.train.betas), eps=config.train.eps)
     losses = []
     for first, end in zip([0, *ends], ends, strict=False):
