@@ -13,6 +13,7 @@ from torch import nn
 from minzero.config.build import build
 from minzero.errors import UserError
 from minzero.evaluate_tasks import Harness, Requests, Tasks, answer
+from minzero.preference import Preference
 from model import GPT
 from tests.helpers.local_tasks import LAST_LETTER, LETTERS, STORY, rows, write_task
 from tests.helpers.trained_runs import GPT2, OF_NO_FAMILY, random_model, write_data
@@ -186,8 +187,9 @@ def test_answers_are_those_of_one_request_at_a_time():
     pairs[5] = pairs[5][0], [likely]  # the answer that it would give
     beats = []
     model.train()
+    model.preference = Preference("dpo", 0.1)  # as in preference tuning, where answers are scored all the same
     found = answer(Engine(model), Requests.of(pairs, 16), 3, CPU, progress=lambda: beats.append(1))
-    assert len(beats) == 3 and model.training
+    assert len(beats) == 3 and model.training and model.preference.take() is None
     model.eval()
     for (context, wanted), (log_probability, hit) in zip(pairs, found, strict=True):
         tokens = torch.tensor([*context, *wanted])[-17:]
