@@ -43,6 +43,7 @@ from minzero.engine import (
     choose_kernels,
     count_real_parameters,
     memory_per_rank,
+    own_grad_norm,
     resolve_precision,
 )
 from minzero.errors import UserError
@@ -299,12 +300,6 @@ def train_step(run, engine, data, step):
         run.clock.mark("optimizer")
     fault = run.bad_steps.result(run.samples_of(step))
     return StepResult(facts, run.bad_steps.grad_norm, fault)
-
-
-def own_grad_norm(engine):
-    """The norm of the gradient over all parameters that are trained, where this rank has all of it."""
-    trained = (parameter.grad for parameter in engine.module.parameters() if parameter.requires_grad)
-    return float(torch.nn.utils.get_total_norm(list(trained)))
 
 
 def validate(run, engine, data, step):

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from minzero import report
+from minzero.checkpoint_state import SHAPES_THE_BATCH
 from minzero.config.deepspeed import gradient_accumulation
 from minzero.config.sections import EVAL_TASKS, LoraConfig, TrainConfig
 from minzero.data.mixture import Mixture
@@ -124,11 +125,11 @@ def benchmark_config(config, folder):
     train.resume = "never"
     train.init_from = None
     config.lora = LoraConfig()  # adapters too need a model to start from: all weights are trained
-    train.loss = "next_token"  # others need a model to start from
     train.loggers = []
     train.log_every = 1
     train.eval_every = train.save_every = train.save_every_seconds = train.sample_every = 0
-    for name in EVAL_TASKS:
+    # other losses need a model to start from, and a batch that grows would be the smallest
+    for name in (*EVAL_TASKS, "loss", "dpo_beta", "keep_every", *SHAPES_THE_BATCH[1:]):
         setattr(train, name, getattr(TrainConfig(), name))
     train.save_best = False
     train.max_tokens = 10**9 * train.global_batch_tokens

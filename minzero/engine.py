@@ -240,6 +240,12 @@ def step_piece_by_piece(optimizer):
     return optimizer
 
 
+def own_grad_norm(engine):
+    """The norm of the gradient over all parameters that are trained, where this rank has all of it."""
+    trained = (parameter.grad for parameter in engine.module.parameters() if parameter.requires_grad)
+    return float(torch.nn.utils.get_total_norm(list(trained)))
+
+
 def precision_of(ds_config):
     """bf16, fp16 or fp32."""
     return next((name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled")), "fp32")
