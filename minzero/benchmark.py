@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 
 from minzero import report
-from minzero.checkpoint_state import SHAPES_THE_BATCH
 from minzero.config.deepspeed import gradient_accumulation
 from minzero.config.sections import EVAL_TASKS, LoraConfig, TrainConfig
 from minzero.data.mixture import Mixture
@@ -36,6 +35,7 @@ from minzero.planner.search import with_choice
 from minzero.planner.settings import settings_as_run
 from minzero.planner.units import in_units
 from minzero.plot import pyplot
+from minzero.schedule import SHAPES_THE_BATCH
 
 # name on the command line: (title, stage, offload as in search.with_choice, whether all blocks are recomputed)
 ROWS = {

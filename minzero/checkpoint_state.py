@@ -16,15 +16,13 @@ from minzero.config.hints import rename_old_keys
 from minzero.config.sections import LoraConfig, TrainConfig
 from minzero.errors import UserError
 from minzero.files import is_count, is_number, read_json
+from minzero.schedule import SHAPES_THE_BATCH, SHAPES_THE_RATE
 from minzero.tensor_files import check_size, damaged, fault_of_index, open_plain_file
 
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # the state of fp16's loss scaler
 RANK_FILE = re.compile(r"rank_[0-9]{5,7}\.safetensors")
 MOST_STATE_BYTES = 1 << 28  # state.json takes kilobytes
 # keys of the train section that shape the learning rate; all but the first are numbers
-# keys of the train section, by what they shape; those that hold text come first
-SHAPES_THE_RATE = ("schedule", "decay_shape", "lr", "min_lr_ratio", "warmup_tokens", "max_tokens", "decay_tokens")
-SHAPES_THE_BATCH = ("global_batch_tokens", "first_batch_tokens", "batch_ramp_tokens", "batch_ramp_jumps")
 MAY_BE_NULL = ("decay_tokens", "first_batch_tokens")
 MOST_NUMBER = 1e300  # a float, far from overflow
 # the fields of every version, and their types

@@ -5,13 +5,14 @@ from pathlib import Path
 
 from minzero.checkpoint import as_rank_0, fault_of
 from minzero.checkpoint_folder import Saved, find, folders_of_run, is_complete, restore_replaced
-from minzero.checkpoint_state import SHAPES_THE_BATCH, SHAPES_THE_RATE, as_saved, read_state, state_if_whole
+from minzero.checkpoint_state import as_saved, read_state, state_if_whole
 from minzero.config.nested import flat
 from minzero.config.sections import Config, LoraConfig, ModelConfig, TrainConfig
 from minzero.config.values import in_short
 from minzero.data.mixture import check_same_data
 from minzero.dist import print0
 from minzero.errors import UserError
+from minzero.schedule import SHAPES_THE_BATCH, SHAPES_THE_RATE
 
 ADAPTERS = ("rank", "alpha", "matrices", "base_bits")  # keys of the section lora
 HOW_IT_RESUMES = ("train.out_dir", "train.copy_to", "train.resume", "train.allow_changed")

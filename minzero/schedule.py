@@ -3,6 +3,10 @@ and the tokens of a step."""
 
 import math
 
+# keys of the train section, by what they shape; those that hold text come first
+SHAPES_THE_RATE = ("schedule", "decay_shape", "lr", "min_lr_ratio", "warmup_tokens", "max_tokens", "decay_tokens")
+SHAPES_THE_BATCH = ("global_batch_tokens", "first_batch_tokens", "batch_ramp_tokens", "batch_ramp_jumps")
+
 
 def learning_rate(train, tokens):
     """The rate of the step that ends at `tokens`: linear warm-up, then train.schedule from the peak train.lr down to

@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-from minzero import checkpoint_state, metrics, resume
+from minzero import metrics, resume, schedule
 from minzero.adapters import count_adapters
 from minzero.checkpoint_folder import is_complete
 from minzero.config.deepspeed import with_auto_values
 from minzero.schedule import Steps, learning_rate
 from minzero.sizes import count_parameters, wide_heads
 
-SHAPES_THE_RATE = [f"train.{name}" for name in checkpoint_state.SHAPES_THE_RATE]
+SHAPES_THE_RATE = [f"train.{name}" for name in schedule.SHAPES_THE_RATE]
 
 
 def start_lines(run, data, not_compiled=None):

@@ -308,7 +308,7 @@ class TrainConfig:
     def check_batch_ramp(self):
         first = self.first_batch_tokens
         if first is None:
-            why = "but train.first_batch_tokens is null: the batch does not grow; set train.first_batch_tokens"
+            why = "with train.first_batch_tokens null: the batch does not grow; set train.first_batch_tokens"
             self.refuse_unused(("batch_ramp_tokens", "batch_ramp_jumps"), why)
             return
         if first > self.global_batch_tokens:
