@@ -118,8 +118,8 @@ def bits_per_byte(tasks):
     """The bits that the model needs for the right answers of all examples over the bytes of these answers: -sum(log p)
     / ln 2 / sum(bytes), as lm-eval's metric of the same name has it of whole documents. It changes smoothly with the
     model where an accuracy stays at chance, so that a loss of this kind can be predicted from smaller models (Bhagia et
-    al. 2024, arXiv 2412.04403). An answer is what the model is asked for, with the delimiter before it; of several right
-    ones it is the likeliest. None where a task does not say which is right."""
+    al. 2024, arXiv 2412.04403). An answer is what the model is asked for, with the delimiter before it; of several
+    right ones it is the likeliest. None where a task does not say which is right."""
     from lm_eval.api.metrics import bits_per_byte as aggregate
 
     answers = [answer for task in tasks for answer in right_answers(task)]
