@@ -69,12 +69,8 @@ def all_flags():
     batch = f"batch = config's x (N / its N)^X; default {DEFAULTS.batch_exponent:g}"
     add("--batch_exponent", metavar="X", type=a_number(0, 2), help=batch)
     add("--schedule", choices=SCHEDULES, help="wsd (default), constant: budgets share a trunk; cosine, linear: none")
-    add(
-        "--warmup",
-        metavar="SHARE",
-        type=a_number(0, 0.9),
-        help=f"of a size's shortest run; default {DEFAULTS.warmup:g}",
-    )
+    warmup = f"tokens for each parameter, at most a fifth of a size's shortest run; default {DEFAULTS.warmup:g}"
+    add("--warmup", metavar="X", type=a_number(0, 1000), help=warmup)
     decay = f"of each run, with wsd; default {DEFAULTS.decay:g}"
     add("--decay", metavar="SHARE", type=a_number(0, 0.9, above=True), help=decay)
     add("--draws", metavar="N", type=at_least(0, 10**6), default=500, help="of the bootstrap; default 500")

@@ -129,11 +129,12 @@ def optima(fits, law, budgets):
 
 
 def flops_over_parameters(fits, sizes):
-    """FLOPs per token and parameter over N, between those of the runs, and as at the ends beyond."""
+    """FLOPs per token and parameter over N: a smooth curve through those of the runs, and as at the ends beyond."""
     known = {point["parameters"][fits.how]: point["flops_per_token"] for point in fits.used}
     x = np.array(sorted(known))
     y = np.array([known[size] / size for size in x])
-    return np.interp(np.log(sizes), np.log(x), y)
+    curve = np.polyfit(np.log(x), np.log(y), 2 if len(x) > 3 else 1)
+    return np.exp(np.polyval(curve, np.log(np.clip(sizes, x[0], x[-1]))))
 
 
 def draw_errors(axes, fits, colors, marks):

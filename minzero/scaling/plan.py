@@ -27,6 +27,7 @@ from minzero.sizes import flops_per_token
 
 SCHEDULES = ("wsd", "constant", "cosine", "linear")
 LEAST_STEPS = 10  # of a run: with fewer its FLOPs are too coarse, and its loss says little
+MOST_WARMUP = 0.2  # of the shortest run of a size
 SAVE_SECONDS = 600  # between two checkpoints of a run, if the config names no other time
 # Keys of a config that a sweep cannot obey: (section, name, the only value that it takes)
 ONLY = (
@@ -48,7 +49,7 @@ class Options:
     count: str = "all"  # of shapes.COUNTS
     lr_exponent: float | None = None  # the rate is that of the config times (its width / width)^lr_exponent
     batch_exponent: float = 0.0  # the batch is that of the config times (N / its N)^batch_exponent
-    warmup: float = 0.05  # of the shortest run of a size; its longer runs have as many tokens of it
+    warmup: float = 1.0  # tokens for each parameter, but at most MOST_WARMUP; Porian et al. 2024 (arXiv 2406.19146)
     decay: float = 0.2  # of each run, with wsd
     schedule: str = "wsd"
     ranks: int = 1
@@ -162,9 +163,10 @@ class Sweep:
                 )
             decay = max(1, round(options.decay * steps)) if options.schedule == "wsd" else 0
             found.append(Budget(flops, steps * batch, decay * batch))
-        warmup = round(options.warmup * found[0].tokens)
+        # the same in all runs of a size, which share it
+        warmup = round(min(options.warmup * count(model, "all"), MOST_WARMUP * found[0].tokens))
         if found[0].stable_tokens < warmup:
-            raise UserError(f"--decay: found {options.decay} with --warmup {options.warmup}; expected a sum below 1")
+            raise UserError(f"--decay: found {options.decay}, expected at most {1 - MOST_WARMUP:g}, after the warm-up")
         return Size(model, per_token, float(f"{lr:.4g}"), batch, warmup, found)
 
     def content_of(self, size):

@@ -236,7 +236,7 @@ def test_runs_have_the_flops_of_their_budget_in_whole_steps():
             assert budget.tokens % 2048 == 0 and budget.decay_tokens % 2048 == 0
             assert budget.tokens * size.flops_per_token == pytest.approx(budget.flops, rel=0.06)
             assert budget.decay_tokens == pytest.approx(0.2 * budget.tokens, abs=2048)
-        assert size.warmup_tokens == round(0.05 * size.budgets[0].tokens)
+        assert size.warmup_tokens == round(min(count(size.model), 0.2 * size.budgets[0].tokens))
 
 
 def value_of(job, name):
