@@ -196,7 +196,7 @@ def test_loading_and_saving_again_keeps_every_bit(folder, ranks):
 
 def test_bad_steps_were_skipped(folder):
     """optimizers.py compares weights and moments before and after each step, bit for bit."""
-    for (stage, precision, _), kind, ranks in itertools.product(SETTINGS[:8], ("nan", "infinite"), (1, 2)):
+    for (stage, precision, _), kind, ranks in itertools.product(SETTINGS[:7], ("nan", "infinite"), (1, 2)):
         run_folder = folder / f"{kind}_{precision}_stage{stage}_ranks{ranks}"
         bad = [line["step"] for line in read_metrics(run_folder) if "bad_step" in line]
         assert bad == [3] and steps_of(run_folder)[-1]["skipped"] == 1, run_folder
