@@ -21,7 +21,7 @@ from minzero.config.sections import ModelConfig, Recomputation
 from minzero.document_attention import Documents, attention_within, window_mask
 from minzero.experts import ExpertLinear, Experts, router_losses
 from minzero.loss import LinearCrossEntropy, TokenLogProbabilities, cross_entropy
-from minzero.mup import role_of, std_factor, width_ratio
+from minzero.mup import std_factors
 from minzero.preference import answers_of
 from minzero.recompute import recompute
 from minzero.rotary import rotary_angles
@@ -198,16 +198,10 @@ class GPT(nn.Module):
     on a GPU."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        seed=1337,
-        activation_checkpointing=0,
-        activation_offload=False,
-        kernels="torch",
-        mup_base_width=None,
+        self, config, seed=1337, activation_checkpointing=0, activation_offload=False, kernels="torch", base_width=None
     ):
-        """activation_checkpointing, activation_offload, mup_base_width: as the keys of the train section. kernels:
-        torch, or apex for its norms."""
+        """config: a ModelConfig. activation_checkpointing, activation_offload: as the keys of the train section.
+        kernels: torch, or apex for its norms. base_width: train.mup_base_width."""
         super().__init__()
         self.config = config
         self.recomputation = Recomputation.of(activation_checkpointing)
@@ -230,12 +224,10 @@ class GPT(nn.Module):
         # on the precision. In the constructor and module by module through `apply`: where the weights are sharded as
         # they are made (ZeRO-3), only this reaches whole matrices.
         torch.manual_seed(seed)
-        names = {module: name for name, module in self.named_modules()}
-        ratio = width_ratio(config, mup_base_width)
-        self.apply(lambda module: self.init_weights(module, names[module], ratio))
+        self.apply(functools.partial(self.init_weights, std_factors(self, config, base_width)))
 
     @torch.no_grad()
-    def init_weights(self, module, name, ratio):
+    def init_weights(self, factors, module):
         """Normal weights and zero biases; matrices that write to the residual stream start smaller by
         sqrt(2 n_layer), the number of terms of that sum (GPT-2, section 2.3)."""
         if not isinstance(module, nn.Linear | nn.Embedding | ExpertLinear):
@@ -244,7 +236,7 @@ class GPT(nn.Module):
             module.bias.zero_()
         if module is self.head and self.config.tie_embeddings:
             return  # set as the embedding's
-        std = self.config.init_std * std_factor(role_of(f"{name}.weight"), ratio)
+        std = self.config.init_std * factors[module]
         if getattr(module, "writes_to_residual", False):
             std /= math.sqrt(2 * self.config.n_layer)
         # drawn in float32 whatever the weight's type: bf16 starts from the same values, rounded

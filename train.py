@@ -62,7 +62,7 @@ from minzero.run import Run, StepResult
 from minzero.run_folder import RunFolder
 from minzero.schedule import learning_rate
 from minzero.watchdog import Watchdog, limits
-from minzero.zero import optimizers
+from minzero.zero import optimizers, relative_rates
 
 LINEAR = "zero_optimization.memory_efficient_linear"
 
@@ -246,11 +246,9 @@ def info_of(config, group, setup, train_data, compiled, **more):
 
 
 def set_learning_rate(engine, rate):
-    """rate: of AdamW at this step."""
     for optimizer in optimizers(engine):
-        # each group keeps its own peak; with partial offload the second optimizer's groups are those of the first
-        for group, own in zip(optimizer.param_groups, engine.basic_optimizer.param_groups, strict=True):
-            group["lr"] = rate * own.get("relative_rate", 1)
+        for group, relative in zip(optimizer.param_groups, relative_rates(engine), strict=True):
+            group["lr"] = rate * relative
 
 
 def to_device(arrays, device):

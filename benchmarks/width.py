@@ -27,7 +27,7 @@ BASE = 32
 def loss_of(config, steps):
     """The mean training loss of the last tenth of the steps."""
     train = config.train
-    model = GPT(config.model, train.seed, mup_base_width=train.mup_base_width)
+    model = GPT(config.model, train.seed, base_width=train.mup_base_width)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=tuple(train.betas), eps=train.eps, fused=True)
     data = Mixture(config.data.path, "train", config.model.block_size, config.model.vocab_size, train.seed)
     losses = []

@@ -6,9 +6,9 @@ model. Factors are relative to a model of width train.mup_base_width, where all 
 """
 
 
-def width_ratio(model, base_width):
-    """The width of a model over that of its base; 1 without a base. model: a ModelConfig."""
-    return model.n_embd / base_width if base_width else 1
+def width_ratio(config, base_width):
+    """The width of a model over that of its base; 1 without a base. config: a ModelConfig."""
+    return config.n_embd / base_width if base_width else 1
 
 
 def role_of(name):
@@ -20,10 +20,12 @@ def role_of(name):
     return "hidden" if parts[0] == "blocks" else "input"
 
 
-def std_factor(role, ratio):
-    """By what the initial standard deviation is multiplied: 1 / sqrt(fan-in) for hidden matrices, 1 / fan-in for the
-    output."""
-    return {"input": 1.0, "hidden": ratio**-0.5, "output": 1 / ratio}[role]
+def std_factors(model, config, base_width):
+    """{module: by what the initial standard deviation of its weight is multiplied}: as 1 / sqrt(fan-in) for hidden
+    matrices, as 1 / fan-in for the output. model: the GPT of this ModelConfig."""
+    ratio = width_ratio(config, base_width)
+    factors = {"input": 1.0, "hidden": ratio**-0.5, "output": 1 / ratio}
+    return {module: factors[role_of(f"{name}.weight")] for name, module in model.named_modules()}
 
 
 def rate_factor(role, ratio):

@@ -64,6 +64,12 @@ def optimizers(engine):
     return [engine.basic_optimizer] + ([on_gpu] if on_gpu else [])
 
 
+def relative_rates(engine):
+    """The rate of each parameter group over AdamW's, the same in each of `optimizers`: the groups of the second are
+    those of the first, but for that of the first group, which DeepSpeed makes anew."""
+    return [group.get("relative_rate", 1) for group in engine.basic_optimizer.param_groups]
+
+
 def optimizer_of(engine, group):
     """The one of `optimizers` that updates a parameter group, given its index (stage 3: of a sub-group)."""
     on_cpu, *on_gpu = optimizers(engine)

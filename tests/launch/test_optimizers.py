@@ -24,7 +24,7 @@ SCRIPT = Path(__file__).with_name("optimizers.py")
 RUNS = [f"{precision}_stage{stage}_{offload}" for stage, precision, offload in SETTINGS]
 OF_MODELS = [f"{model}_stage{stage}" for model, stage in SETTINGS_OF_MODELS]
 OF_MUP = [f"mup_stage{stage}" for stage in (0, 1, 2, 3)]
-ALL = [f"{name}_ranks{ranks}" for name in (*RUNS, *OF_MODELS, *OF_MUP) for ranks in (1, 2)]
+RESUMED = [f"{name}_ranks{ranks}" for name in (*RUNS, *OF_MODELS, OF_MUP[3]) for ranks in (1, 2)]
 MOVED = {name: origin for moves in MOVES.values() for name, (origin, _) in moves.items()}
 
 
@@ -161,7 +161,7 @@ def test_50_steps_are_those_of_one_process(folder, reference, name):
     assert difference < 1e-5 and of_weights < 1e-5
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_continues_bit_for_bit(folder, name):
     whole, resumed = folder / name, folder / f"resumed_{name}"
     for ours, theirs in zip(steps_of(resumed), steps_of(whole), strict=True):
@@ -196,7 +196,7 @@ def test_loading_and_saving_again_keeps_every_bit(folder, ranks):
 
 def test_bad_steps_were_skipped(folder):
     """optimizers.py compares weights and moments before and after each step, bit for bit."""
-    for (stage, precision, _), kind, ranks in itertools.product(SETTINGS[:8], ("nan", "infinite"), (1, 2)):
+    for (stage, precision, _), kind, ranks in itertools.product(SETTINGS[:7], ("nan", "infinite"), (1, 2)):
         run_folder = folder / f"{kind}_{precision}_stage{stage}_ranks{ranks}"
         bad = [line["step"] for line in read_metrics(run_folder) if "bad_step" in line]
         assert bad == [3] and steps_of(run_folder)[-1]["skipped"] == 1, run_folder

@@ -13,6 +13,8 @@ from minzero.config.sections import ModelConfig
 from minzero.engine import parameter_groups
 from minzero.errors import UserError
 from minzero.muon import Matrices, matrices_of, orthogonal, rounds_of
+from minzero.planner.memory import checkpoint_bytes, simulate
+from minzero.planner.settings import settings_of
 from minzero.sizes import count_parameters, largest_of_muon, moment_bytes, parameter_sizes
 from model import GPT
 from tests.helpers.variants import variants
@@ -127,6 +129,19 @@ def test_groups_have_rates_of_their_own():
     assert of_muon["relative_rate"] == pytest.approx(30)
     assert len(of_adamw["params"]) == 2 and of_adamw.keys() == {"params", "weight_decay"}
     assert vectors["weight_decay"] == 0 and all(weight.ndim == 1 for weight in vectors["params"])
+
+
+def test_the_planner_counts_one_moment_of_muons_weights():
+    values = {"model": dataclasses.asdict(SMALL), "deepspeed": {"zero_optimization": {"stage": 2}}}
+    total, _ = count_parameters(SMALL)
+    of_muon = SMALL.n_layer * sum(parameter_sizes(SMALL).hidden)
+    found = {}
+    for optimizer in ("adamw", "muon"):
+        settings = settings_of(build(values | {"train": {"optimizer": optimizer}}, ""), 2, 2**34)
+        memory, _ = simulate(settings)
+        found[optimizer] = checkpoint_bytes(settings, total), memory.peaks["step"][1]["optimizer"]
+    assert found["adamw"][0] == 12 * total and found["muon"][0] == pytest.approx(12 * total - 4 * of_muon)
+    assert found["adamw"][1] - found["muon"][1] == pytest.approx(4 * of_muon / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_with_muon_too():
 
 def test_at_its_base_width_nothing_changes():
     at_base, without = (config_of(64, base) for base in (64, None))
-    models = [GPT(config.model, 1, mup_base_width=config.train.mup_base_width) for config in (at_base, without)]
+    models = [GPT(config.model, 1, base_width=config.train.mup_base_width) for config in (at_base, without)]
     for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(ours, theirs)
     groups = [parameter_groups(models[0], config) for config in (at_base, without)]
@@ -106,7 +106,7 @@ def test_rates_deviations_and_decay():
     """Table 3 of the paper, for Adam, at four times the base width."""
     more = {"n_expert": 4, "n_shared_expert": 1}
     config = config_of(128, 32, train={"weight_decay": 0.1}, **more)
-    model = GPT(config.model, 1, mup_base_width=32)
+    model = GPT(config.model, 1, base_width=32)
     groups = parameter_groups(model, config)
     found = {id(weight): group for group in groups for weight in group["params"]}
     for name, weight in model.named_parameters():
