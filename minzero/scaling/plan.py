@@ -19,7 +19,6 @@ from typing import NamedTuple
 from minzero.checkpoint_names import name_of as name_of_checkpoint
 from minzero.config.build import build
 from minzero.config.nested import merge
-from minzero.config.sections import TrainConfig
 from minzero.config.values import as_flag, in_short
 from minzero.errors import UserError
 from minzero.scaling.shapes import Family, Grid, count, name_of
@@ -98,11 +97,6 @@ class Job(NamedTuple):
     budget: Budget | None  # of a run that becomes a point; None for a segment of the trunk
 
 
-def has_wsd():
-    """Whether train.schedule has warm-up, stable, decay."""
-    return "wsd" in TrainConfig.__dataclass_fields__["schedule"].metadata["choices"]
-
-
 class Sweep:
     """The plan of a sweep. folder: Path. content: the sections of the config, as nested dictionaries. flops: the
     budgets. sizes: how many at each budget. Raises UserError for what cannot be planned."""
@@ -134,6 +128,10 @@ class Sweep:
                     f"{section}.{name}: found {as_flag(value)}, expected {in_short(only)}: the runs of a sweep start "
                     "from random weights, each in a folder of its own"
                 )
+        if first := self.config.train.first_batch_tokens:
+            raise UserError(
+                f"train.first_batch_tokens: found {first}, expected null: the steps of a size all have the same batch"
+            )
 
     # -- one size ------------------------------------------------------------------------------------
 
@@ -185,8 +183,6 @@ class Sweep:
         """The keys of the train section that give a run its schedule."""
         if self.options.schedule != "wsd":
             return {"schedule": self.options.schedule}
-        if not has_wsd():
-            return {"schedule": "linear"}
         shape = {name: self.content["train"][name] for name in ("decay_shape",) if name in self.content["train"]}
         return {"schedule": "wsd", "decay_tokens": budget.decay_tokens} | shape
 
@@ -226,16 +222,9 @@ class Sweep:
                     / "checkpoints"
                     / name_of_checkpoint(stable // size.global_batch_tokens)
                 )
-                keys = self.decay_keys(budget) | {"keep_checkpoints": 1, "resume": str(at)}
+                keys = self.schedule_keys(budget) | {"keep_checkpoints": 1, "resume": str(at)}
                 jobs.append(self.job(size, budget.name, budget.tokens, stable, keys, budget))
         return jobs
-
-    def decay_keys(self, budget):
-        """The keys of a branch's schedule, from the peak rate down. Without wsd: a linear fall from where the branch
-        begins, where its warm-up ends."""
-        if has_wsd():
-            return self.schedule_keys(budget)
-        return {"schedule": "linear", "warmup_tokens": budget.stable_tokens}
 
     def job(self, size, run, tokens, begins, keys, budget):
         keys = {"out_dir": str(self.folder_of(size, run)), "max_tokens": tokens} | keys

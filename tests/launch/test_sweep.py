@@ -15,7 +15,7 @@ import sweep as command
 from minzero.files import read_json, write_json
 from minzero.metrics import read_metrics
 from minzero.scaling import runs
-from minzero.scaling.plan import Options, Sweep, has_wsd
+from minzero.scaling.plan import Options, Sweep
 from tests.helpers.processes import ROOT, environment
 
 CONFIG = {
@@ -103,7 +103,6 @@ def test_a_sweep_that_is_killed_continues_and_answers(tmp_path, small_data, caps
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["parameters"] == point["parameters"]["all"]
 
 
-@pytest.mark.skipif(not has_wsd(), reason="train.schedule has no wsd")
 def test_a_branch_is_the_run_that_was_planned_so(tmp_path, small_data):
     content = CONFIG | {"data": {"path": str(small_data)}, "train": CONFIG["train"] | TRAIN}
     sweep = Sweep(tmp_path / "out", content, Options(spacing=1.5, tokens_per_parameter=2.0), [2e8, 4e8], 3)

@@ -20,7 +20,7 @@ from minzero.files import read_json, write_json
 from minzero.plot import pyplot
 from minzero.scaling import answer, fits, picture, range_test, runs
 from minzero.scaling.fits import Law, Points, fit_parabolas, fit_parametric
-from minzero.scaling.plan import Options, Sweep, has_wsd
+from minzero.scaling.plan import Options, Sweep
 from minzero.scaling.shapes import Family, Grid, count, name_of
 from minzero.schedule import learning_rate
 from minzero.sizes import flops_per_token
@@ -275,10 +275,9 @@ def test_the_rate_of_trunk_and_branch_is_that_of_one_run():
     early, late = rates(trunk, 2048, trunk.tokens), rates(branch, trunk.tokens, branch.tokens)
     assert early[-1] == pytest.approx(size.lr) and late[0] == pytest.approx(size.lr)
     assert late == sorted(late, reverse=True) and late[-1] == pytest.approx(0.1 * size.lr)
-    if has_wsd():
-        train = TrainConfig(**{**content["train"], "max_tokens": branch.tokens, **sweep.schedule_keys(branch.budget)})
-        whole = [learning_rate(train, tokens) for tokens in range(2048, branch.tokens + 1, 2048)]
-        assert early + late[1:] == whole
+    train = TrainConfig(**{**content["train"], "max_tokens": branch.tokens, **sweep.schedule_keys(branch.budget)})
+    whole = [learning_rate(train, tokens) for tokens in range(2048, branch.tokens + 1, 2048)]
+    assert early + late[1:] == whole
 
 
 def test_cosine_has_no_trunk_and_constant_no_branch():
