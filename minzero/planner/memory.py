@@ -99,4 +99,4 @@ def pinned_blocks(settings, parameters):
 
 def checkpoint_bytes(settings, parameters):
     """Bytes of one checkpoint, at any stage: master weights and moments (zero.py)."""
-    return parameters * (settings.master_bytes + settings.moment_bytes)
+    return round(parameters * (settings.master_bytes + settings.moment_bytes))

@@ -243,7 +243,7 @@ class Stage0(Engine):
         s = self.settings
         self.memory.allocate("parameters", self.size * s.bytes)
         master_bytes = s.master_bytes if s.bytes < 4 else 0
-        self.memory.allocate("optimizer", self.trained * (s.moment_bytes + master_bytes))
+        self.memory.allocate("optimizer", round(self.trained * (s.moment_bytes + master_bytes)))
 
     def reduce_later(self, weight, gradient):
         if self.micro_step:  # added to the first micro-batch's
@@ -266,7 +266,8 @@ class Stage12(Engine):
         s = self.settings
         self.memory.allocate("parameters", self.size * s.bytes)
         if not s.offload_optimizer:
-            self.memory.allocate("optimizer", -(-self.trained // s.world_size) * (s.master_bytes + s.moment_bytes))
+            elements = -(-self.trained // s.world_size)
+            self.memory.allocate("optimizer", round(elements * (s.master_bytes + s.moment_bytes)))
         self.bucket = []  # (weight, its gradient if that was not copied)
         self.elements = 0  # in the bucket
         self.buffers = []

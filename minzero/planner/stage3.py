@@ -42,12 +42,12 @@ class Stage3(Engine):
         if not s.offload_optimizer:
             # float32 weights have a master copy too: stage3.py compares a torch.device with a string to see that it
             # needs none, and these are never equal
-            memory.allocate("optimizer", shards * (s.moment_bytes + s.master_bytes))
+            memory.allocate("optimizer", round(shards * (s.moment_bytes + s.master_bytes)))
             memory.allocate("gradients", shards * (s.accumulation_bytes or s.bytes))
             return
         on_gpu = sum(self.sub_groups_on_gpu())
         if on_gpu:
-            memory.allocate("optimizer", on_gpu * (s.moment_bytes + s.master_bytes))
+            memory.allocate("optimizer", round(on_gpu * (s.moment_bytes + s.master_bytes)))
             memory.allocate("gradients", on_gpu * 4)
 
     # ---- the coordinator's trace of a first step: the modules in the order of their hooks, and their weights
