@@ -20,6 +20,7 @@ from model import GPT
 from tests.helpers.processes import deepspeed_command, run
 from tests.launch.optimizer_settings import MOVES, SETTINGS, SETTINGS_OF_MODELS, STEPS
 
+pytestmark = pytest.mark.slow  # some sixty runs of 50 steps
 SCRIPT = Path(__file__).with_name("optimizers.py")
 RUNS = [f"{precision}_stage{stage}_{offload}" for stage, precision, offload in SETTINGS]
 OF_MODELS = [f"{model}_stage{stage}" for model, stage in SETTINGS_OF_MODELS]
