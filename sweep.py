@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 from minzero.commands import run_command
+from minzero.config.build import build
 from minzero.config.deepspeed import gradient_accumulation
 from minzero.config.load import command_line_values, load_config
 from minzero.config.nested import merge
@@ -73,7 +74,7 @@ def all_flags():
     add("--warmup", metavar="X", type=a_number(0, 1000), help=warmup)
     decay = f"of each run, with wsd; default {DEFAULTS.decay:g}"
     add("--decay", metavar="SHARE", type=a_number(0, 0.9, above=True), help=decay)
-    add("--draws", metavar="N", type=at_least(0, 10**6), default=500, help="of the bootstrap; default 500")
+    add("--draws", metavar="N", type=at_least(20, 10**6), default=500, help="of the bootstrap; default 500")
     add = parser.add_argument_group("learning rate").add_argument
     add("--lr_range", action="store_true", help="the range test")
     add("--highest", metavar="RATE", type=a_number(0, 10, above=True), help="the last rate; default: 30 x train.lr")
@@ -91,7 +92,8 @@ def read_options(arguments):
     options, rest = all_flags().parse_known_args(arguments)
     wrong = OF_A_SWEEP if options.lr_range else OF_A_RANGE
     for name in wrong:
-        if getattr(options, name):
+        value = getattr(options, name)
+        if value is not None and value is not False:  # zero is a value
             flag = "print" if name == "only_print" else name
             raise UserError(
                 f"--{flag}: found {'with' if options.lr_range else 'without'} --lr_range; leave one of them out"
@@ -131,7 +133,7 @@ def scaling(options, rest):
     from minzero.scaling.answer import all_predictions, as_json, fit, fits_text, prediction_text, write_prediction
     from minzero.scaling.fits import optimizer
     from minzero.scaling.picture import draw
-    from minzero.scaling.runs import Runs, held, open_sweep
+    from minzero.scaling.runs import Runs, held, open_sweep, read_record, write_record
 
     folder = next(
         (Path(word) for word in rest if not word.startswith("--") and Path(word, "sweep.json").is_file()), None
@@ -141,7 +143,7 @@ def scaling(options, rest):
             raise UserError(
                 f"{folder}: found with a config's keys or --out; a sweep keeps the config that it began with"
             )
-        before = read_json(folder / "sweep.json")
+        before = read_record(folder)
         content, flops = before["config"], before["flops"]
         sizes = options.sizes or before["sizes"]
     else:
@@ -154,13 +156,20 @@ def scaling(options, rest):
         check_can_write("--out", folder, folder=True)
         gradient_accumulation(config, options.ranks or 1)  # refuses a batch that does not divide
     has_begun = (folder / "sweep.json").exists()
-    before = read_json(folder / "sweep.json") if has_begun else {"options": {}}
+    before = read_record(folder) or {"options": {}, "flops": []}
+    if options.fit and (new := [budget for budget in options.flops or [] if budget not in before["flops"]]):
+        raise UserError(f"--flops: found {new[0]:g} with --fit, which starts no run; leave one of them out")
+    if options.only_print and (options.fit or options.predict):
+        raise UserError("--print: found with --fit or --predict; it lists the runs alone: leave one of them out")
+    if options.decay is not None and (options.schedule or before["options"].get("schedule", "wsd")) != "wsd":
+        raise UserError("--decay: found with another --schedule than wsd, which alone decays so; leave it out")
     chosen = given_options(options, before["options"])
     how = chosen.count
     if has_begun and options.fit:
         chosen.count = before["options"]["count"]  # the fit alone may count in another way
     sweep = open_sweep(folder, content, chosen, [*flops, *(options.flops or [])], sizes)
     if options.only_print:
+        write_record(sweep, sizes)
         Runs(sweep, None).write_configs()
         print("\n".join(sweep.command_lines()))
         return
@@ -170,6 +179,7 @@ def scaling(options, rest):
         points = Runs(sweep, None).write_points()
     else:
         with held(folder) as lock:
+            write_record(sweep, sizes)
             runs = Runs(sweep, lock)
             runs.run()
             points, failures = runs.write_points(), runs.failures
@@ -201,16 +211,15 @@ def range_test(options, rest):
 
     content, config, stem = content_of(rest)
     folder = options.out or Path(f"out/lr_range-{stem}")
-    highest = options.highest or min(10.0, 30 * config.train.lr)
+    highest = min(10.0, 30 * config.train.lr) if options.highest is None else options.highest
     steps = options.steps or 200
     content = merge(content, {"train": train_keys(config, folder / "run", highest, steps)})
     path = folder / "config.json"
     if path.exists() and read_json(path) != content:
         raise UserError(f"{path}: found a range test with other settings; choose another --out, or remove {folder}")
-    gradient_accumulation(config, options.ranks or 1)
+    gradient_accumulation(build(content, path), options.ranks or 1)
     make_folder("--out", folder)
     write_json(path, content)
-    load_config([str(path)])
     with held(folder) as lock:
         log = folder / "run.log"
         say(f"{steps} steps, the rate from {highest / 1000:.3g} to {highest:.3g}; its output: {log}")
@@ -224,7 +233,10 @@ def range_test(options, rest):
     picture = folder / "lr_range.png"
     draw(found, picture)
     print(f"falls fastest at {found.steepest:.3g}, is lowest at {found.lowest:.3g}")
-    print(f"suggested peak rate: --train.lr {found.suggested:g} ({found.why})")
+    muon = ""
+    if config.train.optimizer == "muon":  # both rates rose together
+        muon = f" --train.muon_lr {config.train.muon_lr * found.suggested / config.train.lr:.2g}"
+    print(f"suggested peak rate: --train.lr {found.suggested:g}{muon} ({found.why})")
     print(f"drawn: {picture}")
     if options.json:
         values = {

@@ -34,7 +34,7 @@ def loss_of(config, steps):
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(train, step * train.global_batch_tokens) * group.get("relative_rate", 1)
-        (batch,) = data.batches(step - 1, 0, 1, train.micro_batch_size, 1, 0)
+        (batch,) = data.batches((step - 1) * train.micro_batch_size, 0, 1, train.micro_batch_size, 1)
         loss = model(*map(torch.from_numpy, batch[:2]))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)

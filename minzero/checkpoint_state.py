@@ -22,7 +22,6 @@ from minzero.tensor_files import check_size, damaged, fault_of_index, open_plain
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # the state of fp16's loss scaler
 RANK_FILE = re.compile(r"rank_[0-9]{5,7}\.safetensors")
 MOST_STATE_BYTES = 1 << 28  # state.json takes kilobytes
-# keys of the train section that shape the learning rate; all but the first are numbers
 MAY_BE_NULL = ("decay_tokens", "first_batch_tokens")
 MOST_NUMBER = 1e300  # a float, far from overflow
 # the fields of every version, and their types

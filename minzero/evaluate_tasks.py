@@ -49,6 +49,11 @@ def open_tasks(names, task_path, flag="--tasks", path_flag="--task_path", types=
     class Manager(TaskManager):
         def load(self, tasks):
             self.loaded = super().load(tasks)
+            if len(self.loaded["tasks"]) < len(tasks):
+                raise UserError(
+                    f"{flag}: found {len(self.loaded['tasks'])} tasks by {len(tasks)} names ({', '.join(tasks)[:99]}): "
+                    "two of them are the same task, or give it the same name"
+                )
             for name, task in self.loaded["tasks"].items():
                 if types and task.OUTPUT_TYPE not in types:
                     raise UserError(

@@ -402,6 +402,12 @@ class Run:
             reason = "it ended after steps whose numbers were bad"
             remedy = "look at the data, or lower train.lr, in another train.out_dir"
             raise SharedError(f"{start.path}: {reason}; {remedy}")
+        train = self.config.train
+        if self.folder.path.resolve() not in start.path.resolve().parents:  # a branch that would have no step
+            raise SharedError(
+                f"train.max_tokens: found {train.max_tokens}, but {start.path}, from which the run would start, has "
+                f"{start.state['tokens']} tokens; raise it"
+            )
         steps = f"{self.steps_done} of {self.total_steps} steps"
         dist.print0(f"{self.folder.path} is complete: {steps}; raise train.max_tokens to train it longer")
 

@@ -44,6 +44,12 @@ def start_lines(run, data, not_compiled=None):
         f"{setup.gradient_accumulation_steps} (micro-batches) x {train.micro_batch_size} (sequences) x "
         f"{model.block_size} (tokens)"
     )
+    if train.optimizer == "muon":
+        lines.append(
+            f"Muon for the matrices of the blocks, peak rate {train.muon_lr:g}; AdamW for the rest, {train.lr:g}"
+        )
+    if train.mup_base_width:
+        lines.append(f"muP: rates and initial weights are those of width {train.mup_base_width}, carried over")
     if train.first_batch_tokens:
         grows = f"{train.batch_ramp_jumps} times" if train.batch_ramp_jumps else "linearly"
         lines.append(

@@ -63,6 +63,7 @@ class DataConfig:
                 )
 
 
+MOST_RAMP_STEPS = 10**6
 EVAL_TASKS = ("eval_tasks", "eval_tasks_every", "eval_tasks_limit", "eval_tasks_path")  # of the train section
 
 
@@ -180,7 +181,7 @@ class TrainConfig:
     )
     keep_every: int = key(
         0,
-        "optimizer steps from one checkpoint that is never deleted to the next, to branch from; 0: none",
+        "optimizer steps from one checkpoint that is kept to the next, to branch from, as long as this is set; 0: none",
         minimum=0,
         maximum=10**15,
     )
@@ -300,9 +301,10 @@ class TrainConfig:
         decay = decay_tokens(self)
         room = self.max_tokens - self.warmup_tokens
         if decay > max(0, room):
+            given = "" if self.decay_tokens is not None else " (null: a fifth)"
             raise UserError(
-                f"train.decay_tokens: found {decay} of train.max_tokens {self.max_tokens} with train.warmup_tokens "
-                f"{self.warmup_tokens}; expected at most {max(0, room)}, what is left after warm-up"
+                f"train.decay_tokens: found {decay}{given} of train.max_tokens {self.max_tokens} with "
+                f"train.warmup_tokens {self.warmup_tokens}; expected at most {max(0, room)}, what is left after warm-up"
             )
 
     def check_batch_ramp(self):
@@ -314,7 +316,12 @@ class TrainConfig:
         if first > self.global_batch_tokens:
             raise UserError(
                 f"train.first_batch_tokens: found {first}, which is more than train.global_batch_tokens "
-                f"{self.global_batch_tokens}; expected less, or null for a batch that does not grow"
+                f"{self.global_batch_tokens}; expected at most that, or null for a batch that does not grow"
+            )
+        if self.batch_ramp_tokens // first > MOST_RAMP_STEPS:
+            raise UserError(
+                f"train.batch_ramp_tokens: found {self.batch_ramp_tokens} with train.first_batch_tokens {first}, "
+                f"expected at most {MOST_RAMP_STEPS * first}: a million of the smallest steps"
             )
         if not self.batch_ramp_tokens:
             raise UserError(

@@ -1,6 +1,5 @@
 """What a sweep says: the fits of its points; for a larger budget the best model, and its loss before it is run."""
 
-import contextlib
 import math
 from typing import NamedTuple
 
@@ -8,12 +7,13 @@ import numpy as np
 
 from minzero.config.load import load_config
 from minzero.config.nested import merge
+from minzero.data.meta import damaged
 from minzero.errors import UserError
 from minzero.files import read_json, write_json
 from minzero.planner.units import in_count, in_digits
 from minzero.scaling.fits import LEVEL, Points, fit_parabolas, fit_parametric, interval
-from minzero.scaling.runs import loss_at
-from minzero.scaling.shapes import COUNTS, count, name_of
+from minzero.scaling.runs import REMEDY, loss_at
+from minzero.scaling.shapes import COUNTS, Family, count, name_of
 from minzero.sizes import flops_per_token
 
 
@@ -84,8 +84,9 @@ def best_shape(family, law, flops):
 
 def predict(sweep, fits, flops):
     """What the fits say of the best run at a budget, as predictions.json has it. Raises UserError."""
-    model = best_shape(sweep.family, fits.parametric.law, flops)
-    size = sweep.size_of(model, [flops])
+    family = Family(sweep.config.model, fits.how)  # the law's N is counted as the fit says
+    model = best_shape(family, fits.parametric.law, flops)
+    size = sweep.size_of(model, [flops], "--predict")
     (budget,) = size.budgets
     parameters = count(model, fits.how)
     loss, (low, high) = fits.parametric.predicted(parameters, budget.tokens)
@@ -122,7 +123,7 @@ def write_prediction(sweep, fits, flops):
     name = f"predict-{flops:g}"
     run, file = sweep.folder / name, sweep.folder / f"{name}.json"
     book = sweep.folder / "predictions.json"
-    stated = read_json(book) if book.exists() else {}
+    stated = read_predictions(book)
     if name not in stated or not run.exists():
         stated[name], size = predict(sweep, fits, flops)
         content = merge(sweep.content_of(size), {"train": {"out_dir": str(run)}})
@@ -141,10 +142,20 @@ def read_prediction(sweep, name, stated):
 
 def all_predictions(sweep):
     """The Predictions that a sweep has made, with what their runs came to."""
-    with contextlib.suppress(UserError):
-        stated = read_json(sweep.folder / "predictions.json")
-        return [read_prediction(sweep, name, found) for name, found in stated.items()]
-    return []
+    stated = read_predictions(sweep.folder / "predictions.json")
+    return [read_prediction(sweep, name, found) for name, found in stated.items()]
+
+
+def read_predictions(path):
+    """The content of predictions.json; {} if there is none. Raises UserError."""
+    if not path.exists():
+        return {}
+    stated = read_json(path)
+    names = ("budget", "shape", "parameters", "tokens", "global_batch_tokens", "lr", "loss", "low", "high")
+    for name, found in stated.items() if isinstance(stated, dict) else [("its content", stated)]:
+        if not isinstance(found, dict) or not {*names, "parameters_by_parabolas"} <= found.keys():
+            raise damaged(path, name, found, "what was predicted", REMEDY)
+    return stated
 
 
 # ---- in words
@@ -158,7 +169,7 @@ def in_interval(value, interval, digits=3):
 
 def fits_text(sweep, fits):
     """The fits as lines."""
-    family = sweep.family
+    family = Family(sweep.config.model, fits.how)
     lines = [f"{len(fits.used)} runs fitted; N is {COUNTS[fits.how]}; intervals: {LEVEL:.0%} of the draws"]
     lines += [f"left out: {point['run']}: {point['left_out']}" for point in fits.left_out]
     few = [point for point in fits.used if point["bad_steps"]]

@@ -17,13 +17,13 @@ from typing import NamedTuple
 import numpy as np
 
 from minzero.errors import UserError
+from minzero.scaling.shapes import LEAST_RUNS
 
 DELTA = 1e-3  # of ln L, where Huber's function turns from a square into a line
 STARTS = 30  # of the grid, from which L-BFGS begins
 LEVEL = 0.95  # of the intervals
 # the grid of starts in section D.2 of Hoffmann et al.: a, b, e, alpha, beta
 GRID = (np.arange(0, 26, 5.0), np.arange(0, 26, 5.0), np.arange(-1, 1.1, 0.5), np.arange(0, 2.1, 0.5))
-LEAST_RUNS = 6  # of the parametric fit: one more than it has parameters
 
 
 def optimizer():

@@ -19,9 +19,10 @@ from typing import NamedTuple
 from minzero.checkpoint_names import name_of as name_of_checkpoint
 from minzero.config.build import build
 from minzero.config.nested import merge
+from minzero.config.sections import EVAL_TASKS
 from minzero.config.values import as_flag, in_short
 from minzero.errors import UserError
-from minzero.scaling.shapes import Family, Grid, count, name_of
+from minzero.scaling.shapes import LEAST_RUNS, Family, Grid, count, name_of
 from minzero.sizes import flops_per_token
 
 SCHEDULES = ("wsd", "constant", "cosine", "linear")
@@ -29,6 +30,7 @@ LEAST_STEPS = 10  # of a run: with fewer its FLOPs are too coarse, and its loss 
 MOST_WARMUP = 0.2  # of the shortest run of a size
 SAVE_SECONDS = 600  # between two checkpoints of a run, if the config names no other time
 # Keys of a config that a sweep cannot obey: (section, name, the only value that it takes)
+OF_A_SCHEDULE = ("schedule", "decay_tokens", "decay_shape")
 ONLY = (
     ("train", "init_from", None),
     ("train", "loss", "next_token"),
@@ -106,6 +108,14 @@ class Sweep:
         self.content = content
         self.options = options
         self.flops = sorted(set(flops))
+        names = [f"{budget:g}" for budget in self.flops]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"--flops: found two budgets that are {twice[0]} in six digits; expected one of them")
+        if len(names) * sizes < LEAST_RUNS:
+            raise UserError(
+                f"--flops: found {len(names)} budget, with {sizes} sizes, expected at least {LEAST_RUNS} runs in all: "
+                "fewer cannot be fitted; add budgets, or raise --sizes"
+            )
         self.config = build(content, "the sweep's config")
         self.refuse_what_no_run_obeys()
         if options.lr_exponent is None:
@@ -145,8 +155,9 @@ class Sweep:
             batch = max(1, round(batch / whole)) * whole
         return batch
 
-    def size_of(self, model, budgets):
-        """The Size of a model at some budgets. Raises UserError for a run that is too short."""
+    def size_of(self, model, budgets, flag="--flops"):
+        """The Size of a model at some budgets. flag: names them in errors. Raises UserError for a run that is too
+        short."""
         options = self.options
         per_token = flops_per_token(model)
         batch = self.batch_of(model)
@@ -156,7 +167,7 @@ class Sweep:
             steps = round(flops / per_token / batch)
             if steps < LEAST_STEPS:
                 raise UserError(
-                    f"--flops: {flops:g}: {name_of(model)} would have {steps} steps, expected at least {LEAST_STEPS}; "
+                    f"{flag}: {flops:g}: {name_of(model)} would have {steps} steps, expected at least {LEAST_STEPS}; "
                     "raise it, or lower --train.global_batch_tokens or --sizes"
                 )
             decay = max(1, round(options.decay * steps)) if options.schedule == "wsd" else 0
@@ -177,13 +188,17 @@ class Sweep:
             "warmup_tokens": size.warmup_tokens,
             "max_tokens": size.budgets[-1].tokens,
         }
-        return merge(self.content, {"model": shape, "train": train | self.schedule_keys(size.budgets[-1])})
+        given = self.content.get("train", {})
+        given = {name: value for name, value in given.items() if name not in OF_A_SCHEDULE}
+        content = self.content | {"train": given}
+        return merge(content, {"model": shape, "train": train | self.schedule_keys(size.budgets[-1])})
 
     def schedule_keys(self, budget):
         """The keys of the train section that give a run its schedule."""
         if self.options.schedule != "wsd":
             return {"schedule": self.options.schedule}
-        shape = {name: self.content["train"][name] for name in ("decay_shape",) if name in self.content["train"]}
+        given = self.content.get("train", {})
+        shape = {name: given[name] for name in ("decay_shape",) if name in given}
         return {"schedule": "wsd", "decay_tokens": budget.decay_tokens} | shape
 
     def content_of_runs(self, size):
@@ -192,7 +207,7 @@ class Sweep:
         seconds = self.config.train.save_every_seconds or SAVE_SECONDS
         train = {"eval_every": 0, "save_every": 0, "save_every_seconds": seconds, "save_best": False}
         content = merge(content, {"train": train})
-        for name in ("out_dir", "max_tokens", "schedule", "decay_tokens", "decay_shape"):
+        for name in ("out_dir", "max_tokens", "keep_every", "sample_every", *OF_A_SCHEDULE, *EVAL_TASKS):
             content["train"].pop(name, None)
         return content
 

@@ -10,15 +10,19 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minzero.config.sections import EVAL_TASKS, TrainConfig
 from minzero.curves import smooth
 from minzero.errors import UserError
 from minzero.metrics import read_metrics
+from minzero.schedule import SHAPES_THE_BATCH
 
 SPAN = 1e-3  # the first rate over the last
 HALF = 1 / 20  # of the steps, that the average reaches to both sides
 SKIPPED = 0.1  # of the steps at the start, in which the average has little to go by
 RISE = 0.02  # of the fall of the loss, by which it must rise again before its minimum is one
 LEAST_STEPS = 30
+NOT_OF_A_TEST = ("copy_to", "resume", "profile", "loggers", "keep_every", "sample_every", "save_every_seconds")
+NOT_OF_A_TEST += ("spike_zscore", "decay_tokens", "decay_shape", *SHAPES_THE_BATCH[1:], *EVAL_TASKS)
 
 
 class Found(NamedTuple):
@@ -35,14 +39,24 @@ class Found(NamedTuple):
 
 
 def train_keys(config, out_dir, highest, steps):
-    """The keys of the train section of the run."""
-    return {
+    """The keys of the train section of the run: of the config's own those that shape a step, and nothing of a longer
+    run, its copies and its other schedule. Muon's rate rises with AdamW's. Raises UserError for a rate of zero."""
+    train = config.train
+    if not highest:
+        raise UserError(
+            "train.lr: found 0, expected a rate above it, from which the test's is 30 times; or give --highest"
+        )
+    defaults = TrainConfig()
+    keys = {name: getattr(defaults, name) for name in NOT_OF_A_TEST}
+    if train.optimizer == "muon":
+        keys["muon_lr"] = min(10.0, train.muon_lr * highest / train.lr) if train.lr else train.muon_lr
+    return keys | {
         "out_dir": str(out_dir),
         "schedule": "range",
         "lr": highest,
         "min_lr_ratio": SPAN,
         "warmup_tokens": 0,
-        "max_tokens": steps * config.train.global_batch_tokens,
+        "max_tokens": steps * train.global_batch_tokens,
         "log_every": 1,
         "eval_every": 0,
         "save_every": 0,

@@ -5,6 +5,7 @@ complete is passed over, what was begun resumes. A process that a killed sweep h
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import math
@@ -20,15 +21,16 @@ import psutil
 
 from minzero.benchmark import launch_command, why_it_ended
 from minzero.checkpoint_names import complete_checkpoints, name_of, newest_step, step_and_suffix
-from minzero.data.meta import read_meta
+from minzero.data.meta import damaged, read_meta
 from minzero.errors import UserError
-from minzero.files import make_folder, read_json, write_json
+from minzero.files import is_number, make_folder, read_json, write_json
 from minzero.metrics import read_metrics
 from minzero.planner.units import in_time
 from minzero.run_folder import read_status
-from minzero.scaling.plan import Sweep
+from minzero.scaling.plan import Options, Sweep
 from minzero.scaling.shapes import COUNTS, count
 
+REMEDY = "restore the file, or choose another --out"
 PROBE_STEPS = 12
 MOST_SKIPPED = 0.01  # of a run's steps: with more of them bad, its loss is not that of a run without
 SECONDS_TO_SAVE = 300  # that a run which is asked to stop has before it is killed
@@ -349,7 +351,11 @@ class Runs:
         path = self.sweep.folder / "points.json"
         points = self.points()
         if path.exists():
-            earlier = {(point["size"], point["budget"]): point for point in read_json(path)["points"]}
+            earlier = read_form(path, {"points": list})["points"]
+            for point in earlier:
+                if not isinstance(point, dict) or not {"size", "budget", "loss", "run"} <= point.keys():
+                    raise damaged(path, "points", point, "runs with size, budget, loss and run", REMEDY)
+            earlier = {(point["size"], point["budget"]): point for point in earlier}
             for number, point in enumerate(points):
                 before = earlier.get((point["size"], point["budget"]))
                 if before and before["loss"] is not None and not Path(point["run"]).exists():
@@ -362,10 +368,10 @@ class Runs:
 
 
 def open_sweep(folder, content, options, flops, sizes):
-    """The Sweep of a folder, new or continued: budgets may be added, nothing else may change. Writes sweep.json. Raises
-    UserError."""
+    """The Sweep of a folder, new or continued: budgets may be added, nothing else may change. Makes the folder, and
+    writes nothing into it. Raises UserError."""
     path = folder / "sweep.json"
-    before = read_json(path) if path.exists() else None
+    before = read_record(folder)
     if before:
         new = [budget for budget in flops if budget not in before["flops"]]
         if new and min(new) < max(before["flops"]):
@@ -386,8 +392,34 @@ def open_sweep(folder, content, options, flops, sizes):
             what = "--sizes" if before["sizes"] != sizes else "the config"
             raise UserError(f"{what}: differs from that in {path}; {another(folder)}")
     make_folder("--out", folder)
-    write_json(path, record)
     return sweep
+
+
+def write_record(sweep, sizes):
+    """Write sweep.json, by which the same command continues."""
+    write_json(sweep.folder / "sweep.json", sweep.record() | {"flops": sweep.flops, "sizes": sizes})
+
+
+def read_record(folder):
+    """The content of a sweep's sweep.json, or None if there is none. Raises UserError."""
+    path = folder / "sweep.json"
+    if not path.exists():
+        return None
+    record = read_form(path, {"config": dict, "options": dict, "flops": list, "sizes": int})
+    names = [field.name for field in dataclasses.fields(Options)]
+    if not all(is_number(budget, 1e40) and budget > 0 for budget in record["flops"]) or {*record["options"]} - {*names}:
+        raise damaged(path, "flops or options", record["flops"], "the budgets and options of a sweep", REMEDY)
+    return record
+
+
+def read_form(path, form):
+    """The object in a JSON file of a sweep. form: {name: type} of what it must have. Raises UserError."""
+    content = read_json(path)
+    for name, kind in form.items():
+        found = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(found, kind):
+            raise damaged(path, name, found, f"a {kind.__name__}", REMEDY)
+    return content
 
 
 def another(folder):

@@ -15,6 +15,7 @@ from minzero.config.values import in_short
 from minzero.errors import UserError
 from minzero.sizes import count_parameters, flops_per_token, parameter_sizes
 
+LEAST_RUNS = 6  # of a fit: one more than the law has parameters
 COUNTS = {
     "all": "all parameters, as Hoffmann et al. count",
     "blocks": "those of the blocks, without embeddings and output layer, as Kaplan et al. count",

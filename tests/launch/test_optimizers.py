@@ -99,7 +99,8 @@ def train_in_one_process(config):
     momentum = {name: torch.zeros_like(weight) for name, weight in named.items() if rows[name]}
     beta, found = options.muon_momentum, []
     for step in range(1, STEPS + 1):
-        batches = list(data.batches(step - 1, 0, 1, options.micro_batch_size, 4, 0))
+        size = options.micro_batch_size
+        batches = list(data.batches((step - 1) * 4 * size, 0, 1, size, 4))
         of_step = [model(*map(torch.from_numpy, batch[:2])) / 4 for batch in batches]
         sum(of_step).backward()
         found.append(float(sum(of_step).detach()))

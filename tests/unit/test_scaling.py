@@ -13,6 +13,7 @@ import pytest
 
 import plan
 import sweep as command
+from minzero.config.build import build
 from minzero.config.load import load_config
 from minzero.config.sections import ModelConfig, TrainConfig
 from minzero.errors import UserError
@@ -22,7 +23,7 @@ from minzero.scaling import answer, fits, picture, range_test, runs
 from minzero.scaling.fits import Law, Points, fit_parabolas, fit_parametric
 from minzero.scaling.plan import Options, Sweep
 from minzero.scaling.shapes import Family, Grid, count, name_of
-from minzero.schedule import learning_rate
+from minzero.schedule import Steps, learning_rate
 from minzero.sizes import flops_per_token
 from tests.helpers.processes import ROOT
 
@@ -308,14 +309,16 @@ def test_a_config_that_no_run_obeys_is_refused(section, name, value):
 
 def test_a_run_that_is_too_short_is_refused():
     with pytest.raises(UserError, match=r"^--flops: 1e\+10: .* would have \d steps, expected at least 10"):
-        planned(flops=[1e10], tokens_per_parameter=1.0)
+        planned(flops=[1e10, 1e12], tokens_per_parameter=1.0)
 
 
 # ---- the folder of a sweep
 
 
 def open_at(folder, flops, sizes=5, content=CONTENT, **options):
-    return runs.open_sweep(folder, json.loads(json.dumps(content)), Options(**options), flops, sizes)
+    sweep = runs.open_sweep(folder, json.loads(json.dumps(content)), Options(**options), flops, sizes)
+    runs.write_record(sweep, sizes)
+    return sweep
 
 
 def test_a_sweep_is_continued_as_it_was_and_larger_budgets_may_be_added(tmp_path):
@@ -428,7 +431,7 @@ def test_the_answer_is_a_config_that_plan_and_train_accept(tmp_path, capsys):
         json.dumps({"step": stated["tokens"] // 2048, "val_loss": stated["high"] + 0.1}) + "\n"
     )
     before = read_json(tmp_path / "predictions.json")
-    command.main([str(tmp_path), "--fit", "--predict", "8e13", "--draws", "10", "--count", "flops"])
+    command.main([str(tmp_path), "--fit", "--predict", "8e13", "--draws", "20", "--count", "flops"])
     assert read_json(tmp_path / "predictions.json") == before
     assert "outside the interval" in capsys.readouterr().out
 
@@ -446,6 +449,96 @@ def test_the_picture_shows_runs_minima_and_predictions(tmp_path):
     pyplot().close(figure)
 
 
+@pytest.mark.parametrize("how", ["blocks", "flops"])
+def test_a_refit_is_that_of_a_sweep_begun_with_its_count(tmp_path, how):
+    """The law's N is counted as the fit says, so the best shape must be too."""
+    written = {}
+    for count_of_sweep in ("all", how):
+        sweep = open_at(tmp_path / count_of_sweep, [1e12, 3e12, 1e13], count=count_of_sweep)
+        write_runs(sweep)
+        written[count_of_sweep] = sweep, answer.fit(runs.Runs(sweep, None).write_points(), how, draws=20)
+    (begun, _), (other, _) = written[how], written["all"]
+    fit = written[how][1]
+    assert answer.predict(other, fit, 4e13)[0] == answer.predict(begun, fit, 4e13)[0]
+    assert answer.fits_text(other, fit) == answer.fits_text(begun, fit)
+
+
+@pytest.mark.parametrize(
+    "flops, sizes, message",
+    [
+        ([1e12], 5, "--flops: found 1 budget, with 5 sizes, expected at least 6 runs"),
+        ([1e12, 3e12, 3.0000001e12], 5, r"--flops: found two budgets that are 3e\+12 in six digits"),
+    ],
+)
+def test_sweeps_that_cannot_be_fitted_are_refused(tmp_path, flops, sizes, message):
+    with pytest.raises(UserError, match=message):
+        open_at(tmp_path, flops, sizes)
+    assert not (tmp_path / "sweep.json").exists()
+
+
+def test_a_growing_batch_is_refused_and_other_schedules_keys_are_left_out(tmp_path):
+    train = CONTENT["train"] | {"first_batch_tokens": 1024, "batch_ramp_tokens": 10**6, "global_batch_tokens": 4096}
+    with pytest.raises(UserError, match=r"train\.first_batch_tokens: found 1024, expected null"):
+        open_at(tmp_path, [1e12, 3e12], content=CONTENT | {"train": train | {"micro_batch_size": 8}})
+    more = {"schedule": "wsd", "decay_tokens": 200000, "decay_shape": "linear", "keep_every": 3, "sample_every": 5}
+    content = CONTENT | {"train": CONTENT["train"] | more | {"eval_tasks": ["x"]}}
+    sweep = open_at(tmp_path, [1e12, 3e12, 1e13], content=content, schedule="cosine")
+    assert not {"decay_tokens", "decay_shape"} & sweep.content_of(sweep.sizes[0])["train"].keys()
+    assert not {"keep_every", "sample_every", "eval_tasks"} & sweep.content_of_runs(sweep.sizes[0])["train"].keys()
+    write_runs(sweep)
+    answer.write_prediction(sweep, answer.fit(runs.Runs(sweep, None).write_points(), "all", draws=20), 4e13)
+
+
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("sweep.json", {}),
+        ("sweep.json", []),
+        ("sweep.json", {"config": {}, "options": {}, "flops": ["x"], "sizes": 5}),
+        ("sweep.json", {"config": {}, "options": {"x": 1}, "flops": [1e12], "sizes": 5}),
+        ("points.json", []),
+        ("points.json", {"points": [{}]}),
+        ("predictions.json", []),
+        ("predictions.json", {"predict-4e+13": {}}),
+    ],
+)
+def test_a_damaged_file_of_a_sweep_is_one_line(tmp_path, file, content):
+    write_runs(open_at(tmp_path, [1e12, 3e12, 1e13]))
+    write_json(tmp_path / file, content)
+    with pytest.raises(UserError, match=rf"{file}: damaged: .*; restore the file, or choose another --out$"):
+        command.main([str(tmp_path), "--fit", "--draws", "20"])
+
+
+def test_a_sweep_that_runs_elsewhere_keeps_its_record(tmp_path):
+    open_at(tmp_path, [1e12, 3e12])
+    before = (tmp_path / "sweep.json").read_bytes()
+    with runs.held(tmp_path), pytest.raises(UserError, match="found a sweep that runs in it"):
+        command.main([str(tmp_path), "--flops", "1e13"])
+    with pytest.raises(UserError, match="--fit, which starts no run"):
+        command.main([str(tmp_path), "--flops", "1e13", "--fit"])
+    assert (tmp_path / "sweep.json").read_bytes() == before
+
+
+def test_a_range_test_has_nothing_of_a_longer_run():
+    more = {"copy_to": "s3://bucket/run", "resume": "out/x", "profile": "1:2", "loggers": ["wandb"], "keep_every": 3}
+    more |= {"spike_zscore": 3.0, "first_batch_tokens": 128, "batch_ramp_tokens": 10**4, "eval_tasks": ["x"]}
+    more |= {"schedule": "wsd", "decay_tokens": 1000, "optimizer": "muon", "muon_lr": 0.02, "lr": 1e-3}
+    config = build(
+        {"train": more | {"micro_batch_size": 1, "global_batch_tokens": 1024}, "model": {"block_size": 128}}, ""
+    )
+    keys = range_test.train_keys(config, "out/test", 3e-2, 50)
+    config = build({"train": vars(config.train) | keys, "model": {"block_size": 128}}, "")  # accepted
+    train = config.train
+    assert (train.copy_to, train.resume, train.loggers, train.eval_tasks, train.spike_zscore) == (
+        None,
+        "auto",
+        [],
+        [],
+        0,
+    )
+    assert Steps(train).total == 50 and train.muon_lr / train.lr == pytest.approx(20)
+
+
 def test_a_sweep_in_use_is_refused(tmp_path):
     with runs.held(tmp_path), pytest.raises(UserError, match="found a sweep that runs in it"), runs.held(tmp_path):
         pass
@@ -460,6 +553,14 @@ def test_a_sweep_in_use_is_refused(tmp_path):
         (["configs/scaling-tiny.json", "--flops", "1e12", "--steps", "60"], "--steps: found without --lr_range"),
         (["configs/scaling-tiny.json", "--lr_range", "--predict", "1e12"], "--predict: found with --lr_range"),
         (["--flops", "1e12"], "CONFIG: none given"),
+        (["configs/scaling-tiny.json", "--lr_range", "--warmup", "0"], "--warmup: found with --lr_range"),
+        (["configs/scaling-tiny.json", "--lr_range", "--train.lr", "0"], "train.lr: found 0"),
+        (["configs/scaling-tiny.json", "--flops", "1e12", "3e12", "--fit"], r"--flops: found 1e\+12 with --fit"),
+        (["configs/scaling-tiny.json", "--flops", "1e12", "--print", "--predict", "1e13"], "--print: found with"),
+        (
+            ["configs/scaling-tiny.json", "--flops", "1e12", "3e12", "--schedule", "cosine", "--decay", "0.5"],
+            "--decay: found with another --schedule",
+        ),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(arguments, message, tmp_path, monkeypatch):
