@@ -78,6 +78,16 @@ def test_what_a_changed_schedule_does_to_the_rate_is_said(runs):
     assert "the learning rate goes from 1.00e-02 at step 8 to 5.00e-03 at step 9 and to 0.00e+00 at the end" in line
 
 
+def test_a_branch_that_would_have_no_step_is_refused(runs, tmp_path):
+    sections = sections_of(runs / "planned")
+    sections["train"] |= {"max_tokens": 8 * BATCH, "resume": str(runs / "long"), "out_dir": str(tmp_path / "branch")}
+    write_json(tmp_path / "config.json", sections)
+    done = run([sys.executable, ROOT / "train.py", tmp_path / "config.json"], DS_ACCELERATOR="cpu")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"train.max_tokens: found {8 * BATCH}, but " in done.stderr and f"has {12 * BATCH} tokens" in done.stderr
+    assert not (tmp_path / "branch").exists()
+
+
 def test_checkpoints_to_branch_from_are_never_deleted(runs):
     """train.keep_checkpoints is 1 there."""
     assert [path.name for path in complete_checkpoints(runs / "long" / "checkpoints")] == [

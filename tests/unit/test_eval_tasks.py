@@ -110,6 +110,12 @@ aggregate_metric_list: [{metric: acc, weight_by_size: true}]
 """
 
 
+def test_two_tasks_of_one_name_are_refused(folder):
+    """lm-eval takes one of them without a word."""
+    files = [write_task(folder / place, "same", LETTERS, rows(2)) for place in ("here", "there")]
+    assert "found 1 tasks by 2 names" in refused(config_of(folder, *map(str, files), eval_tasks_path=None))
+
+
 def test_the_right_answer_is_found_in_each_kind_of_task(folder):
     """Each request gets another log-probability, and what follows from these is computed by hand."""
     tasks = folder / "tasks"
