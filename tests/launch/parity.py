@@ -95,9 +95,9 @@ def keep_record_of_samples(name):
     """Have sample_numbers write down, for rank 0's log, what this rank was given."""
     numbers, seen = mixture.sample_numbers, []
 
-    def and_record(step, *rest):
-        samples = numbers(step, *rest)
-        seen.extend((step, int(sample)) for sample in samples)
+    def and_record(first_sample, *rest):
+        samples = numbers(first_sample, *rest)
+        seen.extend((first_sample // 8, int(sample)) for sample in samples)  # 8 samples a step
         return samples
 
     mixture.sample_numbers = and_record
