@@ -70,7 +70,7 @@ def test_a_sweep_that_is_killed_continues_and_answers(tmp_path, small_data, caps
     """kill -9 of sweep.py while a run trains: the next start waits for that run, repeats nothing, and ends with points
     that a single run of the same config has too."""
     config, out = write_config(tmp_path, small_data), tmp_path / "out"
-    arguments = [config, "--out", out, "--flops", "2e8", "4e8", *SIZES, "--schedule", "constant", "--draws", "5"]
+    arguments = [config, "--out", out, "--flops", "2e8", "4e8", *SIZES, "--schedule", "constant", "--draws", "20"]
     first = started(*arguments)
     until(lambda: len(list(out.glob("*/trunk/metrics.jsonl"))) == 2)  # in the second size
     os.kill(first.pid, signal.SIGKILL)
