@@ -127,7 +127,7 @@ def test_a_branch_is_the_run_that_was_planned_so(tmp_path, small_data):
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, small_data):
     config, out = write_config(tmp_path, small_data), tmp_path / "out"
-    arguments = [config, "--out", out, "--flops", "2e8", *SIZES, "--schedule", "constant"]
+    arguments = [config, "--out", out, "--flops", "2e8", "2.2e8", *SIZES, "--schedule", "constant"]
     listed = started(*arguments, "--print").communicate(timeout=60)[0].splitlines()
     assert len(listed) == 3 and all(line.startswith("python train.py ") for line in listed)
     # each run ends at the first step whose loss is above the mean of those before it, after the steps that are measured
@@ -135,7 +135,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, small_data):
     sweep = started(config, "--out", tmp_path / "fragile", *arguments[3:], *fragile)
     said = sweep.communicate(timeout=200)[0]
     assert sweep.returncode == 2 and "Traceback" not in said
-    assert len(re.findall(r"^\[\d/3\] .* failed: .* \(code 2; .*trunk\.log\); the larger budgets", said, re.M)) == 3, (
+    assert len(re.findall(r"^\[\d/6\] .* failed: .* \(code 2; .*trunk\.log\); the larger budgets", said, re.M)) == 3, (
         said
     )
     assert "--fit: found 0 runs, expected at least 6" in said and "trunk failed: " in said
