@@ -129,11 +129,10 @@ def given_options(options, before):
     return Options(**values | given)
 
 
-def scaling(options, rest):
-    from minzero.scaling.answer import all_predictions, as_json, fit, fits_text, prediction_text, write_prediction
-    from minzero.scaling.fits import optimizer
-    from minzero.scaling.picture import draw
-    from minzero.scaling.runs import Runs, held, open_sweep, read_record, write_record
+def opened(options, rest):
+    """(the Sweep of the command line, how many sizes it has at each budget, how the fit counts N). Writes nothing.
+    Raises UserError."""
+    from minzero.scaling.runs import open_sweep, read_record
 
     folder = next(
         (Path(word) for word in rest if not word.startswith("--") and Path(word, "sweep.json").is_file()), None
@@ -167,7 +166,17 @@ def scaling(options, rest):
     how = chosen.count
     if has_begun and options.fit:
         chosen.count = before["options"]["count"]  # the fit alone may count in another way
-    sweep = open_sweep(folder, content, chosen, [*flops, *(options.flops or [])], sizes)
+    return open_sweep(folder, content, chosen, [*flops, *(options.flops or [])], sizes), sizes, how
+
+
+def scaling(options, rest):
+    from minzero.scaling.answer import all_predictions, as_json, fit, fits_text, prediction_text, write_prediction
+    from minzero.scaling.fits import optimizer
+    from minzero.scaling.picture import draw
+    from minzero.scaling.runs import Runs, held, write_record
+
+    sweep, sizes, how = opened(options, rest)
+    folder = sweep.folder
     if options.only_print:
         write_record(sweep, sizes)
         Runs(sweep, None).write_configs()

@@ -24,7 +24,7 @@ import numpy as np
 
 from minzero import report
 from minzero.config.deepspeed import gradient_accumulation
-from minzero.config.sections import EVAL_TASKS, LoraConfig, TrainConfig
+from minzero.config.sections import OF_A_LONG_RUN, LoraConfig, TrainConfig
 from minzero.data.mixture import Mixture
 from minzero.data.shards import token_dtype, write_shard
 from minzero.errors import UserError
@@ -35,7 +35,6 @@ from minzero.planner.search import with_choice
 from minzero.planner.settings import settings_as_run
 from minzero.planner.units import in_units
 from minzero.plot import pyplot
-from minzero.schedule import SHAPES_THE_BATCH
 
 # name on the command line: (title, stage, offload as in search.with_choice, whether all blocks are recomputed)
 ROWS = {
@@ -125,11 +124,9 @@ def benchmark_config(config, folder):
     train.resume = "never"
     train.init_from = None
     config.lora = LoraConfig()  # adapters too need a model to start from: all weights are trained
-    train.loggers = []
     train.log_every = 1
-    train.eval_every = train.save_every = train.save_every_seconds = train.sample_every = 0
-    # other losses need a model to start from, and a batch that grows would be the smallest
-    for name in (*EVAL_TASKS, "loss", "dpo_beta", "keep_every", *SHAPES_THE_BATCH[1:]):
+    train.eval_every = train.save_every = 0
+    for name in (*OF_A_LONG_RUN, "loss", "dpo_beta"):  # other losses need a model to start from
         setattr(train, name, getattr(TrainConfig(), name))
     train.save_best = False
     train.max_tokens = 10**9 * train.global_batch_tokens

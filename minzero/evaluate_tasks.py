@@ -8,7 +8,6 @@ of each answer. Requests are built once: the first run of lm-eval, before anythi
 
 import collections
 import contextlib
-import difflib
 import importlib.util
 import itertools
 import logging
@@ -24,6 +23,7 @@ from torch import distributed
 
 from minzero import dist
 from minzero.checkpoint import as_rank_0
+from minzero.config.values import did_you_mean
 from minzero.data.pipeline import tokenizer_of
 from minzero.errors import UserError, describe
 from minzero.evaluate_loss import loss_of_each_token
@@ -72,8 +72,7 @@ def open_tasks(names, task_path, flag="--tasks", path_flag="--task_path", types=
         if known.issuperset(names):
             return manager
     unknown = next(name for name in names if name not in known)
-    close = difflib.get_close_matches(unknown, manager.all_tasks, n=3)
-    remedy = f"did you mean {' or '.join(close)}?" if close else "lm-eval ls tasks lists them"
+    remedy = did_you_mean(unknown, manager.all_tasks, "lm-eval ls tasks lists them")  # ten thousand
     raise UserError(f"{flag}: {unknown!r} is neither one of lm-eval's nor a yaml file; {remedy}")
 
 

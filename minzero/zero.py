@@ -66,7 +66,7 @@ def optimizers(engine):
 
 def relative_rates(engine):
     """The rate of each parameter group over AdamW's, the same in each of `optimizers`: the groups of the second are
-    those of the first, but for that of the first group, which DeepSpeed makes anew."""
+    those of the first, but for that of the first group, which DeepSpeed makes again."""
     return [group.get("relative_rate", 1) for group in engine.basic_optimizer.param_groups]
 
 

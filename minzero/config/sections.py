@@ -14,7 +14,7 @@ from typing import NamedTuple
 from minzero.config.model_section import ModelConfig
 from minzero.config.values import as_flag, fault_of_text, in_short, key
 from minzero.errors import UserError
-from minzero.schedule import Steps, decay_tokens
+from minzero.schedule import SHAPES_THE_BATCH, Steps, decay_tokens
 
 
 class Recomputation(NamedTuple):
@@ -63,8 +63,20 @@ class DataConfig:
                 )
 
 
+def refuse_unused(section, values, names, why):
+    """Raise UserError if one of these keys of a section is not its default. why: that they have no effect, and the
+    remedy, in words that come after the value."""
+    for name in names:
+        value, default = getattr(values, name), getattr(type(values)(), name)
+        if value != default:
+            raise UserError(f"{section}.{name}: found {as_flag(value)}{why}, or this to {as_flag(default)}")
+
+
 MOST_RAMP_STEPS = 10**6
 EVAL_TASKS = ("eval_tasks", "eval_tasks_every", "eval_tasks_limit", "eval_tasks_path")  # of the train section
+# of the train section too: what a run of some steps, which is only measured, has nothing of
+OF_A_LONG_RUN = ("copy_to", "loggers", "keep_every", "sample_every", "save_every_seconds", *EVAL_TASKS)
+OF_A_LONG_RUN += SHAPES_THE_BATCH[1:]
 
 
 @dataclass
@@ -244,7 +256,7 @@ class TrainConfig:
         self.check_batch_ramp()
         self.check_muon()
         if self.loss == "next_token":
-            self.refuse_unused(["dpo_beta"], "with train.loss next_token, which has none; set train.loss")
+            refuse_unused("train", self, ["dpo_beta"], " with train.loss next_token, which has none; set train.loss")
         self.check_eval_tasks()
         if len(self.betas) != 2 or not all(0 <= beta <= 0.99999 for beta in self.betas):
             raise UserError(f"train.betas: found {in_short(self.betas)}, expected two numbers from 0 to 0.99999")
@@ -285,18 +297,10 @@ class TrainConfig:
                     f"as 10:15, of 1 to {steps}"
                 )
 
-    def refuse_unused(self, names, why):
-        """Raise UserError if one of these keys is not its default. why: they have no effect, and the remedy, in words
-        that come after the value."""
-        for name in names:
-            value, default = getattr(self, name), TrainConfig.__dataclass_fields__[name].default
-            if value != default:
-                raise UserError(f"train.{name}: found {as_flag(value)} {why}, or this to {as_flag(default)}")
-
     def check_decay(self):
         if self.schedule != "wsd":
-            why = f"with train.schedule {self.schedule}, which has no such decay; set train.schedule to wsd"
-            self.refuse_unused(("decay_tokens", "decay_shape"), why)
+            why = f" with train.schedule {self.schedule}, which has no such decay; set train.schedule to wsd"
+            refuse_unused("train", self, ("decay_tokens", "decay_shape"), why)
             return
         decay = decay_tokens(self)
         room = self.max_tokens - self.warmup_tokens
@@ -310,8 +314,8 @@ class TrainConfig:
     def check_batch_ramp(self):
         first = self.first_batch_tokens
         if first is None:
-            why = "with train.first_batch_tokens null: the batch does not grow; set train.first_batch_tokens"
-            self.refuse_unused(("batch_ramp_tokens", "batch_ramp_jumps"), why)
+            why = " with train.first_batch_tokens null: the batch does not grow; set train.first_batch_tokens"
+            refuse_unused("train", self, ("batch_ramp_tokens", "batch_ramp_jumps"), why)
             return
         if first > self.global_batch_tokens:
             raise UserError(
@@ -333,12 +337,12 @@ class TrainConfig:
         if "" in self.eval_tasks or len(set(self.eval_tasks)) < len(self.eval_tasks):
             raise UserError(f"train.eval_tasks: found {in_short(self.eval_tasks)}, expected names of tasks, each once")
         if not self.eval_tasks:
-            self.refuse_unused(EVAL_TASKS[1:], "without train.eval_tasks, which it is for; name tasks there")
+            refuse_unused("train", self, EVAL_TASKS[1:], " without train.eval_tasks, which it is for; name tasks there")
 
     def check_muon(self):
         if self.optimizer == "adamw":
-            why = "with train.optimizer adamw, which has none; set train.optimizer to muon"
-            self.refuse_unused(("muon_lr", "muon_momentum"), why)
+            why = " with train.optimizer adamw, which has none; set train.optimizer to muon"
+            refuse_unused("train", self, ("muon_lr", "muon_momentum"), why)
         elif self.lr == 0:  # every rate of a step is train.lr's, times a constant
             raise UserError("train.lr: found 0 with train.optimizer muon, expected a rate above 0 for AdamW's weights")
         elif self.muon_lr * self.weight_decay >= 1:
@@ -393,12 +397,8 @@ class LoraConfig:
 
     def check(self, model):
         if self.rank is None:
-            for name, default in vars(LoraConfig()).items():
-                if (value := getattr(self, name)) != default:
-                    raise UserError(
-                        f"lora.{name}: found {as_flag(value)}, but lora.rank is null, which trains all weights; set "
-                        f"lora.rank, or this to {in_short(default)}"
-                    )
+            why = ", but lora.rank is null, which trains all weights; set lora.rank"
+            refuse_unused("lora", self, vars(self), why)
             return
         if self.base_bits and model.n_expert:
             raise UserError(

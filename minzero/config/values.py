@@ -116,10 +116,10 @@ def printable(name):
     return name if name.isprintable() else json.dumps(name)[1:-1]
 
 
-def did_you_mean(name, valid):
-    """The remedy for an unknown name: the nearest valid one, or all of them."""
+def did_you_mean(name, valid, otherwise=None):
+    """The remedy for an unknown name: the nearest valid one, or `otherwise`, by default all of them."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(valid))}"
+    return f"did you mean {close[0]}?" if close else otherwise or f"known keys: {', '.join(sorted(valid))}"
 
 
 def divisors(number):

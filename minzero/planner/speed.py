@@ -346,23 +346,17 @@ def steps_of(config):
     return steps.total + (steps.tokens_at(steps.total) < config.train.max_tokens)
 
 
-def seconds_of_steps(config, settings, engine, hardware, assumptions, code=None):
+def seconds_of_steps(train, settings, whole, seconds_of):
     """Seconds of all steps of a run. Those of a smaller batch, where it grows, have fewer micro-batches; the time of a
-    step is a straight line over their number."""
-    train = config.train
-
-    def seconds(tokens):
-        number = max(1, tokens // (settings.tokens * settings.world_size))
-        few = replace(settings, gradient_accumulation_steps=number)
-        return step_time(few, engine, hardware, assumptions, code).seconds
-
-    whole = step_time(settings, engine, hardware, assumptions, code).seconds
-    each = settings.gradient_accumulation_steps * settings.tokens * settings.world_size  # tokens of a step
+    step is a straight line over their number. whole: seconds of a step of the full batch; seconds_of(Settings): of one
+    with other settings."""
+    at_once = settings.tokens * settings.world_size  # tokens of a micro-batch of all ranks
+    each = settings.gradient_accumulation_steps * at_once
     growing = Steps(train).ends[1:]
     if not growing:
         return train.max_tokens / each * whole
     first, last = train.first_batch_tokens, train.global_batch_tokens
-    smallest = seconds(first)
+    smallest = seconds_of(replace(settings, gradient_accumulation_steps=max(1, first // at_once)))
     slope = (whole - smallest) / (last - first) if last > first else 0
     growing_seconds = len(growing) * smallest + (growing[-1] - len(growing) * first) * slope
     return growing_seconds + (train.max_tokens - growing[-1]) / each * whole
@@ -374,7 +368,11 @@ def speed_and_cost(config, settings, engine, hardware, assumptions, code=None):
     found = dict.fromkeys(keys.split())
     if not hardware.card:
         return found
-    step = step_time(settings, engine, hardware, assumptions, code)
+
+    def time_of(settings):
+        return step_time(settings, engine, hardware, assumptions, code)
+
+    step = time_of(settings)
     tokens = settings.gradient_accumulation_steps * settings.tokens * settings.world_size
     found["step_seconds"] = step.seconds
     found["step_parts"] = asdict(step)
@@ -387,7 +385,7 @@ def speed_and_cost(config, settings, engine, hardware, assumptions, code=None):
         found["mfu"], found["hfu"] = rate * flops, rate * (flops + recomputed)
     evaluating, saving = seconds_between_steps(config, settings, engine, step, hardware, assumptions)
     found["evaluation_days"], found["saving_days"] = evaluating / 86400, saving / 86400
-    training = seconds_of_steps(config, settings, engine, hardware, assumptions, code)
+    training = seconds_of_steps(config.train, settings, step.seconds, lambda settings: time_of(settings).seconds)
     found["days"] = (training + evaluating + saving) / 86400
     found["gpu_hours"] = found["days"] * 24 * settings.world_size
     if hardware.price is not None:

@@ -10,19 +10,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minzero.config.sections import EVAL_TASKS, TrainConfig
+from minzero.config.sections import OF_A_LONG_RUN, TrainConfig
 from minzero.curves import smooth
 from minzero.errors import UserError
 from minzero.metrics import read_metrics
-from minzero.schedule import SHAPES_THE_BATCH
 
 SPAN = 1e-3  # the first rate over the last
 HALF = 1 / 20  # of the steps, that the average reaches to both sides
 SKIPPED = 0.1  # of the steps at the start, in which the average has little to go by
 RISE = 0.02  # of the fall of the loss, by which it must rise again before its minimum is one
 LEAST_STEPS = 30
-NOT_OF_A_TEST = ("copy_to", "resume", "profile", "loggers", "keep_every", "sample_every", "save_every_seconds")
-NOT_OF_A_TEST += ("spike_zscore", "decay_tokens", "decay_shape", *SHAPES_THE_BATCH[1:], *EVAL_TASKS)
+NOT_OF_A_TEST = (*OF_A_LONG_RUN, "profile", "resume", "spike_zscore", "decay_tokens", "decay_shape")
 
 
 class Found(NamedTuple):

@@ -29,8 +29,12 @@ def config_of(name, stage, steps, **settings):
     return parity.config_of(name, stage, steps=steps, train=settings)
 
 
+def is_last_rank():
+    return comm.get_rank() == comm.get_world_size() - 1
+
+
 def poison_gradient(bad_steps, accumulation):
-    """One NaN in the gradient of one activation, on rank 1 alone, in the last micro-batch of those steps."""
+    """One NaN in the gradient of one activation, on the last rank alone, in the last micro-batch of those steps."""
 
     def build_engine(*arguments):
         engine, calls = BUILD(*arguments), []
@@ -43,7 +47,7 @@ def poison_gradient(bad_steps, accumulation):
         def count(module, inputs, output):
             if module.training:
                 calls.append(None)
-                if comm.get_rank() == 1 and len(calls) % accumulation == 0 and len(calls) // accumulation in bad_steps:
+                if is_last_rank() and len(calls) % accumulation == 0 and len(calls) // accumulation in bad_steps:
                     stream, _ = output
                     stream.register_hook(poison)
 
@@ -54,14 +58,14 @@ def poison_gradient(bad_steps, accumulation):
 
 
 def infinite_loss(bad_step, accumulation):
-    """A loss of infinity with a good gradient, on rank 1 alone."""
+    """A loss of infinity with a good gradient, on the last rank alone."""
 
     def build_engine(*arguments):
         engine, calls = BUILD(*arguments), []
 
         def add(module, inputs, loss):
             calls.append(None)
-            return loss + (math.inf if comm.get_rank() == 1 and len(calls) == bad_step * accumulation else 0)
+            return loss + (math.inf if is_last_rank() and len(calls) == bad_step * accumulation else 0)
 
         engine.module.register_forward_hook(add)
         return engine

@@ -4,10 +4,7 @@ and with bad steps, and width transfer.
     optimizers.py DATA FOLDER first|second|third
 """
 
-import math
-
 import torch
-from deepspeed import comm
 
 import train
 from minzero import checkpoint, checkpoint_state, dist
@@ -59,9 +56,9 @@ def bad_steps_change_nothing(stage, precision, kind, world_size):
     before = {}
     train.build_engine = BUILD
     if kind == "nan":
-        poison_last_rank([3], accumulation=4 // world_size)
+        bad_steps.poison_gradient([3], accumulation=4 // world_size)
     else:
-        infinite_loss_on_last_rank(3, accumulation=4 // world_size)
+        bad_steps.infinite_loss(3, accumulation=4 // world_size)
 
     def compare(engine, made):
         if not made:
@@ -77,43 +74,6 @@ def bad_steps_change_nothing(stage, precision, kind, world_size):
     bad_steps.wrap_step(compare)
     train.main(config_of(f"{kind}_{precision}_stage{stage}_ranks{world_size}", stage, precision, max_tokens=5 * 8 * 32))
     train.build_engine = BUILD
-
-
-def poison_last_rank(steps, accumulation):
-    def build_engine(*arguments):
-        engine, calls = BUILD(*arguments), []
-
-        def poison(gradient):
-            gradient = gradient.clone()
-            gradient[0, 0, 0] = math.nan
-            return gradient
-
-        def count(module, inputs, output):
-            if module.training:
-                calls.append(None)
-                is_last_rank = comm.get_rank() == comm.get_world_size() - 1
-                if is_last_rank and len(calls) % accumulation == 0 and len(calls) // accumulation in steps:
-                    output[0].register_hook(poison)
-
-        engine.module.blocks[0].register_forward_hook(count)
-        return engine
-
-    train.build_engine = build_engine
-
-
-def infinite_loss_on_last_rank(step, accumulation):
-    def build_engine(*arguments):
-        engine, calls = BUILD(*arguments), []
-
-        def add(module, inputs, loss):
-            calls.append(None)
-            is_last_rank = comm.get_rank() == comm.get_world_size() - 1
-            return loss + (math.inf if is_last_rank and len(calls) == step * accumulation else 0)
-
-        engine.module.register_forward_hook(add)
-        return engine
-
-    train.build_engine = build_engine
 
 
 def all_stages(world_size):

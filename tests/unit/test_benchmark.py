@@ -109,3 +109,13 @@ def test_a_folder_that_cannot_be_written(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--out"):
         benchmark.main([str(config), "--gpus", "1", "--out", str(tmp_path / "file" / "results")])
+
+
+def test_a_benchmark_has_nothing_of_a_longer_run(tmp_path):
+    """A config with copies would have them fetched, and sent, by a run that only measures."""
+    train = {"copy_to": "s3://bucket/run", "loggers": ["wandb"], "keep_every": 5, "save_every_seconds": 60.0}
+    train |= {"first_batch_tokens": 1024, "batch_ramp_tokens": 10**6, "eval_tasks": ["arc_easy"], "sample_every": 5}
+    found = benchmark.benchmark_config(build({"train": train}, "x"), tmp_path).train
+    assert found.copy_to is None and found.loggers == found.eval_tasks == []
+    assert found.keep_every == found.save_every_seconds == found.sample_every == found.batch_ramp_tokens == 0
+    assert found.first_batch_tokens is None
