@@ -7,6 +7,7 @@ import pytest
 
 import benchmark
 from minzero.benchmark import benchmark_config, launch, why_it_ended
+from minzero.config.build import build
 from minzero.config.load import load_config
 from minzero.errors import UserError
 from tests.helpers.processes import ROOT, run
@@ -115,7 +116,7 @@ def test_a_benchmark_has_nothing_of_a_longer_run(tmp_path):
     """A config with copies would have them fetched, and sent, by a run that only measures."""
     train = {"copy_to": "s3://bucket/run", "loggers": ["wandb"], "keep_every": 5, "save_every_seconds": 60.0}
     train |= {"first_batch_tokens": 1024, "batch_ramp_tokens": 10**6, "eval_tasks": ["arc_easy"], "sample_every": 5}
-    found = benchmark.benchmark_config(build({"train": train}, "x"), tmp_path).train
+    found = benchmark_config(build({"train": train}, "x"), tmp_path).train
     assert found.copy_to is None and found.loggers == found.eval_tasks == []
     assert found.keep_every == found.save_every_seconds == found.sample_every == found.batch_ramp_tokens == 0
     assert found.first_batch_tokens is None
