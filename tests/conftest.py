@@ -14,6 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.helpers.processes import ROOT, environment, write_small_data
 
+# Sums depend on the number of threads, so what is computed here equals what a command computes; and two workers share
+# the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell's background job ignores Ctrl-C and hands that down to the processes that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -67,14 +70,25 @@ def quick():
     shutil.rmtree(folder)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def as_in_a_new_process():
+    """What a file's tests leave in the environment, and a process group, are not there for the next file's, which may
+    be any file."""
+    environment_before = dict(os.environ)
+    yield
+    for name in {*os.environ, *environment_before} - {"PYTEST_CURRENT_TEST"}:
+        os.environ.pop(name, None)
+        if name in environment_before:
+            os.environ[name] = environment_before[name]
+    if (distributed := sys.modules.get("torch.distributed")) and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
-    """A process group of this process alone, unless another file's tests have left one."""
+    """A process group of this process alone."""
     from torch import distributed  # which most tests' processes need not load
 
-    if distributed.is_initialized():
-        yield
-        return
     file = tmp_path_factory.mktemp("group") / "store"
     distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
     yield
