@@ -13,7 +13,7 @@ from minzero.errors import UserError
 from minzero.planner.batches import changed_batch, sequences_of_rank
 from minzero.planner.fitting import WORTH_A_LINE
 from minzero.planner.gpus import Hardware, chosen_card, nodes_of, on_card
-from minzero.planner.report import chosen_flags, train_command
+from minzero.planner.report import chosen, in_flags, train_command, without
 from minzero.planner.units import in_count, in_digits, in_money, in_percent, in_time, in_units
 
 MOST_TO_RENT = 1024  # GPUs, unless --gpus says how many
@@ -54,12 +54,12 @@ def lines_on_room(plan, config, fitter, hardware):
             f"{times - 1:.0%} faster, at {in_percent(larger['gpu_fraction'])} of the memory: "
             f"--train.micro_batch_size {size}"
         )
-    fastest, chosen = fitter.fastest(hardware)
+    fastest, fastest_config = fitter.fastest(hardware)
     if fastest and fastest["tokens_per_second"] >= WORTH_A_LINE * reached:
         times = fastest["tokens_per_second"] / plan["tokens_per_second"]
         yield (
             f"{times - 1:.0%} faster, at {in_percent(fastest['gpu_fraction'])} of the memory (of --fit): "
-            f"{chosen_flags(config, chosen)}"
+            f"{in_flags(chosen(config, fastest_config))}"
         )
 
 
@@ -202,7 +202,8 @@ def plan_command(arguments, given, offer, options):
     if options.measured:
         words.append(f"--measured {shlex.quote(str(options.measured))}")
     flags = " ".join([f"--gpus {hardware.gpus} --gpu {hardware.card.names[0]}", *words])
-    return f"python plan.py {shlex.join(arguments)} {flags} {chosen_flags(given, offer.config)}"
+    changes = chosen(given, offer.config)
+    return f"python plan.py {without(arguments, changes)} {flags} {in_flags(changes)}"
 
 
 def as_rows(found, options, arguments, given):

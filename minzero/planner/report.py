@@ -257,15 +257,28 @@ def in_flags(change):
     )
 
 
-def chosen_flags(given, config):
-    """The flags that make `config` of the given configuration, the micro-batch, recomputation and stage always."""
-    chosen = {
+def chosen(given, config):
+    """{key: value} of what makes `config` of the given configuration, the micro-batch, recomputation and stage always;
+    DeepSpeed's keys last."""
+    always = {
         "train.micro_batch_size": config.train.micro_batch_size,
         "train.activation_checkpointing": config.train.activation_checkpointing,
         "deepspeed.zero_optimization.stage": config.deepspeed["zero_optimization"]["stage"],
     }
-    changes = chosen | overrides(given, config)
-    return in_flags({key: changes[key] for key in sorted(changes, key=lambda key: key.startswith("deepspeed."))})
+    changes = always | overrides(given, config)
+    return {key: changes[key] for key in sorted(changes, key=lambda key: key.startswith("deepspeed."))}
+
+
+def without(arguments, changes):
+    """Words of a command line, for a shell, less the flags of keys that are changed: each key is there once."""
+    kept = []
+    words = iter(arguments)
+    for word in words:
+        name, has_value, _ = word.removeprefix("--").partition("=")
+        values = [next(words)] if word.startswith("--") and not has_value else []
+        if name not in changes:
+            kept += [word, *values]
+    return shlex.join(kept)
 
 
 def train_command(arguments, given, config, hardware):
@@ -273,4 +286,5 @@ def train_command(arguments, given, config, hardware):
     launcher = f"deepspeed --num_gpus {hardware.gpus}"
     if hardware.nodes > 1:
         launcher = f"deepspeed --hostfile hosts --num_nodes {hardware.nodes}"
-    return f"{launcher} train.py {shlex.join(arguments)} {chosen_flags(given, config)}"
+    changes = chosen(given, config)
+    return f"{launcher} train.py {without(arguments, changes)} {in_flags(changes)}"

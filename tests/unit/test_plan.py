@@ -448,6 +448,8 @@ def test_command_line(capsys):
     assert found["activation_checkpointing"] == "selective"
     flags = found["command"].split("train.py ")[1]
     assert "--train.activation_checkpointing selective --train.activation_offload false" in flags
+    names = [word for word in flags.split() if word.startswith("--")]
+    assert len(names) == len(set(names)), "a key that the plan chooses is not there as it was given too"
     assert load_config(flags.split()).train.activation_checkpointing == "selective"
     plan.main("configs/gpt2-124m.json --gpus 8 --gpu l4 --gpu_memory 24 --max --json".split())
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_layer"] > 12
