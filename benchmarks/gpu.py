@@ -1,14 +1,14 @@
 """Measurements that need a GPU, all of them by one command, and as many of them as the time allows.
 
     python benchmarks/gpu.py --out FOLDER [--nanogpt PATH/TO/nanoGPT/model.py] [--data FOLDER]
-                             [--parts speed kernels memory offload planner convergence parity]
+                             [--parts speed kernels memory offload planner options convergence parity]
                              [--first N] [--rows NAME ...] [--minutes 9] [--again] [--beside] [--tiny]
 
 speed: 124M and 1.5B parameters, against nanoGPT's model and step, and the cost of single choices. kernels: NVIDIA
 Apex's and DeepSpeed's against torch's. memory: minGPT's table, and the deepest model that fits. offload: what its
-settings cost. planner: plan.py's predicted memory against what was allocated. convergence: the losses of ZeRO's
-stages and of nanoGPT's step on the same batches. parity: bf16, eager and compiled, against float32, for a small model
-of each family.
+settings cost. planner: plan.py's predicted memory against what was allocated. options: Muon, attention within
+documents, LoRA. convergence: the losses of ZeRO's stages and of nanoGPT's step on the same batches. parity: bf16,
+eager and compiled, against float32, for a small model of each family.
 
 Each part is a list of measurements, the most important first (--first N: only so many of each; --rows: only these).
 Every measurement is a process of its own: a run of train.py, as benchmark.py makes them, or a function of kernels.py,
@@ -78,6 +78,8 @@ def measure_row(bench, row, seconds, folder):
     result = {"title": row.title} | row.facts
     if row.impossible:
         return result | {"failed": row.impossible}
+    if row.on_base:
+        row.config.train.init_from = base_for(bench, row.config)
     if row.config:
         row.config.data.path = data_for(bench)
         result["micro_batch_size"] = row.config.train.micro_batch_size
@@ -155,6 +157,20 @@ def data_for(bench):
         steps = np.random.default_rng(0).integers(1, 4, 2**23 if bench.gpus else 2**20)
         for split in ("train", "val"):
             write_shard(path / f"{split}_000000.bin", (np.cumsum(steps) % 512).astype(np.uint16))
+    return str(path)
+
+
+def base_for(bench, config):
+    """The folder of a model of this config with random weights, as transformers writes it, made at first use."""
+    path = bench.temporary / "base"
+    if not path.exists():
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from minzero.hf.families import transformers_config
+
+        model = AutoModelForCausalLM.from_config(transformers_config(config.model), dtype=torch.bfloat16)
+        model.save_pretrained(path)
     return str(path)
 
 

@@ -60,6 +60,7 @@ class Row:
     environment: dict = dataclasses.field(default_factory=dict)
     function: str | None = None  # a name in gpu.FUNCTIONS
     arguments: dict = dataclasses.field(default_factory=dict)
+    on_base: bool = False  # train.init_from gets a model of random weights
     impossible: str | None = None
     facts: dict = dataclasses.field(default_factory=dict)  # goes into the result
 
@@ -376,12 +377,34 @@ def planner(bench):
         yield Row(name, title, config, steps=4, warmup=2, impossible=bench.why_not(config))
 
 
+def options(bench):
+    """GPT-2 124M with other optimizers and with attention within documents, compiled, each beside the ordinary run of
+    the same batch; a Llama of 1.1B trained whole, with LoRA, and with LoRA beside a base in 4 bits."""
+    small = functools.partial(bench.config, "gpt2-124m", 32, 4, compile=True, kernels="torch")
+    for stage in (1, 0, 3):
+        for optimizer in ("adamw", "muon"):
+            title = f"124M, ZeRO-{stage}, {'Muon' if optimizer == 'muon' else 'AdamW'}"
+            yield Row(f"{optimizer}_stage{stage}", title, small(stage=stage, optimizer=optimizer))
+    documents = small(stage=1)
+    documents.data.document_mask = True
+    why = None if bench.data else "needs --data, of whose meta.json the documents' end is known"
+    yield Row("documents", "124M, ZeRO-1, AdamW, attention within documents", documents, impossible=why)
+    for name, title, lora in (
+        ("whole", "all weights trained", {}),
+        ("lora", "LoRA of rank 16", {"rank": 16}),
+        ("lora_4_bit", "LoRA of rank 16, base in 4 bits", {"rank": 16, "base_bits": 4}),
+    ):
+        config = bench.config("llama-1b", 1, 8, 0, {"block_size": 2048}, compile=False, kernels="torch")
+        config.lora = dataclasses.replace(config.lora, **lora)
+        yield Row(name, f"Llama of 1.1B, ZeRO-0, {title}", config, steps=4, warmup=2, on_base=bool(lora))
+
+
 def convergence(bench):
     """GPT-2 124M from the same weights on the same batches; all losses are kept."""
     steps = 3 if bench.tiny else 40
 
-    def row(name, title, stage, kernels="torch", compiled=False, **sections):
-        train = {"compile": compiled, "lr": 1e-4, "schedule": "constant", "kernels": kernels}
+    def row(name, title, stage, kernels="torch", compiled=False, optimizer="adamw", **sections):
+        train = {"compile": compiled, "lr": 1e-4, "schedule": "constant", "kernels": kernels, "optimizer": optimizer}
         config = bench.config("gpt2-124m", 16, 2, stage, {"vocab_size": VOCABULARY}, sections.get("zero"), **train)
         config.train.warmup_tokens = 10 * config.train.global_batch_tokens
         config.deepspeed |= sections.get("more", {})
@@ -399,6 +422,8 @@ def convergence(bench):
     yield row("stage3_overlap", "ZeRO-3, overlap_comm", 3, zero={"overlap_comm": True})
     sums = {"data_types": {"grad_accum_dtype": "fp32"}}
     yield row("stage3_sums", "ZeRO-3, gradients summed in fp32", 3, more=sums)
+    for stage in (3, 0, 1):
+        yield row(f"muon_stage{stage}", f"ZeRO-{stage}, Muon", stage, optimizer="muon")
 
 
 def parity(bench):
@@ -408,6 +433,7 @@ def parity(bench):
     for name, title, models, seconds in (
         ("parity_dense", "dense models", parity_models.DENSE, 80),
         ("parity_experts", "mixtures of experts", parity_models.EXPERTS, 45),
+        ("parity_documents", "attention within documents", parity_models.DOCUMENTS, 45),
     ):
         arguments = {"models": parity_models.sized(models, bench.tiny)}
         arguments |= {"sequences": parity_models.SEQUENCES, "seconds": 3600 if bench.tiny else seconds}
@@ -420,6 +446,7 @@ PARTS = {
     "memory": memory,
     "offload": offload,
     "planner": planner,
+    "options": options,
     "convergence": convergence,
     "parity": parity,
 }

@@ -33,10 +33,11 @@ COLUMNS = {
     "memory": {"published for 1 GPU": ("published", str)} | MEMORY | STEP,
     "offload": STEP | MEMORY,
     "planner": MEMORY | STEP,
+    "options": STEP | {"MFU": SPEED["MFU"]} | MEMORY,
     "convergence": {
         "last loss": ("last_loss", "{:.5f}".format),
         "steps": ("steps", str),
-        "largest relative difference of a loss from ZeRO-3's": ("from_stage3", "{:.1e}".format),
+        "largest relative difference of a loss from that of ZeRO-3": ("from_stage3", "{:.1e}".format),
     },
     "parity": {
         "loss: eager": ("eager_loss", "{:.1e}".format),
@@ -99,10 +100,10 @@ def speed_ratios(results, rate):
 
 
 def loss_differences(results):
-    """from_stage3: how far the losses are from those of the row stage3."""
-    expected = results.get("stage3", {}).get("losses")
+    """from_stage3: how far the losses are from those of the row stage3, of Muon from those of muon_stage3."""
     rows = []
-    for result in results.values():
+    for name, result in results.items():
+        expected = results.get("muon_stage3" if name.startswith("muon") else "stage3", {}).get("losses")
         more = {}
         if losses := result.get("losses"):
             more = {"last_loss": losses[-1], "steps": len(losses)}

@@ -17,8 +17,11 @@ from benchmarks.kernels import median_seconds
 from benchmarks.nanogpt import now, this_torch_device
 from minzero import experts
 from minzero.config.sections import ModelConfig
+from minzero.document_attention import document_mask
 
-ATTENTION = re.compile(r"aten::_scaled_dot_product_(?:attention_)?(math|flash|efficient|cudnn|fused)")
+ATTENTION = re.compile(
+    r"(?:aten::_scaled_dot_product_(?:attention_)?|torch_attn::_)(math|flash|efficient|cudnn|fused|varlen)"
+)
 REPEATS = 5
 NEVER = -32.0  # added to a logit
 
@@ -69,6 +72,8 @@ def measured(settings, sequences):
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (sequences, config.block_size + 1), generator=generator).to(device)
     batch = tokens[:, :-1], tokens[:, 1:]
+    if settings["documents"]:
+        batch += (positions_of_documents(batch[0].shape, generator),)
     expected = reference(config, batch, device)
     yield "float32", {}
 
@@ -88,6 +93,15 @@ def measured(settings, sequences):
     found |= measured_passes("compiled", run, expected, device)
     found["graph_breaks"] = torch._dynamo.utils.counters["graph_break"].total() - graph_breaks
     yield "compiled", found
+
+
+def positions_of_documents(shape, generator):
+    """The position of each token in its document, int64 of this shape, (B, T), on the CPU as train.py has them; each
+    token begins a document with a chance of one in 40."""
+    places = torch.arange(shape[1]).expand(shape)
+    begins = torch.rand(shape, generator=generator) < 1 / 40
+    begins[:, 0] = True
+    return places - torch.where(begins, places, 0).cummax(dim=1).values
 
 
 def make_model(config, n_tokens, device, recompute=False):
@@ -139,10 +153,19 @@ def outcome(run):
 
 
 def reference(config, batch, device):
-    """`outcome` in float32 from the weights as bf16 holds them, eager, with attention as plain products."""
+    """`outcome` in float32 from the weights as bf16 holds them, eager, with attention as plain products, between
+    documents by a mask."""
     gpt = make_model(config, batch[0].numel(), device).float()
-    with mock.patch.object(model_module, "attention_backends", lambda device: [SDPBackend.MATH]):
+    with (
+        mock.patch.object(model_module, "attention_backends", lambda device: [SDPBackend.MATH]),
+        mock.patch.object(model_module, "attention_within", masked),
+    ):
         return outcome(functools.partial(passes, gpt, batch))
+
+
+def masked(positions, windows, x, *_):
+    """In place of minzero.document_attention.attention_within: masks alone."""
+    return {window: document_mask(positions.to(x.device), window) for window in windows}
 
 
 def measured_passes(mode, run, expected, device):

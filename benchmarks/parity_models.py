@@ -14,7 +14,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_fr
 YARN = {"rope_type": "yarn", "factor": 4.0}
 CONTEXT = {"original_max_position_embeddings": 128}  # of the scalings: the model's own is longer
 
-# Title: options, and "recompute", the value of train.activation_checkpointing. The most important first.
+# Title: options, and "recompute", the value of train.activation_checkpointing, and "documents": whether rows hold
+# several, between which there is no attention. The most important first.
 DENSE = {
     "llama, grouped queries": LLAMA,
     "mistral, sliding window": LLAMA | {"sliding_window": 128},
@@ -44,17 +45,25 @@ EXPERTS = {
     "mixtral, selective recomputation": MIXTRAL | {"recompute": "selective"},
     "one shared and 2 of 8 experts": MIXTRAL | {"n_shared_expert": 1},
 }
+DOCUMENTS = {
+    "llama, grouped queries, documents": LLAMA | {"documents": True},
+    "mistral, sliding window, documents": LLAMA | {"sliding_window": 128, "documents": True},
+    "gpt2, documents": {"documents": True},
+    "every 2nd layer with a window, documents": LLAMA
+    | {"sliding_window": 128, "full_attention_layers": 2, "documents": True},
+    "qwen3, selective recomputation, documents": QWEN3 | {"recompute": "selective", "documents": True},
+}
 
 
 def sized(models, tiny):
-    """These models with their sizes: {title: {"options": of ModelConfig, "recompute": value}}."""
+    """These models with their sizes: {title: {"options": of ModelConfig, "recompute", "documents": their values}}."""
     made = {}
     for title, options in models.items():
         options = SIZE | options
-        recompute = options.pop("recompute", False)
+        more = {name: options.pop(name, False) for name in ("recompute", "documents")}
         if tiny:
             options |= TINY | {name: min(options[name], most) for name, most in TINY_WIDTHS.items() if name in options}
             if options.get("rotary_scaling"):
                 options["rotary_scaling"] = options["rotary_scaling"] | {"original_max_position_embeddings": 16}
-        made[title] = {"options": options, "recompute": recompute}
+        made[title] = {"options": options} | more
     return made

@@ -3,6 +3,7 @@ would measure on a GPU are settings that train.py takes."""
 
 import dataclasses
 import importlib
+import itertools
 import json
 import re
 import sys
@@ -15,6 +16,7 @@ from benchmarks.switches import SWITCHES
 from minzero import benchmark
 from minzero.config.deepspeed import deepspeed_config
 from minzero.config.sections import ModelConfig
+from minzero.document_attention import Documents
 from minzero.errors import UserError
 from minzero.planner.gpus import USABLE
 from minzero.planner.search import with_choice
@@ -115,11 +117,11 @@ LLAMA, MIXTRAL = next(iter(parity_models.DENSE)), next(iter(parity_models.EXPERT
 
 def test_every_model_of_parity_is_one_that_model_py_computes():
     """Also tiny, where each keeps its options."""
-    models = parity_models.DENSE | parity_models.EXPERTS
+    models = parity_models.DENSE | parity_models.EXPERTS | parity_models.DOCUMENTS
     for tiny in (False, True):
         for title, settings in parity_models.sized(models, tiny).items():
-            assert set(settings) == {"options", "recompute"}
-            assert models[title].keys() - {"recompute"} <= settings["options"].keys()
+            assert set(settings) == {"options", "recompute", "documents"}
+            assert models[title].keys() - {"recompute", "documents"} <= settings["options"].keys()
             ModelConfig(**settings["options"]).check()
 
 
@@ -146,6 +148,24 @@ def test_parity_of_bf16_and_float32(title, monkeypatch):
     models = {"of an earlier call": {"call": 1}, "of this one": {}}
     rows = gpu_report.each_model({"row": {"models": models, "failed": None, "call": 2}})
     assert [row["call"] for row in rows] == [1, 2]
+
+
+def test_parity_sees_attention_beyond_a_document(monkeypatch):
+    (_, settings), *_ = parity_models.sized(parity_models.DOCUMENTS, tiny=True).items()
+
+    def gradients():
+        return dict(itertools.islice(parity.measured(settings, 2), 2))["eager"]["eager_gradients"]
+
+    assert gradients() < 0.02
+    one_by_one = Documents.one_by_one
+
+    def in_pairs(documents, *arguments):
+        return one_by_one(dataclasses.replace(documents, starts=documents.starts[::2]), *arguments)
+
+    monkeypatch.setattr(Documents, "one_by_one", in_pairs)
+    positions = torch.arange(16).repeat(2, 4)  # an even number of documents
+    monkeypatch.setattr(parity, "positions_of_documents", lambda *_: positions)
+    assert gradients() > 0.05
 
 
 def test_experts_of_a_token_are_the_same_in_every_precision():
@@ -241,7 +261,7 @@ def test_processes_beside_each_other_keep_their_own_extensions(tmp_path, monkeyp
 
 @pytest.mark.parametrize("part", gpu_parts.PARTS)
 def test_every_row_on_an_h100_is_a_setting_that_train_takes(part, tmp_path):
-    bench = gpu_parts.Bench(**vars(H100) | {"nanogpt": tmp_path / "model.py"})
+    bench = gpu_parts.Bench(**vars(H100) | {"nanogpt": tmp_path / "model.py", "data": tmp_path})
     rows = list(gpu_parts.PARTS[part](bench))
     assert len({row.name for row in rows}) == len(rows) >= (2 if part == "parity" else 4)
     for row in rows:
