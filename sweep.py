@@ -25,10 +25,11 @@ from minzero.config.build import build
 from minzero.config.deepspeed import gradient_accumulation
 from minzero.config.load import command_line_values, load_config
 from minzero.config.nested import merge
+from minzero.config.values import as_flag
 from minzero.errors import UserError
 from minzero.files import check_can_write, make_folder, read_json, write_json
 from minzero.flags import FlagParser, a_number, a_path, at_least
-from minzero.scaling.plan import SCHEDULES, Options
+from minzero.scaling.plan import SCHEDULES, SET_BY_SWEEP, Options
 from minzero.scaling.shapes import COUNTS
 
 USAGE = "sweep.py CONFIG|FOLDER [--flops C ...] [--predict C ...] [--lr_range] [--section.key value ...]"
@@ -101,12 +102,18 @@ def read_options(arguments):
     return options, rest
 
 
-def content_of(rest):
-    """(the sections of the config that the command line names, as nested dictionaries; the Config; the file's stem)."""
+def content_of(rest, replaced):
+    """(the sections of the config that the command line names, as nested dictionaries; the Config; the file's stem).
+    replaced: {key of the train section: what sets it here}. A config file may have such keys for its own run. Raises
+    UserError for one on the command line, which would not be obeyed."""
     config = load_config(rest)
     overrides, files = command_line_values(rest)
     if not files:
         raise UserError(f"CONFIG: none given; expected: {USAGE}")
+    given = overrides.get("train", {})
+    for name in (name for name in given if name in replaced):
+        found = as_flag(given[name])
+        raise UserError(f"--train.{name}: found {found}, which {replaced[name]}; leave it out")
     return merge(read_json(files[0]), overrides), config, Path(files[0]).stem
 
 
@@ -146,7 +153,7 @@ def opened(options, rest):
         content, flops = before["config"], before["flops"]
         sizes = options.sizes or before["sizes"]
     else:
-        content, config, stem = content_of(rest)
+        content, config, stem = content_of(rest, SET_BY_SWEEP)
         if not options.flops:
             raise UserError(
                 "--flops: none given; expected the budgets, as --flops 1e17 3e17 1e18, or the folder of a sweep"
@@ -160,9 +167,15 @@ def opened(options, rest):
         raise UserError(f"--flops: found {new[0]:g} with --fit, which starts no run; leave one of them out")
     if options.only_print and (options.fit or options.predict):
         raise UserError("--print: found with --fit or --predict; it lists the runs alone: leave one of them out")
+    if options.only_print and options.json:
+        raise UserError("--json: found with --print, whose lines are commands; leave one of them out")
     if options.decay is not None and (options.schedule or before["options"].get("schedule", "wsd")) != "wsd":
         raise UserError("--decay: found with another --schedule than wsd, which alone decays so; leave it out")
     chosen = given_options(options, before["options"])
+    if chosen.schedule != "wsd" and "decay_shape" in command_line_values(rest)[0].get("train", {}):
+        raise UserError(
+            f"--train.decay_shape: found with --schedule {chosen.schedule}; wsd alone decays so; leave it out"
+        )
     how = chosen.count
     if has_begun and options.fit:
         chosen.count = before["options"]["count"]  # the fit alone may count in another way
@@ -215,10 +228,10 @@ def scaling(options, rest):
 
 
 def range_test(options, rest):
-    from minzero.scaling.range_test import draw, read_curve, suggest, train_keys
+    from minzero.scaling.range_test import SET_BY_TEST, draw, read_curve, suggest, train_keys
     from minzero.scaling.runs import RunFailed, held, run_job, say
 
-    content, config, stem = content_of(rest)
+    content, config, stem = content_of(rest, SET_BY_TEST)
     folder = options.out or Path(f"out/lr_range-{stem}")
     highest = min(10.0, 30 * config.train.lr) if options.highest is None else options.highest
     steps = options.steps or 200
@@ -226,7 +239,11 @@ def range_test(options, rest):
     path = folder / "config.json"
     if path.exists() and read_json(path) != content:
         raise UserError(f"{path}: found a range test with other settings; choose another --out, or remove {folder}")
-    gradient_accumulation(build(content, path), options.ranks or 1)
+    try:
+        test = build(content, "its config")
+    except UserError as error:  # of rates that the config alone would not have
+        raise UserError(f"--highest: found {highest:g}: {error}; lower it") from None
+    gradient_accumulation(test, options.ranks or 1)
     make_folder("--out", folder)
     write_json(path, content)
     with held(folder) as lock:
@@ -244,7 +261,7 @@ def range_test(options, rest):
     print(f"falls fastest at {found.steepest:.3g}, is lowest at {found.lowest:.3g}")
     muon = ""
     if config.train.optimizer == "muon":  # both rates rose together
-        muon = f" --train.muon_lr {config.train.muon_lr * found.suggested / config.train.lr:.2g}"
+        muon = f" --train.muon_lr {test.train.muon_lr * found.suggested / highest:.2g}"
     print(f"suggested peak rate: --train.lr {found.suggested:g}{muon} ({found.why})")
     print(f"drawn: {picture}")
     if options.json:

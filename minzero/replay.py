@@ -1,4 +1,5 @@
-"""A step of a run again: recomputed from the newest checkpoint before it, and compared bit for bit with the log.
+"""A step of a run again: recomputed from the newest checkpoint before it, and compared bit for bit with the log. Of a
+branch that is the checkpoint at which it began, where it has none of its own before the step.
 
     python -m minzero.replay out/tiny 120                              # a run of one rank
     deepspeed --num_gpus 8 --module minzero.replay out/1p5b 20000      # as many ranks as the run had
@@ -21,7 +22,7 @@ from pathlib import Path
 import train
 from minzero import checkpoint, dist, reference
 from minzero.bad_steps import BadSteps
-from minzero.checkpoint_folder import Saved
+from minzero.checkpoint_folder import Saved, find
 from minzero.checkpoint_state import state_if_whole
 from minzero.commands import end_rank, run_command
 from minzero.config.build import build
@@ -95,15 +96,37 @@ def settings_of(run, before, later):
 
 
 def find_start(run, step):
-    """(path of the newest checkpoint before a step, its state, settings then, what the run recorded after it). The path
-    is None for step 0. Raises UserError."""
+    """(path of the newest checkpoint before a step, its state, settings then, what the run recorded after it). The
+    checkpoint is the run's own, or the one that it is a branch of; the path is None for step 0. Raises UserError."""
     if not (run / "config.json").is_file():
         raise UserError(f"{run}: found no config.json in it; expected the folder of a run, as out/tiny")
     states = [(entry.path, state_if_whole(entry.path)) for entry in Saved(run / "checkpoints").own]
     before = [(path, state) for path, state in states if state and state["step"] < step]
     later = [state for _, state in states if state and state["step"] >= step]
-    path, state = before[-1] if before else (None, {"step": 0, "tokens": 0, "best_val_loss": None})
-    return path, state, settings_of(run, state, later), recorded(run, state, later)
+    settings = settings_of(run, before[-1][1] if before else {}, later)
+    path, state = before[-1] if before else beginning(run, settings, step)
+    return path, state, settings, recorded(run, state, later)
+
+
+def beginning(run, settings, step):
+    """(path, state) of where a run began: of another run's checkpoint, of which it is a branch, or None and the state
+    of step 0. Raises UserError if that checkpoint is gone, or not before `step`."""
+    source = settings["config"]["train"].get("resume", "auto")
+    if source in ("auto", "never"):
+        return None, {"step": 0, "tokens": 0, "best_val_loss": None}
+    path = find(source)
+    state = state_if_whole(path) if path else None
+    if not state:
+        raise UserError(
+            f"train.resume: {run} began at {source}, and found no complete checkpoint there; restore it, or choose a "
+            f"step after the first checkpoint of {run}"
+        )
+    if state["step"] >= step:
+        raise UserError(
+            f"step {step}: {run} is a branch of {path}, step {state['step']}; expected a later step, or the run that "
+            "it is a branch of"
+        )
+    return path, state
 
 
 def config_of(run, settings):

@@ -8,12 +8,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.helpers.processes import ROOT, environment, write_small_data
 
+# An example of hypothesis may take as long as it does: the cores are shared.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 # Sums depend on the number of threads, so what is computed here equals what a command computes; and two workers share
 # the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

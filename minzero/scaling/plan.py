@@ -31,6 +31,15 @@ MOST_WARMUP = 0.2  # of the shortest run of a size
 SAVE_SECONDS = 600  # between two checkpoints of a run, if the config names no other time
 # Keys of a config that a sweep cannot obey: (section, name, the only value that it takes)
 OF_A_SCHEDULE = ("schedule", "decay_tokens", "decay_shape")
+NOT_OF_RUNS = ("eval_every", "save_every", "save_best", "keep_every", "keep_checkpoints", "sample_every", *EVAL_TASKS)
+SET_BY_SWEEP = {
+    "schedule": "--schedule",
+    "warmup_tokens": "--warmup",
+    "max_tokens": "--flops",
+    "decay_tokens": "--decay",
+}
+SET_BY_SWEEP = {name: f"{flag} sets" for name, flag in (SET_BY_SWEEP | {"out_dir": "--out"}).items()}
+SET_BY_SWEEP |= dict.fromkeys(NOT_OF_RUNS, "a sweep sets: its runs have no evaluations and checkpoints on the way")
 ONLY = (
     ("train", "init_from", None),
     ("train", "loss", "next_token"),
@@ -129,6 +138,13 @@ class Sweep:
             for power in self.grid.around(budget, sizes, options.tokens_per_parameter):
                 powers.setdefault(power, []).append(budget)
         self.sizes = [self.size_of(self.grid.at(power), powers[power]) for power in sorted(powers)]
+        for size in self.sizes:
+            try:
+                build(self.content_of_runs(size), "its config")
+            except UserError as error:  # as of a rate that is too high for train.py
+                raise UserError(
+                    f"--flops: the runs of {size.name}, of train.lr {size.lr:g} by --lr_exponent: {error}"
+                ) from None
 
     def refuse_what_no_run_obeys(self):
         for section, name, only in ONLY:

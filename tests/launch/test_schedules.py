@@ -4,6 +4,7 @@ steps in plain torch."""
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from minzero import schedule
+from minzero import replay, schedule
 from minzero.checkpoint import open_weights
 from minzero.checkpoint_folder import complete_checkpoints
 from minzero.config.build import build
 from minzero.data.mixture import Mixture
 from minzero.engine import parameter_groups
+from minzero.errors import UserError
 from minzero.files import write_json
 from minzero.metrics import read_metrics
 from model import GPT
@@ -70,6 +72,24 @@ def test_the_rates_of_the_decay(runs):
     for name, shape in expected.items():
         rates = [rate for (rate,) in numbers_of(runs / name, "lr").values()]
         assert rates == pytest.approx([0.01 / 3, 0.02 / 3] + [0.01] * 6 + [0.01 * part for part in shape], abs=1e-15)
+
+
+def test_a_branch_is_replayed_from_where_it_began(runs):
+    branch, began = runs / "branch", runs / "long" / "checkpoints" / "step_00000008"
+    done = run(deepspeed_command("--module", "minzero.replay", branch, 10))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"steps 9 to 10 of {branch}, from {began}" in done.stdout
+    assert "equal bit for bit: 2 recorded of 2 steps" in done.stdout
+
+
+def test_a_step_before_a_branch_is_another_runs(runs, tmp_path):
+    with pytest.raises(UserError, match=r"^step 8: .*branch is a branch of .*long.*step_00000008, step 8; expected a"):
+        replay.find_start(runs / "branch", 8)
+    shutil.copytree(runs / "branch", tmp_path / "branch")
+    for path in (tmp_path / "branch").rglob("*.json"):
+        path.write_text(path.read_text().replace(str(runs / "long"), str(tmp_path / "gone")))
+    with pytest.raises(UserError, match=r"^train\.resume: .* began at .*gone.*found no complete checkpoint there"):
+        replay.find_start(tmp_path / "branch", 10)
 
 
 def test_what_a_changed_schedule_does_to_the_rate_is_said(runs):

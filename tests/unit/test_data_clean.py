@@ -247,7 +247,7 @@ def ngrams_in(evaluation):
 ANY_TEXT = st.text(st.one_of(st.sampled_from("aB -_\n\x1e\u2028Σ\u03c2\u03c3İéÉ½"), st.characters()), max_size=60)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(ANY_TEXT, st.integers(1, 12))
 def test_words_and_their_hashes(text, size):
     with pytest.MonkeyPatch.context() as patch:

@@ -58,7 +58,7 @@ def test_megatron(tmp_path, capsys, dtype):
 IDS = st.lists(st.sampled_from([1, 2, 3, END]), max_size=9)
 
 
-IN_MEMORY = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+IN_MEMORY = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @IN_MEMORY

@@ -168,7 +168,7 @@ def test_one_folder_is_a_mixture_of_one(folders):
     other=st.sampled_from([(1, 1), (2, 3), (4, 1), (1, 24)]),
     stop=st.integers(0, 6),
 )
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_independent_of_ranks_micro_batch_and_resume(folders, ranks, micro, other, stop):
     """Any division of the global batch, interrupted anywhere and gone on with another one, reads the same."""
     batch = 240

@@ -76,7 +76,7 @@ def test_same_ids_on_the_shared_texts(trained, shared):
 
 
 @given(st.text(max_size=200))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_same_ids_on_any_text(trained, text):
     assume(
         "<|" not in text
@@ -85,7 +85,7 @@ def test_same_ids_on_any_text(trained, text):
 
 
 @given(st.text(alphabet="ab ", max_size=120))
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 def test_same_ids_where_merges_compete(trained, text):
     """Runs and near-runs, where the same token can be joined from several pairs."""
     same(trained, text)
@@ -376,7 +376,7 @@ def test_the_faster_pattern_cuts_the_same_pieces(name):
     assert before.pattern != after.pattern
 
     @given(st.one_of(WHITE, st.text(max_size=60)))
-    @settings(deadline=None, max_examples=300)
+    @settings(max_examples=300)
     def check(text):
         assert before.findall(text) == after.findall(text)
 
@@ -393,7 +393,7 @@ def test_the_faster_tokenizer_gives_the_same_ids(trained, shared):
             assert quick.encode_ordinary(text) == encoding.encode_ordinary(text)
 
     @given(st.one_of(WHITE, st.text(max_size=60)))
-    @settings(deadline=None, max_examples=300)
+    @settings(max_examples=300)
     def check(text):
         for encoding, quick in pairs:
             assert quick.encode_to_numpy(text, disallowed_special=()).tolist() == encoding.encode_ordinary(text)

@@ -16,6 +16,7 @@ import sweep as command
 from minzero.config.build import build
 from minzero.config.load import load_config
 from minzero.config.sections import ModelConfig, TrainConfig
+from minzero.config.values import as_flag
 from minzero.errors import UserError
 from minzero.files import read_json, write_json
 from minzero.plot import pyplot
@@ -561,6 +562,15 @@ def test_a_sweep_in_use_is_refused(tmp_path):
             ["configs/scaling-tiny.json", "--flops", "1e12", "3e12", "--schedule", "cosine", "--decay", "0.5"],
             "--decay: found with another --schedule",
         ),
+        (["configs/scaling-tiny.json", "--flops", "1e12", "3e12", "--print", "--json"], "--json: found with --print"),
+        (
+            ["configs/scaling-tiny.json", "--flops", "1e12", "3e12", "--print", "--train.lr", "5"],
+            "--flops: the runs of 1x16, of train.lr 20 by --lr_exponent: .* expected at most 10",
+        ),
+        (
+            ["configs/scaling-tiny.json", "--lr_range", "--highest", "10"],
+            "--highest: found 10: .* train.weight_decay: .*; lower it",
+        ),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(arguments, message, tmp_path, monkeypatch):
@@ -569,6 +579,26 @@ def test_flags_that_do_not_go_together_are_refused(arguments, message, tmp_path,
     with pytest.raises(UserError, match=message):
         command.main(arguments)
     assert not (tmp_path / "out").exists()
+
+
+GIVEN = {"schedule": "cosine", "warmup_tokens": 5000, "max_tokens": 8192000, "out_dir": "x", "eval_every": 5}
+GIVEN |= {"save_best": False, "keep_every": 7}
+
+
+@pytest.mark.parametrize("name", [*GIVEN, "save_every", "sample_every"])
+@pytest.mark.parametrize("how", [["--flops", "1e12", "3e12", "--print"], ["--lr_range"]])
+def test_a_key_of_the_command_line_that_is_not_obeyed_is_refused(how, name, tmp_path, monkeypatch):
+    """A config file may have it, for a run of its own."""
+    monkeypatch.chdir(ROOT)
+    arguments = ["configs/scaling-tiny.json", *how, "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=rf"^--train\.{name}: found .*, which .* sets.*; leave it out$"):
+        command.main([*arguments, f"--train.{name}", as_flag(GIVEN.get(name, 9))])
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_key_that_the_range_test_sets_is_refused():
+    set_here = range_test.train_keys(load_config([str(ROOT / "configs/scaling-tiny.json")]), "x", 1.0, 50)
+    assert set(set_here) - {"lr"} == set(range_test.SET_BY_TEST)
 
 
 # ---- the range test

@@ -33,7 +33,7 @@ GPT3 |= {"max_tokens": 300 * 10**9, "micro_batch_size": 1}
     length=st.integers(60, 9000),
     share=st.floats(0, 1),
 )
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_a_run_that_stops_anywhere_has_the_same_steps(unit, first, more, ramp, jumps, length, share):
     train = SimpleNamespace(
         first_batch_tokens=unit * first,
