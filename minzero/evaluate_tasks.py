@@ -14,6 +14,7 @@ import logging
 import random
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from minzero.errors import UserError, describe
 from minzero.evaluate_loss import loss_of_each_token
 from minzero.hf.write import write_model, write_settings
 from minzero.sizes import IGNORE_INDEX
+from minzero.task_faults import build_requests, fault_of_yaml, faults_named, remedy_of_task
 from minzero.trained import ModelSource, best_device
 
 KEY = "train.eval_tasks"
@@ -47,6 +49,10 @@ def open_tasks(names, task_path, flag="--tasks", path_flag="--task_path", types=
     from lm_eval.tasks import TaskManager
 
     class Manager(TaskManager):
+        def _load_spec(self, spec):
+            with faults_named(flag, spec):
+                return super()._load_spec(spec)
+
         def load(self, tasks):
             self.loaded = super().load(tasks)
             if len(self.loaded["tasks"]) < len(tasks):
@@ -60,11 +66,15 @@ def open_tasks(names, task_path, flag="--tasks", path_flag="--task_path", types=
                         f"{flag}: {name}: found output_type {task.OUTPUT_TYPE}, expected {' or '.join(types)}; leave "
                         "it out, and evaluate it by eval.py --tasks"
                     )
+                task.build_all_requests = partial(build_requests, flag, name, task, task.build_all_requests, types)
             return self.loaded
 
     if task_path and not Path(task_path).is_dir():
         raise UserError(f"{path_flag}: {task_path}: no such folder; expected one that holds lm-eval's task files")
     files = {name for name in names if Path(name).suffix == ".yaml" and Path(name).is_file()}
+    for file in sorted(files):
+        if fault := fault_of_yaml(file):
+            raise UserError(f"{flag}: {file}: {fault}; correct it, or leave it out of {flag}")
     # indexing its own ten thousand tasks takes a dozen seconds, for which files of tasks need not wait
     for include_defaults in (False, True):
         manager = Manager(include_path=task_path, include_defaults=include_defaults)
@@ -72,6 +82,13 @@ def open_tasks(names, task_path, flag="--tasks", path_flag="--task_path", types=
         if known.issuperset(names):
             return manager
     unknown = next(name for name in names if name not in known)
+    further = Path(task_path).glob("**/*.yaml") if task_path else ()
+    for file in sorted(further, key=lambda file: (file.stem != unknown, file)):
+        if fault := fault_of_yaml(file):
+            found = f"no task {unknown!r}, and a file that may hold it cannot be read: {file}: {fault}"
+            raise UserError(
+                f"{path_flag}: found {found}; correct or remove that file, or leave {unknown} out of {flag}"
+            )
     remedy = did_you_mean(unknown, manager.all_tasks, "lm-eval ls tasks lists them")  # ten thousand
     raise UserError(f"{flag}: {unknown!r} is neither one of lm-eval's nor a yaml file; {remedy}")
 
@@ -194,6 +211,8 @@ def run_tasks(source: ModelSource, names, manager, limit, chat=False):
         try:
             found = lm_eval.simple_evaluate("hf", model, names, task_manager=manager, **settings)
             return with_bits_per_byte(found["results"], manager.loaded)
+        except UserError:
+            raise
         except Exception as error:  # of many classes: no network, a broken task file, a task that this model cannot
             raise UserError(f"--tasks: lm-eval ended with {describe(error)}") from None
 
@@ -239,14 +258,16 @@ def make_model(folder, block_size):
         answers = None
 
         def loglikelihood(self, requests, disable_tqdm=True):
+            self.names = [request.task_name for request in requests]
             return super().loglikelihood(requests, True) if self.answers is None else self.answers
 
         def _loglikelihood_tokens(self, requests, **_):
             self.pairs = [(context, answer) for _, context, answer in requests]
-            for (_, text), _, answer in requests:
+            for name, ((_, text), _, answer) in zip(self.names, requests, strict=True):
                 if not 0 < len(answer) <= block_size:
+                    found = f"found an answer of {len(answer)} tokens, {text[:40]!r}"
                     expected = f"expected 1 to {block_size} (model.block_size)"
-                    raise UserError(f"found an answer of {len(answer)} tokens, {text[:40]!r}, {expected}")
+                    raise UserError(f"{KEY}: {name}: {found}, {expected}; {remedy_of_task(KEY)}")
             return [(-1.0, False)] * len(requests)
 
         def get_model_info(self):
@@ -294,9 +315,8 @@ class Harness:
             with own_random_numbers():
                 settings = {"limit": self.limit, "bootstrap_iters": 0, "log_samples": False}
                 lm_eval.simple_evaluate(self.model, None, train.eval_tasks, task_manager=self.manager, **settings)
-        except UserError as error:
-            text = str(error)
-            raise UserError(text if text.startswith(KEY) else f"{KEY}: {text}; leave that task out") from None
+        except UserError:
+            raise
         except Exception as error:  # of many classes: no network, a broken task file
             raise UserError(f"{KEY}: lm-eval ended with {describe(error)}") from None
         self.requests = Requests.of(self.model.pairs, config.model.block_size)

@@ -42,11 +42,31 @@ def batch_tokens(train, tokens):
     first, last = train.first_batch_tokens or train.global_batch_tokens, train.global_batch_tokens
     if tokens >= train.batch_ramp_tokens:
         return last
-    ramp, jumps, unit = train.batch_ramp_tokens, train.batch_ramp_jumps, math.gcd(first, last)
+    ramp, jumps = train.batch_ramp_tokens, train.batch_ramp_jumps
     if jumps:
-        wanted = first * (last / first) ** (tokens * jumps // ramp / jumps)
-        return round(wanted / unit) * unit
+        return size_of_jump(first, last, tokens * jumps // ramp, jumps)
+    unit = math.gcd(first, last)
     return (first * ramp + (last - first) * tokens) // (ramp * unit) * unit  # whole numbers, so exact
+
+
+def size_of_jump(first, last, number, jumps):
+    """Tokens of a step after so many of all jumps."""
+    unit = math.gcd(first, last)
+    return round(first * (last / first) ** (number / jumps) / unit) * unit
+
+
+def possible_jumps(first, last, most):
+    """The largest number of jumps up to `most` that each change the size of a step, which is rounded; at least 1 where
+    first < last."""
+    for jumps in range(min(most, (last - first) // math.gcd(first, last)), 0, -1):
+        if len({size_of_jump(first, last, number, jumps) for number in range(jumps + 1)}) > jumps:
+            return jumps
+    return 0
+
+
+def real_jumps(train):
+    """How often the batch of a whole run grows: a step that is longer than the tokens between two jumps takes both."""
+    return len({batch_tokens(train, end) for end in Steps(train).ends}) - 1
 
 
 class Steps:

@@ -7,7 +7,7 @@ from minzero import metrics, resume, schedule
 from minzero.adapters import count_adapters
 from minzero.checkpoint_folder import is_complete
 from minzero.config.deepspeed import with_auto_values
-from minzero.schedule import Steps, learning_rate
+from minzero.schedule import Steps, learning_rate, real_jumps
 from minzero.sizes import count_parameters, wide_heads
 
 SHAPES_THE_RATE = [f"train.{name}" for name in schedule.SHAPES_THE_RATE]
@@ -51,7 +51,7 @@ def start_lines(run, data, not_compiled=None):
     if train.mup_base_width:
         lines.append(f"muP: rates and initial weights are those of width {train.mup_base_width}, carried over")
     if train.first_batch_tokens:
-        grows = f"{train.batch_ramp_jumps} times" if train.batch_ramp_jumps else "linearly"
+        grows = f"{real_jumps(train)} times" if train.batch_ramp_jumps else "linearly"
         lines.append(
             f"fewer tokens a step before that: from {train.first_batch_tokens:,} on they grow {grows} over the first "
             f"{train.batch_ramp_tokens:,} tokens of the run"

@@ -7,6 +7,7 @@ A run is described by five sections: `model` (model_section.py), `data`, `train`
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 from minzero.config.model_section import ModelConfig
 from minzero.config.values import as_flag, fault_of_text, in_short, key
 from minzero.errors import UserError
-from minzero.schedule import SHAPES_THE_BATCH, Steps, decay_tokens
+from minzero.schedule import SHAPES_THE_BATCH, Steps, decay_tokens, possible_jumps
 
 
 class Recomputation(NamedTuple):
@@ -322,6 +323,11 @@ class TrainConfig:
                 f"train.first_batch_tokens: found {first}, which is more than train.global_batch_tokens "
                 f"{self.global_batch_tokens}; expected at most that, or null for a batch that does not grow"
             )
+        if first == self.global_batch_tokens:
+            raise UserError(
+                f"train.first_batch_tokens: found {first}, which is train.global_batch_tokens; expected less, "
+                "or null for a batch that does not grow"
+            )
         if self.batch_ramp_tokens // first > MOST_RAMP_STEPS:
             raise UserError(
                 f"train.batch_ramp_tokens: found {self.batch_ramp_tokens} with train.first_batch_tokens {first}, "
@@ -331,6 +337,13 @@ class TrainConfig:
             raise UserError(
                 f"train.batch_ramp_tokens: found 0 with train.first_batch_tokens {first}; expected the tokens over "
                 "which the batch grows, or set train.first_batch_tokens to null"
+            )
+        if (possible := possible_jumps(first, self.global_batch_tokens, self.batch_ramp_jumps)) < self.batch_ramp_jumps:
+            unit = math.gcd(first, self.global_batch_tokens)
+            raise UserError(
+                f"train.batch_ramp_jumps: found {self.batch_ramp_jumps} from train.first_batch_tokens {first} to "
+                f"train.global_batch_tokens {self.global_batch_tokens} in multiples of {unit}, of which some sizes are "
+                f"the same; expected at most {possible}, or 0 to grow linearly"
             )
 
     def check_eval_tasks(self):

@@ -81,6 +81,15 @@ def training_facts(state, config: Config, loss):
     rate = f"{train.schedule} from {train.lr:g} to {train.lr * train.min_lr_ratio:g}"
     if train.warmup_tokens:
         rate += f", {train.warmup_tokens:,} tokens of warm-up"
+    if train.schedule == "wsd":
+        whole = "a fifth of the run" if train.decay_tokens is None else f"{shown(train.decay_tokens, ',')} tokens"
+        rate += f", the decay ({train.decay_shape}) over the last {whole}"
+    if train.mup_base_width:
+        rate += f"; muP from width {shown(train.mup_base_width, ',')}"
+    if train.first_batch_tokens:
+        jumps = f"in {shown(train.batch_ramp_jumps, ',')} jumps" if train.batch_ramp_jumps else "linearly"
+        batch += f"; from {shown(train.first_batch_tokens, ',')} tokens on it grew {jumps} over the first "
+        batch += f"{shown(train.batch_ramp_tokens, ',')} tokens of the run"
     decay = shown(train.weight_decay, "g")
     muon = ""
     if train.optimizer == "muon":

@@ -3,8 +3,9 @@
 import dataclasses
 import math
 
-from minzero.config.values import divisors
+from minzero.config.values import as_flag, divisors
 from minzero.errors import UserError
+from minzero.schedule import SHAPES_THE_BATCH, possible_jumps
 
 MOST_CHANGE = 0.1  # of global_batch_tokens, for a micro-batch that would be less than a quarter otherwise
 
@@ -49,7 +50,8 @@ def legal_batch(config, gpus):
         legal = legal_batch(with_first_batch(config, None), gpus)
         whole = legal.train.micro_batch_size * config.model.block_size * gpus
         nearest = max(1, round(first / whole)) * whole
-        return with_first_batch(legal, min(nearest, legal.train.global_batch_tokens))
+        last = legal.train.global_batch_tokens
+        return with_first_batch(legal, min(nearest, last - whole), config.train)
     train, one_each = config.train, config.model.block_size * gpus
     below = train.global_batch_tokens // one_each * one_each
     above = below + one_each
@@ -70,13 +72,19 @@ def legal_batch(config, gpus):
     return with_batch(config, size, tokens)
 
 
-def with_first_batch(config, tokens):
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, first_batch_tokens=tokens))
+def with_first_batch(config, tokens, ramp=None):
+    """A Config with another batch of the first step, 0 or None for a batch that does not grow. ramp: a TrainConfig that
+    says how it grows; where the sizes do not have room for as many jumps, there are fewer."""
+    grows = {"first_batch_tokens": None, "batch_ramp_tokens": 0, "batch_ramp_jumps": 0}
+    if tokens:
+        jumps = possible_jumps(tokens, config.train.global_batch_tokens, ramp.batch_ramp_jumps)
+        grows = dict(zip(grows, (tokens, ramp.batch_ramp_tokens, jumps), strict=True))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **grows))
 
 
 def changed_batch(given, legal):
     """{key: value} in which the batches of two configurations differ."""
-    names = ("global_batch_tokens", "first_batch_tokens", "micro_batch_size")
+    names = (*SHAPES_THE_BATCH, "micro_batch_size")
     return {
         f"train.{name}": getattr(legal.train, name)
         for name in names
@@ -96,7 +104,7 @@ def refused_batch(given, legal, gpus):
     change = changed_batch(given, legal)
     flags = []
     for key, value in change.items():
-        flags.append(f"--{key} {value}")
+        flags.append(f"--{key} {as_flag(value)}")
         if key == "train.global_batch_tokens":
             share = value / train.global_batch_tokens - 1
             flags[-1] += f" ({abs(share):.1%} {'more' if share > 0 else 'less'} in a step)"

@@ -62,6 +62,43 @@ def refused(config):
     return str(error.value)
 
 
+REMEDY = "leave it out of train.eval_tasks, or correct its file or data"
+NO_SHOTS = LETTERS.replace("num_fewshot: 1", "num_fewshot: 0")
+
+
+@pytest.mark.parametrize(
+    ("settings", "example", "expected"),
+    [
+        (NO_SHOTS, {"label": 5}, "example 2: found label 5 with 2 choices, expected 0 to 1"),
+        (NO_SHOTS, {"label": -1}, "example 2: found label -1 with 2 choices, expected 0 to 1"),
+        (NO_SHOTS, {"choices": ["", "c"]}, "example 2: found an empty answer, choice 0, expected a text"),
+        (LETTERS.replace("num_fewshot: 1", "num_fewshot: 9"), {}, "found num_fewshot 9 with 3 examples to show, "),
+        (NO_SHOTS.replace("question", "nowhere"), {}, "lm-eval ended with UndefinedError: 'nowhere' is undefined"),
+        (LAST_LETTER.replace("choices[0]", "nowhere"), {}, "lm-eval ended with UndefinedError: 'nowhere' is undefined"),
+    ],
+)
+def test_a_fault_of_a_task_file_names_the_task(folder, settings, example, expected, request):
+    name = f"fault_{abs(hash(request.node.name))}"
+    last = {"question": "a", "choices": ["b", "c"], "label": 0} | example
+    write_task(folder / "faults", "good", NO_SHOTS, rows(3))
+    write_task(folder / "faults", name, settings, [*rows(2), last])
+    found = refused(config_of(folder, "good", name, eval_tasks_path=str(folder / "faults")))
+    assert found.startswith(f"train.eval_tasks: {name}: {expected}") and found.endswith(f"; {REMEDY}")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("", "found nothing"), ("- a", "found a list"), ("a: [b\nc: : d", "ParserError: ")]
+)
+def test_a_yaml_file_that_cannot_be_read_is_named(folder, text, expected):
+    (folder / "unread").mkdir(exist_ok=True)
+    file = folder / "unread" / "broken.yaml"
+    file.write_text(text)
+    found = refused(config_of(folder, "broken", eval_tasks_path=str(folder / "unread")))
+    assert found.startswith("train.eval_tasks_path: found no task 'broken'") and f"{file}: {expected}" in found
+    found = refused(config_of(folder, str(file), eval_tasks_path=None))
+    assert found.startswith(f"train.eval_tasks: {file}: {expected}")
+
+
 def test_tasks_that_cannot_be_scored_are_one_line(folder, monkeypatch):
     write_task(folder / "tasks", "story", STORY, rows(2))
     long = [{"question": "a", "choices": ["b", "abc " * 20], "label": 0}]
@@ -74,9 +111,9 @@ def test_tasks_that_cannot_be_scored_are_one_line(folder, monkeypatch):
         "leave it out, and evaluate it by eval.py --tasks"
     )
     found = refused(config_of(folder, "long"))
-    assert found.startswith("train.eval_tasks: found an answer of 81 tokens, ' abc abc")
-    assert found.endswith("expected 1 to 16 (model.block_size); leave that task out")
-    assert refused(config_of(folder, "gone")).startswith("train.eval_tasks: lm-eval ended with ")
+    assert found.startswith("train.eval_tasks: long: found an answer of 81 tokens, ' abc abc")
+    assert found.endswith(f"expected 1 to 16 (model.block_size); {REMEDY}")
+    assert refused(config_of(folder, "gone")).startswith("train.eval_tasks: gone: lm-eval ended with ")
     assert refused(config_of(folder, "long", eval_tasks_path="nowhere")).startswith("train.eval_tasks_path: nowhere: ")
     (folder / "bare").mkdir()
     assert "bare: no meta.json, so the tokenizer" in refused(config_of(folder, "long", data="bare"))

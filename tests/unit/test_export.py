@@ -349,6 +349,17 @@ def test_the_model_card_says_over_how_many_tokens_the_loss_was_measured(tmp_path
     assert "over at most 1,048,576 tokens |" in (tmp_path / "hf" / "README.md").read_text()
 
 
+def test_the_model_card_names_the_ramp_the_decay_and_mup(tmp_path):
+    data = write_data(tmp_path / "data")
+    text = card_of(tmp_path, SMALL, data)[1]
+    assert "grew" not in text and "decay (" not in text and "muP" not in text
+    ramp = {"first_batch_tokens": 64, "global_batch_tokens": 128, "batch_ramp_tokens": 4096, "batch_ramp_jumps": 1}
+    more = {"schedule": "wsd", "decay_tokens": 2048, "decay_shape": "linear", "mup_base_width": 16}
+    text = card_of(tmp_path, SMALL, data, **ramp | more)[1]
+    assert "; from 64 tokens on it grew in 1 jumps over the first 4,096 tokens of the run |" in text
+    assert ", the decay (linear) over the last 2,048 tokens; muP from width 16 |" in text
+
+
 def test_the_model_card_lists_the_settings_that_count(tmp_path):
     data = write_data(tmp_path / "data")
     text = card_of(tmp_path, SMALL, data)[1]

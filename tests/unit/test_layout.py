@@ -24,7 +24,7 @@ ORDER = """
     hf.comparison hf.read lora four_bit trained init_from compiled
     engine watchdog bad_steps goodput metrics loggers profiler curves plot report hf.card hf.write
     hf.peft hf.gguf summary run
-    evaluate_loss evaluate_pairs evaluate_roles reference sampling evaluate evaluate_tasks generate
+    evaluate_loss evaluate_pairs evaluate_roles reference sampling evaluate task_faults evaluate_tasks generate
     planner.units planner.gpus planner.batches planner.settings planner.activations planner.replay planner.stage3
     planner.memory planner.speed planner.search planner.plan planner.stage planner.fitting planner.report
     planner.picture planner.offers planner.measured

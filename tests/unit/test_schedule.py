@@ -17,7 +17,7 @@ from minzero.errors import UserError
 from minzero.planner.batches import is_legal, legal_batch
 from minzero.planner.gpus import Hardware
 from minzero.planner.plan import plan_run
-from minzero.schedule import Steps, batch_tokens, learning_rate
+from minzero.schedule import Steps, batch_tokens, learning_rate, possible_jumps, real_jumps
 
 H100 = card_named("h100")
 GPT3 = {"first_batch_tokens": 32768, "global_batch_tokens": 3211264, "batch_ramp_tokens": 4 * 10**9}
@@ -84,6 +84,11 @@ def test_gpt_3s_batch():
         ({"batch_ramp_jumps": 5}, "train.batch_ramp_jumps: found 5 with train.first_batch_tokens null"),
         ({"first_batch_tokens": 50}, "train.batch_ramp_tokens: found 0 with train.first_batch_tokens 50"),
         ({"first_batch_tokens": 200, "batch_ramp_tokens": 5}, "found 200, which is more than .* 100"),
+        (
+            {"first_batch_tokens": 100, "batch_ramp_tokens": 5},
+            "found 100, which is train.global_batch_tokens.* or null",
+        ),
+        ({"first_batch_tokens": 25, "batch_ramp_tokens": 5, "batch_ramp_jumps": 1000}, "of 25, .* expected at most 3"),
         ({"first_batch_tokens": 0, "batch_ramp_tokens": 5}, "train.first_batch_tokens: found 0"),
         ({"first_batch_tokens": 50, "batch_ramp_tokens": 500, "profile": "16:16"}, "of 1 to 15"),
     ],
@@ -107,6 +112,24 @@ def test_the_first_batch_divides_as_well():
     legal = legal_batch(config, 4)
     assert is_legal(legal, 4) and gradient_accumulation(legal, 4)
     assert legal.train.first_batch_tokens in (512, 1024) and legal.train.global_batch_tokens == 2048
+
+
+def test_a_planned_ramp_is_one_that_train_takes():
+    """On more ranks there are fewer sizes between the two, or none."""
+    batch = {"global_batch_tokens": 64 * 32, "first_batch_tokens": 24 * 32, "batch_ramp_tokens": 10**4}
+    batch |= {"batch_ramp_jumps": 3, "micro_batch_size": 4}
+    config = build({"model": {"block_size": 32, "n_embd": 64, "n_head": 2}, "train": batch}, "x")
+    for ranks in (2, 4, 8, 16):
+        train = legal_batch(config, ranks).train
+        train.check()
+        assert train.batch_ramp_jumps == {2: 3, 4: 1, 8: 1, 16: 0}[ranks]
+
+
+def test_the_jumps_of_a_run_are_counted():
+    train = TrainConfig(**GPT3 | {"global_batch_tokens": 2**20, "batch_ramp_jumps": 5})
+    assert real_jumps(train) == 5
+    assert real_jumps(dataclasses.replace(train, batch_ramp_tokens=3 * 2**15)) == 2, "steps that are longer than jumps"
+    assert possible_jumps(64, 256, 1000) == 3 and possible_jumps(64, 256, 2) == 2
 
 
 def checkpoint_of(config, tokens):
