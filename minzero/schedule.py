@@ -1,6 +1,7 @@
 """What changes from step to step, counted in tokens so that it means the same on any number of GPUs: the learning rate
 and the tokens of a step."""
 
+import itertools
 import math
 
 # keys of the train section, by what they shape; those that hold text come first
@@ -59,7 +60,8 @@ def possible_jumps(first, last, most):
     """The largest number of jumps up to `most` that each change the size of a step, which is rounded; at least 1 where
     first < last."""
     for jumps in range(min(most, (last - first) // math.gcd(first, last)), 0, -1):
-        if len({size_of_jump(first, last, number, jumps) for number in range(jumps + 1)}) > jumps:
+        sizes = (size_of_jump(first, last, number, jumps) for number in range(jumps + 1))
+        if all(size < following for size, following in itertools.pairwise(sizes)):  # ends at the first that is equal
             return jumps
     return 0
 

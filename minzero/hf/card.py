@@ -87,7 +87,8 @@ def training_facts(state, config: Config, loss):
     if train.mup_base_width:
         rate += f"; muP from width {shown(train.mup_base_width, ',')}"
     if train.first_batch_tokens:
-        jumps = f"in {shown(train.batch_ramp_jumps, ',')} jumps" if train.batch_ramp_jumps else "linearly"
+        jumps = f"in {train.batch_ramp_jumps} jump{'s' * (train.batch_ramp_jumps != 1)}"
+        jumps = jumps if train.batch_ramp_jumps else "linearly"
         batch += f"; from {shown(train.first_batch_tokens, ',')} tokens on it grew {jumps} over the first "
         batch += f"{shown(train.batch_ramp_tokens, ',')} tokens of the run"
     decay = shown(train.weight_decay, "g")
