@@ -356,7 +356,7 @@ def test_the_model_card_names_the_ramp_the_decay_and_mup(tmp_path):
     ramp = {"first_batch_tokens": 64, "global_batch_tokens": 128, "batch_ramp_tokens": 4096, "batch_ramp_jumps": 1}
     more = {"schedule": "wsd", "decay_tokens": 2048, "decay_shape": "linear", "mup_base_width": 16}
     text = card_of(tmp_path, SMALL, data, **ramp | more)[1]
-    assert "; from 64 tokens on it grew in 1 jumps over the first 4,096 tokens of the run |" in text
+    assert "; from 64 tokens on it grew in 1 jump over the first 4,096 tokens of the run |" in text
     assert ", the decay (linear) over the last 2,048 tokens; muP from width 16 |" in text
 
 
