@@ -15,7 +15,7 @@ from tests.helpers.trained_runs import write_data
 
 pytestmark = pytest.mark.slow
 CHANGES = {
-    "minzero/config/sections.py": [
+    "minzero/config/model_section.py": [
         (
             "    init_std: float = key(",
             '    input_norm: bool = key(False, "a norm of the embeddings")\n    init_std: float = key(',
@@ -121,12 +121,12 @@ def test_the_tests_try_it(copy):
         else:
             assert int(output.split(" passed")[0].split()[-1]) >= 3, "with GPT-2, Llama and others as the base"
     # a number has no values that could be guessed
-    config = (copy / "minzero" / "config" / "sections.py").read_text()
+    config = (copy / "minzero" / "config" / "model_section.py").read_text()
     number = config.replace("    input_norm: bool = key(False,", "    input_norm: float = key(1.5,")
     assert number != config
-    (copy / "minzero" / "config" / "sections.py").write_text(number)
+    (copy / "minzero" / "config" / "model_section.py").write_text(number)
     try:
         output = run(copy, 2, "-m", "pytest", "-q", "tests/unit/test_model.py", "-k", "count")
     finally:
-        (copy / "minzero" / "config" / "sections.py").write_text(config)
+        (copy / "minzero" / "config" / "model_section.py").write_text(config)
     assert "model.input_norm is tested with no value but its default: add others to variants.py" in output
