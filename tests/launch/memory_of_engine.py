@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -24,6 +25,7 @@ from minzero.four_bit import FourBitLinear
 from minzero.planner.settings import settings_of
 from tests.helpers.other_engines import OtherSettings, simulate_other
 
+LINEAR = functional.linear
 SHAPE = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 64, "vocab_size": 512}
 
 
@@ -94,6 +96,7 @@ def measured_and_predicted(zero, batch, precision, shape, loss_tokens=2**20, acc
     accumulated: data_types.grad_accum_dtype. lora: the section lora."""
     sizes.LOGITS_AT_A_TIME = 4 * loss_tokens * SHAPE["vocab_size"]
     device, rank, ranks = dist.init_process()
+    functional.linear = LINEAR  # for which an engine of stage 3 leaves its own, which keeps every input
     batch = {"global_batch_tokens": 64 * batch["micro_batch_size"] * ranks} | batch | {"compile": False}
     deepspeed = {"zero_optimization": zero, "data_types": {"grad_accum_dtype": accumulated}}
     sections = {"model": SHAPE | shape, "train": batch, "deepspeed": deepspeed, "lora": lora or {}}

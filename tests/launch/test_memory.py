@@ -34,4 +34,4 @@ def test_peak_is_that_of_the_real_engine(real_engines):
         (of_adapters if found["setting"]["lora"] else errors).append(error)
     assert max(map(abs, errors)) <= 0.02 and statistics.median(map(abs, errors)) <= 0.003
     # in these small models the products beside a matrix are as large as much else
-    assert max(map(abs, of_adapters)) <= 0.11
+    assert max(map(abs, of_adapters)) <= 0.1
