@@ -110,10 +110,9 @@ def content_of(rest, replaced):
     overrides, files = command_line_values(rest)
     if not files:
         raise UserError(f"CONFIG: none given; expected: {USAGE}")
-    given = overrides.get("train", {})
-    for name in (name for name in given if name in replaced):
-        found = as_flag(given[name])
-        raise UserError(f"--train.{name}: found {found}, which {replaced[name]}; leave it out")
+    for name, value in overrides.get("train", {}).items():
+        if name in replaced:
+            raise UserError(f"--train.{name}: found {as_flag(value)}, which {replaced[name]}; leave it out")
     return merge(read_json(files[0]), overrides), config, Path(files[0]).stem
 
 
@@ -169,13 +168,14 @@ def opened(options, rest):
         raise UserError("--print: found with --fit or --predict; it lists the runs alone: leave one of them out")
     if options.only_print and options.json:
         raise UserError("--json: found with --print, whose lines are commands; leave one of them out")
-    if options.decay is not None and (options.schedule or before["options"].get("schedule", "wsd")) != "wsd":
-        raise UserError("--decay: found with another --schedule than wsd, which alone decays so; leave it out")
     chosen = given_options(options, before["options"])
-    if chosen.schedule != "wsd" and "decay_shape" in command_line_values(rest)[0].get("train", {}):
-        raise UserError(
-            f"--train.decay_shape: found with --schedule {chosen.schedule}; wsd alone decays so; leave it out"
-        )
+    if chosen.schedule != "wsd":
+        if options.decay is not None:
+            raise UserError("--decay: found with another --schedule than wsd, which alone decays so; leave it out")
+        if "decay_shape" in command_line_values(rest)[0].get("train", {}):
+            raise UserError(
+                f"--train.decay_shape: found with --schedule {chosen.schedule}; wsd alone decays so; leave it out"
+            )
     how = chosen.count
     if has_begun and options.fit:
         chosen.count = before["options"]["count"]  # the fit alone may count in another way

@@ -208,13 +208,9 @@ def run_tasks(source: ModelSource, names, manager, limit, chat=False):
         model = {"pretrained": str(folder), "parallelize": torch.cuda.device_count() > 1}
         settings = {"device": best_device().type, "limit": limit, "log_samples": False}
         settings |= {"apply_chat_template": chat, "fewshot_as_multiturn": chat}
-        try:
+        with faults_named("--tasks"):
             found = lm_eval.simple_evaluate("hf", model, names, task_manager=manager, **settings)
             return with_bits_per_byte(found["results"], manager.loaded)
-        except UserError:
-            raise
-        except Exception as error:  # of many classes: no network, a broken task file, a task that this model cannot
-            raise UserError(f"--tasks: lm-eval ended with {describe(error)}") from None
 
 
 def check_chat_template(source: ModelSource, folder):
@@ -311,14 +307,9 @@ class Harness:
                 self.model = make_model(folder, config.model.block_size)
         except UserError as error:
             raise UserError(f"{KEY}: {error}; or set it to []") from None
-        try:
-            with own_random_numbers():
-                settings = {"limit": self.limit, "bootstrap_iters": 0, "log_samples": False}
-                lm_eval.simple_evaluate(self.model, None, train.eval_tasks, task_manager=self.manager, **settings)
-        except UserError:
-            raise
-        except Exception as error:  # of many classes: no network, a broken task file
-            raise UserError(f"{KEY}: lm-eval ended with {describe(error)}") from None
+        with faults_named(KEY), own_random_numbers():
+            settings = {"limit": self.limit, "bootstrap_iters": 0, "log_samples": False}
+            lm_eval.simple_evaluate(self.model, None, train.eval_tasks, task_manager=self.manager, **settings)
         self.requests = Requests.of(self.model.pairs, config.model.block_size)
         for task in self.manager.loaded["tasks"].values():
             task.build_all_requests = lambda **_: None  # they are there

@@ -32,7 +32,7 @@ from minzero.files import read_json
 from minzero.flags import SUPPRESS, FlagParser, a_path, at_least
 from minzero.metrics import null_if_not_finite, read_metrics
 from minzero.planner.stage import with_stage
-from minzero.resume import check_same_data
+from minzero.resume import check_same_data, state_at_step_0
 from minzero.run import Run
 from minzero.run_folder import RunFolder
 from minzero.schedule import learning_rate
@@ -113,7 +113,7 @@ def beginning(run, settings, step):
     of step 0. Raises UserError if that checkpoint is gone, or not before `step`."""
     source = settings["config"]["train"].get("resume", "auto")
     if source in ("auto", "never"):
-        return None, {"step": 0, "tokens": 0, "best_val_loss": None}
+        return None, state_at_step_0()
     path = find(source)
     state = state_if_whole(path) if path else None
     if not state:

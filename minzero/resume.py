@@ -34,11 +34,15 @@ def where_to_start(config, data, known_faults=None):
     for line in ignored:
         print0(line)
     if found is None:
-        return None, {"step": 0, "tokens": 0, "best_val_loss": None}
+        return None, state_at_step_0()
     check_same_run(found, state, config)
     if "data.path" not in config.train.allow_changed:
         check_same_data(state["data"], data, found)
     return found, state
+
+
+def state_at_step_0():
+    return {"step": 0, "tokens": 0, "best_val_loss": None}
 
 
 def saved_model(train):

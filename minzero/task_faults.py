@@ -23,15 +23,16 @@ def fault_of_yaml(path):
 
 
 @contextlib.contextmanager
-def faults_named(flag, name):
-    """Exceptions of this block, which are of many classes (no network, a broken task file), as a UserError that names
-    the task."""
+def faults_named(flag, name=None):
+    """Exceptions of this block, which are of many classes (no network, a broken task file, a task that this model
+    cannot do), as a UserError. name: of the task, where it is known."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{flag}: {name}: lm-eval ended with {describe(error)}; {remedy_of_task(flag)}") from None
+        line = f"lm-eval ended with {describe(error)}"
+        raise UserError(f"{flag}: {name}: {line}; {remedy_of_task(flag)}" if name else f"{flag}: {line}") from None
 
 
 def remedy_of_task(flag):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import hypothesis
 import pytest
@@ -78,12 +79,8 @@ def quick():
 def as_in_a_new_process():
     """What a file's tests leave in the environment, and a process group, are not there for the next file's, which may
     be any file."""
-    environment_before = dict(os.environ)
-    yield
-    for name in {*os.environ, *environment_before} - {"PYTEST_CURRENT_TEST"}:
-        os.environ.pop(name, None)
-        if name in environment_before:
-            os.environ[name] = environment_before[name]
+    with mock.patch.dict(os.environ):
+        yield
     if (distributed := sys.modules.get("torch.distributed")) and distributed.is_initialized():
         distributed.destroy_process_group()
 

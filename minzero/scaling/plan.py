@@ -29,17 +29,17 @@ SCHEDULES = ("wsd", "constant", "cosine", "linear")
 LEAST_STEPS = 10  # of a run: with fewer its FLOPs are too coarse, and its loss says little
 MOST_WARMUP = 0.2  # of the shortest run of a size
 SAVE_SECONDS = 600  # between two checkpoints of a run, if the config names no other time
-# Keys of a config that a sweep cannot obey: (section, name, the only value that it takes)
 OF_A_SCHEDULE = ("schedule", "decay_tokens", "decay_shape")
 NOT_OF_RUNS = ("eval_every", "save_every", "save_best", "keep_every", "keep_checkpoints", "sample_every", *EVAL_TASKS)
+# keys of the train section that a sweep sets, so that its command line takes none: what sets them
 SET_BY_SWEEP = {
-    "schedule": "--schedule",
-    "warmup_tokens": "--warmup",
-    "max_tokens": "--flops",
-    "decay_tokens": "--decay",
-}
-SET_BY_SWEEP = {name: f"{flag} sets" for name, flag in (SET_BY_SWEEP | {"out_dir": "--out"}).items()}
-SET_BY_SWEEP |= dict.fromkeys(NOT_OF_RUNS, "a sweep sets: its runs have no evaluations and checkpoints on the way")
+    "schedule": "--schedule sets",
+    "warmup_tokens": "--warmup sets",
+    "max_tokens": "--flops sets",
+    "decay_tokens": "--decay sets",
+    "out_dir": "--out sets",
+} | dict.fromkeys(NOT_OF_RUNS, "a sweep sets: its runs have no evaluations and checkpoints on the way")
+# Keys of a config that a sweep cannot obey: (section, name, the only value that it takes)
 ONLY = (
     ("train", "init_from", None),
     ("train", "loss", "next_token"),

@@ -21,9 +21,10 @@ SKIPPED = 0.1  # of the steps at the start, in which the average has little to g
 RISE = 0.02  # of the fall of the loss, by which it must rise again before its minimum is one
 LEAST_STEPS = 30
 NOT_OF_A_TEST = (*OF_A_LONG_RUN, "profile", "resume", "spike_zscore", "decay_tokens", "decay_shape")
-SET_BY_TEST = {"out_dir": "--out sets", "max_tokens": "--steps sets"}
 OF_THE_TEST = ("schedule", "min_lr_ratio", "warmup_tokens", "log_every", "bad_step", "max_bad_steps")
 OF_THE_TEST += ("eval_every", "save_every", "save_best")
+# keys of the train section that the test sets, so that its command line takes none: what sets them
+SET_BY_TEST = {"out_dir": "--out sets", "max_tokens": "--steps sets"}
 SET_BY_TEST |= dict.fromkeys((*NOT_OF_A_TEST, *OF_THE_TEST), "the range test sets")
 
 
