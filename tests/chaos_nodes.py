@@ -197,7 +197,7 @@ class Place:
             for process in self.nodes.processes(number) if self.nodes.machines[number] else []:
                 with contextlib.suppress(psutil.Error):
                     words = [os.path.basename(word) for word in process.cmdline()]
-                    if not words or not words[0].startswith("python"):
+                    if len(words) < 2 or not words[0].startswith("python"):
                         continue  # pdsh, ssh and shells have the same words
                     if any(word.startswith("--local_rank") for word in words):
                         found["ranks"].append(process)

@@ -1,5 +1,6 @@
 """Commands in processes of their own, by the launcher or without, and a small data set to train on."""
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +63,27 @@ def run(command, timeout=300, **more):
         text=True,
         timeout=timeout,
     )
+
+
+def ranks_of(process):
+    """{"0": psutil's process of that rank, ...}: the ranks below a launcher that have begun.
+
+    A process that was forked a moment ago, and has not started its program yet, has its parent's command line: below a
+    rank it is not taken for the rank, as psutil names parents before their children."""
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
+            ranks = [word for word in child.cmdline() if word.startswith("--local_rank=")]
+            if ranks:
+                found.setdefault(ranks[0].partition("=")[2], child)
+    return found
+
+
+def wait_for_step(process, word="| loss "):
+    for line in process.stdout:
+        if word in line:
+            return
+    raise AssertionError("the run ended before its first step")
 
 
 def write_small_data(folder):

@@ -17,7 +17,7 @@ from minzero.config.load import load_config
 from minzero.data.mixture import Mixture
 from minzero.files import write_json
 from minzero.metrics import read_metrics
-from tests.helpers.processes import ROOT, deepspeed_command, run, write_small_data
+from tests.helpers.processes import ROOT, deepspeed_command, ranks_of, run, wait_for_step, write_small_data
 from tests.helpers.trained_runs import NEOX, write_data, write_run
 
 TINY = ["train.py", "configs/tiny.json"]
@@ -146,23 +146,6 @@ def test_bad_input_is_one_line_before_anything_is_written(flag, value, expected,
     done = run([sys.executable, *TINY, "--train.out_dir", tmp_path / "run", flag, value])
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     assert expected in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
-
-
-def ranks_of(process):
-    """The processes of the ranks below a launcher, by rank."""
-    found = {}
-    for child in psutil.Process(process.pid).children(recursive=True):
-        line = child.cmdline()
-        if "train.py" in line and "deepspeed.launcher.launch" not in line:
-            found[next(word for word in line if word.startswith("--local_rank"))[-1]] = child
-    return found
-
-
-def wait_for_step(process, word="| loss "):
-    for line in process.stdout:
-        if word in line:
-            return
-    raise AssertionError("the run ended before its first step")
 
 
 @pytest.mark.parametrize("killed", ["rank 0", "rank 1"])

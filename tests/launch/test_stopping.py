@@ -13,8 +13,7 @@ import pytest
 
 from minzero import checkpoint_folder, checkpoint_state, tensor_files
 from minzero.metrics import read_metrics
-from tests.helpers.processes import deepspeed_command, run
-from tests.launch.test_launch import ranks_of, wait_for_step
+from tests.helpers.processes import deepspeed_command, ranks_of, run, wait_for_step
 
 RUN = ["train.py", "configs/tiny.json", "--train.log_every", 1, "--train.save_every", 0, "--train.eval_every", 0]
 RUN += ["--train.micro_batch_size", 2, "--train.eval_tokens", 1024]  # 4 micro-batches a step

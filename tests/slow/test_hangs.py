@@ -1,7 +1,6 @@
 """A rank that hangs at the start, in an evaluation or in a save ends the run by the limit of that alone, with a line
 that names it. In a step: tests/launch/test_stopping.py."""
 
-import contextlib
 import signal
 import socket
 import threading
@@ -12,8 +11,7 @@ import pytest
 
 from minzero.metrics import read_metrics
 from minzero.run_folder import read_status
-from tests.helpers.processes import deepspeed_command
-from tests.launch.test_launch import ranks_of, wait_for_step
+from tests.helpers.processes import deepspeed_command, ranks_of, wait_for_step
 from tests.launch.test_stopping import RUN, wait_for_end
 
 pytestmark = pytest.mark.slow
@@ -38,15 +36,8 @@ def wait_until(condition, seconds=60, lines=()):
 
 def rank_1(process):
     """The process of rank 1, as soon as there is one."""
-    found = {}
-
-    def look():
-        with contextlib.suppress(psutil.Error):
-            found.update(ranks_of(process))
-        return "1" in found
-
-    wait_until(look)
-    return found["1"]
+    wait_until(lambda: "1" in ranks_of(process))
+    return ranks_of(process)["1"]
 
 
 def check_end(process, hung, out, line, launcher_ends_it=False):

@@ -11,8 +11,7 @@ import pytest
 from minzero.metrics import read_metrics
 from minzero.run_folder import read_status
 from tests import chaos
-from tests.helpers.processes import run
-from tests.launch.test_launch import wait_for_step
+from tests.helpers.processes import ranks_of, run, wait_for_step
 
 STEPS = 300
 
@@ -24,15 +23,10 @@ def supervised(command):
 def processes_of(out):
     """{"rank 0", "rank 1", "launcher", "deepspeed": psutil.Process} of the start that is running."""
     session = json.loads((out / "supervise.json").read_text())["running"]["process"]
-    found = {"deepspeed": psutil.Process(session)}
-    for child in found["deepspeed"].children(recursive=True):
-        words = child.cmdline()
-        rank = [word for word in words if word.startswith("--local_rank=")]
-        if "deepspeed.launcher.launch" in words:
-            found["launcher"] = child
-        elif rank:
-            found[f"rank {rank[0][-1]}"] = child
-    return found
+    top = psutil.Process(session)
+    launchers = [child for child in top.children() if "deepspeed.launcher.launch" in child.cmdline()]
+    found = {f"rank {rank}": child for rank, child in ranks_of(top).items()}
+    return found | {"deepspeed": top, "launcher": launchers[0]}
 
 
 def disturb(what, process, out, start, command):
