@@ -224,7 +224,7 @@ def make_engine(config, group, setup, start):
 
 def info_of(config, group, setup, train_data, compiled, **more):
     """What config.json and each checkpoint record of a run. more: what only some have, or None: base, of Start;
-    reference, the digest of that of preference tuning."""
+    reference, the digest of that of preference tuning; branch_of, of resume.py."""
     auto = dict(setup.auto)
     if compiled and LINEAR in auto:
         auto[LINEAR] = False  # see build_engine
@@ -388,7 +388,8 @@ def main(config, watchdog=None):
         if train_data.has_pairs:
             digest = reference.provide(run, engine, start, [*train_data.streams, *val_data.streams])
         bad_steps = BadSteps(engine, train.spike_zscore, start.state.get("bad_steps"))
-        info = info_of(config, group, setup, train_data, not_compiled is None, base=start.base, reference=digest)
+        more = {"base": start.base, "reference": digest, "branch_of": resume.branch_of(train, start.path, start.state)}
+        info = info_of(config, group, setup, train_data, not_compiled is None, **more)
         run.begin(engine, bad_steps, info, count_real_parameters(engine.module))
         for line in summary.start_lines(run, train_data, not_compiled):
             dist.print0(line)

@@ -102,6 +102,7 @@ def fault_of_state(state):
         ("config", is_config(state["config"]), "the sections of a run's config"),
         ("config", is_lora(state["config"].get("lora", {})), "a section lora"),
         ("base", not has_adapters(state) or is_base(state.get("base")), "the path and digest of a model"),
+        ("branch_of", isinstance(state.get("branch_of", ""), str), "the path of a checkpoint"),
         ("pieces", isinstance(state.get("pieces", {}), dict), "an object"),
     ]
     for name, right, expected in rules:

@@ -111,7 +111,8 @@ def find_start(run, step):
 def beginning(run, settings, step):
     """(path, state) of where a run began: of another run's checkpoint, of which it is a branch, or None and the state
     of step 0. Raises UserError if that checkpoint is gone, or not before `step`."""
-    source = settings["config"]["train"].get("resume", "auto")
+    # older runs have it only in their key, which another start may have changed
+    source = settings.get("branch_of") or settings["config"]["train"].get("resume", "auto")
     if source in ("auto", "never"):
         return None, state_at_step_0()
     path = find(source)

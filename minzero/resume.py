@@ -45,6 +45,15 @@ def state_at_step_0():
     return {"step": 0, "tokens": 0, "best_val_loss": None}
 
 
+def branch_of(train, path, state):
+    """The checkpoint of another run at which this one began, or None. train: the train section; path, state: of the
+    checkpoint from which it starts now, None for step 0."""
+    if path is None:
+        return None
+    is_own = path.resolve().is_relative_to(Path(train.out_dir).resolve())
+    return state.get("branch_of") if is_own else str(path)
+
+
 def saved_model(train):
     """(checkpoint, its config as a dictionary) of the run that would be continued with this train section, or None. All
     checkpoints of a run have the same model. Changes nothing and looks at state.json alone."""

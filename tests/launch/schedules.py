@@ -42,6 +42,9 @@ def branches():
     train.main(config_of("planned", WSD | last))
     start = str(FOLDER / "long" / "checkpoints" / "step_00000008")
     train.main(config_of("branch", WSD | last | {"resume": start}))
+    # a branch that another command continues, and whose first checkpoint goes
+    train.main(config_of("continued", WSD | {"max_tokens": 10 * BATCH, "resume": start, "keep_checkpoints": 1}))
+    train.main(config_of("continued", WSD | {"keep_checkpoints": 1}))
     for shape in ("linear", "cosine"):
         train.main(config_of(f"planned_{shape}", WSD | last | {"decay_shape": shape}))
     # a finished run is extended in place

@@ -82,6 +82,15 @@ def test_a_branch_is_replayed_from_where_it_began(runs):
     assert "equal bit for bit: 2 recorded of 2 steps" in done.stdout
 
 
+def test_a_branch_that_another_command_continued_is_replayed_from_where_it_began(runs):
+    branch, began = runs / "continued", runs / "long" / "checkpoints" / "step_00000008"
+    assert json.loads((branch / "config.json").read_text())["train"]["resume"] == "auto"
+    assert [path.name for path in complete_checkpoints(branch / "checkpoints")] == ["step_00000012"]
+    path, state, _, then = replay.find_start(branch, 10)
+    assert path == began and state["step"] == 8 and list(then) == [9, 10, 11, 12]
+    assert then == replay.find_start(runs / "long", 9)[3]
+
+
 def test_a_step_before_a_branch_is_another_runs(runs, tmp_path):
     with pytest.raises(UserError, match=r"^step 8: .*branch is a branch of .*long.*step_00000008, step 8; expected a"):
         replay.find_start(runs / "branch", 8)
