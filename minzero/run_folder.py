@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from minzero.errors import UserError
+from minzero.errors import SharedError, UserError
 from minzero.files import make_folder, write_atomically
 
 PATIENCE = 5.0  # seconds that the last ranks of a run that was killed may need to notice it
@@ -66,7 +66,23 @@ class RunFolder:
         if error is not None and self.is_ours:
             with contextlib.suppress(Exception):  # the error itself matters more
                 self.report("failed", reason=" ".join(str(error).split()) or kind.__name__)
-        self.release()
+        try:
+            self.explain(error)
+        finally:
+            self.release()
+
+    def explain(self, error):
+        """Raise a UserError in place of an error about a file in this folder, if it came because the whole folder was
+        deleted or renamed. Any write of a run may be the first to notice that."""
+        in_folder = isinstance(error, OSError) or (isinstance(error, UserError) and str(self.path) in str(error))
+        if not self.lock or not in_folder:
+            return
+        try:
+            self.check_is_there()
+        except UserError as gone:
+            if isinstance(error, SharedError):
+                gone = SharedError(str(gone), error.said_by)
+            raise gone from None
 
     def hold(self, new=True):
         """Lock the folder for this run. Rank 0 calls this first, the other ranks after it has returned there: they

@@ -1,6 +1,7 @@
 """One run at a time holds a folder, its ranks agree, and whatever ends it leaves the folder whole and free: processes
 as a user, a cluster or a power cut starts and ends them."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,8 @@ import time
 import psutil
 import pytest
 
-from minzero import checkpoint_folder, checkpoint_state
+from minzero import checkpoint_folder, checkpoint_state, run_folder
+from minzero.errors import SharedError, UserError
 from minzero.files import write_json
 from minzero.metrics import read_metrics
 from tests.helpers.processes import ROOT, ended, environment, free_port
@@ -244,6 +246,36 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(place, train):
     code, said = ended(again, 20)
     assert code == 130 and "stopped by a second Ctrl-C; no checkpoint was saved yet" in said
     assert json.loads((place / "slow" / "status.json").read_text())["state"] == "stopped"
+
+
+@pytest.mark.parametrize("how", ["as it was", "renamed", "replaced"])
+def test_whatever_fails_in_a_folder_that_went_away_says_that(tmp_path, how):
+    out = tmp_path / "out"
+    errors = [
+        FileNotFoundError(errno.ENOENT, "No such file or directory", str(out / "metrics.jsonl")),
+        NotADirectoryError(errno.ENOTDIR, "Not a directory", "loss.png"),
+        UserError(f"{out}/loss.png: could not be written"),
+        SharedError(f"{out}/checkpoints: could not be written", 3),
+        UserError("step 9: the loss is NaN"),  # which the folder has nothing to do with
+        ZeroDivisionError(),  # a fault in the program
+    ]
+    for error in errors:
+        stays = how == "as it was" or error in errors[4:]
+        expected = type(error) if stays else UserError
+        with pytest.raises(expected) as found, run_folder.RunFolder(out, 0) as folder:
+            folder.hold()
+            if how != "as it was":
+                out.rename(tmp_path / "moved")
+            if how == "replaced":
+                shutil.copytree(tmp_path / "moved", out)
+            raise error
+        if stays:
+            assert found.value is error
+        else:
+            assert f"train.out_dir: {out} is gone" in str(found.value)
+            assert getattr(found.value, "said_by", None) == getattr(error, "said_by", None)
+        for path in (out, tmp_path / "moved"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.mark.slow
