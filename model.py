@@ -51,7 +51,6 @@ def rotate(x, angles):
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
-@torch.compiler.assume_constant_result  # torch.compile calls it, and does not trace it
 def attention_backends(device):
     """The implementations of scaled_dot_product_attention in the order to try them, where torch's own order
     is not the fastest, else None. torch skips one that does not support the inputs.
@@ -255,6 +254,7 @@ class GPT(nn.Module):
             else:
                 block.forward = torch.compile(block.forward)
         self.head.cross_entropy = torch.compile(cross_entropy)
+        torch.compiler.assume_constant_result(attention_backends)  # the compiler calls it, and does not trace it
 
     def forward(self, tokens, targets=None, positions=None, reference=None):
         config = self.config

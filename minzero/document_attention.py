@@ -8,11 +8,14 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 from minzero.sizes import MOST_HEAD_SIZE
 
-VARLEN_SHARES_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # from torch 2.12 on
+HAS_VARLEN = torch.cuda.is_available()
+if HAS_VARLEN:  # it has no kernels for CPUs, and imports torch's compiler, which takes a second
+    from torch.nn.attention.varlen import varlen_attn
+
+    VARLEN_SHARES_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # from torch 2.12 on
 
 
 def window_mask(T, window, device):

@@ -4,10 +4,12 @@ arXiv 1604.06174)."""
 from collections import Counter
 
 import torch
-from torch.nn.attention import varlen  # noqa: F401, an operator of its own
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from minzero import experts  # noqa: F401, the next line's operator of its own
+from minzero import (
+    document_attention,
+    experts,  # noqa: F401, the next line's operator of its own
+)
 
 EXPERTS = torch.ops.minzero.expert_product.default  # all experts' products with one matrix each
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
@@ -17,8 +19,9 @@ ATTENTION = (
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.torch_attn._varlen_attn.default,
 )
+if document_attention.HAS_VARLEN:
+    ATTENTION += (torch.ops.torch_attn._varlen_attn.default,)
 
 
 def recompute(function, *inputs, selective=False, offload=False):

@@ -1,5 +1,6 @@
 """What the tests share: the repository on the path, shared texts where they are, commands in the background."""
 
+import gc
 import os
 import shutil
 import signal
@@ -78,7 +79,10 @@ def quick():
 @pytest.fixture(scope="module", autouse=True)
 def as_in_a_new_process():
     """What a file's tests leave in the environment, and a process group, are not there for the next file's, which may
-    be any file."""
+    be any file. What was imported or is kept stays, and the collections of garbage, of which each engine and each run
+    makes some, need not look through it."""
+    gc.collect()
+    gc.freeze()
     with mock.patch.dict(os.environ):
         yield
     if (distributed := sys.modules.get("torch.distributed")) and distributed.is_initialized():

@@ -1,6 +1,7 @@
 """Weights of ours under the names and in the layout of transformers' files, and back."""
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from minzero import checkpoint
 from minzero.config.sections import ModelConfig
@@ -100,9 +101,19 @@ def from_transformers(model: ModelConfig, read):
     return make
 
 
+class WithoutRandomNumbers(TorchFunctionMode):
+    """Leaves tensors as they are that would be filled with random numbers. Without memory there is nothing to fill, and
+    for tensors on the meta device torch would import its compiler for it, which takes a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in ("normal_", "kaiming_uniform_", "uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 def weightless(model: ModelConfig):
     """model.py's model with shapes, but no memory for its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutRandomNumbers():
         return GPT(model)
 
 

@@ -13,10 +13,10 @@ from deepspeed import comm
 
 import train
 from minzero import dist
-from minzero.commands import run_command
 from minzero.data.mixture import Mixture
 from minzero.errors import UserError
 from minzero.zero import fragments_in_memory, local_fragments
+from tests.helpers.ranks import run_ranks
 from tests.launch import parity
 from tests.launch.parity_settings import SPOILT
 
@@ -181,4 +181,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_command(lambda _: main(), may_be_many=True)
+    run_ranks(lambda _: main())

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import train
 from minzero import dist
-from minzero.commands import run_command
 from minzero.config.build import build
 from minzero.errors import UserError
+from tests.helpers.ranks import run_ranks
 
 FOLDER = Path(sys.argv[-1])
 MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": 260, "dropout": 0.1, "init_std": 0.1}
@@ -48,4 +48,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_command(lambda _: main(), may_be_many=True)
+    run_ranks(lambda _: main())

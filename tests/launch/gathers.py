@@ -17,13 +17,13 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
 from minzero import dist
-from minzero.commands import run_command
 from minzero.config.build import build
 from minzero.config.deepspeed import auto_values, deepspeed_config
 from minzero.config.load import load_config
 from minzero.config.sections import ModelConfig
 from minzero.engine import build_engine
 from minzero.sizes import parameter_sizes
+from tests.helpers.ranks import run_ranks
 
 GATHER = "_PartitionedParameterCoordinator__all_gather_params"
 WIDTH = 64  # of the scaled models
@@ -108,4 +108,4 @@ def main(name, *overrides):
 
 
 if __name__ == "__main__":
-    run_command(lambda arguments: main(*arguments), may_be_many=True)
+    run_ranks(lambda arguments: main(*arguments))

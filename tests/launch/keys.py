@@ -18,7 +18,6 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
 
 from minzero import checkpoint, checkpoint_folder, checkpoint_state, dist
-from minzero.commands import run_command
 from minzero.config.build import build
 from minzero.config.deepspeed import deepspeed_config
 from minzero.config.nested import merge
@@ -26,6 +25,7 @@ from minzero.config.sections import Config
 from minzero.engine import build_engine
 from minzero.tensor_files import SavedPieces
 from minzero.zero import KINDS, loss_scaler
+from tests.helpers.ranks import run_ranks
 from tests.launch import key_settings
 
 FOLDER, LIST = Path(sys.argv[-2]), sys.argv[-1]
@@ -136,4 +136,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_command(lambda _: main(), may_be_many=True)
+    run_ranks(lambda _: main())

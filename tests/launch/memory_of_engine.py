@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from minzero import dist, sizes
-from minzero.commands import run_command
 from minzero.config.auto import VALUES
 from minzero.config.build import build
 from minzero.config.deepspeed import deepspeed_config
@@ -24,6 +23,7 @@ from minzero.engine import build_engine
 from minzero.four_bit import FourBitLinear
 from minzero.planner.settings import settings_of
 from tests.helpers.other_engines import OtherSettings, simulate_other
+from tests.helpers.ranks import run_ranks
 
 LINEAR = functional.linear
 SHAPE = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 64, "vocab_size": 512}
@@ -237,4 +237,4 @@ def main(folder, which):
 
 
 if __name__ == "__main__":
-    run_command(lambda _: main(*sys.argv[-2:]), may_be_many=True)
+    run_ranks(lambda _: main(*sys.argv[-2:]))

@@ -8,8 +8,8 @@ import torch
 
 import train
 from minzero import checkpoint, checkpoint_state, dist
-from minzero.commands import run_command
 from minzero.zero import fragments_in_memory, local_fragments
+from tests.helpers.ranks import run_ranks
 from tests.launch import bad_steps, parity
 from tests.launch.optimizer_settings import MODELS, MOVES, MUON, MUP, SETTINGS, SETTINGS_OF_MODELS, STEPS
 
@@ -105,4 +105,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_command(lambda _: main(), may_be_many=True)
+    run_ranks(lambda _: main())

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 import model
 from minzero import dist, sizes
-from minzero.commands import run_command
 from minzero.compiled import why_not_compiled
 from minzero.config.build import build
 from minzero.config.deepspeed import deepspeed_config
 from minzero.engine import build_engine
 from minzero.experts import Experts, routing_of
+from tests.helpers.ranks import run_ranks
 from tests.helpers.variants import all_changed
 
 FOLDER, STEPS, IDS, BLOCK = Path(sys.argv[-1]), 50, 64, 32
@@ -167,4 +167,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_command(lambda _: main(), may_be_many=True)
+    run_ranks(lambda _: main())

@@ -18,13 +18,13 @@ from deepspeed import comm
 
 import train
 from minzero import checkpoint, checkpoint_folder, checkpoint_state, dist
-from minzero.commands import run_command
 from minzero.config.build import build
 from minzero.config.deepspeed import deepspeed_config
 from minzero.config.nested import merge
 from minzero.data import mixture
 from minzero.engine import count_real_parameters
 from minzero.files import ROOT, read_json
+from tests.helpers.ranks import run_ranks
 from tests.helpers.variants import all_changed
 from tests.launch.parity_settings import MOVES, OTHERS, SETTINGS, SETTINGS_OF_OTHERS, model_of
 
@@ -164,4 +164,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_command(lambda _: main(), may_be_many=True)
+    run_ranks(lambda _: main())

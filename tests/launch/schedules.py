@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import train
-from minzero.commands import run_command
 from minzero.config.build import build
+from tests.helpers.ranks import run_ranks
 
 DATA, FOLDER = sys.argv[-2], Path(sys.argv[-1])
 MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 64, "dropout": 0.1}
@@ -63,4 +63,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    run_command(main, may_be_many=True)
+    run_ranks(main)

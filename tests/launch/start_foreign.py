@@ -10,8 +10,8 @@ from pathlib import Path
 
 import train
 from minzero import dist
-from minzero.commands import run_command
 from minzero.config.build import build
+from tests.helpers.ranks import run_ranks
 from tests.helpers.trained_runs import LLAMA
 
 FOLDER = Path(sys.argv[-1])
@@ -33,4 +33,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_command(lambda _: main(), may_be_many=True)
+    run_ranks(lambda _: main())

@@ -13,7 +13,6 @@ import torch
 
 import train
 from minzero import dist
-from minzero.commands import run_command
 from minzero.config.build import build
 from minzero.config.deepspeed import deepspeed_config
 from minzero.config.load import load_config
@@ -21,6 +20,7 @@ from minzero.engine import build_engine
 from minzero.hf.families import FAMILIES
 from minzero.init_from import model_defaults
 from minzero.trained import open_weights
+from tests.helpers.ranks import run_ranks
 
 DATA, FOLDER = sys.argv[-2], Path(sys.argv[-1])
 CONTINUED = ("mistral", "qwen2", "qwen3", "olmo2", "smollm3", "pythia", "mixtral", "qwen3_moe", "olmoe")
@@ -83,4 +83,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_command(lambda _: main(), may_be_many=True)
+    run_ranks(lambda _: main())

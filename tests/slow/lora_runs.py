@@ -12,10 +12,10 @@ from deepspeed.accelerator import get_accelerator
 
 import train
 from minzero import checkpoint_folder, dist
-from minzero.commands import run_command
 from minzero.config.load import load_config
 from minzero.files import write_json
 from minzero.init_from import model_defaults
+from tests.helpers.ranks import run_ranks
 
 STEPS, SAVED, TOKENS = 16, 8, 4 * 16  # tokens a step
 BITS = (None, 4) if importlib.util.find_spec("bitsandbytes") else (None,)  # lora.base_bits
@@ -90,4 +90,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    run_command(main, may_be_many=True)
+    run_ranks(main)
