@@ -1,16 +1,21 @@
-"""How a script that a test starts under the launcher runs its main."""
+"""For scripts that a test starts under the launcher, and that make many engines in one process."""
 
 import gc
 
-import torch._dynamo  # noqa: F401, which the first engine imports, and which is not to be looked through either
+import torch._dynamo  # noqa: F401, which the first engine imports
 
 from minzero.commands import run_command
 
 
 def run_ranks(main):
-    """`run_command` for scripts that make many engines in one process. Each engine of stage 3, and each run, collects
-    garbage: that takes longer than all else in these small models if every collection looks through all that was
-    imported."""
+    """`run_command`, with quick collections of garbage."""
+    collect_garbage()
+    run_command(main, may_be_many=True)
+
+
+def collect_garbage():
+    """Collect garbage. What is left is kept for good, as imported modules are, and what DeepSpeed keeps of each engine:
+    later collections do not look through it. Each engine of stage 3 and each run makes some, which took longer than all
+    else in these small models."""
     gc.collect()
     gc.freeze()
-    run_command(main, may_be_many=True)

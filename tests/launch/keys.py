@@ -4,7 +4,6 @@ saves, and one that resumes from the plain run's checkpoint at another ZeRO stag
     keys.py FOLDER FEW|ALL|HPZ       leaves results.json: [stage, precision, keys, changes, result]
 """
 
-import gc
 import itertools
 import json
 import os
@@ -25,7 +24,7 @@ from minzero.config.sections import Config
 from minzero.engine import build_engine
 from minzero.tensor_files import SavedPieces
 from minzero.zero import KINDS, loss_scaler
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import collect_garbage, run_ranks
 from tests.launch import key_settings
 
 FOLDER, LIST = Path(sys.argv[-2]), sys.argv[-1]
@@ -106,7 +105,7 @@ def run(stage, precision, keys, name, resumed_from=None):
         right.append(weights_are(engine, runs[-1][1]))
         engine.destroy()
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # DeepSpeed makes it once a process
-        gc.collect()
+        collect_garbage()
     return runs, right
 
 

@@ -23,7 +23,7 @@ from minzero.engine import build_engine
 from minzero.four_bit import FourBitLinear
 from minzero.planner.settings import settings_of
 from tests.helpers.other_engines import OtherSettings, simulate_other
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import collect_garbage, run_ranks
 
 LINEAR = functional.linear
 SHAPE = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 64, "vocab_size": 512}
@@ -121,7 +121,7 @@ def measured_and_predicted(zero, batch, precision, shape, loss_tokens=2**20, acc
             peaks.append(live.most)
     engine.destroy()
     del engine
-    gc.collect()
+    collect_garbage()
     predicted = {part: memory.held[part] for part in held}
     # the first two steps are others; in the rest, what Python's collector or gloo's threads let go late is above it
     peak = [min(peaks[2:]), max(total for total, _ in memory.peaks.values())]

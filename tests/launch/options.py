@@ -22,7 +22,7 @@ from minzero.config.build import build
 from minzero.config.deepspeed import deepspeed_config
 from minzero.engine import build_engine
 from minzero.experts import Experts, routing_of
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import collect_garbage, run_ranks
 from tests.helpers.variants import all_changed
 
 FOLDER, STEPS, IDS, BLOCK = Path(sys.argv[-1]), 50, 64, 32
@@ -101,6 +101,7 @@ def losses(stage, architecture, settings, adam=None, replaced=()):
         reason = why_not_compiled(True, config.model, device, "torch")
         assert reason is None, reason
         compiled = True
+    collect_garbage()
     engine = build_engine(config, ds_config, device, compiled=compiled)
     torch.manual_seed(rank)
     generator, found = torch.Generator().manual_seed(100 + rank), []
