@@ -2,20 +2,16 @@
 
 Shapes in comments: B rows of T tokens, H query heads and K key-value heads of D channels."""
 
-import inspect
 import itertools
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
+from torch.torch_version import TorchVersion
 
 from minzero.sizes import MOST_HEAD_SIZE
 
-HAS_VARLEN = torch.cuda.is_available()
-if HAS_VARLEN:  # it has no kernels for CPUs, and imports torch's compiler, which takes a second
-    from torch.nn.attention.varlen import varlen_attn
-
-    VARLEN_SHARES_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # from torch 2.12 on
+VARLEN_SHARES_HEADS = TorchVersion(torch.__version__) >= "2.12"  # whether varlen_attn has enable_gqa
 
 
 def window_mask(T, window, device):
@@ -55,6 +51,8 @@ class Documents:
 
     def by_varlen(self, q, k, v, T, dropout):
         """By torch's variable-length flash attention: 16 bits, on GPUs, without dropout."""
+        from torch.nn.attention.varlen import varlen_attn  # here: it imports torch's compiler, which takes a second
+
         shared = q.shape[1] // k.shape[1]
         options = {"enable_gqa": shared > 1} if VARLEN_SHARES_HEADS else {}
         if shared > 1 and not VARLEN_SHARES_HEADS:

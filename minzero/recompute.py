@@ -6,10 +6,7 @@ from collections import Counter
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from minzero import (
-    document_attention,
-    experts,  # noqa: F401, the next line's operator of its own
-)
+from minzero import experts  # noqa: F401, the next line's operator of its own
 
 EXPERTS = torch.ops.minzero.expert_product.default  # all experts' products with one matrix each
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
@@ -20,8 +17,7 @@ ATTENTION = (
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 )
-if document_attention.HAS_VARLEN:
-    ATTENTION += (torch.ops.torch_attn._varlen_attn.default,)
+VARLEN = "torch_attn._varlen_attn.default"  # another, which is there only where it was imported
 
 
 def recompute(function, *inputs, selective=False, offload=False):
@@ -45,7 +41,7 @@ def selective_contexts():
     products = Counter()  # seen so far: in the forward pass, and in the recomputation
 
     def policy(context, operator, *_, **__):
-        if operator in ATTENTION:
+        if operator in ATTENTION or str(operator) == VARLEN:
             return CheckpointPolicy.MUST_SAVE
         if operator in PRODUCTS or operator == EXPERTS:
             kind = context.is_recompute, operator == EXPERTS

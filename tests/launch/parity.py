@@ -24,7 +24,7 @@ from minzero.config.nested import merge
 from minzero.data import mixture
 from minzero.engine import count_real_parameters
 from minzero.files import ROOT, read_json
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import collect_garbage, run_ranks
 from tests.helpers.variants import all_changed
 from tests.launch.parity_settings import MOVES, OTHERS, SETTINGS, SETTINGS_OF_OTHERS, model_of
 
@@ -33,6 +33,7 @@ MODEL = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "vocab_size"
 
 
 def config_of(name, stage, offload="none", steps=20, **more):
+    collect_garbage()  # of the run before
     settings = {"out_dir": str(FOLDER / name), "micro_batch_size": 2, "global_batch_tokens": 8 * 32}
     settings |= {"max_tokens": steps * 8 * 32, "lr": 1e-2, "log_every": 1, "eval_every": 0, "save_every": 10}
     settings |= {"eval_tokens": 13 * 32, "warmup_tokens": 5 * 8 * 32, "keep_checkpoints": 20, **more.pop("train", {})}

@@ -79,6 +79,22 @@ def test_begin_loads_the_standard_library_alone():
     assert done.returncode == 0 and "minzero" in loaded and loaded <= {*sys.stdlib_module_names, "minzero"}
 
 
+def test_what_does_not_compile_loads_no_compiler():
+    code = "import sys, train; from minzero.config.sections import ModelConfig; from minzero.hf import weights\n"
+    code += "assert weights.weightless(ModelConfig()).head.weight.is_meta\n"
+    code += "assert not {'torch._dynamo', 'sympy', 'transformers', 'matplotlib'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_garbage_is_collected_after_the_imports_alone():
+    code = "import gc; from minzero.commands import begin, run_command; begin(); print(gc.isenabled())\n"
+    code += "run_command(lambda _: print(gc.isenabled()), is_last=False)\n"
+    code += "run_command(lambda _: print(gc.isenabled(), gc.get_freeze_count() > 1000))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False", "True", "True"], done.stderr[-2000:]
+
+
 # -- what a user can cause -----------------------------------------------------------------------
 
 N, ERRNO = "n" * 300, errno
