@@ -52,6 +52,11 @@ def write_marks(folder):
             write_atomically(mark, path.name.encode())
 
 
+def is_within(path, run):
+    """Whether a checkpoint is in the folder of this run, and not another's."""
+    return Path(path).resolve().is_relative_to(Path(run).resolve())
+
+
 def identity(path):
     """A value that differs for a checkpoint of the same name with other content; None if there is no checkpoint."""
     try:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from minzero.checkpoint import as_rank_0, fault_of
-from minzero.checkpoint_folder import Saved, find, folders_of_run, is_complete, restore_replaced
+from minzero.checkpoint_folder import Saved, find, folders_of_run, is_complete, is_within, restore_replaced
 from minzero.checkpoint_state import as_saved, read_state, state_if_whole
 from minzero.config.nested import flat
 from minzero.config.sections import Config, LoraConfig, ModelConfig, TrainConfig
@@ -50,8 +50,7 @@ def branch_of(train, path, state):
     checkpoint from which it starts now, None for step 0."""
     if path is None:
         return None
-    is_own = path.resolve().is_relative_to(Path(train.out_dir).resolve())
-    return state.get("branch_of") if is_own else str(path)
+    return state.get("branch_of") if is_within(path, train.out_dir) else str(path)
 
 
 def saved_model(train):
@@ -78,7 +77,7 @@ def choose_start(train, known_faults=()):
     look_at_files = os.environ.get("WORLD_SIZE", "1") == "1"  # several ranks share that in `fault_of`
     own = resume in ("auto", "never")
     # a checkpoint outside out_dir is only used to start: once out_dir has its own, the same command continues from that
-    outside = not own and run.resolve() not in (Path(resume) / "state.json").resolve().parents
+    outside = not own and not is_within(resume, run)
     if own or (outside and find(run)):
         return newest_usable(run, known_faults, look_at_files)
     found = find(resume)

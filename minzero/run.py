@@ -403,7 +403,7 @@ class Run:
             remedy = "look at the data, or lower train.lr, in another train.out_dir"
             raise SharedError(f"{start.path}: {reason}; {remedy}")
         train = self.config.train
-        if self.folder.path.resolve() not in start.path.resolve().parents:  # a branch that would have no step
+        if not checkpoint_folder.is_within(start.path, self.folder.path):  # a branch that would have no step
             raise SharedError(
                 f"train.max_tokens: found {train.max_tokens}, but {start.path}, from which the run would start, has "
                 f"{start.state['tokens']} tokens; raise it"

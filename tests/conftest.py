@@ -1,6 +1,5 @@
 """What the tests share: the repository on the path, shared texts where they are, commands in the background."""
 
-import gc
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.helpers.processes import ROOT, environment, write_small_data
+from tests.helpers.ranks import collect_garbage
 
 # An example of hypothesis may take as long as it does: the cores are shared.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -81,8 +81,7 @@ def as_in_a_new_process():
     """What a file's tests leave in the environment, and a process group, are not there for the next file's, which may
     be any file. What was imported or is kept stays, and the collections of garbage, of which each engine and each run
     makes some, need not look through it."""
-    gc.collect()
-    gc.freeze()
+    collect_garbage()
     with mock.patch.dict(os.environ):
         yield
     if (distributed := sys.modules.get("torch.distributed")) and distributed.is_initialized():

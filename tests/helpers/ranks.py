@@ -1,14 +1,14 @@
-"""For scripts that a test starts under the launcher, and that make many engines in one process."""
+"""For processes that make many engines: scripts that a test starts under the launcher, and the tests' own."""
 
 import gc
-
-import torch._dynamo  # noqa: F401, which the first engine imports
+import importlib
 
 from minzero.commands import run_command
 
 
 def run_ranks(main):
     """`run_command`, with quick collections of garbage."""
+    importlib.import_module("torch._dynamo")  # as the first engine does
     collect_garbage()
     run_command(main, may_be_many=True)
 
