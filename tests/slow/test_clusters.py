@@ -39,6 +39,20 @@ sys.path.insert(0, {str(ROOT)!r})
 sys.argv[0] = {str(ROOT / "train.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+# On the PYTHONPATH of a node, its torchrun hears of the other's end only after the other is gone, as happens now and
+# then: the store of both is with the first node's.
+LATE = """
+import sys, time
+if any(word.endswith("/torchrun") for word in sys.orig_argv):
+    from torch.distributed.elastic.utils import store
+    nonblocking = store._barrier_nonblocking
+    def late(*args, **keywords):
+        key = nonblocking(*args, **keywords)
+        time.sleep(3)
+        print("late", file=open("late", "a"))
+        return key
+    store._barrier_nonblocking = late
+"""
 # what a user may have set on the first node, and expects on all
 VARIABLES = {
     "TIKTOKEN_CACHE_DIR": "/some/where",
@@ -118,13 +132,12 @@ def change(work, name, *pairs):
 
 def own_lines(text):
     """The lines of a run without their numbers, so that two runs print the same; without the rank that was slow, which
-    is up to the machine, and without warnings that torchrun and mpirun give now and then: that a node has closed the
-    rendezvous before another, and that a process group was set by the child before the parent could."""
+    is up to the machine, and without a warning that mpirun gives now and then: that a process group was set by the
+    child before the parent could."""
     text = re.sub(r"\S*/(out/|data)", r"\1", text)
     text = re.sub(r" \| rank \d+ on \S+ is \d+% slower than the median", "", text)
     text = re.sub(r"^(goodput .*) \(.*\)$", r"\1", text, flags=re.MULTILINE)  # of where time went, what is a second
     text = re.sub(r"^\[\w+:\d+\] plm:rsh: Warning: setpgid.*\n?", "", text, flags=re.MULTILINE)
-    text = re.sub(r"^W\d.*has failed to shutdown the rendezvous.*\n?", "", text, flags=re.MULTILINE)
     return [re.sub(r"\d[\d.,:e+-]*", "#", line) for line in text.splitlines()]
 
 
@@ -169,11 +182,19 @@ def test_torchrun_is_started_on_each_node(nodes, work, place):
     change(work, "torchrun.sh", ("--nnodes 8 --nproc_per_node 8", "--nnodes 2 --nproc_per_node 1"))
     log = work / "log"
     started = [
-        nodes.start(number, ["clusters/torchrun.sh", "node1"], log, cwd=work, **QUIET, **VARIABLES) for number in (1, 2)
+        nodes.start(number, ["clusters/torchrun.sh", "node1"], log, cwd=work, **QUIET, **VARIABLES, **more)
+        for number, more in ((1, {}), (2, late_end(work)))
     ]
     codes = [process.wait(200) for process in started]
     assert codes == [0, 0], log.read_text()
+    assert (work / "late").read_text() == "late\n"
     check(work, log.read_text(), place)
+
+
+def late_end(work):
+    """The variables with which a node's torchrun ends late."""
+    (work / "sitecustomize.py").write_text(LATE)
+    return {"PYTHONPATH": str(work)}
 
 
 def kubernetes_command(work):
@@ -194,7 +215,8 @@ def start_pods(nodes, work, log):
     command, variables = kubernetes_command(work)
     variables = QUIET | VARIABLES | variables | {"OMP_NUM_THREADS": "1"}
     return [
-        nodes.start(index + 1, command, log, cwd=work, JOB_COMPLETION_INDEX=str(index), **variables) for index in (0, 1)
+        nodes.start(index + 1, command, log, cwd=work, JOB_COMPLETION_INDEX=str(index), **variables, **more)
+        for index, more in enumerate(({}, late_end(work)))
     ]
 
 
@@ -202,6 +224,7 @@ def test_the_command_of_the_kubernetes_job(nodes, work, place):
     pods = start_pods(nodes, work, work / "log")
     codes = [pod.wait(200) for pod in pods]
     assert codes == [0, 0], (work / "log").read_text()
+    assert (work / "late").read_text() == "late\n"
     check(work, (work / "log").read_text(), place)
 
 
