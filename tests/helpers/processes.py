@@ -15,10 +15,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 
-# Below those that the system hands out to clients. Each of two pytest-xdist workers has a half of its own, and another
-# run of the tests, on the same machine, most likely begins elsewhere.
+# Below those that the system hands out to clients. Each worker of pytest-xdist has a share of its own, and another run
+# of the tests, on the same machine, most likely begins elsewhere.
+SHARE = 12_000 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-PORTS = itertools.count(20_000 + 6000 * (worker % 2) + os.getpid() * 61 % 5500)
+PORTS = itertools.count(20_000 + SHARE * worker + os.getpid() * 61 % (SHARE - 500))
 
 
 def free_port():
