@@ -42,7 +42,7 @@ test: $(VENV)/.installed-dev data
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow tests
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m slow tests
 
 clean:
 	rm -rf $(VENV) out data/stdlib/*.bin data/stdlib/meta.json data/stdlib/tokenizer

@@ -9,7 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutput
 
 from minzero.data.chat_templates import ChatTemplate, TemplateEncoder
-from minzero.data.conversations import CHAT_TEMPLATE
+from minzero.data.conversations import CHAT_TEMPLATE, base_template
 from minzero.data.meta import stops_of
 from minzero.data.tokenizer import tokens_around
 from minzero.errors import UserError, describe
@@ -189,10 +189,10 @@ class Writer:
     def template(self):
         """(ChatTemplate, TemplateEncoder) of the model's tokenizer."""
         tokenizer = self.tokenizer
-        if tokenizer.chat_template is None:
+        if not tokenizer.chat_template:
             print("the tokenizer has no chat template; the questions take this project's form", file=sys.stderr)
             tokenizer.chat_template = CHAT_TEMPLATE
-        text = tokenizer.get_chat_template()
+        text = base_template(tokenizer, str(self.source.path))
         if text == CHAT_TEMPLATE and tokenizer.bos_token is None:
             raise UserError(
                 "prompt: --chat needs a token for the start of a document, which this tokenizer does not have"

@@ -267,7 +267,9 @@ def find_base(source, base, where):
     try:
         now = identity_of(base["path"])
     except UserError as error:
-        raise UserError(f"{where}: its adapters belong to the weights in {base['path']}: {error}") from None
+        raise UserError(
+            f"{where}: its adapters belong to the weights in {base['path']}: {error}; put them back, or a link to them"
+        ) from None
     if now["digest"] != base["digest"]:
         raise UserError(
             f"{where}: its adapters belong to the weights that were in {base['path']}, and there are others now (found "

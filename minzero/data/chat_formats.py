@@ -7,13 +7,15 @@
 
 Lists of messages may also be under `conversation`, `conversations` or `messages`, or the column that --column names. A
 content may come in parts, [{"type": "text", "text": "..."}]. An answer is not learned where its message has a `weight`
-of 0 (OpenAI), or `train` or `training` is false (Axolotl).
+of 0 (OpenAI), or `train` or `training` is false (Axolotl). A text under `system` is the first message where no message
+is the system's.
 """
 
 import json
 from typing import NamedTuple
 
 from minzero.data.documents import BadDocument, checked_value
+from minzero.errors import describe
 
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion")
 LISTS = ("messages", "conversation", "conversations")  # usual names of the column that holds a list of messages
@@ -21,7 +23,8 @@ ROLES = {name: name for name in ("system", "user", "assistant", "tool")}
 ROLES |= {"developer": "system", "function": "tool", "ipython": "tool"}
 SHAREGPT = ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 SHAREGPT |= {"model": "assistant", "observation": "tool", "function_response": "tool", "function_call": "function_call"}
-KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")  # what chat templates know besides
+REASONING = ("reasoning_content", "thinking")
+KEPT = ("tool_calls", "tool_call_id", "name", *REASONING)  # what chat templates know besides
 LEARNED_IF = ("weight", "train", "training")  # fields that say whether an answer is learned
 
 
@@ -70,7 +73,18 @@ def read_row(key, row, format_name, column=None):
         raise messages
     if format_name == "sharegpt":
         messages = [from_sharegpt(key, number, message) for number, message in enumerate(messages, 1)]
-    return read_messages(key, messages, read_tools(key, row.get("tools")))
+    return read_messages(key, with_system(key, row, messages), read_tools(key, row.get("tools")))
+
+
+def with_system(key, row, messages):
+    """A row's messages after the text in its column `system`, if it has one and no message is the system's. Raises
+    BadDocument."""
+    if row.get("system") is None:
+        return messages
+    text = text_under(key, row, "system")
+    names = [message.get("role") for message in messages if isinstance(message, dict)]
+    has_one = any(isinstance(name, str) and ROLES.get(name) == "system" for name in names)
+    return [{"role": "system", "content": text}, *messages] if text and not has_one else messages
 
 
 # -- each format ---------------------------------------------------------------------------------
@@ -147,17 +161,18 @@ def from_sharegpt(key, number, message):
 def read_alpaca(key, row):
     """Raises BadDocument."""
     texts = {name: text_under(key, row, name) for name in ("instruction", "output")}
-    texts |= {name: text_under(key, row, name) for name in ("input", "system") if row.get(name) is not None}
+    texts |= {name: text_under(key, row, name) for name in ("input",) if row.get(name) is not None}
     messages = []
-    if texts.get("system"):
-        messages.append({"role": "system", "content": texts["system"]})
-    for pair in row.get("history") or []:
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise BadDocument(key, f"history: found {shown(history)}, expected a list of questions and their answers")
+    for pair in history:
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadDocument(key, f"history: found {shown(pair)}, expected pairs of a question and its answer")
         messages += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
     question = "\n\n".join(filter(None, (texts["instruction"], texts.get("input"))))
     messages += [{"role": "user", "content": question}, {"role": "assistant", "content": texts["output"]}]
-    return read_messages(key, messages)
+    return read_messages(key, with_system(key, row, messages))
 
 
 def read_prompt_completion(key, row):
@@ -171,7 +186,8 @@ def read_prompt_completion(key, row):
         if not isinstance(value, list):
             raise BadDocument(key, f"{name}: found {type(value).__name__}, expected a text or a list of messages")
     read = [message | {"weight": 0} if isinstance(message, dict) else message for message in prompt]
-    return read_messages(key, [*read, *completion], read_tools(key, row.get("tools")))
+    messages = with_system(key, row, [*read, *completion])
+    return read_messages(key, messages, read_tools(key, row.get("tools")))
 
 
 def text_under(key, row, column):
@@ -192,12 +208,13 @@ def read_tools(key, tools):
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadDocument(key, f"tools: found {shown(tools)}, expected a list of objects, or its JSON")
-    return [without_nulls(tool) for tool in tools]
+    check_json(key, "tools", tools)
+    return tools
 
 
 def read_calls(key, number, calls):
-    """An answer's tool calls, [{"type": "function", "function": {"name", "arguments"}}]. OpenAI's arguments are JSON in
-    a string, and templates expect objects. Raises BadDocument."""
+    """An answer's tool calls, [{"type": "function", "function": {"name", "arguments"}}], each with its `id` if it has
+    one. OpenAI's arguments are JSON in a string, and templates expect objects. Raises BadDocument."""
     found = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, dict) else call
@@ -209,9 +226,20 @@ def read_calls(key, number, calls):
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             arguments = parsed(arguments)
-        arguments = without_nulls(arguments) or {}
-        found.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        check_json(key, f"message {number}: the arguments of {function['name']}", arguments)
+        read = {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
+        if isinstance(call, dict) and call.get("id") is not None:
+            read["id"] = call["id"]
+        found.append(read)
     return found
+
+
+def check_json(key, where, value):
+    """Raise BadDocument for a value that JSON has no form for, as a date in a table."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadDocument(key, f"{where}: found what JSON cannot hold ({describe(error)})") from None
 
 
 def parsed(text):
@@ -220,15 +248,6 @@ def parsed(text):
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
-
-
-def without_nulls(value):
-    """Without the fields that a table adds because other rows have them."""
-    if isinstance(value, dict):
-        return {name: without_nulls(item) for name, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
 
 
 def tools_as_text(conversation):

@@ -11,6 +11,7 @@ does. Two things are added:
   BEFORE and AFTER. A copy of the tokenizer knows its special tokens under these names alone.
 """
 
+import copy
 import itertools
 import json
 import re
@@ -28,6 +29,7 @@ NEUTRAL = "\ufdd0"  # a code point that is no character; in the middle of a word
 SEPARATORS = str.maketrans("", "", LEARNED + BEFORE + AFTER + NEUTRAL)
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+PROBES = (PROBE, [{"role": "system", "content": "c"}, *PROBE])  # some templates demand a system message
 
 
 class ChatTemplate:
@@ -53,20 +55,22 @@ class ChatTemplate:
         import jinja2
 
         self.end_of_turn = None
-        try:
-            text, spans = self.render(PROBE)
-            if not self.marked:
-                spans = [(len(self.render(PROBE[:1], add_generation_prompt=True)[0]), len(text))]
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(
-                f"--chat_template: {self.name}: line {error.lineno}: {error.message}; expected Jinja"
-            ) from None
-        except Exception:  # it may want other conversations than this one
+        for probe in PROBES:
+            try:
+                text, spans = self.render(probe)
+                if not self.marked:
+                    spans = [(len(self.render(probe[:-1], add_generation_prompt=True)[0]), len(text))]
+            except jinja2.TemplateSyntaxError as error:
+                raise UserError(
+                    f"--chat_template: {self.name}: line {error.lineno}: {error.message}; expected Jinja"
+                ) from None
+            except Exception:  # it may want other conversations than this one
+                continue
+            for start, _ in spans[-1:]:
+                end = self.end_of_answer(text, start)
+                names = [match[0] for match in self.special.finditer(text, start) if match.end() == end]
+                self.end_of_turn = names[0] if names else None
             return
-        for start, _ in spans[-1:]:
-            end = self.end_of_answer(text, start)
-            names = [match[0] for match in self.special.finditer(text, start) if match.end() == end]
-            self.end_of_turn = names[0] if names else None
 
     def summary(self):
         """A line on how the assistant's part is found."""
@@ -118,16 +122,17 @@ class ChatTemplate:
         except Exception as error:  # a template may raise anything
             raise UserError(f"prompt: the chat template does not take it ({describe(error)})") from None
 
-    def texts(self, key, conversation):
+    def texts(self, key, conversation, learn_all=False):
         """A Conversation as texts for a TemplateEncoder: one, or where the template changes earlier answers once a
-        conversation goes on, one for each answer. Raises BadDocument."""
-        if not self.knows_tools:
+        conversation goes on, one for each answer. learn_all: one, with those answers marked that it does not change.
+        Raises BadDocument."""
+        if not self.shows_tools(conversation):
             conversation = tools_as_text(conversation)
         messages, tools = self.guarded(conversation.messages), self.guarded(conversation.tools)
         conversation = conversation._replace(messages=messages, tools=tools)
         try:
             whole, spans = self.render(messages, tools)
-            self.check_complete(key, messages, whole)
+            self.check_complete(key, conversation, whole)
             if self.marked:
                 found = [(whole, self.marked_answers(key, conversation, spans))]
             else:
@@ -136,17 +141,57 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template may raise anything
             raise BadDocument(key, f"the chat template does not take it ({describe(error)})") from None
+        if learn_all:
+            spans = [span for text, of_text in found for span in of_text if whole.startswith(text[: span[1]])]
+            found = [(whole, spans or [(0, len(whole))])]
         return [self.with_names(text, spans) for text, spans in found]
 
-    def check_complete(self, key, messages, text):
+    def check_complete(self, key, conversation, text):
         """Raise BadDocument if the template leaves a message out, as some do with roles that they do not know."""
-        for number, message in enumerate(messages, 1):
-            if message["role"] in ("system", "user") and message["content"].strip() not in text:
+        messages, tools = conversation.messages, conversation.tools
+        missing = [
+            number
+            for number, message in enumerate(messages)
+            if message["role"] in ("system", "user") and message["content"].strip() not in text
+        ]
+        if not missing:
+            return
+        marked = copy.deepcopy(messages)  # it may also have changed them, as SmolLM3's takes /no_think out
+        for number in missing:
+            marked[number]["content"] = f"{marker(number)} {marked[number]['content']}"
+        text = self.render(marked, tools)[0]
+        for number in missing:
+            if marker(number) not in text:
+                role = messages[number]["role"]
                 raise BadDocument(
                     key,
-                    f"message {number}: the chat template leaves out this message of the {message['role']}",
+                    f"message {number + 1}: the chat template leaves out this message of the {role}",
                     "choose another --chat_template, as own",
                 )
+
+    def shows_tools(self, conversation):
+        """Whether the template writes all of a Conversation's tools, their calls and their results."""
+        if not self.knows_tools:
+            return False
+        messages, tools = copy.deepcopy((conversation.messages, conversation.tools))
+        functions = [tool.get("function", tool) for tool in tools or ()]
+        functions += [call["function"] for message in messages for call in message.get("tool_calls", ())]
+        count = 0  # of markers
+        for function in functions:
+            if isinstance(function, dict) and isinstance(function.get("name"), str):
+                function["name"] = marker(count)
+                count += 1
+        for message in messages:
+            if message["role"] == "tool":
+                message["content"] = f"{marker(count)} {message['content']}"
+                count += 1
+        if not count:
+            return True
+        try:
+            text = self.render(messages, tools)[0]
+        except Exception:  # whether it takes the conversation itself is seen after this
+            return True
+        return all(marker(number) in text for number in range(count))
 
     def marked_answers(self, key, conversation, spans):
         """Those of the marked parts that are learned. Raises BadDocument."""
@@ -187,6 +232,11 @@ class ChatTemplate:
         return len(text)
 
 
+def marker(number):
+    """A word that is in no conversation, to be looked for in a rendering."""
+    return f"Zq{number}qZ"
+
+
 def is_guarded(name, special):
     """Whether an added token is one whose name in a message stays text. One of a single character cannot be told from
     text."""
@@ -209,6 +259,22 @@ class Encoded(NamedTuple):
     sizes: list
 
 
+def rename_pieces(model, names):
+    """Rename pieces of a tokenizer's model in place, its vocabulary in tokenizer.json, but for those that it makes by
+    merges. Else it would find special tokens in text by itself, as Unigram does. names: {old: new}."""
+    vocabulary = model.get("vocab")
+    if isinstance(vocabulary, list):
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
+    elif isinstance(vocabulary, dict):
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", ()))
+        merged = {piece for pair in pairs for piece in (*pair, "".join(pair))} & names.keys()
+        model["vocab"] = {
+            piece if piece in merged else names.get(piece, piece): number for piece, number in vocabulary.items()
+        }
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+
+
 def without_marks(text):
     """The words of a text of ChatTemplate: without separators and special tokens."""
     return NAMES.sub("", text).translate(SEPARATORS)
@@ -229,6 +295,7 @@ class TemplateEncoder:
                 token["content"] = BEFORE + token["content"] + AFTER
                 token |= {"normalized": False, "single_word": False}
             ids[token["content"]] = token["id"]
+        rename_pieces(content["model"], {name[1:-1]: name for name in ids if name.startswith(BEFORE)})
         self.backend = Tokenizer.from_str(json.dumps(content))
         vocabulary = self.backend.get_vocab()
         self.table = np.arange(1 + max(vocabulary.values()), dtype=np.uint32)  # the copy's ids -> the tokenizer's
@@ -236,18 +303,20 @@ class TemplateEncoder:
             self.table[vocabulary[name]] = number
 
     def encode(self, text):
-        """A text with marks -> Encoded. A token that is partly learned is learned, as by apply_chat_template."""
+        """A text with marks -> Encoded. A token that is partly learned is learned, as by apply_chat_template; not so a
+        special token before an answer that takes the blanks after it (Phi-3's)."""
         parts = text.split(LEARNED)
         found = self.backend.encode("".join(parts), add_special_tokens=False)
         offsets = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
         learned = np.zeros(len(offsets), dtype=bool)
+        is_special = np.array([token.startswith(BEFORE) for token in found.tokens], dtype=bool)
         ends = []
         sizes = []
         place = 0
         for number, part in enumerate(parts):
             if number % 2:
                 inside = (offsets[:, 0] < place + len(part)) & (offsets[:, 1] > place)
-                learned |= inside
+                learned |= inside & ~(is_special & (offsets[:, 0] < place))
                 ends.append(int((offsets[:, 0] < place + len(part)).sum()))
                 sizes.append(len(without_marks(part).encode()))
             place += len(part)

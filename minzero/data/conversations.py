@@ -15,7 +15,17 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from minzero.data.chat_formats import FORMATS, LISTS, column_of, read_messages, read_row, recognise, tools_as_text
+from minzero.config.values import in_short
+from minzero.data.chat_formats import (
+    FORMATS,
+    LISTS,
+    REASONING,
+    column_of,
+    read_messages,
+    read_row,
+    recognise,
+    tools_as_text,
+)
 from minzero.data.chat_templates import LEARNED, ChatTemplate
 from minzero.data.documents import BadDocument, checked_value, printable
 from minzero.data.meta import chat_template_of, holds_conversations
@@ -88,8 +98,9 @@ def add_flags(parser, formats=FORMATS):
     parser.add_argument(
         "--chat_template",
         default="auto",
-        metavar="own|base|FILE",
-        help="this project's form, the tokenizer's template, or one in Jinja; default: base where it has one, else own",
+        metavar="own|base|NAME|FILE",
+        help="this project's form, the tokenizer's template, its template of this name where it has several, or one in "
+        "Jinja; default: base where it has one, else own",
     )
     fits = "cut a longer conversation after the last whole answer, or leave it out"
     parser.add_argument("--max_tokens", type=at_least(2), help=fits)
@@ -100,6 +111,10 @@ def open_template(name, tokenizer):
     Raises UserError."""
     if name == "own":
         return None
+    theirs = tokenizer.as_transformers() if isinstance(tokenizer, HuggingFaceTokenizer) else None
+    named = theirs.chat_template if theirs is not None and isinstance(theirs.chat_template, dict) else {}
+    if isinstance(named.get(name), str):
+        return ChatTemplate(theirs, named[name], f"{name} of tokenizer {tokenizer.name}")
     if name not in ("auto", "base"):
         try:
             text = Path(name).read_text(encoding="utf-8")
@@ -107,16 +122,29 @@ def open_template(name, tokenizer):
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
             raise UserError(f"--chat_template: {name}: {reason}; expected own, base or a file in Jinja") from None
         return ChatTemplate(tokenizer.as_transformers(None), text, name)
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        theirs = tokenizer.as_transformers()
-        text = theirs.chat_template
-        if isinstance(text, dict):  # several, by purpose
-            text = text.get("default")
+    if theirs is not None:
+        text = base_template(theirs, f"tokenizer {tokenizer.name}")
         if text:
             return ChatTemplate(theirs, text, f"that of tokenizer {tokenizer.name}")
     if name == "base":
         raise UserError(f"--chat_template: base: {tokenizer.name} comes with no chat template; choose own, or a file")
     return None
+
+
+def base_template(theirs, name):
+    """The chat template of a tokenizer of transformers', or None: of several the default. name: for messages. Raises
+    UserError."""
+    text = theirs.chat_template
+    if isinstance(text, dict):
+        if "default" not in text:
+            raise UserError(
+                f"{name}: chat_template: found several ({', '.join(map(repr, text))}) and no 'default'; give one "
+                "of them that name, or prepare with --chat_template NAME"
+            )
+        text = text["default"]
+    if text and not isinstance(text, str):
+        raise UserError(f"{name}: chat_template: found {in_short(text)}, expected text in Jinja; fix it")
+    return text or None
 
 
 def with_marks(key, messages, learned=None):
@@ -161,7 +189,7 @@ class Conversations:
         self.format_name = format_name
         self.columns = columns
         self.recognised = None  # (format, column) of this source's rows
-        self.split_for_each_answer = False  # whether that has been said
+        self.split_for_each_answer = self.leaves_out = False  # whether that has been said
         self.description = f"conversations: {source.description}"
         lines = (getattr(source, "summary", None), template and template.summary())
         self.summary = "\n".join(filter(None, lines)) or None
@@ -190,18 +218,19 @@ class Conversations:
                 texts = [row] if isinstance(row, BadDocument) else self.texts(key, row)
             except BadDocument as bad:
                 texts = [self.source.raise_or_yield(bad)]
+            except RecursionError:
+                texts = [self.source.raise_or_yield(BadDocument(key, "could not be read (nested too deeply)"))]
             for text in texts:
                 yield key, text
 
     def texts(self, key, row):
         """A row as texts with separators: one, or one for each answer (see ChatTemplate.texts). Raises BadDocument."""
         conversation = self.read(key, row)
+        self.say_what_is_left_out(key, conversation)
         if self.template is None:
             conversation = tools_as_text(conversation)
             return [with_marks(key, conversation.messages, conversation.learned)]
-        texts = self.template.texts(key, conversation)
-        if self.chat.learn_all:
-            return texts[-1:]  # which has all of the messages
+        texts = self.template.texts(key, conversation, self.chat.learn_all)
         if len(texts) > 1 and not self.split_for_each_answer:
             self.split_for_each_answer = True
             tqdm.write(
@@ -209,6 +238,16 @@ class Conversations:
                 "conversations are stored once for each answer, as the model will see them"
             )
         return texts
+
+    def say_what_is_left_out(self, key, conversation):
+        """Say it of the first Conversation whose reasoning the chat template, or this project's form, has no place
+        for."""
+        known = self.template.text if self.template else ""
+        fields = [name for name in REASONING if name not in known and any(name in one for one in conversation.messages)]
+        if fields and not self.leaves_out:
+            self.leaves_out = True
+            form = "the chat template" if self.template else "this project's form"
+            tqdm.write(f"{printable(key)}: {', '.join(fields)}: {form} has no place for it, so it is left out")
 
     def read(self, key, row):
         """A row as a chat_formats.Conversation. Raises BadDocument."""

@@ -92,6 +92,13 @@ def checked_value(where, value, column, kind, columns=None):
     return BadDocument(where, f"no {missing}: found {found}, expected {expected} under {column!r}{row_has}", SET_COLUMN)
 
 
+def without_nulls(value):
+    """A value of a table without the fields in it that other rows have and this one has not."""
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def missing_column(where, column, found):
     """The UserError for a table that has no such column. found: the names that it has."""
     return UserError(

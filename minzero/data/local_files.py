@@ -1,5 +1,6 @@
 """Documents from local files: finding the files of --input, and reading text, JSON lines and parquet."""
 
+import codecs
 import collections
 import contextlib
 import glob
@@ -20,6 +21,7 @@ from minzero.data.documents import (
     missing_column,
     plural,
     printable,
+    without_nulls,
 )
 from minzero.errors import UserError, describe
 from minzero.files import nearest
@@ -353,7 +355,7 @@ def read_json(path, column, kind):
     """As `read_jsonl`, of a file that is one list of rows, which is in memory as a whole. Another is read line by line:
     many files of JSON lines have this suffix."""
     with opened(path) as (content, file):
-        if content.peek(64)[:64].lstrip()[:1] != b"[":
+        if content.peek(64)[:64].removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"[":
             yield from read_jsonl(path, column, kind)
             return
         rows = parse_json(content.read())
@@ -398,6 +400,8 @@ def read_parquet(path, column, kind):
                     text = BadDocument(f"{path} row {row}", f"could not be read ({describe(text)})")
                 elif not isinstance(text, kind):
                     text = checked_value(f"{path} row {row}", text, column, kind)
+                elif kind is dict:
+                    text = {name: without_nulls(value) for name, value in text.items()}
                 found = [text]
                 text = None
                 yield row, found.pop(), size * row // rows

@@ -11,6 +11,7 @@ import hashlib
 import numpy as np
 
 from minzero.config.sections import data_weights
+from minzero.data.meta import chat_template_of
 from minzero.data.order import Schedule, sample_numbers, windows_of
 from minzero.data.packing import open_stream
 from minzero.errors import UserError
@@ -47,6 +48,7 @@ class Mixture:
         if len(known) > 1:
             found = ", ".join(f"{folder} with tokenizer {tokenizer}" for tokenizer, folder in known.items())
             raise UserError(f"data.path: found {found}; expected one tokenizer for all; prepare one of them again")
+        chat_template_of(self.folders)  # of which there must be one
         if verify:
             for stream in self.streams:
                 stream.verify(*verify)

@@ -50,21 +50,22 @@ class Preferences(Conversations):
 def read_pair(key, row):
     """A row as two chat_formats.Conversations, the preferred one first. Raises BadDocument."""
     row = without_separators(row)
-    prompt = messages_under(key, row, "prompt") if row.get("prompt") is not None else None
+    prompt = messages_under(key, row, "prompt") if row.get("prompt") not in (None, []) else None
     chosen, rejected = (messages_under(key, row, name) for name in ("chosen", "rejected"))
-    if not isinstance(
-        row.get("prompt"), list
-    ):  # else a text, beside which the answers may hold the prompt too, or none
-        shared = 0
-        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-            shared += 1
-        if shared:
-            prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    if not prompt or isinstance(row["prompt"], str):  # beside a text the answers may hold the prompt too
+        count = 0  # of messages with which both begin
+        while count < min(len(chosen), len(rejected)) and chosen[count] == rejected[count]:
+            count += 1
+        if count:
+            prompt, chosen, rejected = chosen[:count], chosen[count:], rejected[count:]
     if not prompt:
         raise BadDocument(key, "found no prompt and no message with which both answers begin, expected one of these")
     if chosen == rejected:
         raise BadDocument(key, "found the same answer as chosen and as rejected, expected two")
-    rows = ({"prompt": prompt, "completion": answer, "tools": row.get("tools")} for answer in (chosen, rejected))
+    if isinstance(prompt[-1], dict) and prompt[-1].get("role") == "assistant":
+        raise BadDocument(key, "found a prompt that ends with words of the assistant, expected a question")
+    shared = {"prompt": prompt, "tools": row.get("tools"), "system": row.get("system")}
+    rows = (shared | {"completion": answer} for answer in (chosen, rejected))
     return [read_prompt_completion(key, found) for found in rows]
 
 
@@ -75,7 +76,10 @@ def messages_under(key, row, column):
         parts = TURN.split(value)
         if len(parts) > 1 and not parts[0].strip():
             turns = zip(parts[1::2], parts[2::2], strict=True)
-            return [{"role": SPEAKERS[name], "content": text.strip()} for name, text in turns]
+            messages = [{"role": SPEAKERS[name], "content": text.strip()} for name, text in turns]
+            if column == "prompt" and messages[-1] == {"role": "assistant", "content": ""}:
+                messages.pop()  # "Assistant:", after which the answers begin
+            return messages
         return [{"role": ROLES[column], "content": value}]
     if isinstance(value, dict):
         value = [value]

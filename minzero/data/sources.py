@@ -9,7 +9,7 @@ import sysconfig
 import urllib.request
 from pathlib import Path
 
-from minzero.data.documents import BadDocument, Source, checked_value, missing_column
+from minzero.data.documents import BadDocument, Source, checked_value, missing_column, without_nulls
 from minzero.data.local_files import Files
 from minzero.errors import UserError, describe
 
@@ -135,4 +135,5 @@ class Hub(Source):
 
 def rows_of(batch):
     """{column: values} as rows, {column: value}."""
-    return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    for values in zip(*batch.values(), strict=True):
+        yield dict(zip(batch, map(without_nulls, values), strict=True))

@@ -20,10 +20,14 @@ from minzero.hf.write import check_new_folder, written_whole
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# settings of adapter_config.json that change what is computed, and the values with which it is what lora.py computes
-COMPUTED = {"use_dora": False, "use_rslora": False, "fan_in_fan_out": None, "bias": "none", "lora_bias": False}
-COMPUTED |= {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None}
-COMPUTED |= {"trainable_token_indices": None, "layer_replication": None, "target_parameters": None}
+# Settings of adapter_config.json that do not change what a trained adapter computes, or that are seen in its weights.
+# Any other, of PEFT's now or later, must be off: none, false, empty or "none".
+NO_MATTER = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
+NO_MATTER |= {"target_modules", "exclude_modules", "layers_pattern", "fan_in_fan_out", "lora_dropout", "megatron_core"}
+NO_MATTER |= {"qalora_group_size", "runtime_config", "ensure_weight_tying"}
+NO_MATTER |= {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}  # of ways to begin, which are:
+BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")  # others change the base when it is loaded
+DEFAULTS = {"r": 8, "lora_alpha": 8}  # PEFT's, of what is left out
 
 
 def their_modules(model: ModelConfig, matrix):
@@ -101,13 +105,20 @@ def open_adapter(config: LoraConfig, model: ModelConfig):
     folder = Path(config.init_from)
     settings = read_object(folder / CONFIG, "expected the folder of an adapter, as PEFT writes it")
     check_expressible(model)
-    expected = {"peft_type": "LORA", "r": config.rank, "lora_alpha": config.alpha} | COMPUTED
-    for name, value in expected.items():
-        found = settings.get(name, value)
-        if found != value and not (name in COMPUTED and not found) and name != "fan_in_fan_out":
-            ours = {"r": "lora.rank", "lora_alpha": "lora.alpha"}.get(name)
-            remedy = f"set {ours} to {in_short(found)}" if ours else "other adapters are not known here"
-            raise UserError(f"{folder / CONFIG}: {name}: found {in_short(found)}, expected {in_short(value)}; {remedy}")
+    ours = {"r": ("lora.rank", config.rank), "lora_alpha": ("lora.alpha", config.alpha)}
+    for name, found in (DEFAULTS | settings).items():
+        remedy = "other adapters are not known here"
+        if name in ours:
+            key, value = ours[name]
+            is_right, expected, remedy = found == value, in_short(value), f"set {key} to {in_short(found)}"
+        elif name == "peft_type":
+            is_right, expected = found == "LORA", '"LORA"'
+        elif name == "init_lora_weights":
+            is_right, expected = found in BEGINNINGS, f"one of {', '.join(map(in_short, BEGINNINGS))}"
+        else:
+            is_right, expected = name in NO_MATTER or not found or found == "none", "it to be off"
+        if not is_right:
+            raise UserError(f"{folder / CONFIG}: {name}: found {in_short(found)}, expected {expected}; {remedy}")
     file = folder / WEIGHTS
     try:
         with safe_open(file, "pt") as opened:

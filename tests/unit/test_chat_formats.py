@@ -1,5 +1,7 @@
 """Rows of conversations in the formats of others: recognised, read from every kind of file, refused in one line."""
 
+import datetime
+import decimal
 import gzip
 import json
 
@@ -9,6 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from minzero.data.chat_formats import FORMATS, LISTS, read_messages, read_row, recognise, tools_as_text
+from minzero.data.chat_templates import ChatTemplate
 from minzero.data.conversations import HEADINGS, LEARNED, NOT_LEARNED, Conversations, with_marks
 from minzero.data.documents import BadDocument
 from minzero.data.local_files import Files
@@ -22,6 +25,10 @@ ASKED = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content":
 BRIEF = {"role": "system", "content": "Be brief."}
 CALL = {"name": "add", "arguments": {"a": 1, "b": 1}}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def bytes_template(text, name):
+    return ChatTemplate(load_tokenizer("bytes").as_transformers(None), text, name)
 
 
 def parts(*texts):
@@ -112,7 +119,7 @@ ROWS = [
         },
         [
             ASKED[0],
-            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]},
+            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL, "id": "7"}]},
             {"role": "tool", "content": "2", "tool_call_id": "7"},
             ASKED[1],
         ],
@@ -132,6 +139,15 @@ ROWS = [
         [BRIEF, *ASKED, {"role": "user", "content": "Add.\n\n1, 1"}, ASKED[1]],
         [0, 0, 1, 0, 1],
     ),
+    *(
+        (f"system beside {name}", name, row | {"system": "Be brief."}, [BRIEF, *ASKED], [0, 0, 1])
+        for name, row in (
+            ("messages", {"messages": ASKED}),
+            ("sharegpt", {"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2."}]}),
+            ("prompt_completion", {"prompt": "1 + 1?", "completion": "2."}),
+        )
+    ),
+    ("two of the system", "messages", {"messages": [BRIEF, *ASKED], "system": "Or not."}, [BRIEF, *ASKED], [0, 0, 1]),
     ("prompt", "prompt_completion", {"prompt": "1 + 1?", "completion": "2."}, ASKED, [0, 1]),
     (
         "prompt in messages",
@@ -221,6 +237,8 @@ BAD = [
     ({"conversations": [{"from": "human", "value": "x"}, 5]}, None, "message 2: found 5"),
     ({"instruction": 1, "output": "x"}, None, "found int, expected a string under 'instruction'"),
     ({"instruction": "x", "output": "x", "history": ["x"]}, None, "history: found x, expected pairs"),
+    ({"instruction": "x", "output": "x", "history": 1}, None, "history: found 1, expected a list"),
+    ({"messages": ASKED, "system": 5}, None, "found int, expected a string under 'system'"),
     ({"prompt": 1, "completion": "x"}, None, "prompt: found int, expected a text or a list of messages"),
     ({"prompt": [5], "completion": "x"}, None, "message 1: found 5"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, None, "found a pair of answers.*data/preferences/prepare.py"),
@@ -238,6 +256,77 @@ def test_a_bad_row_is_one_line_or_left_out(tmp_path, row, format_name, expected)
         list(source)
     source.yield_bad = True
     assert [type(text) for _, text in source] == [BadDocument]
+
+
+@pytest.mark.parametrize(
+    "fault", [decimal.Decimal(1), datetime.date(2026, 1, 1), b"x"], ids=["decimal", "date", "bytes"]
+)
+def test_a_table_with_what_json_cannot_hold_is_a_bad_row(tmp_path, fault):
+    call = {"type": "function", "function": CALL | {"arguments": {"a": fault}}}
+    for number, row in enumerate(
+        (
+            {"messages": [ASKED[0], {"role": "assistant", "content": "", "tool_calls": [call]}]},
+            {"messages": ASKED, "tools": [{"name": "add", "default": fault}]},
+        )
+    ):
+        parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / f"{number}.parquet")
+        with pytest.raises(BadDocument, match=r"parquet row 1: .*found what JSON cannot hold \(.*; fix or remove it"):
+            list(Conversations(Files([str(tmp_path / f"{number}.parquet")], "messages", dict)))
+
+
+def test_a_row_nested_too_deeply_is_a_bad_row(tmp_path):
+    """At any depth: found by the reader of the file, by the check of the tools, or by the template's guard."""
+    for depth in (300, 500, 900, 1100, 100_000):
+        tool = '{"name": "add", "a": ' + "[" * depth + "]" * depth + "}"
+        rows = [f'{{"messages": {json.dumps(ASKED)}, "tools": [{tool}]}}', json.dumps({"messages": ASKED})]
+        (tmp_path / "a.jsonl").write_text("\n".join(rows))
+        template = bytes_template("{% for m in messages %}{{ m['content'] }}{% endfor %}", "plain")
+        for chosen in (None, template):
+            source = Conversations(Files([str(tmp_path / "a.jsonl")], "messages", dict), chosen)
+            source.yield_bad = True
+            found = [text for _, text in source]
+            assert len(found) == 2 and isinstance(found[1], str), depth
+            if isinstance(found[0], BadDocument):
+                assert "deep" in str(found[0]) or "recursion" in str(found[0]), found[0]
+
+
+def test_nulls_of_json_stay_and_those_of_a_table_go(tmp_path):
+    """A table has every field in every row; in JSON a null is the caller's."""
+    call = {"name": "add", "arguments": {"a": 1, "b": None}}
+    rows = [
+        {"messages": [ASKED[0], {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}]}
+        for function in (call, call | {"arguments": json.dumps(call["arguments"])})
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": ASKED, "tools": [{"name": "add", "default": None}]}))
+    parquet.write_table(pyarrow.Table.from_pylist([*rows[:1], {"messages": ASKED}]), tmp_path / "c.parquet")
+
+    def texts(name):
+        return [text for _, text in Conversations(Files([str(tmp_path / name)], "messages", dict))]
+
+    assert all('{"a": 1, "b": null}' in text for text in texts("a.jsonl")) and len(texts("a.jsonl")) == 2
+    assert '"default": null' in texts("b.jsonl")[0]
+    assert '{"a": 1}' in texts("c.parquet")[0] and "null" not in texts("c.parquet")[0]
+
+
+def test_a_byte_order_mark_before_a_list(tmp_path):
+    for name, text in (("a.json", json.dumps([{"messages": ASKED}])), ("b.jsonl", json.dumps({"messages": ASKED}))):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert len(list(Conversations(Files([str(tmp_path / name)], "messages", dict)))) == 1
+
+
+def test_reasoning_that_is_left_out_is_said_once(tmp_path, capsys):
+    rows = [{"messages": [ASKED[0], ASKED[1] | {"reasoning_content": "Two ones."}]}] * 3
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def said(template):
+        list(Conversations(Files([str(tmp_path / "a.jsonl")], "messages", dict), template))
+        return capsys.readouterr().out.count("reasoning_content: ")
+
+    shows = "{% for m in messages %}{{ m['content'] }}{{ m.get('reasoning_content') }}{% endfor %}"
+    assert said(None) == 1
+    assert said(bytes_template("{% for m in messages %}{{ m['content'] }}{% endfor %}", "a")) == 1
+    assert said(bytes_template(shows, "b")) == 0
 
 
 def test_rows_are_of_the_format_of_the_first(tmp_path):

@@ -266,6 +266,8 @@ def test_experts_have_no_adapters():
         ({"use_dora": True}, "use_dora: found true"),
         ({"peft_type": "IA3"}, 'peft_type: found "IA3"'),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"init_lora_weights": "pissa"}, 'init_lora_weights: found "pissa", expected one of true'),
+        ({"a_key_of_tomorrow": {"on": True}}, "a_key_of_tomorrow: found .*, expected it to be off"),
     ],
 )
 def test_adapters_that_are_refused(changes, message, tmp_path):
@@ -277,6 +279,87 @@ def test_adapters_that_are_refused(changes, message, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UserError, match=message):
         peft.open_adapter(dataclasses.replace(SOME, init_from=str(tmp_path / "adapter")), LLAMA)
+
+
+ON = {  # values of PEFT's settings with which they are on, where true is none
+    "bias": "all",
+    "modules_to_save": ["lm_head"],
+    "init_lora_weights": "pissa_niter_4",
+    "layers_to_transform": [0],
+    "rank_pattern": {"q_proj": 8},
+    "alpha_pattern": {"q_proj": 8},
+    "trainable_token_indices": [1],
+    "alora_invocation_tokens": [1],
+    "target_parameters": ["a"],
+    "layer_replication": [[0, 1]],
+}
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TheirConfig)])
+def test_every_setting_of_pefts_is_known_or_must_be_off(name, tmp_path):
+    """Those that are let through are named here again, so that a new one of PEFT's cannot slip in."""
+    data = write_data(tmp_path / "data")
+    base = write_run(tmp_path / "base", LLAMA, data)
+    write_lora_run(tmp_path / "lora", adapted(LLAMA, base), tmp_path / "base", data)
+    export.main([str(tmp_path / "lora"), str(tmp_path / "adapter")])
+    path = tmp_path / "adapter/adapter_config.json"
+    settings = json.loads(path.read_text())
+    theirs = json.loads(json.dumps(TheirConfig(target_modules=["q_proj"]).to_dict(), default=list)) | settings
+    path.write_text(json.dumps(theirs | {name: ON.get(name, True)}))
+    given = dataclasses.replace(SOME, init_from=str(tmp_path / "adapter"))
+    harmless = """task_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules
+        exclude_modules layers_pattern fan_in_fan_out lora_dropout megatron_core qalora_group_size runtime_config
+        ensure_weight_tying loftq_config eva_config corda_config lora_ga_config""".split()
+    if name in harmless:
+        peft.open_adapter(given, LLAMA)
+    else:
+        with pytest.raises(UserError, match=f"adapter_config.json: {name}: found "):
+            peft.open_adapter(given, LLAMA)
+
+
+def test_what_an_adapter_leaves_out_is_pefts_default(tmp_path):
+    data = write_data(tmp_path / "data")
+    base = write_run(tmp_path / "base", LLAMA, data)
+    write_lora_run(tmp_path / "lora", adapted(LLAMA, base), tmp_path / "base", data)
+    export.main([str(tmp_path / "lora"), str(tmp_path / "adapter")])
+    path = tmp_path / "adapter/adapter_config.json"
+    settings = json.loads(path.read_text())
+    given = dataclasses.replace(SOME, init_from=str(tmp_path / "adapter"))
+    for name, key in (("r", "rank"), ("lora_alpha", "alpha")):
+        default = getattr(TheirConfig(), name)
+        path.write_text(json.dumps({one: value for one, value in settings.items() if one != name}))
+        with pytest.raises(UserError, match=f"{name}: found {default}, expected .*; set lora.{key} to {default}"):
+            peft.open_adapter(given, LLAMA)
+
+
+@pytest.mark.parametrize("begun", [True, "gaussian", "orthogonal", "pissa", "olora"])
+def test_of_an_adapter_that_is_taken_the_logits_are_pefts(begun, tmp_path):
+    """Trained here by noise, saved and loaded by PEFT: those that change the base when they are loaded are refused."""
+    theirs = make_folder(tmp_path / "hf", LLAMA)
+    tokens = random_tokens(LLAMA)
+    even = LoraConfig(rank=4, alpha=5.0, init_from=str(tmp_path / "adapter"))
+    targets = peft.target_modules(LLAMA, even)
+    torch.manual_seed(5)
+    theirs = get_peft_model(theirs, TheirConfig(r=4, lora_alpha=5, target_modules=targets, init_lora_weights=begun))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "adapter")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    expected = PeftModel.from_pretrained(plain, tmp_path / "adapter")(tokens).logits
+    if begun in ("pissa", "olora"):
+        with pytest.raises(UserError, match="init_lora_weights: found"):
+            peft.open_adapter(even, LLAMA)
+        return
+    from minzero.trained import open_weights
+
+    read = lora.merged(LLAMA, even, open_weights(str(tmp_path / "hf"), LLAMA)[1](), peft.open_adapter(even, LLAMA)())
+    model = GPT(LLAMA).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(read(name))
+        assert torch.allclose(model(tokens), expected, atol=1e-5 * expected.abs().max().item())
 
 
 def test_an_adapter_for_other_matrices_is_refused(tmp_path):

@@ -25,6 +25,8 @@ FORMATS = [
     {"prompt": "Red?", "chosen": [YES], "rejected": [NO]},
     {"prompt": [QUESTION], "chosen": YES, "rejected": NO},
     {"chosen": "\n\nHuman: Red?\n\nAssistant: Yes.", "rejected": "\n\nHuman: Red?\n\nAssistant: No."},
+    {"prompt": "\n\nHuman: Red?\n\nAssistant:", "chosen": "Yes.", "rejected": "No."},
+    {"prompt": [], "chosen": [QUESTION, YES], "rejected": [QUESTION, NO]},
     {"prompt": [{"from": "human", "value": "Red?"}], "chosen": {"from": "gpt", "value": "Yes."}, "rejected": [NO]},
 ]
 
@@ -37,6 +39,13 @@ def text_of(row):
 @pytest.mark.parametrize("row", FORMATS)
 def test_every_format_is_the_same_pair(row):
     assert text_of(row) == PAIR.join(with_marks("", [QUESTION, answer]) for answer in (YES, NO))
+
+
+def test_a_system_prompt_in_its_own_column():
+    system = {"role": "system", "content": "Be brief."}
+    for row in FORMATS:
+        expected = PAIR.join(with_marks("", [system, QUESTION, answer]) for answer in (YES, NO))
+        assert text_of(row | {"system": "Be brief."}) == expected
 
 
 def test_of_what_both_begin_with_nothing_is_learned():
@@ -79,6 +88,11 @@ def test_in_other_conversations_the_separator_is_a_character(tmp_path):
         ({"chosen": [YES], "rejected": [NO]}, "found no prompt and no message with which both answers begin"),
         ({"prompt": "Red?", "chosen": "Yes.", "rejected": "Yes."}, "found the same answer as chosen and as rejected"),
         ({"prompt": "Red?", "chosen": [QUESTION], "rejected": [NO]}, "found no message of the assistant|no answer"),
+        (
+            {"prompt": "\n\nHuman: Red?\n\nAssistant: It is", "chosen": " so.", "rejected": " not."},
+            "found a prompt that ends with words of the assistant",
+        ),
+        ({"prompt": [QUESTION, YES], "chosen": [YES], "rejected": [NO]}, "ends with words of the assistant"),
         ({"prompt": 3, "chosen": "Yes.", "rejected": "No."}, "no prompt: found int"),
     ],
 )
