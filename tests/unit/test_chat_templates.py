@@ -401,7 +401,7 @@ def test_templates_in_two_forms_are_not_mixed(place, tmp_path):
     assert chat_template_of([folders["b"], folders["c"]])["end_of_turn"] is not None
     size = read_meta(folders["a"])["vocab_size"]
     Mixture({folders["b"]: 1, folders["c"]: 1}, "train", 128, size, 1)
-    said = r"data.path: found conversations in two chat templates, .*own form in .*/a and that of tokenizer .* in .*/b"
+    said = r"data.path: found conversations in two chat templates, .*own form in .*/a/data and that .* in .*/b/data"
     for use in (chat_template_of, lambda paths: Mixture(dict.fromkeys(paths, 1), "train", 128, size, 1)):
         with pytest.raises(UserError, match=said):
             use([folders["a"], folders["b"]])
