@@ -23,12 +23,14 @@ from pathlib import Path
 from minzero.commands import run_command
 from minzero.config.build import build
 from minzero.config.deepspeed import gradient_accumulation
+from minzero.config.hints import rename_old_keys
 from minzero.config.load import command_line_values, load_config
 from minzero.config.nested import merge
 from minzero.config.values import as_flag
 from minzero.errors import UserError
 from minzero.files import check_can_write, make_folder, read_json, write_json
 from minzero.flags import FlagParser, a_number, a_path, at_least
+from minzero.init_from import model_defaults
 from minzero.scaling.plan import SCHEDULES, SET_BY_SWEEP, Options
 from minzero.scaling.shapes import COUNTS
 
@@ -106,14 +108,15 @@ def content_of(rest, replaced):
     """(the sections of the config that the command line names, as nested dictionaries; the Config; the file's stem).
     replaced: {key of the train section: what sets it here}. A config file may have such keys for its own run. Raises
     UserError for one on the command line, which would not be obeyed."""
-    config = load_config(rest)
+    config = load_config(rest, model_defaults)
     overrides, files = command_line_values(rest)
     if not files:
         raise UserError(f"CONFIG: none given; expected: {USAGE}")
     for name, value in overrides.get("train", {}).items():
         if name in replaced:
             raise UserError(f"--train.{name}: found {as_flag(value)}, which {replaced[name]}; leave it out")
-    return merge(read_json(files[0]), overrides), config, Path(files[0]).stem
+    content, _ = rename_old_keys(read_json(files[0]), files[0])
+    return merge(content, overrides), config, Path(files[0]).stem
 
 
 def main(arguments):
@@ -240,7 +243,7 @@ def range_test(options, rest):
     if path.exists() and read_json(path) != content:
         raise UserError(f"{path}: found a range test with other settings; choose another --out, or remove {folder}")
     try:
-        test = build(content, "its config")
+        test = build(content, "its config", config.model)
     except UserError as error:  # of rates that the config alone would not have
         raise UserError(f"--highest: found {highest:g}: {error}; lower it") from None
     gradient_accumulation(test, options.ranks or 1)

@@ -387,7 +387,8 @@ def main(config, watchdog=None):
         digest = None  # of what the reference of preference tuning says
         if train_data.has_pairs:
             digest = reference.provide(run, engine, start, [*train_data.streams, *val_data.streams])
-        bad_steps = BadSteps(engine, train.spike_zscore, start.state.get("bad_steps"))
+        way_back = resume.WayBack(train.out_dir, start.path)
+        bad_steps = BadSteps(engine, train.spike_zscore, start.state.get("bad_steps"), way_back)
         more = {"base": start.base, "reference": digest, "branch_of": resume.branch_of(train, start.path, start.state)}
         info = info_of(config, group, setup, train_data, not_compiled is None, **more)
         run.begin(engine, bad_steps, info, count_real_parameters(engine.module))

@@ -22,13 +22,14 @@ class BadSteps:
     In each step: `set_loss` before engine.step(), `result` after it, and `handle` if that returned a fault.
 
     zscore: train.spike_zscore. state: of an earlier `state()`. The statistics hold good steps only, so that one NaN
-    does not hide the next."""
+    does not hide the next. way_back: a resume.WayBack, for `handle`."""
 
-    def __init__(self, engine, zscore, state=None):
+    def __init__(self, engine, zscore, state=None, way_back=None):
         state = {"loss": [], "gradient norm": [], "skipped": 0, "bad": [], "skipped_in_a_row": 0} | (state or {})
         self.engine = engine
         self.zscore = zscore
-        self.seen = {name: deque(state[name], WINDOW) for name in ("loss", "gradient norm")}
+        self.way_back = way_back
+        self.seen = {name: deque(state[name], WINDOW) for name in resume.WINDOWS}
         self.skipped = state["skipped"]  # in the whole run
         self.bad = state["bad"]  # first and last sample of each bad step in a row
         self.skipped_in_a_row = state["skipped_in_a_row"]  # with those in which fp16 looks for its loss scale
@@ -102,7 +103,7 @@ class BadSteps:
         if len(self.bad) >= (1 if train.bad_step == "stop" else train.max_bad_steps):
             raise SharedError(f"step {step}: {self.fault}; bad steps in a row: {len(self.bad)}, {self.remedy(train)}")
         if train.bad_step == "rollback" and self.bad:
-            found, state, passed_over = resume.newest_whole(train.out_dir, progress)
+            found, state, passed_over = self.way_back.newest(progress)
             if found:
                 checkpoint.load(self.engine, found, state, train.seed, progress)
                 return "; ".join([f"passed over, and back to the weights of {found}", *passed_over])

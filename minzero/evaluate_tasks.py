@@ -73,7 +73,7 @@ def open_tasks(names, task_path, flag="--tasks", path_flag="--task_path", types=
         raise UserError(f"{path_flag}: {task_path}: no such folder; expected one that holds lm-eval's task files")
     files = {name for name in names if Path(name).suffix == ".yaml" and Path(name).is_file()}
     for file in sorted(files):
-        if fault := fault_of_yaml(file):
+        if fault := fault_of_yaml(file, one_task=True):
             raise UserError(f"{flag}: {file}: {fault}; correct it, or leave it out of {flag}")
     # indexing its own ten thousand tasks takes a dozen seconds, for which files of tasks need not wait
     for include_defaults in (False, True):

@@ -32,7 +32,7 @@ from minzero.files import read_json
 from minzero.flags import SUPPRESS, FlagParser, a_path, at_least
 from minzero.metrics import null_if_not_finite, read_metrics
 from minzero.planner.stage import with_stage
-from minzero.resume import check_same_data, state_at_step_0
+from minzero.resume import check_same_data, for_data, state_at_step_0
 from minzero.run import Run
 from minzero.run_folder import RunFolder
 from minzero.schedule import learning_rate
@@ -160,6 +160,7 @@ def prepare(run_path, path, state, settings, group):
             )
         data, _ = train.open_data(config)
         check_same_data(settings["data"], data, path or run_path)
+        state = for_data(state, data) if path else state
         setup = train.choose_setup(config, group, settings["precision"], memory)
         start = train.Start(path, state)
         if config.train.init_from and not path and not config.lora.rank:

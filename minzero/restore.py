@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import distributed
 
 from minzero.checkpoint import as_rank_0, fault_of, put_in_place
-from minzero.checkpoint_folder import Saved, tidy, write_marks
+from minzero.checkpoint_folder import Saved, is_within, tidy, write_marks
 from minzero.checkpoint_names import is_name, name_of
 from minzero.checkpoint_state import read_state
 from minzero.dist import all_or_none, first, print0
@@ -85,10 +85,22 @@ def copies_to_try(config, store):
         raise UserError(f"train.copy_to: {store.address} already holds the copies of a run; {remedy}")
     if train.resume not in ("auto", "never") and run.resolve() in (Path(train.resume) / STATE).resolve().parents:
         return []  # one of the run's own checkpoints was asked for
+    outside = train.resume not in ("auto", "never")  # see resume.choose_start
+    if outside and not saved.entries and not all(is_branch(state, train.resume) for state in states.values()):
+        raise UserError(
+            f"train.copy_to: {store.address} holds the copies of a run that did not begin at {train.resume}; choose "
+            "another"
+        )
     last = max((entry.number for entry in saved.entries), default=-1)
     numbers = {name: state.get("save_number") for name, state in states.items()}
     newer = [name for name, number in numbers.items() if is_count(number) and number > last]
     return sorted(newer, key=lambda name: (numbers[name], name), reverse=True)
+
+
+def is_branch(state, source):
+    """Whether a copy is of a run that began at `source`, a run or one of its checkpoints. state: its state.json."""
+    began = state.get("branch_of")
+    return isinstance(began, str) and is_within(began, source)
 
 
 def fetch(store, checkpoints, name, config):

@@ -14,6 +14,7 @@ from minzero.dist import print0
 from minzero.errors import UserError
 from minzero.schedule import SHAPES_THE_BATCH, SHAPES_THE_RATE
 
+WINDOWS = ("loss", "gradient norm")  # in the state of BadSteps: the last steps' numbers
 ADAPTERS = ("rank", "alpha", "matrices", "base_bits")  # keys of the section lora
 HOW_IT_RESUMES = ("train.out_dir", "train.copy_to", "train.resume", "train.allow_changed")
 
@@ -36,9 +37,19 @@ def where_to_start(config, data, known_faults=None):
     if found is None:
         return None, state_at_step_0()
     check_same_run(found, state, config)
-    if "data.path" not in config.train.allow_changed:
-        check_same_data(state["data"], data, found)
+    if "data.path" in config.train.allow_changed:
+        return found, for_data(state, data)
+    check_same_data(state["data"], data, found)
     return found, state
+
+
+def for_data(state, data):
+    """The state of a checkpoint for a run that goes on with this Mixture: of other data it does not keep what was
+    measured on them, the best validation loss and the losses that a spike is compared with."""
+    if state["data"] == data.fingerprint():
+        return state
+    bad_steps = {name: value for name, value in state.get("bad_steps", {}).items() if name not in WINDOWS}
+    return state | {"best_val_loss": None, "bad_steps": bad_steps}
 
 
 def state_at_step_0():
@@ -110,16 +121,45 @@ def newest_usable(run, known_faults=(), look_at_files=True):
     return None, None, ignored
 
 
-def newest_whole(run, progress=lambda: None):
-    """As `newest_usable`, but with all bytes verified, and the same on all ranks, which must all call this. progress:
-    called for each chunk that is read. Raises SharedError."""
-    known_faults = {}
-    while True:
-        found, state, ignored = as_rank_0(lambda: newest_usable(run, known_faults))
-        fault = found and fault_of(found, state, progress)
-        if not fault:
-            return found, state, [line for line in ignored if ".tmp: " not in line]
-        known_faults[found] = fault
+class WayBack:
+    """The checkpoints that a run may go back to after a bad step: those that it has saved since this start, and the one
+    from which it started. Others in its folder may be of a continuation that was given up. Every rank must make one
+    before the first save, and call its methods.
+
+    run: the run's folder. start: the checkpoint, which may be another run's, or None for step 0."""
+
+    def __init__(self, run, start):
+        self.folder = Path(run) / "checkpoints"
+        self.start = start
+        self.last_before = as_rank_0(lambda: max((entry.number for entry in Saved(self.folder).entries), default=0))
+
+    def newest(self, progress=lambda: None):
+        """The newest of them of which all bytes are whole: (path, state, lines about newer ones that are not), or
+        (None, None, []) before the first. progress: called for each chunk that is read. Raises SharedError if there
+        are some, and none is whole."""
+        known_faults = {}
+        while True:
+            found, state, ignored = as_rank_0(lambda: self.choose(known_faults))
+            fault = found and fault_of(found, state, progress)
+            if not fault:
+                return found, state, ignored
+            known_faults[found] = fault
+
+    def choose(self, known_faults):
+        """As `newest`, by state.json alone. known_faults: {path: fault}. For rank 0 alone. Raises UserError."""
+        own = [entry.path for entry in Saved(self.folder).own if entry.number > self.last_before]
+        ignored = []
+        for path in [*reversed(own), *([self.start] if self.start else [])]:
+            try:
+                if path in known_faults:
+                    raise UserError(known_faults[path])
+                return path, read_state(path), ignored
+            except UserError as error:
+                ignored.append(f"ignored {path}: {error}")
+        if ignored:
+            fault = ignored[-1].removeprefix("ignored ")
+            raise UserError(f"train.bad_step rollback: {fault}; no checkpoint of this run is whole: set it to skip")
+        return None, None, []
 
 
 def unfinished(folder):

@@ -50,7 +50,7 @@ def start_lines(run, data, not_compiled=None):
         )
     if train.mup_base_width:
         lines.append(f"muP: rates and initial weights are those of width {train.mup_base_width}, carried over")
-    if train.first_batch_tokens:
+    if train.first_batch_tokens and run.tokens_at(run.steps_done) < train.batch_ramp_tokens:
         grows = f"{real_jumps(train)} times" if train.batch_ramp_jumps else "linearly"
         lines.append(
             f"fewer tokens a step before that: from {train.first_batch_tokens:,} on they grow {grows} over the first "

@@ -6,8 +6,9 @@ from pathlib import Path
 from minzero.errors import UserError, describe
 
 
-def fault_of_yaml(path):
-    """What keeps a yaml file from holding a task, in words, or None."""
+def fault_of_yaml(path, one_task=False):
+    """What keeps a yaml file from holding a task or a group of tasks, in words, or None. one_task: a group is not
+    taken."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -18,6 +19,8 @@ def fault_of_yaml(path):
         content = yaml.load(Path(path).read_bytes(), Loader)
     except (yaml.YAMLError, OSError, ValueError) as error:
         return describe(error)
+    if one_task and isinstance(content, dict) and isinstance(content.get("task"), list):
+        return "found a group of tasks, expected one task; give its name, and its folder as that of further tasks"
     found = {type(None): "nothing", list: "a list"}.get(type(content), "a single value")
     return None if isinstance(content, dict) else f"found {found}, expected keys and values of a task"
 

@@ -131,7 +131,8 @@ def path_of_key(name):
 
 
 def parse_value(name, path, text):
-    """The value of a flag, as JSON or a string. Keys that take strings get one: a folder may be called 2024."""
+    """The value of a flag, as JSON or a string. Keys that take strings get one: a folder may be called 2024. A single
+    string is a list of one where a list of strings is taken."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
@@ -146,6 +147,8 @@ def parse_value(name, path, text):
         kind = field.type if field else None
     if kind in (str, str | None, str | dict) and value is not None and not isinstance(value, dict):
         return text.strip('"')
+    if kind == list[str] and value is not None and not isinstance(value, list | dict):
+        return [text.strip('"')]
     return value
 
 

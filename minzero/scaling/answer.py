@@ -128,7 +128,11 @@ def write_prediction(sweep, fits, flops):
         stated[name], size = predict(sweep, fits, flops)
         content = merge(sweep.content_of(size), {"train": {"out_dir": str(run)}})
         write_json(file, content)
-        load_config([str(file)])  # raises UserError for what train.py and plan.py would refuse
+        try:
+            load_config([str(file)])
+        except UserError as error:  # train.py and plan.py would refuse it
+            file.unlink()
+            raise UserError(f"--predict: found {flops:g}: {error}; choose another budget") from None
         write_json(book, stated)
     return read_prediction(sweep, name, stated[name])
 

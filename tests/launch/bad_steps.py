@@ -133,6 +133,19 @@ def spike(first_sample, last_sample, mixture):
     Mixture.batch = batch
 
 
+def rolled_back_from_step_5():
+    """A run of 10 steps whose step 7 is bad, and the same from its checkpoint of step 5: by a branch, which has saved
+    nothing yet, and in a copy of its folder, where step 10 is of a continuation that is given up."""
+    settings = {"save_every": 5, "keep_checkpoints": 9, "bad_step": "rollback"}
+    poison_gradient({7}, accumulation=2)
+    train.main(config_of("rolled_back", 3, 10, **settings))
+    parity.copy_until("rolled_back", 10, "rolled_back_again")
+    for name, origin in (("branch", "rolled_back"), ("again", "rolled_back_again")):
+        poison_gradient({2}, accumulation=2)  # the second of this start
+        start = str(FOLDER / origin / "checkpoints/step_00000005")
+        train.main(config_of(f"rolled_back_{name}", 3, 10, resume=start, **settings))
+
+
 def refused(config):
     try:
         train.main(config)
@@ -157,6 +170,7 @@ def main():
     poison_gradient({7}, accumulation=2)
     damage("rollback_damaged", 6, before_step=7)
     train.main(config_of("rollback_damaged", 3, 8, save_every=2, keep_checkpoints=9, bad_step="rollback"))
+    rolled_back_from_step_5()
     for stage, precision, kind, settings in SPOILT:
         train.build_engine = BUILD
         spoil_weights(kind, at_step=5)

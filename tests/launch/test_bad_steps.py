@@ -65,6 +65,17 @@ def test_rollback_takes_an_older_checkpoint_where_bytes_of_the_newest_are_damage
     assert f"back to the weights of {place}/step_00000004" in said
 
 
+@pytest.mark.parametrize(("name", "origin"), [("branch", "rolled_back"), ("again", "rolled_back_again")])
+def test_rollback_goes_to_where_the_run_started_and_not_to_what_it_gave_up(folder, name, origin):
+    """Weights, moments and losses are those of the run that was not stopped."""
+    (at, planned), (found_at, found) = (content(folder / run, 10) for run in ("rolled_back", f"rolled_back_{name}"))
+    assert at == found_at == 8, "steps 8 to 10 follow step 5"
+    assert planned.keys() == found.keys() and all(torch.equal(planned[key], found[key]) for key in planned)
+    said = (folder / "stdout").read_text()
+    back = f"back to the weights of {folder}/{origin}/checkpoints/step_00000005"
+    assert said.count(back) == (2 if name == "branch" else 1), "of the run itself, and of its branch"
+
+
 def test_a_run_whose_last_step_is_bad_does_not_end_as_a_good_one(folder):
     said = json.loads((folder / "said.json").read_text())["rollback"]
     assert said.startswith(

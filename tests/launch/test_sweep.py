@@ -12,11 +12,13 @@ import pytest
 
 import plan
 import sweep as command
+from minzero.config.sections import ModelConfig
 from minzero.files import read_json, write_json
 from minzero.metrics import read_metrics
 from minzero.scaling import runs
 from minzero.scaling.plan import Options, Sweep
 from tests.helpers.processes import ROOT, environment
+from tests.helpers.trained_runs import LLAMA, make_folder
 
 CONFIG = {
     "model": {"n_layer": 1, "n_head": 4, "n_embd": 16, "block_size": 16, "vocab_size": 64},
@@ -144,6 +146,21 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, small_data):
     refused = started(config, "--out", tmp_path / "other", *arguments[3:])
     said = refused.communicate(timeout=100)[0]
     assert refused.returncode == 2 and "train.py refuses the run" in said and "gone" in said and "Traceback" not in said
+
+
+def test_a_range_test_of_a_base_that_says_its_own_shape(tmp_path, small_data, capfd):
+    """A config whose model section is the base's, under a key's old name; the rates are the test's."""
+    make_folder(tmp_path / "base", ModelConfig(**vars(LLAMA) | {"tie_embeddings": False}))
+    kept = {key: value for key, value in CONFIG["train"].items() if key != "max_tokens"}
+    content = {"train": kept | TRAIN | {"init_from": str(tmp_path / "base"), "mup_base_width": 16}}
+    content["train"] |= {"activation_checkpointing": True, "checkpoints_on_cpu": True, "max_tokens": 6400}
+    write_json(tmp_path / "more.json", content | {"data": {"path": str(small_data)}, "deepspeed": CONFIG["deepspeed"]})
+    arguments = ["--lr_range", "--out", str(tmp_path / "range"), "--highest", "3", "--steps", "50", "--json"]
+    command.main([str(tmp_path / "more.json"), *arguments])
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["suggested"] > 0
+    used = read_json(tmp_path / "range/run/config.json")
+    assert used["model"]["n_embd"] == LLAMA.n_embd and used["model"]["block_size"] == LLAMA.block_size
+    assert used["train"]["activation_offload"] is True
 
 
 def test_a_range_test_of_a_real_run_suggests_a_rate(tmp_path, small_data, capfd):

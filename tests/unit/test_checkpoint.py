@@ -68,6 +68,7 @@ def spiked(run, monkeypatch, **settings):
     steps = object.__new__(bad_steps.BadSteps)
     steps.bad, steps.fault, steps.loss, steps.engine, steps.loaded = [[0, 3]], "loss 99", 99.0, None, []
     steps.skipped_in_a_row = 1
+    steps.way_back = resume.WayBack(run, find(run))
 
     def load(engine, path, state, seed, progress=lambda: None):
         progress()
@@ -115,7 +116,7 @@ def test_a_fault_that_all_ranks_see_is_reported_once(tmp_path, monkeypatch, alon
     for path in (tmp_path / "checkpoints").glob("step_*/state.json"):
         path.write_text("{")
     with pytest.raises(SharedError, match="no checkpoint of this run is whole"):
-        resume.newest_whole(tmp_path)
+        resume.WayBack(tmp_path, spoilt).newest()
     monkeypatch.setattr(checkpoint, "description", lambda engine: {})
     monkeypatch.setattr(checkpoint, "tensors_to_save", lambda engine: ({}, iter([])))
     monkeypatch.setattr(checkpoint.Saving, "write", lambda saving, *_: setattr(saving, "written", "the disk is full"))

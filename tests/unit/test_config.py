@@ -230,6 +230,15 @@ def test_bad_command_line_gets_one_line(arguments, expected, monkeypatch):
 def test_command_line_values_are_json_or_strings():
     values, rest = command_line_values(["--train.resume=never", "--model.n_kv_head", "null", "a.json"])
     assert values == {"train": {"resume": "never"}, "model": {"n_kv_head": None}} and rest == ["a.json"]
+    for name in ("train.allow_changed", "train.eval_tasks", "train.loggers", "lora.matrices"):
+        section, key = name.split(".")
+        for text, expected in (
+            ("data.path", ["data.path"]),
+            ("2024", ["2024"]),
+            ('["a", "b"]', ["a", "b"]),
+            ("[]", []),
+        ):
+            assert command_line_values([f"--{name}", text])[0] == {section: {key: expected}}
     nested, _ = command_line_values(["--deepspeed.zero_optimization.offload_param.nvme_path", "2024"])
     assert nested == {"deepspeed": {"zero_optimization": {"offload_param": {"nvme_path": "2024"}}}}
 

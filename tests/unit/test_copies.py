@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -67,8 +68,39 @@ def fetch_into(run, address, **settings):
         restore.restore(config, folder, 0)
 
 
+def files_of_all(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
 def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_branch_is_not_continued_from_the_copies_of_its_trunk(tmp_path):
+    """Nor are they overwritten: the branch has another address, which it finds again where its folder is empty."""
+    trunk, there = tmp_path / "trunk", str(tmp_path / "copies")
+    begin = save(trunk, 5)
+    save(trunk, 10)
+    restore.begin_copies(trunk, there)
+    copy_all(trunk, there)
+    before = files_of_all(there)
+    for resume in (trunk, begin):
+        with pytest.raises(
+            UserError, match=rf"copy_to: {there} holds the copies of a run that did not begin at {resume}"
+        ):
+            fetch_into(tmp_path / "branch", there, resume=str(resume))
+    assert files_of_all(there) == before and not (tmp_path / "branch" / "run_id").exists()
+
+    branch, own = tmp_path / "branch", str(tmp_path / "of_the_branch")
+    state = read_state(save(branch, 7)) | {"branch_of": str(begin)}
+    write_state(branch / "checkpoints" / name_of(7), state)
+    restore.begin_copies(branch, own)
+    copy_all(branch, own)
+    for number, resume in enumerate((trunk, begin)):
+        fetch_into(tmp_path / f"empty{number}", own, resume=str(resume))
+        assert checkpoint_folder.find(tmp_path / f"empty{number}").name == name_of(7)
+    with pytest.raises(UserError, match="that did not begin at"):
+        fetch_into(tmp_path / "another", own, resume=str(trunk / "checkpoints" / name_of(10)))
 
 
 def test_an_empty_folder_gets_the_newest_copy(tmp_path, address, capsys):

@@ -99,6 +99,18 @@ def test_a_yaml_file_that_cannot_be_read_is_named(folder, text, expected):
     assert found.startswith(f"train.eval_tasks: {file}: {expected}")
 
 
+def test_a_yaml_file_of_a_group_is_named(folder):
+    """lm-eval takes it by the group's name alone."""
+    (folder / "group").mkdir()
+    write_task(folder / "group", "story", LETTERS, rows(2))
+    file = folder / "group" / "both.yaml"
+    file.write_text("group: both\ntask: [story]\n")
+    found = refused(config_of(folder, str(file), eval_tasks_path=None))
+    assert found.startswith(f"train.eval_tasks: {file}: found a group of tasks, expected one task")
+    found = refused(config_of(folder, "none", eval_tasks_path=str(folder / "group")))
+    assert found.startswith("train.eval_tasks: 'none' is neither") and "both.yaml" not in found
+
+
 def test_tasks_that_cannot_be_scored_are_one_line(folder, monkeypatch):
     write_task(folder / "tasks", "story", STORY, rows(2))
     long = [{"question": "a", "choices": ["b", "abc " * 20], "label": 0}]

@@ -2,6 +2,7 @@
 
 import os
 import zlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,37 @@ from tests.helpers.saved_checkpoints import (
     steps_of,
     write_state,
 )
+
+
+def test_of_other_data_nothing_that_was_measured_is_kept(tmp_path):
+    """Neither the best loss nor the losses that a spike is compared with; what was counted stays."""
+    measured = {"loss": [3.0], "gradient norm": [1.0], "skipped": 4, "bad": [], "skipped_in_a_row": 0}
+    state = {"step": 9, "data": {"a": {"tokens": 5}}, "best_val_loss": 2.0, "bad_steps": measured}
+    assert resume.for_data(state, SimpleNamespace(fingerprint=lambda: {"a": {"tokens": 5}})) == state
+    found = resume.for_data(state, SimpleNamespace(fingerprint=lambda: {"b": {"tokens": 5}}))
+    kept = {name: measured[name] for name in ("skipped", "bad", "skipped_in_a_row")}
+    assert found == state | {"best_val_loss": None, "bad_steps": kept}
+
+
+def test_a_run_goes_back_to_where_it_started_or_to_what_it_has_saved_since(tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "as_rank_0", lambda choose: choose())
+    faults = {}
+    monkeypatch.setattr(resume, "fault_of", lambda path, *_: faults.get(path))
+    assert resume.WayBack(tmp_path / "new", None).newest() == (None, None, [])
+    saved = {step: save(tmp_path, step, keep=9) for step in (5, 10, 15)}
+    for start in (saved[5], save(tmp_path / "trunk", 5)):  # its own folder, or that of a branch which holds none of it
+        back = resume.WayBack(tmp_path, start)
+        assert back.newest()[0] == start
+    later = save(tmp_path, 8, keep=9)
+    assert back.newest()[0] == later
+    newest = save(tmp_path, 12, keep=9)
+    assert back.newest()[0] == newest
+    faults[newest] = "bytes"
+    found, _, ignored = back.newest()
+    assert found == later and ignored == [f"ignored {newest}: bytes"]
+    faults[later] = faults[start] = "bytes"
+    with pytest.raises(UserError, match=r"train.bad_step rollback: .*: bytes; no checkpoint of this run is whole"):
+        back.newest()
 
 
 def test_newest_usable_names_what_it_ignored(tmp_path):
@@ -161,7 +193,8 @@ def test_a_second_choice_of_a_checkpoint_is_rank_0s(tmp_path, monkeypatch):
     for rank, folder in enumerate((on_rank_0, on_this_rank)):
         monkeypatch.setattr(checkpoint.distributed, "get_rank", lambda rank=rank: rank)
         config.train.out_dir = str(folder)
-        answers.append(resume.where_to_start(config, None, faults))
+        data = SimpleNamespace(fingerprint=dict)
+        answers.append(resume.where_to_start(config, data, faults))
     assert answers[0] == answers[1] and answers[0][1]["step"] == 10
 
     told.clear()

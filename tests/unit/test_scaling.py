@@ -437,6 +437,18 @@ def test_the_answer_is_a_config_that_plan_and_train_accept(tmp_path, capsys):
     assert "outside the interval" in capsys.readouterr().out
 
 
+def test_a_prediction_that_train_would_refuse_leaves_no_file(tmp_path, monkeypatch):
+    def refuse(arguments):
+        raise UserError("train.lr: found 0")
+
+    monkeypatch.setattr(answer, "load_config", refuse)
+    sweep = open_at(tmp_path, [1e12, 3e12, 1e13])
+    write_runs(sweep, TINY)
+    with pytest.raises(UserError, match=r"^--predict: found 4e\+13: train.lr: found 0; choose another budget$"):
+        command.main([str(tmp_path), "--fit", "--predict", "4e13", "--draws", "20"])
+    assert not list(tmp_path.glob("predict-*"))
+
+
 def test_the_picture_shows_runs_minima_and_predictions(tmp_path):
     sweep = open_at(tmp_path, [1e12, 3e12, 1e13])
     write_runs(sweep)
