@@ -160,7 +160,7 @@ def prepare(run_path, path, state, settings, group):
             )
         data, _ = train.open_data(config)
         check_same_data(settings["data"], data, path or run_path)
-        state = for_data(state, data) if path else state
+        state = for_data(state, data, config.data.path) if path else state
         setup = train.choose_setup(config, group, settings["precision"], memory)
         start = train.Start(path, state)
         if config.train.init_from and not path and not config.lora.rank:

@@ -88,8 +88,8 @@ def copies_to_try(config, store):
     outside = train.resume not in ("auto", "never")  # see resume.choose_start
     if outside and not saved.entries and not all(is_branch(state, train.resume) for state in states.values()):
         raise UserError(
-            f"train.copy_to: {store.address} holds the copies of a run that did not begin at {train.resume}; choose "
-            "another"
+            f"train.copy_to: {store.address} holds the copies of a run that did not begin at {train.resume}; "
+            "choose another, or drop --train.resume to continue that run"
         )
     last = max((entry.number for entry in saved.entries), default=-1)
     numbers = {name: state.get("save_number") for name, state in states.items()}
@@ -100,7 +100,10 @@ def copies_to_try(config, store):
 def is_branch(state, source):
     """Whether a copy is of a run that began at `source`, a run or one of its checkpoints. state: its state.json."""
     began = state.get("branch_of")
-    return isinstance(began, str) and is_within(began, source)
+    try:
+        return isinstance(began, str) and is_within(began, source)
+    except ValueError:  # no path
+        return False
 
 
 def fetch(store, checkpoints, name, config):

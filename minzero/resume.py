@@ -1,5 +1,6 @@
 """Resuming: the checkpoint that a run starts from, whether it is of the same run, and which settings have changed."""
 
+import json
 import os
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from minzero.checkpoint import as_rank_0, fault_of
 from minzero.checkpoint_folder import Saved, find, folders_of_run, is_complete, is_within, restore_replaced
 from minzero.checkpoint_state import as_saved, read_state, state_if_whole
 from minzero.config.nested import flat
-from minzero.config.sections import Config, LoraConfig, ModelConfig, TrainConfig
+from minzero.config.sections import Config, LoraConfig, ModelConfig, TrainConfig, data_weights
 from minzero.config.values import in_short
 from minzero.data.mixture import check_same_data
 from minzero.dist import print0
@@ -35,21 +36,34 @@ def where_to_start(config, data, known_faults=None):
     for line in ignored:
         print0(line)
     if found is None:
+        data.check_chat_template()
         return None, state_at_step_0()
     check_same_run(found, state, config)
-    if "data.path" in config.train.allow_changed:
-        return found, for_data(state, data)
-    check_same_data(state["data"], data, found)
-    return found, state
+    if "data.path" not in config.train.allow_changed:
+        check_same_data(state["data"], data, found)
+        return found, state
+    state_for_data = for_data(state, data, config.data.path)
+    if state_for_data is not state:
+        data.check_chat_template()
+    return found, state_for_data
 
 
-def for_data(state, data):
-    """The state of a checkpoint for a run that goes on with this Mixture: of other data it does not keep what was
-    measured on them, the best validation loss and the losses that a spike is compared with."""
-    if state["data"] == data.fingerprint():
+def for_data(state, data, path):
+    """The state of a checkpoint for a run that goes on with this Mixture of data.path. If the data or their weights are
+    others, what was measured on the old ones is left out: the best validation loss, and the losses with which a spike
+    is compared. The folders' names do not matter."""
+    if parts_of(state["data"], state["config"]["data"]["path"]) == parts_of(data.fingerprint(), path):
         return state
     bad_steps = {name: value for name, value in state.get("bad_steps", {}).items() if name not in WINDOWS}
     return state | {"best_val_loss": None, "bad_steps": bad_steps}
+
+
+def parts_of(fingerprints, path):
+    """[(fingerprint of a folder's data as text, its share)] of data.path, in an order that names do not change."""
+    weights = data_weights(path)
+    total = sum(weights.values())
+    texts = {folder: json.dumps(fingerprints.get(folder), sort_keys=True) for folder in weights}
+    return sorted((texts[folder], weight / total) for folder, weight in weights.items())
 
 
 def state_at_step_0():
@@ -123,8 +137,8 @@ def newest_usable(run, known_faults=(), look_at_files=True):
 
 class WayBack:
     """The checkpoints that a run may go back to after a bad step: those that it has saved since this start, and the one
-    from which it started. Others in its folder may be of a continuation that was given up. Every rank must make one
-    before the first save, and call its methods.
+    from which it started. Others in its folder may be of a continuation that was given up. All ranks must make one
+    before the first save, and call `newest` together; both may raise SharedError.
 
     run: the run's folder. start: the checkpoint, which may be another run's, or None for step 0."""
 
@@ -146,7 +160,7 @@ class WayBack:
             known_faults[found] = fault
 
     def choose(self, known_faults):
-        """As `newest`, by state.json alone. known_faults: {path: fault}. For rank 0 alone. Raises UserError."""
+        """As `newest`, by state.json alone. known_faults: {path: fault}. For rank 0. Raises UserError."""
         own = [entry.path for entry in Saved(self.folder).own if entry.number > self.last_before]
         ignored = []
         for path in [*reversed(own), *([self.start] if self.start else [])]:

@@ -147,7 +147,8 @@ def parse_value(name, path, text):
         kind = field.type if field else None
     if kind in (str, str | None, str | dict) and value is not None and not isinstance(value, dict):
         return text.strip('"')
-    if kind == list[str] and value is not None and not isinstance(value, list | dict):
+    is_single = value is not None and not isinstance(value, list | dict) and not re.search(r"^\[|,", text)
+    if kind == list[str] and is_single:
         return [text.strip('"')]
     return value
 

@@ -79,12 +79,14 @@ def read_row(key, row, format_name, column=None):
 def with_system(key, row, messages):
     """A row's messages after the text in its column `system`, if it has one and no message is the system's. Raises
     BadDocument."""
-    if row.get("system") is None:
-        return messages
-    text = text_under(key, row, "system")
     names = [message.get("role") for message in messages if isinstance(message, dict)]
     has_one = any(isinstance(name, str) and ROLES.get(name) == "system" for name in names)
-    return [{"role": "system", "content": text}, *messages] if text and not has_one else messages
+    if has_one or not row.get("system"):
+        return messages
+    text = text_of_parts(key, 0, row["system"])
+    if not isinstance(text, str):
+        raise BadDocument(key, f"system: found {shown(text)}, expected a text")
+    return [{"role": "system", "content": text}, *messages]
 
 
 # -- each format ---------------------------------------------------------------------------------

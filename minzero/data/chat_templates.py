@@ -124,8 +124,8 @@ class ChatTemplate:
 
     def texts(self, key, conversation, learn_all=False):
         """A Conversation as texts for a TemplateEncoder: one, or where the template changes earlier answers once a
-        conversation goes on, one for each answer. learn_all: one, with those answers marked that it does not change.
-        Raises BadDocument."""
+        conversation goes on, one for each answer. learn_all: one, in which those answers are marked that the template
+        does not change, or all of it where there are none. Raises BadDocument."""
         if not self.shows_tools(conversation):
             conversation = tools_as_text(conversation)
         messages, tools = self.guarded(conversation.messages), self.guarded(conversation.tools)
@@ -170,7 +170,8 @@ class ChatTemplate:
                 )
 
     def shows_tools(self, conversation):
-        """Whether the template writes all of a Conversation's tools, their calls and their results."""
+        """Whether the template writes all of a Conversation's tools, their calls and their results. Arguments are not
+        looked at. So it is where the template raises: it may have a reason, which is then said."""
         if not self.knows_tools:
             return False
         messages, tools = copy.deepcopy((conversation.messages, conversation.tools))
@@ -271,8 +272,9 @@ def rename_pieces(model, names):
         model["vocab"] = {
             piece if piece in merged else names.get(piece, piece): number for piece, number in vocabulary.items()
         }
-    if model.get("unk_token") in names:
-        model["unk_token"] = names[model["unk_token"]]
+    unknown = names.get(model.get("unk_token"))
+    if isinstance(vocabulary, dict) and unknown in model["vocab"]:
+        model["unk_token"] = unknown
 
 
 def without_marks(text):

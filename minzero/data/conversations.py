@@ -120,7 +120,8 @@ def open_template(name, tokenizer):
             text = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
-            raise UserError(f"--chat_template: {name}: {reason}; expected own, base or a file in Jinja") from None
+            names = ", ".join(("own", "base", *named))
+            raise UserError(f"--chat_template: {name}: {reason}; expected {names} or a file in Jinja") from None
         return ChatTemplate(tokenizer.as_transformers(None), text, name)
     if theirs is not None:
         text = base_template(theirs, f"tokenizer {tokenizer.name}")
@@ -139,7 +140,7 @@ def base_template(theirs, name):
         if "default" not in text:
             raise UserError(
                 f"{name}: chat_template: found several ({', '.join(map(repr, text))}) and no 'default'; give one "
-                "of them that name, or prepare with --chat_template NAME"
+                "of them that name, or prepare data with --chat_template NAME or own"
             )
         text = text["default"]
     if text and not isinstance(text, str):
@@ -243,7 +244,9 @@ class Conversations:
         """Say it of the first Conversation whose reasoning the chat template, or this project's form, has no place
         for."""
         known = self.template.text if self.template else ""
-        fields = [name for name in REASONING if name not in known and any(name in one for one in conversation.messages)]
+        fields = [
+            name for name in REASONING if name not in known and any(one.get(name) for one in conversation.messages)
+        ]
         if fields and not self.leaves_out:
             self.leaves_out = True
             form = "the chat template" if self.template else "this project's form"

@@ -66,20 +66,11 @@ def holds_conversations(folders):
 
 
 def chat_template_of(folders):
-    """The chat template of a tokenizer's own, or of a file, that the conversations of these data folders are in:
-    {"name", "text", "end_of_turn"} of meta.json. None if they have this project's form, or there are none. Raises
-    UserError if they are in several."""
-    metas = {folder: read_meta(folder) or {} for folder in folders}
-    found = {folder: meta.get("chat_template") for folder, meta in metas.items() if meta.get("loss_mask")}
-    by_text = {entry and entry["text"]: folder for folder, entry in found.items()}
-    if len(by_text) > 1:
-        first, second = list(by_text.values())[:2]
-        names = [found[folder]["name"] if found[folder] else "this project's own form" for folder in (first, second)]
-        raise UserError(
-            f"data.path: found conversations in two chat templates, {names[0]} in {first} and {names[1]} in {second}, "
-            "expected one; prepare one of them again with --chat_template"
-        )
-    return next(iter(found.values()), None)
+    """The chat template of a tokenizer's own, or of a file, that the conversations of the first of these data folders
+    with any are in: {"name", "text", "end_of_turn"} of meta.json. None if they have this project's form, or there are
+    none. Raises UserError."""
+    metas = [read_meta(folder) or {} for folder in folders]
+    return next((meta.get("chat_template") for meta in metas if meta.get("loss_mask")), None)
 
 
 def stops_of(tokenizer, folders):

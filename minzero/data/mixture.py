@@ -11,7 +11,6 @@ import hashlib
 import numpy as np
 
 from minzero.config.sections import data_weights
-from minzero.data.meta import chat_template_of
 from minzero.data.order import Schedule, sample_numbers, windows_of
 from minzero.data.packing import open_stream
 from minzero.errors import UserError
@@ -48,7 +47,6 @@ class Mixture:
         if len(known) > 1:
             found = ", ".join(f"{folder} with tokenizer {tokenizer}" for tokenizer, folder in known.items())
             raise UserError(f"data.path: found {found}; expected one tokenizer for all; prepare one of them again")
-        chat_template_of(self.folders)  # of which there must be one
         if verify:
             for stream in self.streams:
                 stream.verify(*verify)
@@ -94,6 +92,20 @@ class Mixture:
         for number in sorted(set(sets.tolist())):
             mine = np.flatnonzero(sets == number)
             yield number, mine, windows[mine] - self.first_windows[number]
+
+    def check_chat_template(self):
+        """Raise UserError if the conversations are in several chat templates: sample.py and the export speak one."""
+        found = {}  # text of a template, None for this project's form -> where the first conversations in it are
+        for folder, stream in zip(self.folders, self.streams, strict=True):
+            if stream.loss_mask:
+                entry = stream.meta.get("chat_template")
+                name = entry["name"] if entry else "this project's own form"
+                found.setdefault(entry and entry["text"], f"{name} in {folder}")
+        if len(found) > 1:
+            raise UserError(
+                f"data.path: found conversations in several chat templates, {' and '.join(found.values())}, expected "
+                "one; prepare them again with the same --chat_template"
+            )
 
     def check_loss(self, loss):
         """Raise UserError if train.loss is not one for these data."""

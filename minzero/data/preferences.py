@@ -52,7 +52,7 @@ def read_pair(key, row):
     row = without_separators(row)
     prompt = messages_under(key, row, "prompt") if row.get("prompt") not in (None, []) else None
     chosen, rejected = (messages_under(key, row, name) for name in ("chosen", "rejected"))
-    if not prompt or isinstance(row["prompt"], str):  # beside a text the answers may hold the prompt too
+    if not prompt or not isinstance(row["prompt"], list):  # beside a single one the answers may hold it too
         count = 0  # of messages with which both begin
         while count < min(len(chosen), len(rejected)) and chosen[count] == rejected[count]:
             count += 1
@@ -62,11 +62,15 @@ def read_pair(key, row):
         raise BadDocument(key, "found no prompt and no message with which both answers begin, expected one of these")
     if chosen == rejected:
         raise BadDocument(key, "found the same answer as chosen and as rejected, expected two")
-    if isinstance(prompt[-1], dict) and prompt[-1].get("role") == "assistant":
+    if is_answer(prompt[-1]) and any(map(is_answer, (*chosen[:1], *rejected[:1]))):
         raise BadDocument(key, "found a prompt that ends with words of the assistant, expected a question")
     shared = {"prompt": prompt, "tools": row.get("tools"), "system": row.get("system")}
     rows = (shared | {"completion": answer} for answer in (chosen, rejected))
     return [read_prompt_completion(key, found) for found in rows]
+
+
+def is_answer(message):
+    return isinstance(message, dict) and message.get("role") == "assistant"
 
 
 def messages_under(key, row, column):

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minzero.config.load import load_config
+from minzero.config.build import build
 from minzero.config.nested import merge
 from minzero.data.meta import damaged
 from minzero.errors import UserError
-from minzero.files import read_json, write_json
+from minzero.files import ROOT, read_json, write_json
 from minzero.planner.units import in_count, in_digits
 from minzero.scaling.fits import LEVEL, Points, fit_parabolas, fit_parametric, interval
 from minzero.scaling.runs import REMEDY, loss_at
@@ -127,12 +127,11 @@ def write_prediction(sweep, fits, flops):
     if name not in stated or not run.exists():
         stated[name], size = predict(sweep, fits, flops)
         content = merge(sweep.content_of(size), {"train": {"out_dir": str(run)}})
-        write_json(file, content)
         try:
-            load_config([str(file)])
+            build(merge({"deepspeed": read_json(ROOT / "ds_config.json")}, content), "its config")
         except UserError as error:  # train.py and plan.py would refuse it
-            file.unlink()
             raise UserError(f"--predict: found {flops:g}: {error}; choose another budget") from None
+        write_json(file, content)
         write_json(book, stated)
     return read_prediction(sweep, name, stated[name])
 

@@ -147,6 +147,22 @@ ROWS = [
             ("prompt_completion", {"prompt": "1 + 1?", "completion": "2."}),
         )
     ),
+    (
+        "system in parts",
+        "messages",
+        {"messages": ASKED, "system": parts("Be ", "brief.")},
+        [BRIEF, *ASKED],
+        [0, 0, 1],
+    ),
+    *(
+        (f"no text of the system: {value}", "messages", {"messages": talk, "system": value}, talk, learned)
+        for value, talk, learned in (
+            ("", ASKED, [0, 1]),
+            (None, ASKED, [0, 1]),
+            (False, ASKED, [0, 1]),
+            (7, [BRIEF, *ASKED], [0, 0, 1]),
+        )
+    ),
     ("two of the system", "messages", {"messages": [BRIEF, *ASKED], "system": "Or not."}, [BRIEF, *ASKED], [0, 0, 1]),
     ("prompt", "prompt_completion", {"prompt": "1 + 1?", "completion": "2."}, ASKED, [0, 1]),
     (
@@ -238,7 +254,7 @@ BAD = [
     ({"instruction": 1, "output": "x"}, None, "found int, expected a string under 'instruction'"),
     ({"instruction": "x", "output": "x", "history": ["x"]}, None, "history: found x, expected pairs"),
     ({"instruction": "x", "output": "x", "history": 1}, None, "history: found 1, expected a list"),
-    ({"messages": ASKED, "system": 5}, None, "found int, expected a string under 'system'"),
+    ({"messages": ASKED, "system": 5}, None, "system: found 5, expected a text"),
     ({"prompt": 1, "completion": "x"}, None, "prompt: found int, expected a text or a list of messages"),
     ({"prompt": [5], "completion": "x"}, None, "message 1: found 5"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, None, "found a pair of answers.*data/preferences/prepare.py"),

@@ -9,13 +9,15 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import export
 import sample
+from minzero import resume
+from minzero.config.build import build
 from minzero.config.sections import ModelConfig
 from minzero.data.chat_formats import Conversation, read_messages
 from minzero.data.chat_templates import ChatTemplate, TemplateEncoder
 from minzero.data.conversations import Conversations, base_template, open_template
 from minzero.data.documents import BadDocument
 from minzero.data.local_files import Files
-from minzero.data.meta import chat_template_of, read_meta
+from minzero.data.meta import read_meta
 from minzero.data.mixture import Mixture
 from minzero.data.shards import NO_LOSS, STARTS, TokenStream
 from minzero.data.tokenizer import load_tokenizer
@@ -353,6 +355,14 @@ def word_level(names):
     return found
 
 
+def test_an_unknown_token_that_merges_make_keeps_its_name():
+    pieces = ["<unk>", "<", "u", "n", "k", ">", "<u", "nk", "<unk", "a"]
+    merges = [("<", "u"), ("n", "k"), ("<u", "nk"), ("<unk", ">")]
+    made = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, merges, unk_token="<unk>"))
+    made.add_special_tokens([AddedToken("<unk>", special=True, normalized=False)])
+    assert TemplateEncoder(made.to_str()).encode("a z").ids.tolist().count(0) >= 1
+
+
 @pytest.mark.parametrize("make", [unigram, word_level])
 def test_a_tokenizer_whose_model_knows_its_special_tokens_finds_none_in_a_message(make, tmp_path):
     names = ["<unk>", "<s>", "</s>"]
@@ -391,20 +401,36 @@ def test_what_a_template_does_not_take_is_one_line(place, text, talk, expected):
         template.texts("row 1", read_messages("row 1", talk))
 
 
-def test_templates_in_two_forms_are_not_mixed(place, tmp_path):
-    """Else the export, and sample.py, would speak one of them alone. Two folders of the same form are."""
+def test_no_run_begins_with_templates_in_two_forms(place, tmp_path, monkeypatch):
+    """The export, and sample.py, would speak one of them alone. A run that has begun so goes on."""
     for name, flag in (("a", "own"), ("b", "base"), ("c", "base"), ("d", "own")):
         (tmp_path / name).mkdir()
         prepare_talks(place, "chatml", tmp_path / name, chat_template=flag)
     folders = {name: str(tmp_path / name / "data") for name in "abcd"}
-    assert chat_template_of([folders["a"], folders["d"]]) is None
-    assert chat_template_of([folders["b"], folders["c"]])["end_of_turn"] is not None
     size = read_meta(folders["a"])["vocab_size"]
-    Mixture({folders["b"]: 1, folders["c"]: 1}, "train", 128, size, 1)
-    said = r"data.path: found conversations in two chat templates, .*own form in .*/a/data and that .* in .*/b/data"
-    for use in (chat_template_of, lambda paths: Mixture(dict.fromkeys(paths, 1), "train", 128, size, 1)):
-        with pytest.raises(UserError, match=said):
-            use([folders["a"], folders["b"]])
+
+    def mixture(*names):
+        return Mixture({folders[name]: 1 for name in names}, "train", 128, size, 1)
+
+    for names in ("ad", "bc", "b"):
+        mixture(*names).check_chat_template()
+    config = build({"train": {"out_dir": str(tmp_path / "run")}}, "")
+    found = [None, None, []]
+    monkeypatch.setattr(resume, "as_rank_0", lambda choose: found)
+    monkeypatch.setattr(resume, "check_same_run", lambda *_: None)
+    said = r"data.path: found conversations in several chat templates, .*own form in .*/a/data and that .* in .*/b/data"
+    with pytest.raises(UserError, match=said):
+        resume.where_to_start(config, mixture("a", "b"))
+    data = mixture("a", "b")
+    paths = {folders["a"]: 1, folders["b"]: 1}
+    found[:2] = tmp_path, {"step": 1, "data": data.fingerprint(), "config": {"data": {"path": paths}}}
+    assert resume.where_to_start(config, data)[1]["step"] == 1
+    config.train.allow_changed = ["data.path"]
+    config.data.path = paths
+    assert resume.where_to_start(config, data)[1]["step"] == 1
+    found[1] |= {"data": mixture("b").fingerprint(), "config": {"data": {"path": folders["b"]}}}
+    with pytest.raises(UserError, match=said):
+        resume.where_to_start(config, data)
 
 
 def test_of_several_templates_one_is_named(place, tmp_path, capsys):

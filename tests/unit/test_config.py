@@ -237,6 +237,8 @@ def test_command_line_values_are_json_or_strings():
             ("2024", ["2024"]),
             ('["a", "b"]', ["a", "b"]),
             ("[]", []),
+            ("a,b", "a,b"),  # no list, which is refused in a line
+            ("[a]", "[a]"),
         ):
             assert command_line_values([f"--{name}", text])[0] == {section: {key: expected}}
     nested, _ = command_line_values(["--deepspeed.zero_optimization.offload_param.nvme_path", "2024"])

@@ -24,6 +24,7 @@ FORMATS = [
     {"prompt": "Red?", "chosen": [QUESTION, YES], "rejected": [QUESTION, NO]},
     {"prompt": "Red?", "chosen": [YES], "rejected": [NO]},
     {"prompt": [QUESTION], "chosen": YES, "rejected": NO},
+    {"prompt": QUESTION, "chosen": [QUESTION, YES], "rejected": [QUESTION, NO]},
     {"chosen": "\n\nHuman: Red?\n\nAssistant: Yes.", "rejected": "\n\nHuman: Red?\n\nAssistant: No."},
     {"prompt": "\n\nHuman: Red?\n\nAssistant:", "chosen": "Yes.", "rejected": "No."},
     {"prompt": [], "chosen": [QUESTION, YES], "rejected": [QUESTION, NO]},
@@ -39,6 +40,14 @@ def text_of(row):
 @pytest.mark.parametrize("row", FORMATS)
 def test_every_format_is_the_same_pair(row):
     assert text_of(row) == PAIR.join(with_marks("", [QUESTION, answer]) for answer in (YES, NO))
+
+
+def test_what_follows_a_shared_answer_is_the_pair():
+    """The next words of the user may differ."""
+    (chosen, rejected) = text_of(
+        {name: [QUESTION, YES, {"role": "user", "content": name}, YES] for name in ("chosen", "rejected")}
+    ).split(PAIR)
+    assert chosen.endswith(f"{LEARNED}Yes.{LEARNED}") and chosen.replace("chosen", "rejected") == rejected
 
 
 def test_a_system_prompt_in_its_own_column():

@@ -29,11 +29,22 @@ from tests.helpers.saved_checkpoints import (
 def test_of_other_data_nothing_that_was_measured_is_kept(tmp_path):
     """Neither the best loss nor the losses that a spike is compared with; what was counted stays."""
     measured = {"loss": [3.0], "gradient norm": [1.0], "skipped": 4, "bad": [], "skipped_in_a_row": 0}
-    state = {"step": 9, "data": {"a": {"tokens": 5}}, "best_val_loss": 2.0, "bad_steps": measured}
-    assert resume.for_data(state, SimpleNamespace(fingerprint=lambda: {"a": {"tokens": 5}})) == state
-    found = resume.for_data(state, SimpleNamespace(fingerprint=lambda: {"b": {"tokens": 5}}))
+    state = {"step": 9, "best_val_loss": 2.0, "bad_steps": measured}
     kept = {name: measured[name] for name in ("skipped", "bad", "skipped_in_a_row")}
-    assert found == state | {"best_val_loss": None, "bad_steps": kept}
+    a, b, c = ({"tokens": number} for number in (5, 6, 7))
+
+    def state_for(before, path_before, now, path_now):
+        saved = state | {"data": before, "config": {"data": {"path": path_before}}}
+        found = resume.for_data(saved, SimpleNamespace(fingerprint=lambda: now), path_now)
+        assert found == (saved if found is saved else saved | {"best_val_loss": None, "bad_steps": kept})
+        return found is saved
+
+    assert state_for({"a": a}, "a", {"a": a}, "a") and state_for({"a": a}, "a", {"moved": a}, "moved")
+    two, moved = {"a": a, "b": b}, {"x": b, "y": a}
+    assert state_for(two, {"a": 0.9, "b": 0.1}, moved, {"x": 1, "y": 9})
+    assert not state_for({"a": a}, "a", {"a": b}, "a") and not state_for({"a": a}, "a", two, {"a": 1, "b": 1})
+    assert not state_for(two, {"a": 0.9, "b": 0.1}, two, {"a": 0.1, "b": 0.9})
+    assert not state_for(two, {"a": 1, "b": 1}, {"a": a, "c": c}, {"a": 1, "c": 1})
 
 
 def test_a_run_goes_back_to_where_it_started_or_to_what_it_has_saved_since(tmp_path, monkeypatch):
@@ -193,7 +204,7 @@ def test_a_second_choice_of_a_checkpoint_is_rank_0s(tmp_path, monkeypatch):
     for rank, folder in enumerate((on_rank_0, on_this_rank)):
         monkeypatch.setattr(checkpoint.distributed, "get_rank", lambda rank=rank: rank)
         config.train.out_dir = str(folder)
-        data = SimpleNamespace(fingerprint=dict)
+        data = SimpleNamespace(fingerprint=dict, check_chat_template=lambda: None)
         answers.append(resume.where_to_start(config, data, faults))
     assert answers[0] == answers[1] and answers[0][1]["step"] == 10
 

@@ -438,12 +438,12 @@ def test_the_answer_is_a_config_that_plan_and_train_accept(tmp_path, capsys):
 
 
 def test_a_prediction_that_train_would_refuse_leaves_no_file(tmp_path, monkeypatch):
-    def refuse(arguments):
+    def refuse(*_):
         raise UserError("train.lr: found 0")
 
-    monkeypatch.setattr(answer, "load_config", refuse)
     sweep = open_at(tmp_path, [1e12, 3e12, 1e13])
     write_runs(sweep, TINY)
+    monkeypatch.setattr(answer, "build", refuse)
     with pytest.raises(UserError, match=r"^--predict: found 4e\+13: train.lr: found 0; choose another budget$"):
         command.main([str(tmp_path), "--fit", "--predict", "4e13", "--draws", "20"])
     assert not list(tmp_path.glob("predict-*"))
