@@ -117,11 +117,16 @@ def main(arguments):
     config = config_of(command)
     if config is None and not args.folder:
         raise UserError(f"{command[0]}: found no train.py in the command; name it, or give the run's --folder")
+    if config and args.folder and Path(args.folder).resolve() != Path(config.train.out_dir).resolve():
+        raise UserError(
+            f"--folder: found {args.folder}, but train.out_dir of the command is {config.train.out_dir}; leave it out"
+        )
     folder = Path(args.folder or config.train.out_dir)
     nodes = nodes_of(args, command, config)
     make_folder("train.out_dir", folder)
     patience = 2 * config.train.timeout_seconds if config else 3000.0
-    orders = Orders(command, folder, args.tries, args.pause, patience, args.once, args.again, **nodes)
+    again = args.once, args.again, bool(config and config.train.resume != "auto")
+    orders = Orders(command, folder, args.tries, args.pause, patience, *again, **nodes)
     raise SystemExit(Supervisor(orders).run())
 
 

@@ -105,11 +105,12 @@ class Run:
         for _ in range(VERDICTS):
             with dist.all_or_none():
                 pass
+        dist.refuse_different_ranks(self.config.to_dict())
         dist.refuse_different_ranks(self.config.to_dict() | {"code": dist.code_digests()})
 
     def resume(self):
         """The checkpoint is chosen, verified by all and loaded."""
-        found, state = resume.where_to_start(self.config, None)
+        found, state = resume.where_to_start(self.config, SimpleNamespace(fingerprint=dict))
         fault = checkpoint.fault_of(found, state)
         assert fault is None, fault
         checkpoint.load(self.engine, found, state, seed=0)

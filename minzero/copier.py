@@ -1,9 +1,10 @@
 """Copies committed checkpoints to train.copy_to while training continues.
 
 A process of its own does the work (`python -m minzero.copier RUN ADDRESS`), started by rank 0: it takes no time from
-the training process, and a store that hangs can be left behind. It reads names of checkpoints from standard input, a
-line each, and `end`; where its standard input ends without that, rank 0 has died, and it ends at once. The newest
-checkpoint is copied first. What fails is said in one line, and tried again after a pause that doubles each time.
+the training process, and a store that hangs can be left behind. It reads lines from standard input: names of
+checkpoints, `damaged NAME` of copies that are to be made again, and `end`; where its standard input ends without that,
+rank 0 has died, and it ends at once. The newest checkpoint is copied first. What fails is said in one line, and tried
+again after a pause that doubles each time.
 
     out/<run>/copied.json    {"address": ..., "copies": {name of a checkpoint: checksum of its state.json}}
 
@@ -22,11 +23,11 @@ from pathlib import Path
 
 from minzero.errors import UserError, explain, one_line
 from minzero.files import ROOT, read_json, write_json
-from minzero.store import CHECKPOINTS, STATE, Store
+from minzero.store import CHECKPOINTS, RUN_ID, STATE, Store
 
 RECORD = "copied.json"
 PAUSES = 10.0, 600.0  # seconds: the first after a failure, and the longest
-END = "end"
+END, DAMAGED = "end", "damaged "
 
 
 def checksum_of(checkpoint):
@@ -41,9 +42,10 @@ def checksum_of(checkpoint):
 class Copier:
     """Rank 0's handle of the process that copies.
 
-    run: out/<run>; address: train.copy_to; names: of the checkpoints that are there already."""
+    run: out/<run>; address: train.copy_to; names: of the checkpoints that are there already; damaged: of copies that
+    were found so."""
 
-    def __init__(self, run, address, names=()):
+    def __init__(self, run, address, names=(), damaged=()):
         self.run = Path(run)
         self.address = address
         with contextlib.suppress(OSError):  # of an earlier start: the store may have been emptied since
@@ -55,6 +57,8 @@ class Copier:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
             start_new_session=True,  # a Ctrl-C at the terminal is for the ranks
         )
+        for name in damaged:
+            self.add(DAMAGED + name)
         for name in names:
             self.add(name)
 
@@ -111,6 +115,7 @@ class Copying:
         self.pause = self.first_pause
         self.copies = None  # the record's; None until the store has said what is there
         self.waiting = []  # names, the newest last
+        self.damaged = set()  # names of copies that are not what their state.json says
 
     def add(self, name):
         self.waiting = [*(other for other in self.waiting if other != name), name]
@@ -120,7 +125,7 @@ class Copying:
         failure, which is said in one line."""
         try:
             if self.copies is None:
-                self.copies = {name: state.get("crc32") for name, state in self.store.states().items()}
+                self.copies = self.whole_copies()
                 self.record()
             if self.waiting:
                 self.copy(self.waiting[-1])
@@ -132,6 +137,21 @@ class Copying:
         self.pause = self.first_pause
         return 0.0
 
+    def whole_copies(self):
+        """{name: checksum of its state.json} of the copies that are there, with all of their files."""
+        found = {}
+        for name, state in self.store.states().items():
+            is_here = (self.run / CHECKPOINTS / name).is_dir()  # of others nobody asks
+            if name not in self.damaged and (not is_here or self.store.has_files(name, state)):
+                found[name] = state.get("crc32")
+        return found
+
+    def forget(self, name):
+        """A copy was found damaged: its checkpoint is copied again."""
+        self.damaged.add(name)
+        if self.copies and self.copies.pop(name, None) is not None:
+            self.record()
+
     def copy(self, name):
         """Copy one checkpoint unless its copy is there. Raises UserError or OSError."""
         checkpoint = self.run / CHECKPOINTS / name
@@ -139,6 +159,9 @@ class Copying:
         expected = checksum_of(checkpoint)
         if expected is None or self.copies.get(name) == expected:
             return
+        there, own = self.store.read(RUN_ID), self.run / RUN_ID
+        if there is not None and own.is_file() and own.read_bytes() != there:
+            raise UserError(f"train.copy_to: {self.store.address} belongs to another run now; choose another")
         self.copies.pop(name, None)
         self.record()  # before the old copy of that name is touched
         try:
@@ -177,6 +200,8 @@ def main(run, address, lines=sys.stdin):
                 wait = 0.0
                 if line == END:
                     is_ending, next_try = True, 0.0
+                elif line.startswith(DAMAGED):
+                    copying.forget(line.removeprefix(DAMAGED))
                 else:
                     copying.add(line)
         if time.monotonic() >= next_try:

@@ -49,7 +49,10 @@ class TimeUse:
         up to the checkpoint that this start continues from; step: the checkpoint's, 0 for none."""
         before = status.get("seconds")
         if not (isinstance(before, dict) and all(is_second(before.get(kind)) for kind in ("began", *KINDS))):
-            return
+            before = seconds_in_log(kept)
+            if before is None:
+                return
+            before["began"] = self.began - sum(before.values())  # when that was, is not known: it was not down
         saved = [line["run_productive_seconds"] for line in kept if is_second(line.get("run_productive_seconds"))]
         productive = max(saved, default=before["productive"]) if step else 0.0
         lost = max(0.0, before["productive"] - productive)
@@ -80,6 +83,16 @@ class TimeUse:
     def totals(self):
         """What the line of a checkpoint in metrics.jsonl says of it."""
         return self.for_step() | {f"run_{kind}_seconds": seconds for kind, seconds in self.seconds.items()}
+
+
+def seconds_in_log(kept):
+    """The seconds of status.json by the last line of a checkpoint in metrics.jsonl, where status.json is lost; None if
+    no line has them. kept: the lines."""
+    for line in reversed(kept):
+        found = {kind: line.get(f"run_{kind}_seconds") for kind in KINDS}
+        if all(map(is_second, found.values())):
+            return found
+    return None
 
 
 def is_second(value):

@@ -4,6 +4,7 @@ All ranks fetch, each its share of the files, into checkpoints/step_00001000.tmp
 The checksums of all files are compared before the folder gets its final name. A copy that is damaged or not whole is
 named, and the next older one taken."""
 
+import math
 import secrets
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import distributed
 
 from minzero.checkpoint import as_rank_0, fault_of, put_in_place
 from minzero.checkpoint_folder import Saved, is_within, tidy, write_marks
-from minzero.checkpoint_names import is_name, name_of
+from minzero.checkpoint_names import is_name, name_of, step_and_suffix
 from minzero.checkpoint_state import read_state
 from minzero.dist import all_or_none, first, print0
 from minzero.errors import SharedError, UserError
@@ -36,7 +37,7 @@ def open_store(train):
 
 def restore(config, folder, rank):
     """Fetch the newest copy into the run's folder, if there is one and it is newer than all that is there. Says so in
-    lines, on rank 0. Every rank must call this.
+    lines, on rank 0. Returns the names of copies that are damaged. Every rank must call this.
 
     folder: the RunFolder, which is taken and written into only if there is something to fetch. Raises UserError: for
     an address that cannot be used, for copies of another run, and, where nothing is in out_dir, for a store that does
@@ -44,10 +45,10 @@ def restore(config, folder, rank):
     with all_or_none():
         store = open_store(config.train)
     if store is None:
-        return
+        return []
     found = as_rank_0(lambda: copies_to_try(config, store))
     if not found:
-        return
+        return []
     for its_turn in (rank == 0, rank != 0):
         with all_or_none():
             print0(folder.hold() if its_turn else None)
@@ -55,12 +56,13 @@ def restore(config, folder, rank):
     with all_or_none():
         if rank == 0:
             tidy(checkpoints)
-    for name in found:
+    for number, name in enumerate(found):
         if fetch(store, checkpoints, name, config):
             print0(f"fetched {store.address}/{CHECKPOINTS}/{name} into {checkpoints}")
-            return
+            return found[:number]
     if as_rank_0(lambda: not Saved(checkpoints).entries):
         raise SharedError(f"train.copy_to: {store.address}: no copy there is whole; choose another address")
+    return found
 
 
 def copies_to_try(config, store):
@@ -94,7 +96,12 @@ def copies_to_try(config, store):
     last = max((entry.number for entry in saved.entries), default=-1)
     numbers = {name: state.get("save_number") for name, state in states.items()}
     newer = [name for name, number in numbers.items() if is_count(number) and number > last]
-    return sorted(newer, key=lambda name: (numbers[name], name), reverse=True)
+    own, stale, lowest = [], [], math.inf  # as in checkpoint_folder.Saved: stale ones are tried last
+    for name in sorted(newer, key=lambda name: (numbers[name], name), reverse=True):
+        step, _ = step_and_suffix(Path(name))
+        (own if step < lowest else stale).append(name)
+        lowest = min(lowest, step)
+    return own + stale
 
 
 def is_branch(state, source):
@@ -157,20 +164,19 @@ def read_run_id(run):
 
 
 def begin_copies(run, address):
-    """Give the run and its folder at the address one random run_id, which tells its copies from another run's. Returns
-    a warning, or None. Raises UserError where the store cannot be written at the first start of a run with this
-    address. For rank 0 alone."""
+    """Give the run and its folder at the address one random run_id, which tells its copies from another run's. A run
+    without one has fetched nothing from there, so what is there is another's, which then copies no more (see
+    copier.py), or of this one before its first copy. Returns a warning, or None. Raises UserError where the store
+    cannot be written at the first start of a run with this address. For rank 0 alone."""
     store = Store(address)
     own = read_run_id(run)
     try:
-        there = store.read(RUN_ID)
-        if there is None:
+        if own is None or store.read(RUN_ID) is None:
             store.write(own or secrets.token_hex(8).encode(), RUN_ID)
-            there = store.read(RUN_ID)
+        if own is None:
+            write_atomically(run / RUN_ID, store.read(RUN_ID))
     except UserError as error:
         if own is None:
             raise
         return f"warning: {error}; it is tried again"
-    if own is None:
-        write_atomically(run / RUN_ID, there)
     return None

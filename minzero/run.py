@@ -60,6 +60,7 @@ class Run:
         self.saving = None  # a checkpoint.Saving that is not committed yet
         self.saved_at = None  # when the last one was begun
         self.copier = None  # on rank 0, with train.copy_to
+        self.damaged_copies = []  # names of those that `restore` passed over
 
         # ---- measurements
         self.log = None  # the MetricsLog, on rank 0
@@ -136,7 +137,17 @@ class Run:
         if self.config.train.copy_to:
             dist.print0(restore.begin_copies(self.folder.path, self.config.train.copy_to))
             names = [path.name for path in checkpoint_folder.complete_checkpoints(self.folder.path / "checkpoints")]
-            self.copier = copier.Copier(self.folder.path, self.config.train.copy_to, names)
+            self.copier = copier.Copier(self.folder.path, self.config.train.copy_to, names, self.damaged_copies)
+
+    def finish_copies(self):
+        """On rank 0: wait for the copies that are not whole yet, then delete what was kept for them."""
+        if not self.copier:
+            return
+        train = self.config.train
+        for line in self.copier.finish(train.timeout_seconds, self.watchdog.heartbeat):
+            dist.print0(line)
+        folder = self.folder.path / "checkpoints"
+        checkpoint_folder.prune(folder, train.keep_checkpoints, self.copier.is_copied, train.keep_every)
 
     def write_config(self):
         """Write config.json: the sections of the run's config, and beside them on what it runs. What a checkpoint has
@@ -410,6 +421,21 @@ class Run:
             )
         steps = f"{self.steps_done} of {self.total_steps} steps"
         dist.print0(f"{self.folder.path} is complete: {steps}; raise train.max_tokens to train it longer")
+        with dist.all_or_none():
+            if self.group.rank == 0:
+                self.finish_what_is_left()
+
+    def finish_what_is_left(self):
+        """On rank 0, for a run that was complete before: copy what is not at train.copy_to, and say complete in
+        status.json, where its last start ended before that."""
+        status = read_status(self.folder.path)
+        if status.get("state") == "complete" and not self.config.train.copy_to:
+            return
+        dist.print0(self.folder.hold())
+        self.folder.more = lambda: {name: status[name] for name in ("goodput", "seconds") if name in status}
+        self.begin_copies()
+        self.finish_copies()
+        self.folder.report("complete", self.total_steps)
 
     def stop(self, step):
         """The run was asked to stop, and has saved. Every rank must call this."""
@@ -425,11 +451,7 @@ class Run:
             dist.comm.log_summary()  # rank 0 prints; the others are asked
         if self.log:
             self.log.close()
-        if self.copier:
-            for line in self.copier.finish(self.config.train.timeout_seconds, self.watchdog.heartbeat):
-                dist.print0(line)
-            train, folder = self.config.train, self.folder.path / "checkpoints"
-            checkpoint_folder.prune(folder, train.keep_checkpoints, self.copier.is_copied, train.keep_every)
+        self.finish_copies()
         dist.print0(f"goodput {metrics.goodput_in_words(self.time_use.totals())}")
         if self.is_last(step):
             self.bad_steps.check_end(step, self.config.train)

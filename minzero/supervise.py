@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import psutil
 
-from minzero.checkpoint_names import newest_step
+from minzero.checkpoint_names import complete_checkpoints, newest_step
 from minzero.commands import REFUSED
 from minzero.errors import UserError, one_line
 from minzero.failures import MAY_PASS, NODE_ENDED, REFUSAL, in_words, telling_line
@@ -39,6 +39,7 @@ LOOK = 0.2  # seconds from one look at the command to the next
 TAIL = 1 << 18  # bytes at the end of the log in which the reason of a failure is looked for
 LARGEST_LOG = 1 << 26  # bytes; a larger one is renamed to supervise.log.1 before the next start
 NEW = {"attempts": 0, "step": -1, "without_progress": 0, "failures": [], "failures_of_nodes": {}}
+LATER = {"running": None, "nodes_without_progress": {}, "saved_before": 0}  # younger than some files
 FULL = 1 << 20  # bytes; on a disk with less room the last lines of a log may be missing
 # ssh ends, and pdsh with it, when a node has not answered for so long, as where a cable is cut
 KEEPALIVE = {"PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"}
@@ -55,6 +56,7 @@ class Orders(NamedTuple):
     patience: float  # seconds that ranks without a launcher may live on
     once: bool = False  # start the command once, for a scheduler that starts it again
     again: bool = False  # forget the failures so far
+    resumes: bool = False  # train.resume says where the first start begins; the others continue
     nodes: dict | None = None  # {node: slots}, of a hostfile
     wanted: int = 0  # how many of them
     divides: object = None  # function of a number of ranks: whether the batch divides by it
@@ -82,13 +84,25 @@ class Supervisor:
         with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
             found = json.loads((self.folder / "supervise.json").read_bytes())
             if all(type(found.get(key)) is type(value) for key, value in NEW.items()):
-                return {"running": None, "nodes_without_progress": {}} | found
-        return copy.deepcopy(NEW) | {
-            "running": None,
-            "nodes_without_progress": {},
+                return copy.deepcopy(LATER) | found
+        return copy.deepcopy(NEW | LATER) | {
             "began": time.time(),
             "step": newest_step(self.folder),
         }
+
+    def begins_elsewhere(self):
+        """Whether the run begins where train.resume says: it has saved nothing yet under this supervisor, and the
+        checkpoints that are there may be of a continuation that it gives up."""
+        return self.orders.resumes and self.saved_at() <= self.record["saved_before"]
+
+    def saved_at(self):
+        """When the newest checkpoint was saved, in nanoseconds; 0 if there is none."""
+        paths = complete_checkpoints(self.folder / "checkpoints")
+        times = [0]
+        for path in paths:
+            with contextlib.suppress(OSError):  # the run has just deleted it
+                times.append(os.stat(path / "state.json").st_mtime_ns)
+        return max(times)
 
     def write_record(self):
         """Write supervise.json. On a full disk the run matters more."""
@@ -134,6 +148,8 @@ class Supervisor:
             ):  # it went on without a supervisor
                 self.record |= {"step": newest_step(self.folder), "without_progress": 0}
             code = None
+            if self.orders.resumes and not self.record["running"]:
+                self.record |= {"saved_before": self.saved_at(), "step": -1}
             if self.record["running"]:
                 tell(f"found start {self.record['attempts']} of this run, and watches it")
                 self.copied = self.log.stat().st_size if self.log.exists() else 0
@@ -191,6 +207,8 @@ class Supervisor:
     def start(self, nodes):
         """Start the command. nodes: {node: slots}, empty without a hostfile. Returns its Popen. Raises UserError."""
         command = list(self.orders.command)
+        if self.orders.resumes and not self.begins_elsewhere():
+            command += ["--train.resume", "auto"]
         if nodes:
             place = next(place for place, word in enumerate(command) if os.path.basename(word) == "deepspeed")
             command[place + 1 : place + 1] = ["--hostfile", str(self.hostfile), "--force_multi"]
@@ -397,7 +415,7 @@ class Supervisor:
 
     def finish(self, code):
         """Record the end of a start. Returns whether the run got further in it."""
-        step = newest_step(self.folder)
+        step = -1 if self.begins_elsewhere() else newest_step(self.folder)
         further = step > self.record["step"]
         self.record |= {"running": None, "ended": time.time(), "code": code, "step": max(step, self.record["step"])}
         if further:

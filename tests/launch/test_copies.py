@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 
 import pytest
 
@@ -58,6 +59,42 @@ def test_an_empty_machine_continues_from_s3(config, tmp_path, s3):  # noqa: F811
         assert f"{path}/checkpoints/step_00000012: " in done.stdout
         found.append(json.loads(done.stdout.splitlines()[-1]))
     assert found[0] == found[1]
+
+
+def test_a_complete_run_is_said_to_be_so_and_copies_what_is_missing(config, tmp_path):
+    """Its last start was killed between its last checkpoint and the end; the store fails first; then a copy is damaged
+    and the folder lost."""
+    out, away = tmp_path / "out", tmp_path / "away[1]"
+
+    def train(*more):
+        more = ["--train.keep_checkpoints", "2", *more]
+        return run([sys.executable, "train.py", config, "--train.out_dir", out, *more], DS_ACCELERATOR="cpu")
+
+    def state():
+        return json.loads((out / "status.json").read_text())["state"]
+
+    done = train()
+    assert done.returncode == 0, done.stdout + done.stderr
+    status = json.loads((out / "status.json").read_text())
+    (out / "status.json").write_text(json.dumps(status | {"state": "running"}))
+    done = train()
+    assert done.returncode == 0 and "is complete: 12 of 12" in done.stdout and state() == "complete", done.stdout
+    assert json.loads((out / "status.json").read_text())["seconds"] == status["seconds"]
+    (out / "status.json").unlink()
+    away.write_text("in the way")
+    done = train("--train.copy_to", away)
+    assert done.returncode == 2 and "train.copy_to" in done.stderr, done.stdout + done.stderr
+    away.unlink()
+    done = train("--train.copy_to", away)
+    assert done.returncode == 0 and state() == "complete" and done.stdout.count("copied ") == 2, done.stdout
+    files = {path: path.read_bytes() for path in sorted(away.glob("checkpoints/step_*/rank_*"))}
+    assert [path.parent.name for path in files] == ["step_00000008", "step_00000012"]
+    last = list(files)[-1]
+    last.write_bytes(files[last][:-1] + bytes([files[last][-1] ^ 1]))
+    shutil.rmtree(out)
+    done = train("--train.copy_to", away)
+    assert done.returncode == 0 and "ignored " in done.stdout and "step_00000008 into" in done.stdout, done.stdout
+    assert {path: path.read_bytes() for path in files} == files, "copied again, bit for bit"
 
 
 def test_killed_with_9_and_moved_to_an_empty_folder_it_is_the_same_bit_for_bit(config, tmp_path, start):

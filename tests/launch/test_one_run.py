@@ -143,6 +143,7 @@ def test_what_one_rank_meets_in_mid_run_is_one_line_of_all(place, train):
     [
         ("config", "train.lr is 0.5 instead of 0.01"),
         pytest.param("a missing config", "config.json: no such file", marks=pytest.mark.slow),
+        ("copies", "train.copy_to is 'copies' instead of None"),
         ("tokens", "tokens.data/train is "),
         pytest.param("missing data", "data.path: no folder data", marks=pytest.mark.slow),
         pytest.param("deepspeed", "deepspeed.zero_optimization.stage is 2 instead of 1", marks=pytest.mark.slow),
@@ -157,6 +158,8 @@ def test_ranks_that_differ_are_refused_with_what_differs_and_where(place, train,
         settings["train"]["lr"] = 0.5
     elif what == "deepspeed":
         settings["deepspeed"]["zero_optimization"]["stage"] = 2
+    elif what == "copies":  # by which the ranks decide whether they fetch together
+        settings["train"]["copy_to"] = "copies"
     elif what == "tokens":  # as many, and all of them known ids
         shard = other / "data" / "train_000001.bin"
         content = bytearray(shard.read_bytes())

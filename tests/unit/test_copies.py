@@ -288,6 +288,69 @@ def test_kill_9_during_a_copy_leaves_no_copy_and_the_next_start_makes_it(tmp_pat
     assert list(process.finish(30)) == [] and read_state(target)["step"] == 5
 
 
+def test_two_runs_that_begin_with_one_address_do_not_mix(tmp_path, address, capsys):
+    """Before the first has a copy there. The second has the address, and the first says so and copies no more."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for number, run in enumerate((first, second)):
+        run.mkdir()
+        assert restore.begin_copies(run, address) is None
+        save(run, 5 * (number + 1))
+    assert (first / "run_id").read_bytes() != (second / "run_id").read_bytes()
+    copy_all(second, address)
+    copying = Copying(first, address)
+    copying.add(name_of(5))
+    assert copying.step() > 0
+    assert f"train.copy_to: {address} belongs to another run now; choose another" in capsys.readouterr().out
+    assert sorted(Store(address).states()) == [name_of(10)]
+    with pytest.raises(UserError, match="holds the copies of another run"):
+        fetch_into(first, address)
+
+
+def test_a_copy_that_is_not_what_it_says_is_made_again(tmp_path):
+    """Files that are gone or shorter, and bytes that `restore` has found changed."""
+    run, there = tmp_path / "run", tmp_path / "there"
+    for step in (5, 10, 15):
+        save(run, step, keep=9)
+    copy_all(run, str(there))
+    files = {step: there / "checkpoints" / name_of(step) / "rank_00000.safetensors" for step in (5, 10, 15)}
+    whole = {step: file.read_bytes() for step, file in files.items()}
+    files[5].unlink()
+    files[10].write_bytes(whole[10][:-1])
+    files[15].write_bytes(whole[15][:-1] + b"?")
+    process = Copier(run, str(there), [name_of(step) for step in files], damaged=[name_of(15)])
+    assert list(process.finish(30)) == []
+    assert {step: file.read_bytes() for step, file in files.items()} == whole
+    files[15].write_bytes(whole[15][:-1] + b"?")
+    other = tmp_path / "other"
+    config = SimpleNamespace(train=TrainConfig(out_dir=str(other), copy_to=str(there)))
+    with RunFolder(other, 0) as folder:
+        assert restore.restore(config, folder, 0) == [name_of(15)]
+    assert steps_of(other) == [10]
+
+
+def test_a_path_with_signs_of_patterns(tmp_path):
+    run = tmp_path / "run"
+    save(run, 5)
+    (tmp_path / "copies1x/checkpoints" / name_of(7)).mkdir(parents=True)
+    (tmp_path / "copies1x/checkpoints" / name_of(7) / "state.json").write_text("{}")
+    for number, name in enumerate(("copies[lr=1]", "copies?x", "copies*", "co{1,2}", "sp ace#%20")):
+        copy_all(run, str(tmp_path / name))
+        assert sorted(Store(str(tmp_path / name)).states()) == [name_of(5)]
+        fetch_into(tmp_path / f"other{number}", str(tmp_path / name))
+        assert steps_of(tmp_path / f"other{number}") == [5]
+
+
+def test_after_a_damaged_copy_comes_one_of_the_same_continuation(tmp_path):
+    """Not the newest of the one that was given up."""
+    run, there = tmp_path / "run", tmp_path / "there"
+    for step in (10, 20, 30, 40, 20):  # continued from 10
+        save(run, step, keep=9)
+        copy_all(run, str(there), name_of(step))
+    config = SimpleNamespace(train=TrainConfig(out_dir=str(tmp_path / "other"), copy_to=str(there)))
+    names = restore.copies_to_try(config, Store(str(there)))
+    assert names == [name_of(step) for step in (20, 10, 40, 30)]
+
+
 def test_copies_of_another_run_are_left_alone(tmp_path, address):
     run, other = tmp_path / "run", tmp_path / "other"
     save(run, 5)

@@ -55,6 +55,21 @@ def test_the_seconds_add_up_over_restarts_and_lost_steps_are_no_longer_productiv
     assert third.seconds["down"] == 15
 
 
+def test_without_status_json_the_log_says_where_the_time_went(clock):
+    """As on an empty machine that fetched a copy. How long the run was down is not known."""
+    first = TimeUse(began=1000.0)
+    spend(first, clock, start=20, productive=60, save=5)
+    kept = [{"step": 6, "tokens": 6} | first.totals(), {"step": 7, "tokens": 7} | first.for_step()]
+    clock.now += 500
+    second = TimeUse(began=clock.now)
+    for status in ({}, {"seconds": {"began": 3}}, {"seconds": []}):
+        second = TimeUse(began=clock.now)
+        second.continue_from(status, json.loads(json.dumps(kept)), 6)
+        assert second.seconds == pytest.approx(first.seconds) and second.seconds["down"] == 0
+    spend(second, clock, productive=10)
+    assert sum(second.seconds.values()) == pytest.approx(95) and second.goodput() == pytest.approx(70 / 95)
+
+
 def test_a_complete_run_that_is_trained_longer_was_not_down(clock):
     first = TimeUse(began=1000.0)
     spend(first, clock, start=10, productive=90)

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from minzero import supervise as supervise_module
+from minzero.checkpoint_names import name_of
 from minzero.errors import UserError
 from minzero.failures import telling_line
 from minzero.nodes import choose, nodes_that_failed, read_hostfile
@@ -81,6 +82,34 @@ def test_a_run_that_gets_further_is_started_again_until_it_is_complete(supervise
     assert code == 0 and text.count("supervise.py: start ") == 6 and "6 starts, 5 failures:" in text, text
     assert "start 2, " in text and "saved step 2, code 1: train.py: rank 0 lost contact" in text
     assert record(tmp_path)["attempts"] == 6 and record(tmp_path)["without_progress"] == 0
+
+
+@pytest.mark.parametrize("before", [None, 40])
+def test_where_the_command_says_how_it_resumes_later_starts_continue(tmp_path, monkeypatch, before):
+    """train.resume never would refuse each of them, and a checkpoint of the run's own would begin there again, below
+    the newest step of a continuation that is given up."""
+    run = tmp_path / "run"
+    if before:
+        path = run / "checkpoints" / name_of(before)
+        path.mkdir(parents=True)
+        (path / "state.json").write_text("{}")
+        os.utime(path / "state.json", (1, 1))
+    else:
+        run.mkdir()
+    (tmp_path / "plan").write_text("\n".join(["exit 1", "save 10 ; exit 1", "save 20 ; exit 1", COMPLETE]))
+    command = [sys.executable, str(FAKE), str(run), str(tmp_path / "plan")]
+    begun = []
+    popen = subprocess.Popen
+
+    def begin(words, *more, **settings):
+        begun.append(words[len(command) :])
+        return popen(words[: len(command)], *more, **settings)
+
+    monkeypatch.setattr(supervise_module.subprocess, "Popen", begin)
+    with signals_as_before():
+        assert Supervisor(Orders(command, run, 2, 0.0, 5.0, resumes=True)).run() == 0
+    again = ["--train.resume", "auto"]
+    assert begun == [[], [], again, again]
 
 
 def test_it_gives_up_with_what_failed_when_and_where(supervise, tmp_path):
@@ -401,6 +430,10 @@ def test_a_hostfile_says_what_is_wrong(tmp_path, text, fault):
         (["--hostfile", "{hosts}", "deepspeed", "train.py", "configs/tiny.json"], "train.global_batch_tokens: "),
         (["deepspeed", "train.py", "configs/tiny.json", "--train.lr", "x"], "--train.lr|train.lr"),
         (["--tries", "0", "deepspeed", "train.py"], "--tries: found 0, expected 1 or more"),
+        (
+            ["--folder", "out/x", "python", "train.py", "configs/tiny.json", "--train.out_dir", "out/y"],
+            "--folder: found out/x, but train.out_dir of the command is out/y; leave it out",
+        ),
     ],
 )
 def test_a_call_that_cannot_work_is_refused_before_anything_is_written(tmp_path, arguments, fault):
