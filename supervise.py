@@ -16,7 +16,7 @@ from pathlib import Path
 
 from minzero.commands import run_command
 from minzero.config.deepspeed import gradient_accumulation
-from minzero.config.load import load_config
+from minzero.config.load import command_line_values, load_config
 from minzero.errors import UserError
 from minzero.files import make_folder
 from minzero.flags import FlagParser, a_number, a_path, at_least
@@ -44,7 +44,11 @@ def config_of(command):
     names = [os.path.basename(word) for word in command]
     if "train.py" not in names:
         return None
-    return load_config(command[names.index("train.py") + 1 :], model_defaults)
+    arguments = command[names.index("train.py") + 1 :]
+    for path in command_line_values(arguments)[1][:1]:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"{path}: found a pipe or a folder, expected a config file, which every start reads again")
+    return load_config(arguments, model_defaults)
 
 
 def nodes_of(args, command, config):

@@ -343,9 +343,7 @@ def main(config, watchdog=None):
         with dist.all_or_none():  # no other run may be writing the checkpoints that this one looks for
             dist.print0(folder.hold(new=False) if group.rank == 0 else None)
         dist.refuse_different_ranks(config.to_dict())  # by which the ranks decide what they do together
-        damaged = restore(
-            config, folder, group.rank
-        )  # writes only if train.copy_to has newer checkpoints than the folder
+        restore(config, folder, group.rank)  # writes only if train.copy_to has newer checkpoints than the folder
         with dist.all_or_none():
             train_data, val_data = open_data(config)
             precision = resolve_precision(train.precision, group.device)
@@ -364,7 +362,6 @@ def main(config, watchdog=None):
 
         # ---- the run takes its folder, and writes from here on
         run = Run(config, group, folder, watchdog, setup, start.state, time_use)
-        run.damaged_copies = damaged
         if run.is_complete():
             run.report_complete(start)
             return run.best_val_loss

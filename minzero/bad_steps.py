@@ -35,6 +35,7 @@ class BadSteps:
         self.skipped_in_a_row = state["skipped_in_a_row"]  # with those in which fp16 looks for its loss scale
         self.loss = self.grad_norm = self.fault = None
         self.is_checked = None
+        self.went_back = False  # whether the last call of `handle` loaded a checkpoint
         for optimizer in optimizers(engine):
             optimizer.step = functools.partial(self.update_if_good, optimizer, optimizer.step)
 
@@ -100,12 +101,14 @@ class BadSteps:
         samples (repeating the steps since then would lead to the same weights); or raise SharedError. Also raises
         SharedError where the weights themselves are spoilt, so that no later step can be good. Returns what was done,
         in words. progress: called for each part that is read. Every rank must call this."""
+        self.went_back = False
         if len(self.bad) >= (1 if train.bad_step == "stop" else train.max_bad_steps):
             raise SharedError(f"step {step}: {self.fault}; bad steps in a row: {len(self.bad)}, {self.remedy(train)}")
         if train.bad_step == "rollback" and self.bad:
             found, state, passed_over = self.way_back.newest(progress)
             if found:
                 checkpoint.load(self.engine, found, state, train.seed, progress)
+                self.went_back = True
                 return "; ".join([f"passed over, and back to the weights of {found}", *passed_over])
         if not math.isfinite(self.loss) and (found := dist.first(first_not_finite(self.engine, progress))):
             found = f"step {step}: {self.fault}, and {found[1]} holds a NaN or an infinity"

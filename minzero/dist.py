@@ -385,7 +385,9 @@ def refuse_different_ranks(facts):
 def versions():
     """{name: value} of the versions and the device that make a run, for its config.json."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
-    return {
+    # on a CPU the sums of a step are those of its threads, and another number of them moves the last bits
+    threads = {} if torch.cuda.is_available() else {"threads": torch.get_num_threads()}
+    return threads | {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "deepspeed": deepspeed.__version__,

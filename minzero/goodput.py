@@ -36,6 +36,7 @@ class TimeUse:
         self.began = psutil.Process().create_time() if began is None else began
         self.seconds = dict.fromkeys(KINDS, 0.0)
         self.last = self.began
+        self.kept = 0.0  # productive seconds up to the checkpoint that a rollback would load
         self.at_save = {}  # the numbers of `totals` when the checkpoint that is being saved was begun
 
     def mark(self, kind):
@@ -43,6 +44,15 @@ class TimeUse:
         now = time.time()
         self.seconds[kind] += max(0.0, now - self.last)  # the clock may be set back
         self.last = now
+
+    def begin_save(self):
+        """A checkpoint is saved with what was done so far."""
+        self.at_save, self.kept = self.totals(), self.seconds["productive"]
+
+    def roll_back(self):
+        """What was productive since the last checkpoint is lost."""
+        self.seconds["lost"] += self.seconds["productive"] - self.kept
+        self.seconds["productive"] = self.kept
 
     def continue_from(self, status, kept, step):
         """Add the seconds of earlier starts. status: the status.json that they left; kept: the lines of metrics.jsonl
@@ -66,6 +76,7 @@ class TimeUse:
         self.seconds["lost"] += lost
         self.seconds["down"] += gap
         self.began = began
+        self.kept = self.seconds["productive"]
 
     def goodput(self):
         """Productive over all seconds, from 0 to 1."""

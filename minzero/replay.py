@@ -22,7 +22,7 @@ from pathlib import Path
 import train
 from minzero import checkpoint, dist, reference
 from minzero.bad_steps import BadSteps
-from minzero.checkpoint_folder import Saved, find
+from minzero.checkpoint_folder import Saved, find, is_within
 from minzero.checkpoint_state import state_if_whole
 from minzero.commands import end_rank, run_command
 from minzero.config.build import build
@@ -117,6 +117,11 @@ def beginning(run, settings, step):
         return None, state_at_step_0()
     path = find(source)
     state = state_if_whole(path) if path else None
+    if not state and is_within(source, run):
+        raise UserError(
+            f"step {step}: {run} was continued from {source}, which is deleted since; expected a step after its oldest "
+            "checkpoint (train.keep_checkpoints, train.keep_every)"
+        )
     if not state:
         raise UserError(
             f"train.resume: {run} began at {source}, and found no complete checkpoint there; restore it, or choose a "

@@ -37,7 +37,7 @@ def open_store(train):
 
 def restore(config, folder, rank):
     """Fetch the newest copy into the run's folder, if there is one and it is newer than all that is there. Says so in
-    lines, on rank 0. Returns the names of copies that are damaged. Every rank must call this.
+    lines, on rank 0. The names of copies that are damaged are in folder.damaged_copies then. Every rank must call this.
 
     folder: the RunFolder, which is taken and written into only if there is something to fetch. Raises UserError: for
     an address that cannot be used, for copies of another run, and, where nothing is in out_dir, for a store that does
@@ -45,10 +45,10 @@ def restore(config, folder, rank):
     with all_or_none():
         store = open_store(config.train)
     if store is None:
-        return []
+        return
     found = as_rank_0(lambda: copies_to_try(config, store))
     if not found:
-        return []
+        return
     for its_turn in (rank == 0, rank != 0):
         with all_or_none():
             print0(folder.hold() if its_turn else None)
@@ -59,10 +59,11 @@ def restore(config, folder, rank):
     for number, name in enumerate(found):
         if fetch(store, checkpoints, name, config):
             print0(f"fetched {store.address}/{CHECKPOINTS}/{name} into {checkpoints}")
-            return found[:number]
+            folder.damaged_copies = found[:number]
+            return
     if as_rank_0(lambda: not Saved(checkpoints).entries):
         raise SharedError(f"train.copy_to: {store.address}: no copy there is whole; choose another address")
-    return found
+    folder.damaged_copies = found
 
 
 def copies_to_try(config, store):

@@ -60,7 +60,6 @@ class Run:
         self.saving = None  # a checkpoint.Saving that is not committed yet
         self.saved_at = None  # when the last one was begun
         self.copier = None  # on rank 0, with train.copy_to
-        self.damaged_copies = []  # names of those that `restore` passed over
 
         # ---- measurements
         self.log = None  # the MetricsLog, on rank 0
@@ -137,7 +136,7 @@ class Run:
         if self.config.train.copy_to:
             dist.print0(restore.begin_copies(self.folder.path, self.config.train.copy_to))
             names = [path.name for path in checkpoint_folder.complete_checkpoints(self.folder.path / "checkpoints")]
-            self.copier = copier.Copier(self.folder.path, self.config.train.copy_to, names, self.damaged_copies)
+            self.copier = copier.Copier(self.folder.path, self.config.train.copy_to, names, self.folder.damaged_copies)
 
     def finish_copies(self):
         """On rank 0: wait for the copies that are not whole yet, then delete what was kept for them."""
@@ -209,6 +208,8 @@ class Run:
         samples = self.samples_of(step)
         self.write(step, {"bad_step": result.fault, "samples": samples})
         done = self.bad_steps.handle(step, self.config.train, self.watchdog.heartbeat)
+        if self.bad_steps.went_back:
+            self.time_use.roll_back()
         dist.print0(f"step {step}: {result.fault}; samples {samples[0]} to {samples[1]} {done}")
 
     def take_from_model(self):
@@ -372,7 +373,7 @@ class Run:
         state = self.run_info | {"step": step, "tokens": self.tokens_at(step), "best_val_loss": self.best_val_loss}
         state |= {"val_loss": self.val_loss if self.evaluated_at == step else None, "bad_steps": self.bad_steps.state()}
         self.saved_at = time.monotonic()
-        self.time_use.at_save = self.time_use.totals()
+        self.time_use.begin_save()
         self.saving = checkpoint.Saving(
             self.engine,
             self.folder.path / "checkpoints",

@@ -58,6 +58,7 @@ class RunFolder:
         self.status = {"state": None, "step": None, "reason": None}
         self.written_at = -STATUS_SECONDS
         self.more = dict  # gives what else status.json says
+        self.damaged_copies = []  # names of copies at train.copy_to that were passed over, see restore.py
 
     def __enter__(self):
         return self

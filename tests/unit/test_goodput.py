@@ -55,6 +55,22 @@ def test_the_seconds_add_up_over_restarts_and_lost_steps_are_no_longer_productiv
     assert third.seconds["down"] == 15
 
 
+def test_what_a_rollback_undoes_was_not_productive(clock):
+    found = TimeUse(began=1000.0)
+    spend(found, clock, start=20, productive=60)
+    found.begin_save()
+    spend(found, clock, save=5, productive=30)
+    found.roll_back()
+    spend(found, clock, lost=2)
+    found.roll_back()  # nothing was done since
+    assert (found.seconds["productive"], found.seconds["lost"]) == (60, 32)
+    later = TimeUse(began=clock.now)
+    later.continue_from(found.for_status(), [], 6)
+    spend(later, clock, productive=10)
+    later.roll_back()
+    assert (later.seconds["productive"], later.seconds["lost"]) == (60, 42)
+
+
 def test_without_status_json_the_log_says_where_the_time_went(clock):
     """As on an empty machine that fetched a copy. How long the run was down is not known."""
     first = TimeUse(began=1000.0)

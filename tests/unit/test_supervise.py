@@ -430,6 +430,7 @@ def test_a_hostfile_says_what_is_wrong(tmp_path, text, fault):
         (["--hostfile", "{hosts}", "deepspeed", "train.py", "configs/tiny.json"], "train.global_batch_tokens: "),
         (["deepspeed", "train.py", "configs/tiny.json", "--train.lr", "x"], "--train.lr|train.lr"),
         (["--tries", "0", "deepspeed", "train.py"], "--tries: found 0, expected 1 or more"),
+        (["python", "train.py", "{pipe}"], "pipe: found a pipe or a folder, expected a config file"),
         (
             ["--folder", "out/x", "python", "train.py", "configs/tiny.json", "--train.out_dir", "out/y"],
             "--folder: found out/x, but train.out_dir of the command is out/y; leave it out",
@@ -440,10 +441,11 @@ def test_a_call_that_cannot_work_is_refused_before_anything_is_written(tmp_path,
     import supervise as command
 
     (tmp_path / "hosts").write_text("a slots=3\nb slots=4\n")
-    arguments = [word.replace("{hosts}", str(tmp_path / "hosts")) for word in arguments]
+    os.mkfifo(tmp_path / "pipe")
+    arguments = [word.format(hosts=tmp_path / "hosts", pipe=tmp_path / "pipe") for word in arguments]
     with pytest.raises(UserError, match=fault):
         command.main(arguments)
-    assert [path.name for path in tmp_path.iterdir()] == ["hosts"]
+    assert {path.name for path in tmp_path.iterdir()} == {"hosts", "pipe"}
 
 
 def test_the_telling_line():
