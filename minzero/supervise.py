@@ -39,7 +39,7 @@ LOOK = 0.2  # seconds from one look at the command to the next
 TAIL = 1 << 18  # bytes at the end of the log in which the reason of a failure is looked for
 LARGEST_LOG = 1 << 26  # bytes; a larger one is renamed to supervise.log.1 before the next start
 NEW = {"attempts": 0, "step": -1, "without_progress": 0, "failures": [], "failures_of_nodes": {}}
-LATER = {"running": None, "nodes_without_progress": {}, "saved_before": 0}  # younger than some files
+LATER = {"running": None, "nodes_without_progress": {}, "begun_by": None, "saved_before": 0}  # younger than some files
 FULL = 1 << 20  # bytes; on a disk with less room the last lines of a log may be missing
 # ssh ends, and pdsh with it, when a node has not answered for so long, as where a cable is cut
 KEEPALIVE = {"PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"}
@@ -91,9 +91,13 @@ class Supervisor:
         }
 
     def begins_elsewhere(self):
-        """Whether the run begins where train.resume says: it has saved nothing yet under this supervisor, and the
-        checkpoints that are there may be of a continuation that it gives up."""
+        """Whether the run begins where train.resume says: this command has saved nothing yet under a supervisor, and
+        the checkpoints that are there may be of a continuation that it gives up."""
         return self.orders.resumes and self.saved_at() <= self.record["saved_before"]
+
+    def newest(self):
+        """The step of the newest checkpoint of this run, -1 if there is none."""
+        return -1 if self.begins_elsewhere() else newest_step(self.folder)
 
     def saved_at(self):
         """When the newest checkpoint was saved, in nanoseconds; 0 if there is none."""
@@ -143,13 +147,11 @@ class Supervisor:
             if self.orders.again:
                 self.record |= {"without_progress": 0, "failures": []}
                 self.record |= {"failures_of_nodes": {}, "nodes_without_progress": {}}
-            if (
-                not self.record["running"] and newest_step(self.folder) > self.record["step"]
-            ):  # it went on without a supervisor
-                self.record |= {"step": newest_step(self.folder), "without_progress": 0}
+            if self.orders.resumes and self.record["begun_by"] != self.orders.command:
+                self.record |= {"begun_by": self.orders.command, "saved_before": self.saved_at(), "step": -1}
+            if not self.record["running"] and self.newest() > self.record["step"]:  # it went on without a supervisor
+                self.record |= {"step": self.newest(), "without_progress": 0}
             code = None
-            if self.orders.resumes and not self.record["running"]:
-                self.record |= {"saved_before": self.saved_at(), "step": -1}
             if self.record["running"]:
                 tell(f"found start {self.record['attempts']} of this run, and watches it")
                 self.copied = self.log.stat().st_size if self.log.exists() else 0
@@ -415,7 +417,7 @@ class Supervisor:
 
     def finish(self, code):
         """Record the end of a start. Returns whether the run got further in it."""
-        step = -1 if self.begins_elsewhere() else newest_step(self.folder)
+        step = self.newest()
         further = step > self.record["step"]
         self.record |= {"running": None, "ended": time.time(), "code": code, "step": max(step, self.record["step"])}
         if further:

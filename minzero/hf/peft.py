@@ -105,20 +105,9 @@ def open_adapter(config: LoraConfig, model: ModelConfig):
     folder = Path(config.init_from)
     settings = read_object(folder / CONFIG, "expected the folder of an adapter, as PEFT writes it")
     check_expressible(model)
-    ours = {"r": ("lora.rank", config.rank), "lora_alpha": ("lora.alpha", config.alpha)}
     for name, found in (DEFAULTS | settings).items():
-        remedy = "other adapters are not known here"
-        if name in ours:
-            key, value = ours[name]
-            is_right, expected, remedy = found == value, in_short(value), f"set {key} to {in_short(found)}"
-        elif name == "peft_type":
-            is_right, expected = found == "LORA", '"LORA"'
-        elif name == "init_lora_weights":
-            is_right, expected = found in BEGINNINGS, f"one of {', '.join(map(in_short, BEGINNINGS))}"
-        else:
-            is_right, expected = name in NO_MATTER or not found or found == "none", "it to be off"
-        if not is_right:
-            raise UserError(f"{folder / CONFIG}: {name}: found {in_short(found)}, expected {expected}; {remedy}")
+        if expected := expected_instead(name, found, config):
+            raise UserError(f"{folder / CONFIG}: {name}: found {in_short(found)}, expected {expected}")
     file = folder / WEIGHTS
     try:
         with safe_open(file, "pt") as opened:
@@ -135,6 +124,25 @@ def open_adapter(config: LoraConfig, model: ModelConfig):
                 f"and lora.matrices {', '.join(config.matrices)}; set these to those of the adapter"
             )
     return lambda: reader(file, model, config)
+
+
+def expected_instead(name, found, config: LoraConfig):
+    """What a setting of adapter_config.json has to be in place of what was found, with the remedy; None if it is
+    right."""
+    if name in DEFAULTS:
+        key = {"r": "rank", "lora_alpha": "alpha"}[name]
+        value = getattr(config, key)
+        return None if found == value else f"{in_short(value)}; set lora.{key} to {in_short(found)}"
+    if name == "peft_type":
+        is_right = found == "LORA"
+        expected = '"LORA"'
+    elif name == "init_lora_weights":
+        is_right = found in BEGINNINGS
+        expected = f"one of {', '.join(map(in_short, BEGINNINGS))}"
+    else:
+        is_right = name in NO_MATTER or not found or found == "none"
+        expected = "it to be off"
+    return None if is_right else f"{expected}; other adapters are not known here"
 
 
 def reader(file, model: ModelConfig, config: LoraConfig):

@@ -107,6 +107,9 @@ def test_where_the_command_says_how_it_resumes_later_starts_continue(tmp_path, m
 
     monkeypatch.setattr(supervise_module.subprocess, "Popen", begin)
     with signals_as_before():
+        # by a scheduler that starts the supervisor again each time, then by the supervisor itself
+        for _ in range(2):
+            assert Supervisor(Orders(command, run, 2, 0.0, 5.0, once=True, resumes=True)).run() == 1
         assert Supervisor(Orders(command, run, 2, 0.0, 5.0, resumes=True)).run() == 0
     again = ["--train.resume", "auto"]
     assert begun == [[], [], again, again]
