@@ -129,8 +129,8 @@ def main(arguments):
     nodes = nodes_of(args, command, config)
     make_folder("train.out_dir", folder)
     patience = 2 * config.train.timeout_seconds if config else 3000.0
-    again = args.once, args.again, bool(config and config.train.resume != "auto")
-    orders = Orders(command, folder, args.tries, args.pause, patience, *again, **nodes)
+    resumes = bool(config and config.train.resume != "auto")
+    orders = Orders(command, folder, args.tries, args.pause, patience, args.once, args.again, resumes, **nodes)
     raise SystemExit(Supervisor(orders).run())
 
 

@@ -48,12 +48,18 @@ def complete_checkpoints(folder):
     return [path for path, _, suffix in folders_of_run(folder) if not suffix and is_complete(path)]
 
 
-def newest_step(run):
-    """The step of the complete checkpoint of a run that was saved last; -1 if there is none."""
-    saved = []
+def newest_save(run):
+    """(when it was saved, in nanoseconds, its step) of the complete checkpoint of a run that was saved last; (0, -1) if
+    there is none."""
+    saved = [(0, -1)]
     for path in complete_checkpoints(Path(run) / "checkpoints"):
         try:
             saved.append((os.stat(path / "state.json").st_mtime_ns, step_and_suffix(path)[0]))
         except OSError:  # the run has just deleted it
             continue
-    return max(saved)[1] if saved else -1
+    return max(saved)
+
+
+def newest_step(run):
+    """The step of the complete checkpoint of a run that was saved last; -1 if there is none."""
+    return newest_save(run)[1]

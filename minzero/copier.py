@@ -27,7 +27,8 @@ from minzero.store import CHECKPOINTS, RUN_ID, STATE, Store
 
 RECORD = "copied.json"
 PAUSES = 10.0, 600.0  # seconds: the first after a failure, and the longest
-END, DAMAGED = "end", "damaged "
+END = "end"
+DAMAGED = "damaged "
 
 
 def checksum_of(checkpoint):
@@ -159,7 +160,8 @@ class Copying:
         expected = checksum_of(checkpoint)
         if expected is None or self.copies.get(name) == expected:
             return
-        there, own = self.store.read(RUN_ID), self.run / RUN_ID
+        there = self.store.read(RUN_ID)
+        own = self.run / RUN_ID
         if there is not None and own.is_file() and own.read_bytes() != there:
             raise UserError(f"train.copy_to: {self.store.address} belongs to another run now; choose another")
         self.copies.pop(name, None)

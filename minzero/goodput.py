@@ -47,7 +47,8 @@ class TimeUse:
 
     def begin_save(self):
         """A checkpoint is saved with what was done so far."""
-        self.at_save, self.kept = self.totals(), self.seconds["productive"]
+        self.at_save = self.totals()
+        self.kept = self.seconds["productive"]
 
     def roll_back(self):
         """What was productive since the last checkpoint is lost."""

@@ -86,10 +86,14 @@ def copies_to_try(config, store):
     if train.resume == "never" and states:
         remedy = "choose another, or drop --train.resume never"
         raise UserError(f"train.copy_to: {store.address} already holds the copies of a run; {remedy}")
-    if train.resume not in ("auto", "never") and run.resolve() in (Path(train.resume) / STATE).resolve().parents:
-        return []  # one of the run's own checkpoints was asked for
-    outside = train.resume not in ("auto", "never")  # see resume.choose_start
-    if outside and not saved.entries and not all(is_branch(state, train.resume) for state in states.values()):
+    names_a_checkpoint = train.resume not in ("auto", "never")
+    if names_a_checkpoint and is_within(train.resume, run):
+        return []  # one of the run's own was asked for
+    if (
+        names_a_checkpoint
+        and not saved.entries
+        and not all(is_branch(state, train.resume) for state in states.values())
+    ):
         raise UserError(
             f"train.copy_to: {store.address} holds the copies of a run that did not begin at {train.resume}; "
             "choose another, or drop --train.resume to continue that run"
@@ -97,7 +101,9 @@ def copies_to_try(config, store):
     last = max((entry.number for entry in saved.entries), default=-1)
     numbers = {name: state.get("save_number") for name, state in states.items()}
     newer = [name for name, number in numbers.items() if is_count(number) and number > last]
-    own, stale, lowest = [], [], math.inf  # as in checkpoint_folder.Saved: stale ones are tried last
+    own = []
+    stale = []  # as in checkpoint_folder.Saved; they are tried last
+    lowest = math.inf
     for name in sorted(newer, key=lambda name: (numbers[name], name), reverse=True):
         step, _ = step_and_suffix(Path(name))
         (own if step < lowest else stale).append(name)

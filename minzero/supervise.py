@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import psutil
 
-from minzero.checkpoint_names import complete_checkpoints, newest_step
+from minzero.checkpoint_names import newest_save, newest_step
 from minzero.commands import REFUSED
 from minzero.errors import UserError, one_line
 from minzero.failures import MAY_PASS, NODE_ENDED, REFUSAL, in_words, telling_line
@@ -93,20 +93,11 @@ class Supervisor:
     def begins_elsewhere(self):
         """Whether the run begins where train.resume says: this command has saved nothing yet under a supervisor, and
         the checkpoints that are there may be of a continuation that it gives up."""
-        return self.orders.resumes and self.saved_at() <= self.record["saved_before"]
+        return self.orders.resumes and newest_save(self.folder)[0] <= self.record["saved_before"]
 
     def newest(self):
         """The step of the newest checkpoint of this run, -1 if there is none."""
         return -1 if self.begins_elsewhere() else newest_step(self.folder)
-
-    def saved_at(self):
-        """When the newest checkpoint was saved, in nanoseconds; 0 if there is none."""
-        paths = complete_checkpoints(self.folder / "checkpoints")
-        times = [0]
-        for path in paths:
-            with contextlib.suppress(OSError):  # the run has just deleted it
-                times.append(os.stat(path / "state.json").st_mtime_ns)
-        return max(times)
 
     def write_record(self):
         """Write supervise.json. On a full disk the run matters more."""
@@ -148,7 +139,8 @@ class Supervisor:
                 self.record |= {"without_progress": 0, "failures": []}
                 self.record |= {"failures_of_nodes": {}, "nodes_without_progress": {}}
             if self.orders.resumes and self.record["begun_by"] != self.orders.command:
-                self.record |= {"begun_by": self.orders.command, "saved_before": self.saved_at(), "step": -1}
+                saved_before, _ = newest_save(self.folder)
+                self.record |= {"begun_by": self.orders.command, "saved_before": saved_before, "step": -1}
             if not self.record["running"] and self.newest() > self.record["step"]:  # it went on without a supervisor
                 self.record |= {"step": self.newest(), "without_progress": 0}
             code = None

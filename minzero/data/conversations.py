@@ -190,7 +190,8 @@ class Conversations:
         self.format_name = format_name
         self.columns = columns
         self.recognised = None  # (format, column) of this source's rows
-        self.split_for_each_answer = self.leaves_out = False  # whether that has been said
+        self.split_for_each_answer = False  # whether that has been said
+        self.leaves_out = False  # whether that has been said
         self.description = f"conversations: {source.description}"
         lines = (getattr(source, "summary", None), template and template.summary())
         self.summary = "\n".join(filter(None, lines)) or None

@@ -258,6 +258,15 @@ def test_experts_have_no_adapters():
         build({"lora": {"rank": 4}, "train": {"init_from": "x"}, "model": model}, "test.json")
 
 
+def exported_adapter(folder):
+    """The folder of an adapter with the settings SOME for a run of LLAMA, as export.py writes it."""
+    data = write_data(folder / "data")
+    base = write_run(folder / "base", LLAMA, data)
+    write_lora_run(folder / "lora", adapted(LLAMA, base), folder / "base", data)
+    export.main([str(folder / "lora"), str(folder / "adapter")])
+    return folder / "adapter"
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -271,11 +280,7 @@ def test_experts_have_no_adapters():
     ],
 )
 def test_adapters_that_are_refused(changes, message, tmp_path):
-    data = write_data(tmp_path / "data")
-    base = write_run(tmp_path / "base", LLAMA, data)
-    write_lora_run(tmp_path / "lora", adapted(LLAMA, base), tmp_path / "base", data)
-    export.main([str(tmp_path / "lora"), str(tmp_path / "adapter")])
-    path = tmp_path / "adapter/adapter_config.json"
+    path = exported_adapter(tmp_path) / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UserError, match=message):
         peft.open_adapter(dataclasses.replace(SOME, init_from=str(tmp_path / "adapter")), LLAMA)
@@ -298,11 +303,7 @@ ON = {  # values of PEFT's settings with which they are on, where true is none
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TheirConfig)])
 def test_every_setting_of_pefts_is_known_or_must_be_off(name, tmp_path):
     """Those that are let through are named here again, so that a new one of PEFT's cannot slip in."""
-    data = write_data(tmp_path / "data")
-    base = write_run(tmp_path / "base", LLAMA, data)
-    write_lora_run(tmp_path / "lora", adapted(LLAMA, base), tmp_path / "base", data)
-    export.main([str(tmp_path / "lora"), str(tmp_path / "adapter")])
-    path = tmp_path / "adapter/adapter_config.json"
+    path = exported_adapter(tmp_path) / "adapter_config.json"
     settings = json.loads(path.read_text())
     theirs = json.loads(json.dumps(TheirConfig(target_modules=["q_proj"]).to_dict(), default=list)) | settings
     path.write_text(json.dumps(theirs | {name: ON.get(name, True)}))
@@ -318,11 +319,7 @@ def test_every_setting_of_pefts_is_known_or_must_be_off(name, tmp_path):
 
 
 def test_what_an_adapter_leaves_out_is_pefts_default(tmp_path):
-    data = write_data(tmp_path / "data")
-    base = write_run(tmp_path / "base", LLAMA, data)
-    write_lora_run(tmp_path / "lora", adapted(LLAMA, base), tmp_path / "base", data)
-    export.main([str(tmp_path / "lora"), str(tmp_path / "adapter")])
-    path = tmp_path / "adapter/adapter_config.json"
+    path = exported_adapter(tmp_path) / "adapter_config.json"
     settings = json.loads(path.read_text())
     given = dataclasses.replace(SOME, init_from=str(tmp_path / "adapter"))
     for name, key in (("r", "rank"), ("lora_alpha", "alpha")):
@@ -363,10 +360,7 @@ def test_of_an_adapter_that_is_taken_the_logits_are_pefts(begun, tmp_path):
 
 
 def test_an_adapter_for_other_matrices_is_refused(tmp_path):
-    data = write_data(tmp_path / "data")
-    base = write_run(tmp_path / "base", LLAMA, data)
-    write_lora_run(tmp_path / "lora", adapted(LLAMA, base), tmp_path / "base", data)
-    export.main([str(tmp_path / "lora"), str(tmp_path / "adapter")])
+    exported_adapter(tmp_path)
     wanted = dataclasses.replace(SOME, init_from=str(tmp_path / "adapter"), matrices=["qkv"])
     with pytest.raises(UserError, match=r"down_proj.lora_A.weight: found \[3, 128\], expected none"):
         peft.open_adapter(wanted, LLAMA)
@@ -376,10 +370,7 @@ def test_an_adapter_for_other_matrices_is_refused(tmp_path):
 
 def test_an_adapter_in_the_wrong_place(tmp_path):
     """In the place of the model, and beside another than its own."""
-    data = write_data(tmp_path / "data")
-    base = write_run(tmp_path / "base", LLAMA, data)
-    write_lora_run(tmp_path / "lora", adapted(LLAMA, base), tmp_path / "base", data)
-    export.main([str(tmp_path / "lora"), str(tmp_path / "adapter")])
+    exported_adapter(tmp_path)
     with pytest.raises(UserError, match=r"train.init_from: .*adapter holds an adapter.* as lora.init_from"):
         folder_to_start_from(str(tmp_path / "adapter"))
     with pytest.raises(UserError, match=r"train.init_from: .*none"):
